@@ -1,0 +1,1 @@
+"""Preference records to tokenised pairs to batches."""

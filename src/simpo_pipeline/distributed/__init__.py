@@ -1,0 +1,1 @@
+"""Processes, meshes, named device programs and the ledger of their launches."""

@@ -1,0 +1,1 @@
+"""Steps, identity, plan, live values and the runner that follows the plan."""

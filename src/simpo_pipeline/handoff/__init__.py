@@ -1,0 +1,1 @@
+"""Trainer parameters become inference weights, on device."""

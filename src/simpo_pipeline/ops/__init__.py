@@ -1,0 +1,1 @@
+"""Pure array functions: attention, rotary embedding, norm, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Paths and files, local or remote."""

@@ -1,0 +1,222 @@
+"""The Llama forward pass on named axes: parameters, layers, logits.
+
+How tokens attend to each other is the caller's business: `transform` runs over any leading axes and hands each
+layer's queries, keys and values to an `attend` function, so training (whole sequences) and generation (a paged
+cache) share one body. This module knows no mesh, no file format and no tokenizer.
+
+Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products over few rows are twice as fast so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import Axis, NamedArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.ops.attention import causal_attention
+from simpo_pipeline.ops.norm import rms_norm
+from simpo_pipeline.ops.rope import Rotation, apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
+
+# (layer, q [*lead, heads, head_size], k and v [*lead, kv_heads, head_size], state) -> (out like q, state).
+# Rope has been applied; `state` is any pytree, carried from layer to layer.
+Attend = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
+
+
+class LlamaLayers(eqx.Module):
+    """The parameters of all layers, stacked: every leaf leads with the axis "layers"."""
+
+    attn_norm: NamedArray  # layers embed
+    wq: NamedArray  # layers heads head_size embed
+    wk: NamedArray  # layers kv_heads head_size embed
+    wv: NamedArray  # layers kv_heads head_size embed
+    wo: NamedArray  # layers embed heads head_size
+    mlp_norm: NamedArray  # layers embed
+    w_gate: NamedArray  # layers mlp embed
+    w_up: NamedArray  # layers mlp embed
+    w_down: NamedArray  # layers embed mlp
+
+
+class Llama(eqx.Module):
+    """All parameters of a model; `head` is None when the embedding serves as the unembedding too."""
+
+    embedding: NamedArray  # vocab embed
+    layers: LlamaLayers
+    final_norm: NamedArray  # embed
+    head: NamedArray | None  # vocab embed
+    config: LlamaConfig = eqx.field(static=True)
+
+
+def init_llama(config: LlamaConfig, key: PRNGKeyArray | UInt32[Array, "2"]) -> Llama:
+    """Random fp32 parameters: normal with `initializer_range`, norms one."""
+    axes = _axes(config)
+    matrices = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+    tables: tuple[str, ...] = ("embedding", "head", *matrices)
+    keys = jax.random.split(key, len(tables))
+
+    def normal(name: str) -> NamedArray:
+        return hax.random.normal(keys[tables.index(name)], axes[name]) * config.initializer_range
+
+    def ones(name: str) -> NamedArray:
+        return hax.ones(axes[name], dtype=jnp.float32)
+
+    return Llama(
+        embedding=normal("embedding"),
+        layers=LlamaLayers(
+            **{name: normal(name) for name in matrices}, attn_norm=ones("attn_norm"), mlp_norm=ones("mlp_norm")
+        ),
+        final_norm=ones("final_norm"),
+        head=None if config.tie_word_embeddings else normal("head"),
+        config=config,
+    )
+
+
+def abstract_llama(config: LlamaConfig, dtype: DTypeLike) -> Llama:
+    """The parameter tree with a `jax.ShapeDtypeStruct` of `dtype` in place of each array."""
+    axes = _axes(config)
+
+    def shaped(name: str) -> NamedArray:
+        return NamedArray(jax.ShapeDtypeStruct(tuple(axis.size for axis in axes[name]), dtype), axes[name])  # pyright: ignore[reportArgumentType]
+
+    return Llama(
+        embedding=shaped("embedding"),
+        layers=LlamaLayers(**{name: shaped(name) for name in LlamaLayers.__dataclass_fields__}),
+        final_norm=shaped("final_norm"),
+        head=None if config.tie_word_embeddings else shaped("head"),
+        config=config,
+    )
+
+
+def transform(
+    model: Llama,
+    tokens: NamedArray,
+    positions: NamedArray,
+    *,
+    attend: Attend,
+    state: Any,
+    dtype: DTypeLike,
+    remat: bool = False,
+) -> tuple[NamedArray, Any]:
+    """Run all layers and the final norm.
+
+    `tokens` and `positions` are int32 over the same leading axes, whose names must differ from the model's own.
+    Returns (hidden [*lead, embed] in `dtype`, state after the last layer). Parameters of any float dtype are cast
+    to `dtype` layer by layer; norms and rope are fp32. With `remat` each layer is computed again in the backward
+    pass and only its input is kept.
+    """
+    config = model.config
+    turn = rotation(positions.array, frequencies(config))
+    hidden = model.embedding.take("vocab", tokens).astype(dtype)
+
+    def layer(carry: tuple[NamedArray, Any], weights: LlamaLayers, index: Int[Array, ""]) -> tuple[NamedArray, Any]:
+        hidden, state = carry
+        attended, state = _attention(config, weights, hidden, turn, index, attend, state)
+        hidden = hidden + attended
+        return hidden + _mlp(config, weights, hidden), state
+
+    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+    hidden, state = hax.fold(layer, "layers", remat=remat)((hidden, state), model.layers, indices)
+    return _normed(config, hidden, model.final_norm), state
+
+
+def attend_whole_sequences(
+    layer: Int[Array, ""],
+    q: Float[Array, "batch seq heads head_size"],
+    k: Float[Array, "batch seq kv_heads head_size"],
+    v: Float[Array, "batch seq kv_heads head_size"],
+    state: Int[Array, "batch seq"] | tuple[()],
+) -> tuple[Float[Array, "batch seq heads head_size"], Int[Array, "batch seq"] | tuple[()]]:
+    """The `attend` of training, for leading axes (sequence, position): causal, within each row's segments.
+
+    `state` is () when each row is one segment (padding may follow it), else int32 segment ids.
+    """
+    del layer
+    segment_ids = None if isinstance(state, tuple) else state
+    return causal_attention(q, k, v, segment_ids), state
+
+
+def unembedding(model: Llama) -> NamedArray:
+    """The matrix [vocab, embed] that turns hidden states into logits, tied or not."""
+    return model.embedding if model.head is None else model.head
+
+
+def logits(model: Llama, hidden: NamedArray) -> NamedArray:
+    """fp32 logits [*lead, vocab] of hidden states [*lead, embed]; the product runs in hidden's dtype, sums in fp32."""
+    matrix = unembedding(model).astype(hidden.dtype)
+    return hax.dot(hidden, matrix, axis="embed", preferred_element_type=jnp.float32)
+
+
+def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
+    """The rotary frequencies of a model, radians per position, fp32."""
+    plain = rope_frequencies(config.head_dim, config.rope_theta)
+    if config.rope_scaling is None:
+        return plain
+    return llama3_scaled_frequencies(
+        plain,
+        factor=config.rope_scaling.factor,
+        low_freq_factor=config.rope_scaling.low_freq_factor,
+        high_freq_factor=config.rope_scaling.high_freq_factor,
+        original_max_seq_len=config.rope_scaling.original_max_seq_len,
+    )
+
+
+def _axes(config: LlamaConfig) -> dict[str, tuple[Axis, ...]]:
+    """Axes of every parameter, by field name."""
+    layers, embed, mlp = (
+        Axis("layers", config.num_layers),
+        Axis("embed", config.hidden_size),
+        Axis("mlp", config.intermediate_size),
+    )
+    vocab, head_size = Axis("vocab", config.vocab_size), Axis("head_size", config.head_dim)
+    heads, kv_heads = Axis("heads", config.num_heads), Axis("kv_heads", config.num_kv_heads)
+    return {
+        "embedding": (vocab, embed),
+        "head": (vocab, embed),
+        "final_norm": (embed,),
+        "attn_norm": (layers, embed),
+        "wq": (layers, heads, head_size, embed),
+        "wk": (layers, kv_heads, head_size, embed),
+        "wv": (layers, kv_heads, head_size, embed),
+        "wo": (layers, embed, heads, head_size),
+        "mlp_norm": (layers, embed),
+        "w_gate": (layers, mlp, embed),
+        "w_up": (layers, mlp, embed),
+        "w_down": (layers, embed, mlp),
+    }
+
+
+def _attention(
+    config: LlamaConfig,
+    weights: LlamaLayers,
+    hidden: NamedArray,
+    turn: Rotation,
+    index: Int[Array, ""],
+    attend: Attend,
+    state: Any,
+) -> tuple[NamedArray, Any]:
+    normed = _normed(config, hidden, weights.attn_norm)
+    q, k, v = (_project(normed, weight, "embed") for weight in (weights.wq, weights.wk, weights.wv))
+    out, state = attend(index, apply_rope(q.array, turn), apply_rope(k.array, turn), v.array, state)
+    return _project(NamedArray(out, q.axes), weights.wo, ("heads", "head_size")), state
+
+
+def _mlp(config: LlamaConfig, weights: LlamaLayers, hidden: NamedArray) -> NamedArray:
+    normed = _normed(config, hidden, weights.mlp_norm)
+    gate = _project(normed, weights.w_gate, "embed")
+    up = _project(normed, weights.w_up, "embed")
+    return _project(hax.nn.silu(gate) * up, weights.w_down, "mlp")
+
+
+def _project(x: NamedArray, weight: NamedArray, axis: str | tuple[str, ...]) -> NamedArray:
+    """Contract `axis` of x with the weight, cast to x's dtype here so that only one layer is ever held twice."""
+    return hax.dot(x, weight.astype(x.dtype), axis=axis)
+
+
+def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:
+    return NamedArray(rms_norm(hidden.array, scale.array, config.rms_norm_eps), hidden.axes)

@@ -6,6 +6,7 @@
     ├── ModelError (ValueError)             weights or a model config that we do not support
     ├── CapacityError (ValueError)          a request that the engine's pages or lengths cannot hold
     ├── StorageError (OSError)              a path could not be read or written
+    │   └── PathNotFoundError (FileNotFoundError)   nothing is stored at the path
     ├── PlanError (ValueError)              the DAG itself is wrong; nothing has run
     │   ├── IdentityError                   a config value has no canonical form
     │   └── LiveEdgeError                   borrow/take edges that cannot be served
@@ -42,6 +43,10 @@ class CapacityError(SimpoPipelineError, ValueError):
 
 class StorageError(SimpoPipelineError, OSError):
     """A path could not be read or written."""
+
+
+class PathNotFoundError(StorageError, FileNotFoundError):
+    """Nothing is stored at the path."""
 
 
 class PlanError(SimpoPipelineError, ValueError):

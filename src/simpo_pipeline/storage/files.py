@@ -1,0 +1,237 @@
+"""Whole files and folders, local or remote: a reader sees the old content or the new, never a part.
+
+Locally a write goes to a dot file beside its place, is synced and renamed; remotely it is one upload, which object
+stores publish at its end. Parent folders are made. Every failure is a StorageError.
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.storage.filesystem import FileSystem, filesystem_of, storage_border
+from simpo_pipeline.storage.paths import base_name, is_local, join, parent, strip_file_scheme
+
+
+@dataclass(frozen=True, order=True)
+class FileEntry:
+    """One file of a listing."""
+
+    relative_path: str
+    num_bytes: int
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        PathNotFoundError: there is no such file.
+    """
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("read", path):
+        return filesystem.cat_file(inner_path)
+
+
+def read_text(path: str) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+        PathNotFoundError: there is no such file.
+        StorageError: it is not UTF-8.
+    """
+    with storage_border("read", path):
+        return read_bytes(path).decode("utf-8")
+
+
+def read_json(path: str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        PathNotFoundError: there is no such file.
+        StorageError: it is not JSON.
+    """
+    with storage_border("read", path):
+        return json.loads(read_bytes(path))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Put `data` at `path` in one piece, over what was there."""
+    if is_local(path):
+        with storage_border("write", path), open_write(path) as file:
+            file.write(data)
+        return
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("write", path):
+        filesystem.pipe_file(inner_path, data)
+
+
+def write_text(path: str, text: str) -> None:
+    """Put UTF-8 text at `path` in one piece."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str, value: Any) -> None:
+    """Put `value` at `path` as indented JSON in one piece."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def open_write(path: str) -> Generator[BinaryIO]:
+    """A binary file to stream into; it appears at `path` when the block ends well, and not at all when it raises."""
+    if is_local(path):
+        with _local_replacement(strip_file_scheme(path)) as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as folder:
+        spool = Path(folder, "spool")
+        with spool.open("wb") as file:
+            yield file
+        filesystem, inner_path = filesystem_of(path)
+        with storage_border("write", path):
+            filesystem.put_file(str(spool), inner_path)
+
+
+@contextmanager
+def _local_replacement(path: str) -> Generator[BinaryIO]:
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{base_name(path)}.{uuid.uuid4().hex}.tmp")
+    with storage_border("write", path):
+        os.makedirs(folder, exist_ok=True)
+        file = open(temporary, "wb")
+    try:
+        with file:
+            yield file
+            with storage_border("write", path):
+                file.flush()
+                os.fsync(file.fileno())
+        with storage_border("write", path):
+            os.replace(temporary, path)
+            _sync_folder(folder)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("look up", path):
+        return filesystem.exists(inner_path)
+
+
+def list_files(path: str) -> list[FileEntry]:
+    """All files below a folder, at any depth, sorted by relative path; none when the folder does not exist."""
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("list", path):
+        found = filesystem.find(inner_path, detail=True)
+    start = inner_path.rstrip("/") + "/"
+    return sorted(
+        FileEntry(relative_path=name[len(start) :], num_bytes=int(info["size"]))
+        for name, info in found.items()
+        if name.startswith(start)
+    )
+
+
+def list_folders(path: str) -> list[str]:
+    """The names of the folders directly inside a folder, sorted; none when it does not exist."""
+    filesystem, inner_path = filesystem_of(path)
+    try:
+        with storage_border("list", path):
+            entries = filesystem.ls(inner_path, detail=True)
+    except PathNotFoundError:
+        return []
+    return sorted(base_name(entry["name"]) for entry in entries if entry["type"] == "directory")
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or a folder with all below it; nothing happens when nothing is there."""
+    filesystem, inner_path = filesystem_of(path)
+    try:
+        with storage_border("remove", path):
+            filesystem.rm(inner_path, recursive=True)
+    except PathNotFoundError:
+        return
+
+
+def open_read(path: str) -> io.BufferedReader:
+    """A binary file to stream from; the caller closes it.
+
+    Raises:
+        PathNotFoundError: there is no such file.
+    """
+    if is_local(path):
+        with storage_border("read", path):
+            return open(strip_file_scheme(path), "rb")
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("read", path):
+        return io.BufferedReader(filesystem.open(inner_path, "rb"))
+
+
+def upload(local_path: Path, path: str) -> None:
+    """Copy one local file to `path`, where it appears in one piece."""
+    if is_local(path):
+        with storage_border("read", str(local_path)), open_write(path) as target, local_path.open("rb") as source:
+            shutil.copyfileobj(source, target, 1 << 20)
+        return
+    filesystem, inner_path = filesystem_of(path)
+    with storage_border("write", path):
+        filesystem.put_file(str(local_path), inner_path)
+
+
+@contextmanager
+def local_copy(path: str) -> Generator[Path]:
+    """A local path with the content of a file or folder: itself when local, else a copy that goes with the block.
+
+    Raises:
+        PathNotFoundError: nothing is stored at `path`.
+    """
+    if is_local(path):
+        local_path = Path(strip_file_scheme(path))
+        if not local_path.exists():
+            raise PathNotFoundError(f"Cannot read {path!r}: nothing is stored there.")
+        yield local_path
+        return
+    filesystem, inner_path = filesystem_of(path)
+    with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as folder:
+        yield _download(filesystem, inner_path, path, Path(folder))
+
+
+def _download(filesystem: FileSystem, inner_path: str, path: str, folder: Path) -> Path:
+    target = folder / base_name(path)
+    with storage_border("read", path):
+        if filesystem.isfile(inner_path):
+            filesystem.get_file(inner_path, str(target))
+            return target
+    entries = list_files(path)
+    if not entries:
+        raise PathNotFoundError(f"Cannot read {path!r}: nothing is stored there.")
+    for entry in entries:
+        copy = target / entry.relative_path
+        if not copy.resolve().is_relative_to(target.resolve()):
+            raise StorageError(f"{join(path, entry.relative_path)!r} would be copied outside its folder; rename it.")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with storage_border("read", join(path, entry.relative_path)):
+            filesystem.get_file(join(inner_path, entry.relative_path), str(copy))
+    return target
+
+
+def make_parent(path: str) -> None:
+    """Make the local folder that will hold `path`; object stores have no folders to make."""
+    if is_local(path):
+        with storage_border("make the folder of", path):
+            os.makedirs(parent(os.path.abspath(strip_file_scheme(path))), exist_ok=True)

@@ -1,0 +1,70 @@
+"""Paths as text: a local path or any fsspec URL (`gs://bucket/folder`). Nothing here touches storage.
+
+`pathlib` is not used for paths that may be URLs: `Path("gs://b")` is the local folder `gs:/b`.
+"""
+
+import os
+import re
+
+from simpo_pipeline.errors import StorageError
+
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+_FILE_SCHEMES = ("file://", "local://")
+_COLLAPSED_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+
+
+def is_local(path: str) -> bool:
+    """Whether the path lies on this machine's own file system."""
+    return path.startswith(_FILE_SCHEMES) or not _URL.match(path)
+
+
+def strip_file_scheme(path: str) -> str:
+    """The path without `file://`; any other path unchanged."""
+    for scheme in _FILE_SCHEMES:
+        if path.startswith(scheme):
+            return path[len(scheme) :]
+    return path
+
+
+def join(base: str, *parts: str) -> str:
+    """The path of `parts` under `base`, with one slash between neighbours; empty parts are left out.
+
+    Raises:
+        StorageError: a part is itself absolute, so it would leave `base`.
+    """
+    joined = base
+    for part in parts:
+        if part.startswith("/") or _URL.match(part):
+            raise StorageError(f"Cannot join {part!r} to {joined!r}: a part must be relative. Remove its leading part.")
+        if part:
+            joined = f"{joined}{part}" if joined.endswith("/") or not joined else f"{joined}/{part}"
+    return joined
+
+
+def is_relative(path: str) -> bool:
+    """Whether the path means nothing without a folder to start from."""
+    return is_local(path) and not strip_file_scheme(path).startswith("/")
+
+
+def absolute(path: str) -> str:
+    """The same place, independent of the working directory and without a trailing slash.
+
+    Raises:
+        StorageError: a URL that lost a slash (`gs:/bucket`), which would become a local folder of that name.
+    """
+    if _COLLAPSED_URL.match(path):
+        fixed = path.replace(":/", "://", 1)
+        raise StorageError(f"{path!r} is a URL that lost a slash. Write {fixed!r} (do not pass URLs through pathlib).")
+    if is_local(path):
+        return os.path.abspath(strip_file_scheme(path))
+    return path.rstrip("/") if path.split("://", 1)[1].strip("/") else path
+
+
+def parent(path: str) -> str:
+    """The folder that holds the path."""
+    return path.rstrip("/").rsplit("/", 1)[0]
+
+
+def base_name(path: str) -> str:
+    """The last part of the path."""
+    return path.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,20 @@
+"""Each storage test runs against a local folder and against an object store (fsspec's in-memory one)."""
+
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path):
+    """A place of its own for one test, removed afterwards."""
+    if request.param == "local":
+        yield str(tmp_path / "store")
+        return
+    url = f"memory://{uuid.uuid4().hex}"
+    yield url
+    filesystem = fsspec.filesystem("memory")
+    if filesystem.exists(url):
+        filesystem.rm(url, recursive=True)

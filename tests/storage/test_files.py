@@ -1,0 +1,184 @@
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.storage import files
+from simpo_pipeline.storage.files import FileEntry
+from simpo_pipeline.storage.paths import join
+
+
+def test_what_was_written_is_read_back_as_bytes_text_and_json(folder):
+    files.write_bytes(join(folder, "a/b/raw"), b"\x00\xff")
+    files.write_text(join(folder, "text"), "größer")
+    files.write_json(join(folder, "value.json"), {"list": [1, 2.5, None], "text": "ü"})
+    assert files.read_bytes(join(folder, "a/b/raw")) == b"\x00\xff"
+    assert files.read_text(join(folder, "text")) == "größer"
+    assert files.read_json(join(folder, "value.json")) == {"list": [1, 2.5, None], "text": "ü"}
+
+
+def test_an_empty_file_can_be_written_and_read(folder):
+    files.write_bytes(join(folder, "empty"), b"")
+    assert files.read_bytes(join(folder, "empty")) == b""
+    assert files.list_files(folder) == [FileEntry("empty", 0)]
+
+
+def test_a_second_write_replaces_the_first(folder):
+    files.write_text(join(folder, "x"), "a long first text")
+    files.write_text(join(folder, "x"), "second")
+    assert files.read_text(join(folder, "x")) == "second"
+
+
+def test_reading_what_is_not_there_names_the_path(folder):
+    missing = join(folder, "nothing")
+    for read in (files.read_bytes, files.read_text, files.read_json, files.open_read):
+        with pytest.raises(PathNotFoundError, match="nothing is stored there") as caught:
+            read(missing)
+        assert missing in str(caught.value)
+    with pytest.raises(PathNotFoundError), files.local_copy(missing):
+        pass
+
+
+def test_a_missing_path_is_also_a_file_not_found_error_of_python(folder):
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(join(folder, "nothing"))
+
+
+def test_text_that_is_not_json_or_not_utf8_is_a_storage_error_naming_the_file(folder):
+    files.write_bytes(join(folder, "bad"), b"\xff{")
+    with pytest.raises(StorageError, match="bad"):
+        files.read_json(join(folder, "bad"))
+    with pytest.raises(StorageError, match="bad"):
+        files.read_text(join(folder, "bad"))
+
+
+def test_a_scheme_nobody_serves_is_a_storage_error():
+    with pytest.raises(StorageError, match="nosuchscheme"):
+        files.read_bytes("nosuchscheme://bucket/x")
+
+
+def test_a_listing_has_every_file_at_any_depth_sorted_with_its_size(folder):
+    for name in ("b", "a/deep/er", ".hidden", "a/z"):
+        files.write_text(join(folder, name), name)
+    assert files.list_files(folder) == [
+        FileEntry(".hidden", 7),
+        FileEntry("a/deep/er", 9),
+        FileEntry("a/z", 3),
+        FileEntry("b", 1),
+    ]
+    assert files.list_folders(folder) == ["a"]
+
+
+def test_a_listing_of_what_is_not_there_is_empty(folder):
+    assert files.list_files(join(folder, "nothing")) == []
+    assert files.list_folders(join(folder, "nothing")) == []
+
+
+def test_a_listing_sees_a_file_written_after_the_listing_before(folder):
+    files.write_text(join(folder, "one"), "1")
+    assert len(files.list_files(folder)) == 1
+    files.write_text(join(folder, "two"), "2")
+    assert len(files.list_files(folder)) == 2
+
+
+def test_a_tree_is_removed_and_removing_it_again_does_nothing(folder):
+    files.write_text(join(folder, "tree/a/b"), "x")
+    files.remove_tree(join(folder, "tree"))
+    assert not files.exists(join(folder, "tree/a/b"))
+    assert not files.exists(join(folder, "tree"))
+    files.remove_tree(join(folder, "tree"))
+
+
+def test_a_streamed_write_that_raises_leaves_the_old_content_and_no_other_file(folder):
+    target = join(folder, "x")
+    files.write_text(target, "old")
+    with pytest.raises(RuntimeError, match="stop"), files.open_write(target) as file:
+        file.write(b"half of the new con")
+        raise RuntimeError("stop")
+    assert files.read_text(target) == "old"
+    assert [entry.relative_path for entry in files.list_files(folder)] == ["x"]
+
+
+def test_a_streamed_read_gives_the_content_in_pieces(folder):
+    files.write_bytes(join(folder, "x"), b"0123456789")
+    with files.open_read(join(folder, "x")) as file:
+        assert [file.read(4), file.read(4), file.read(4)] == [b"0123", b"4567", b"89"]
+
+
+def test_a_local_copy_of_a_file_has_its_content_and_its_name(folder):
+    files.write_text(join(folder, "weights.bin"), "w")
+    with files.local_copy(join(folder, "weights.bin")) as copy:
+        assert copy.name == "weights.bin"
+        assert copy.read_text() == "w"
+
+
+def test_a_local_copy_of_a_folder_has_all_its_files(folder):
+    files.write_text(join(folder, "model/config.json"), "{}")
+    files.write_text(join(folder, "model/parts/0"), "zero")
+    with files.local_copy(join(folder, "model")) as copy:
+        assert (copy / "config.json").read_text() == "{}"
+        assert (copy / "parts" / "0").read_text() == "zero"
+
+
+def test_a_local_path_is_its_own_copy_and_stays(tmp_path: Path):
+    (tmp_path / "x").write_text("x")
+    with files.local_copy(str(tmp_path / "x")) as copy:
+        assert copy == tmp_path / "x"
+    assert (tmp_path / "x").exists()
+
+
+def test_a_downloaded_copy_goes_when_its_block_ends():
+    files.write_text("memory://copies/x", "x")
+    with files.local_copy("memory://copies/x") as copy:
+        assert copy.exists()
+    assert not copy.exists()
+    files.remove_tree("memory://copies")
+
+
+def test_a_local_file_is_uploaded_whole(folder, tmp_path: Path):
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(256)) * 5000)
+    files.upload(source, join(folder, "deep/target"))
+    assert files.read_bytes(join(folder, "deep/target")) == source.read_bytes()
+
+
+def test_file_urls_are_local_paths(tmp_path: Path):
+    files.write_text(f"file://{tmp_path}/x", "x")
+    assert (tmp_path / "x").read_text() == "x"
+    assert files.read_text(f"file://{tmp_path}/x") == "x"
+
+
+def test_readers_see_the_old_text_or_the_new_while_it_is_replaced(tmp_path: Path):
+    path = str(tmp_path / "x")
+    texts = ("a" * 100_000, "b" * 200_000)
+    files.write_text(path, texts[0])
+    stop = threading.Event()
+    seen: set[str] = set()
+
+    def read_until_stopped():
+        while not stop.is_set():
+            seen.add(files.read_text(path))
+
+    reader = threading.Thread(target=read_until_stopped)
+    reader.start()
+    for turn in range(40):
+        files.write_text(path, texts[turn % 2])
+    stop.set()
+    reader.join()
+    assert seen and seen <= set(texts)
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error_naming_it(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="below"):
+        files.write_text(str(tmp_path / "file" / "below"), "x")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_a_storage_error(tmp_path: Path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(StorageError, match="permissions"):
+        files.write_text(str(tmp_path / "x"), "x")

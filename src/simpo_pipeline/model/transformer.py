@@ -148,8 +148,7 @@ def unembedding(model: Llama) -> NamedArray:
 
 def logits(model: Llama, hidden: NamedArray) -> NamedArray:
     """fp32 logits [*lead, vocab] of hidden states [*lead, embed]; the product runs in hidden's dtype, sums in fp32."""
-    matrix = unembedding(model).astype(hidden.dtype)
-    return hax.dot(hidden, matrix, axis="embed", preferred_element_type=jnp.float32)
+    return _project(hidden, unembedding(model), "embed", sum_dtype=jnp.float32)
 
 
 def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
@@ -203,7 +202,7 @@ def _attention(
     normed = _normed(config, hidden, weights.attn_norm)
     q, k, v = (_project(normed, weight, "embed") for weight in (weights.wq, weights.wk, weights.wv))
     out, state = attend(index, apply_rope(q.array, turn), apply_rope(k.array, turn), v.array, state)
-    return _project(NamedArray(out, q.axes), weights.wo, ("heads", "head_size")), state
+    return _project(NamedArray(out, q.axes), weights.wo, "heads", "head_size"), state
 
 
 def _mlp(config: LlamaConfig, weights: LlamaLayers, hidden: NamedArray) -> NamedArray:
@@ -213,9 +212,18 @@ def _mlp(config: LlamaConfig, weights: LlamaLayers, hidden: NamedArray) -> Named
     return _project(hax.nn.silu(gate) * up, weights.w_down, "mlp")
 
 
-def _project(x: NamedArray, weight: NamedArray, axis: str | tuple[str, ...]) -> NamedArray:
-    """Contract `axis` of x with the weight, cast to x's dtype here so that only one layer is ever held twice."""
-    return hax.dot(x, weight.astype(x.dtype), axis=axis)
+def _project(x: NamedArray, weight: NamedArray, *contracted: str, sum_dtype: DTypeLike | None = None) -> NamedArray:
+    """Contract the named axes of x and weight; the rest of x's axes lead the rest of weight's.
+
+    The weight is cast to x's dtype here, so that only one layer is ever held twice. Not `haliax.dot`: that calls a
+    function of jax that jax 0.12 no longer has.
+    """
+    x_dims, weight_dims = ([[axis.name for axis in a.axes].index(name) for name in contracted] for a in (x, weight))
+    product = jax.lax.dot_general(
+        x.array, weight.array.astype(x.dtype), ((x_dims, weight_dims), ((), ())), preferred_element_type=sum_dtype
+    )
+    axes = [axis for array in (x, weight) for axis in array.axes if axis.name not in contracted]
+    return NamedArray(product, tuple(axes))
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

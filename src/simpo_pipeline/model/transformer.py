@@ -7,6 +7,7 @@ cache) share one body. This module knows no mesh, no file format and no tokenize
 Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products over few rows are twice as fast so.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,17 +214,20 @@ def _mlp(config: LlamaConfig, weights: LlamaLayers, hidden: NamedArray) -> Named
 
 
 def _project(x: NamedArray, weight: NamedArray, *contracted: str, sum_dtype: DTypeLike | None = None) -> NamedArray:
-    """Contract the named axes of x and weight; the rest of x's axes lead the rest of weight's.
+    """Contract the named axes, last in x and last in weight; the rest of x's axes lead the rest of weight's.
 
-    The weight is cast to x's dtype here, so that only one layer is ever held twice. Not `haliax.dot`: that calls a
-    function of jax that jax 0.12 no longer has.
+    The weight is cast to x's dtype here, so that only one layer is ever held twice.
     """
-    x_dims, weight_dims = ([[axis.name for axis in a.axes].index(name) for name in contracted] for a in (x, weight))
-    product = jax.lax.dot_general(
-        x.array, weight.array.astype(x.dtype), ((x_dims, weight_dims), ((), ())), preferred_element_type=sum_dtype
-    )
-    axes = [axis for array in (x, weight) for axis in array.axes if axis.name not in contracted]
-    return NamedArray(product, tuple(axes))
+    in_shape = tuple(weight.axis_size(contracted))
+    out_axes = weight.axes[: weight.ndim - len(contracted)]
+    lead = x.axes[: x.ndim - len(contracted)]
+    # Flattened to [out, in], or XLA's CPU backend copies [heads, head_size, embed] weights transposed, each layer.
+    # (Not haliax.dot: it calls a function of jax that jax 0.12 no longer has.)
+    matrix = weight.array.reshape(-1, math.prod(in_shape)).astype(x.dtype)
+    rows = x.array.reshape(*(axis.size for axis in lead), math.prod(in_shape))
+    product = jax.lax.dot_general(rows, matrix, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=sum_dtype)
+    axes = lead + out_axes
+    return NamedArray(product.reshape(tuple(axis.size for axis in axes)), axes)
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

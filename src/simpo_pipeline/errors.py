@@ -10,6 +10,7 @@
     ├── PlanError (ValueError)              the DAG itself is wrong; nothing has run
     │   ├── IdentityError                   a config value has no canonical form
     │   └── LiveEdgeError                   borrow/take edges that cannot be served
+    ├── TrainingError (RuntimeError)        an update failed, or a trainer is used that has lost its state
     ├── StepError (RuntimeError)            something failed while the DAG ran
     │   ├── StepFailedError                 a step function raised
     │   ├── ReplayMismatchError             a replayed step gave another live value than its first run
@@ -59,6 +60,10 @@ class IdentityError(PlanError):
 
 class LiveEdgeError(PlanError):
     """Borrow and take edges that cannot be served."""
+
+
+class TrainingError(SimpoPipelineError, RuntimeError):
+    """An update failed, or a trainer is used that has lost its state."""
 
 
 class StepError(SimpoPipelineError, RuntimeError):

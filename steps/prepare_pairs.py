@@ -1,0 +1,63 @@
+"""Step `prepare_pairs`: preference records become tokenised pairs."""
+
+import dataclasses
+import logging
+import time
+
+from simpo_pipeline.data.config import PreferenceSource, TooLong, Unusable
+from simpo_pipeline.executor.step import THIS_OUTPUT_PATH
+from simpo_pipeline.storage.files import write_json
+from simpo_pipeline.storage.paths import join
+
+logger = logging.getLogger(__name__)
+
+PAIRS_FILE = "pairs.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparePairsConfig:
+    """Which records to read and how to tokenise them.
+
+    Attributes:
+        source: JSONL or Parquet files at any storage path, or a split of a hub dataset.
+        model_path: Folder with the tokenizer and its chat template.
+        max_length: Tokens that a prompt with one of its answers may have.
+        too_long: What happens to longer pairs: `raise`, `truncate` (the answers' tails) or `drop`.
+        unusable: What happens to pairs without a preference: `raise` or `drop`.
+        source_digest: Checksum of a local source, for identity: a path alone does not say what is in the file.
+    """
+
+    source: PreferenceSource
+    model_path: str
+    max_length: int
+    too_long: TooLong = "raise"
+    unusable: Unusable = "raise"
+    source_digest: str | None = None
+    output_path: str = THIS_OUTPUT_PATH
+
+
+def prepare_pairs(config: PreparePairsConfig) -> None:
+    """Writes `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
+
+    Raises:
+        DataError: a row is malformed, a pair is too long or unusable under `raise`, or nothing is left.
+    """
+    # Imported here because planning must not pay for numpy, pyarrow and transformers.
+    from simpo_pipeline.data.chat import load_tokenizer
+    from simpo_pipeline.data.pairs import write_pairs
+    from simpo_pipeline.data.records import read_records
+    from simpo_pipeline.data.tokenize import tokenize_pairs
+
+    started = time.perf_counter()
+    pairs, stats = tokenize_pairs(
+        read_records(config.source),
+        load_tokenizer(config.model_path),
+        config.max_length,
+        too_long=config.too_long,
+        unusable=config.unusable,
+    )
+    write_pairs(join(config.output_path, PAIRS_FILE), pairs)
+    seconds = round(time.perf_counter() - started, 3)
+    summary = {"source": config.source.path, **dataclasses.asdict(stats), "seconds": seconds}
+    write_json(join(config.output_path, "summary.json"), summary)
+    logger.info("pairs: %d kept, %d dropped, %d truncated", stats.num_pairs, stats.num_dropped, stats.num_truncated)

@@ -1,0 +1,127 @@
+"""Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from an earlier step."""
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
+from simpo_pipeline.storage.files import write_json
+from simpo_pipeline.storage.jsonl import JsonlWriter
+from simpo_pipeline.storage.paths import join
+from simpo_pipeline.training.config import TrainerConfig
+from steps.prepare_pairs import PAIRS_FILE
+from steps.session import JobSession, session_of
+
+if TYPE_CHECKING:
+    from simpo_pipeline.data.loader import PairLoader
+    from simpo_pipeline.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stretch of a run.
+
+    Attributes:
+        trainer: The whole run: its length, schedule, data order and loss. Equal in every stretch of the run.
+        model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
+        pairs_path: Output of `prepare_pairs`.
+        stop_step: The last update of this stretch, counted over the whole run.
+        live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
+    """
+
+    trainer: TrainerConfig
+    model_path: str
+    pairs_path: str
+    stop_step: int
+    live: Any = None
+    output_path: str = THIS_OUTPUT_PATH
+
+    def __post_init__(self) -> None:
+        stop_step = unwrap_versioned_value(self.stop_step)
+        num_train_steps = unwrap_versioned_value(self.trainer).num_train_steps
+        if not 1 <= stop_step <= num_train_steps:
+            raise ConfigError(f"stop_step is {stop_step}, and the run has updates 1 to {num_train_steps}")
+
+
+def train(config: TrainConfig, run: StepRun) -> Live:
+    """Runs the updates up to `stop_step`; writes `metrics.jsonl` and `summary.json`; returns the live trainer.
+
+    Raises:
+        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`.
+    """
+    session = session_of(run)
+    tracker = session.tracker
+    trainer = _start(config, session) if config.live is None else _take(config)
+    loader = _open_loader(config)
+    first_step = trainer.step + 1
+    rows: list[dict[str, float]] = []
+    with JsonlWriter(join(config.output_path, "metrics.jsonl")) as metrics_file:
+
+        def record(step: int, metrics: dict[str, float]) -> None:
+            row = {"step": step, **metrics}
+            rows.append(row)
+            metrics_file.write(row)
+            if run.processes.process_index == 0:
+                tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+            logger.info(
+                "step %d/%d loss %.5f lr %.2e grad_norm %.3f %.1f s %.0f tok/s",
+                *(step, config.trainer.num_train_steps, metrics["loss"], metrics["learning_rate"]),
+                *(metrics["grad_norm"], metrics["step_seconds"], metrics["tokens_per_second"]),
+            )
+
+        trainer.train_until(config.stop_step, loader, record)
+    digest = trainer.digest()
+    write_json(join(config.output_path, "summary.json"), _summarize(first_step, rows, digest))
+    return Live(trainer, digest=digest, free=trainer.free)
+
+
+def _start(config: TrainConfig, session: JobSession) -> "Trainer":
+    # Imported here because planning must not import jax.
+    from simpo_pipeline.distributed.mesh import training_mesh
+    from simpo_pipeline.training.trainer import Trainer
+
+    return Trainer.start(config.trainer, config.model_path, programs=session.programs, mesh=training_mesh())
+
+
+def _take(config: TrainConfig) -> "Trainer":
+    trainer: Trainer = config.live
+    if trainer.config != config.trainer:
+        raise ConfigError(
+            f"the live trainer is of another run: it has {trainer.config}, this step was given {config.trainer}; "
+            "all stretches of one run share one trainer config"
+        )
+    return trainer
+
+
+def _open_loader(config: TrainConfig) -> "PairLoader":
+    # Imported here because planning must not pay for transformers and pyarrow.
+    from simpo_pipeline.data.chat import load_tokenizer
+    from simpo_pipeline.data.loader import PairLoader
+    from simpo_pipeline.data.pairs import read_pairs
+
+    return PairLoader(
+        pairs=read_pairs(join(config.pairs_path, PAIRS_FILE)),
+        batch_size=config.trainer.train_batch_size,
+        seq_len=config.trainer.train_seq_len,
+        seed=config.trainer.seed,
+        pad_id=load_tokenizer(config.model_path).pad_token_id,
+    )
+
+
+def _summarize(first_step: int, rows: list[dict[str, float]], digest: str) -> dict[str, Any]:
+    seconds = sum(row["step_seconds"] for row in rows)
+    tokens = int(sum(row["tokens"] for row in rows))
+    return {
+        "first_step": first_step,
+        "step": int(rows[-1]["step"]),
+        "state_digest": digest,
+        "loss": rows[-1]["loss"],
+        "tokens": tokens,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+    }

@@ -1,0 +1,215 @@
+"""When is a step new? Its identity: name, versioned values and the identities of what it depends on. Nothing else.
+
+Never part of it: prefix, region, output path, host count, accelerator, where the code lies, values not marked
+`versioned`, the order of fields or keys. The identity is a JSON text; its SHA-256 names it.
+
+    version(step) = sha256(name, {field path: versioned value | version(dependency) and how it is used})
+"""
+
+import dataclasses
+import hashlib
+import json
+import numbers
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from enum import Enum, StrEnum
+from pathlib import PurePath
+from typing import Any, cast
+
+from simpo_pipeline.errors import IdentityError
+from simpo_pipeline.executor.step import ExecutorStep, InputName, LiveInput, OutputName, VersionedValue
+
+_MARKERS = (VersionedValue, ExecutorStep, InputName, OutputName, LiveInput)
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+SHORT_HASH_LENGTH = 8
+
+
+class EdgeKind(StrEnum):
+    """How one step uses another."""
+
+    SAVED = "saved"
+    PSEUDO = "pseudo"
+    BORROW = "borrow"
+    TAKE = "take"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One use of another step, at one place of a config."""
+
+    step: ExecutorStep[Any]
+    kind: EdgeKind
+    field_path: str
+    sub_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What a config holds besides plain values."""
+
+    versioned: Mapping[str, Any]
+    """Canonical value by field path."""
+    edges: tuple[Edge, ...]
+
+
+def find_markers(config: Any) -> Markers:
+    """The versioned values and the edges of a config, by field path (`train.rates[0]`).
+
+    Raises:
+        IdentityError: a versioned value has no canonical form; its field path is named.
+    """
+    versioned: dict[str, Any] = {}
+    edges: list[Edge] = []
+    for path, marker in _walk(config, ""):
+        match marker:
+            case VersionedValue():
+                versioned[path] = canonical(cast(Any, marker).value, path)
+            case InputName(step=None):
+                versioned[path] = marker.name
+            case ExecutorStep():
+                edges.append(Edge(cast(ExecutorStep[Any], marker), EdgeKind.SAVED, path))
+            case InputName(step=ExecutorStep()):
+                kind = EdgeKind.SAVED if marker.block_on_step else EdgeKind.PSEUDO
+                edges.append(Edge(cast(ExecutorStep[Any], marker.step), kind, path, marker.name))
+            case LiveInput():
+                edges.append(Edge(marker.step, EdgeKind(marker.use.value), path))
+            case _:
+                pass
+    return Markers(versioned, tuple(edges))
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, _MARKERS):
+        yield path, value
+        return
+    for name, inner in _children(value, path):
+        yield from _walk(inner, name)
+
+
+def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield _below(path, field.name), getattr(value, field.name)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(cast(list[Any], value)):
+            yield f"{path}[{index}]", inner
+    elif isinstance(value, dict):
+        for key, inner in cast(dict[Any, Any], value).items():
+            yield _below(path, key), inner
+
+
+def _below(path: str, key: Any) -> str:
+    """Keys that are not names are quoted, so that no two places share a path."""
+    if not (isinstance(key, str) and key.isidentifier()):
+        return f"{path}[{key!r}]"
+    return f"{path}.{key}" if path else key
+
+
+def canonical(value: Any, path: str) -> Any:
+    """The value as plain JSON that equal values share, across processes and machines.
+
+    Raises:
+        IdentityError: there is no such form; `path` and the cure are named.
+    """
+    if isinstance(value, Enum):
+        return {"!enum": f"{type(value).__name__}.{value.name}"}
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):
+        return float(value)
+    if isinstance(value, type):
+        return {"!class": value.__name__}
+    if isinstance(value, list | tuple | set | frozenset | dict) or dataclasses.is_dataclass(value):
+        return _canonical_container(value, path)
+    return {f"!{type(value).__name__}": _canonical_text(value, path)}
+
+
+def _canonical_container(value: Any, path: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [canonical(inner, name) for name, inner in _children(value, path)]
+    if isinstance(value, set | frozenset):
+        members = [canonical(member, f"{path}{{}}") for member in cast(frozenset[Any], value)]
+        return {"!set": sorted(members, key=_json)}
+    if isinstance(value, dict):
+        return _canonical_dict(cast(dict[Any, Any], value), path)
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {"!dataclass": type(value).__name__, **_canonical_dict(fields, path)}
+
+
+def _canonical_dict(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    for key in value:
+        if not isinstance(key, str):
+            raise _no_form(key, path, "dict keys must be str. Turn the keys into text.")
+    return {
+        f"!{key}" if key.startswith("!") else key: canonical(value[key], _below(path, key)) for key in sorted(value)
+    }
+
+
+def _canonical_text(value: Any, path: str) -> str:
+    if isinstance(value, _MARKERS):
+        raise _no_form(value, path, "versioned(...) must not contain steps, paths of steps or other markers.")
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if isinstance(value, date | datetime | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return repr(value.total_seconds())
+    if hasattr(value, "__array__") and getattr(value, "shape", ()) != ():
+        raise _no_form(value, path, "arrays are not shown whole by their repr. Pass value.tolist() or a path.")
+    text = repr(value)
+    if callable(value) or _ADDRESS.search(text):
+        raise _no_form(
+            value, path, "functions and objects without a repr of their own are new in each process. Pass a name."
+        )
+    return text
+
+
+def _no_form(value: Any, path: str, cure: str) -> IdentityError:
+    where = path or "the config itself"
+    return IdentityError(f"The versioned value at {where!r} holds {value!r} ({type(value).__name__}): {cure}")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a step the same step."""
+
+    version: Mapping[str, Any]
+    """name, config (field path to canonical value or dependency), dependencies, pseudo_dependencies."""
+    version_str: str
+    hash: str
+    """SHA-256 of `version_str`, 64 hex digits."""
+
+    @property
+    def short_hash(self) -> str:
+        """What the output path shows of the hash."""
+        return self.hash[:SHORT_HASH_LENGTH]
+
+
+def identify(name: str, markers: Markers, identities: Mapping[ExecutorStep[Any], Identity]) -> Identity:
+    """The identity of a step, from its markers and the identities of all steps they name."""
+    config = dict(markers.versioned)
+    used: dict[bool, set[str]] = {True: set(), False: set()}
+    for edge in markers.edges:
+        label = f"{edge.step.name}-{identities[edge.step].hash}"
+        config[edge.field_path] = {"!step": label, "use": edge.kind.value, "sub_path": edge.sub_path}
+        used[edge.kind is EdgeKind.PSEUDO].add(label)
+    version = {
+        "name": name,
+        "config": config,
+        "dependencies": sorted(used[False]),
+        "pseudo_dependencies": sorted(used[True]),
+    }
+    version_str = _json(version)
+    return Identity(version, version_str, hashlib.sha256(version_str.encode("ascii")).hexdigest())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -1,0 +1,49 @@
+"""What a step function is told about the run it belongs to, when it asks by naming a second parameter `run`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from simpo_pipeline.executor.processes import Processes
+
+
+class Action(StrEnum):
+    """What the plan does with a step."""
+
+    RUN = "RUN"
+    """Call its function and record its outputs."""
+    SKIP = "SKIP"
+    """Its outputs are recorded and nobody needs its live value."""
+    REPLAY = "REPLAY"
+    """Its outputs are recorded; call its function again, aside, for the live value alone."""
+    WAIT = "WAIT"
+    """Another job is running it."""
+    BLOCKED = "BLOCKED"
+    """It cannot run in this job."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One step of a plan, with the reason for its action."""
+
+    step_name: str
+    action: Action
+    reason: str
+    version: str
+    """Short hash of the identity, as in the output path."""
+    output_path: str
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """One call of a step function."""
+
+    name: str
+    output_path: str
+    """Where this call writes; a scratch path while replaying."""
+    processes: Processes
+    session: Any
+    """What the experiment gave the executor for its steps to share; the executor never looks inside."""
+    plan: tuple[PlanRow, ...]
+    replaying: bool
+    """Whether only the live value of this call counts; its outputs will be thrown away."""

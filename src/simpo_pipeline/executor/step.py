@@ -1,0 +1,179 @@
+"""What an experiment is written with: steps, and the markers its configs may hold. Names follow Marin.
+
+A step is inert: it knows its name, function and config, but not its version, its output path or whether it has run.
+In a config, anywhere inside dataclasses, lists, tuples and dicts,
+
+    step, step / "sub"        becomes the output path of another step, or a path below it
+    this_output_path("sub")   becomes the step's own output path, or a path below it
+    versioned(x)              becomes x, and makes x part of the step's identity
+    borrow(step), take(step)  becomes the live value that the other step published, in this process
+
+Functions that make markers return `Any` to the type checker: a field is annotated with what the step function will
+read (`str`, `float`), not with what an experiment may write there.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Generic, TypeVar, cast
+
+from simpo_pipeline.errors import IdentityError, LiveEdgeError, PlanError
+
+ConfigT = TypeVar("ConfigT")
+
+StepFunction = Callable[..., Any]
+"""fn(config) or fn(config, run: StepRun), returning None or a Live."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExecutorStep(Generic[ConfigT]):
+    """One step of a DAG; two step objects are never equal, however alike, until the executor compares identities.
+
+    Raises:
+        PlanError: the name cannot be part of a path.
+    """
+
+    name: str
+    """Begins the output path, so slashes make folders; the other half of the identity of what `fn` does."""
+    fn: StepFunction | None
+    config: ConfigT
+    description: str | None = field(default=None, kw_only=True)
+    override_output_path: str | None = field(default=None, kw_only=True)
+    """Used in place of `{prefix}/{name}-{hash}`; relative paths are below the prefix."""
+
+    def __post_init__(self) -> None:
+        if any(part in ("", ".", "..") or part.startswith(".") for part in self.name.split("/")):
+            raise PlanError(
+                f"A step is named {self.name!r}. A name is one or more parts joined by '/', none of them empty or "
+                "beginning with a dot. Rename the step."
+            )
+
+    def __repr__(self) -> str:
+        return f"ExecutorStep(name={self.name!r})"
+
+    def cd(self, name: str) -> Any:
+        """The path `name` below this step's output path."""
+        return InputName(self, name)
+
+    def __truediv__(self, name: str) -> Any:
+        return self.cd(name)
+
+    def as_input_name(self) -> "InputName":
+        """This step's output path."""
+        return InputName(self, None)
+
+    def nonblocking(self) -> Any:
+        """This step's output path, part of the identity but neither waited for nor run for its sake."""
+        return self.as_input_name().nonblocking()
+
+    def with_output_path(self, output_path: str) -> "ExecutorStep[ConfigT]":
+        """The same step with its outputs elsewhere."""
+        return dataclasses.replace(self, override_output_path=output_path)
+
+
+@dataclass(frozen=True)
+class InputName:
+    """A path below another step's output path; below the prefix when `step` is None."""
+
+    step: "ExecutorStep[Any] | None"
+    name: str | None
+    block_on_step: bool = True
+
+    def cd(self, name: str) -> Any:
+        """The path `name` below this one."""
+        return dataclasses.replace(self, name=f"{self.name.rstrip('/')}/{name}" if self.name else name)
+
+    def __truediv__(self, name: str) -> Any:
+        return self.cd(name)
+
+    def nonblocking(self) -> Any:
+        """The same path, part of the identity but neither waited for nor run for its sake."""
+        return dataclasses.replace(self, block_on_step=False)
+
+    @staticmethod
+    def hardcoded(path: str) -> Any:
+        """A path that no step makes: absolute, a URL, or relative to the prefix."""
+        return InputName(None, path)
+
+
+@dataclass(frozen=True)
+class OutputName:
+    """A path below the output path of the step whose config holds it."""
+
+    name: str | None
+
+
+THIS_OUTPUT_PATH: Any = OutputName(None)
+
+
+def this_output_path(name: str | None = None) -> Any:
+    """The output path of the step whose config holds this, or a path below it."""
+    return OutputName(name)
+
+
+def output_path_of(step: "ExecutorStep[Any]", name: str | None = None) -> Any:
+    """The output path of another step, or a path below it."""
+    return InputName(step, name)
+
+
+@dataclass(frozen=True)
+class VersionedValue:
+    """A value that is part of the step's identity."""
+
+    value: Any
+
+
+def versioned(value: Any) -> Any:
+    """Make a value part of the identity of the step whose config holds it.
+
+    Raises:
+        IdentityError: the value is a marker, or is already versioned; those bear identity by themselves.
+    """
+    if isinstance(value, VersionedValue | InputName | ExecutorStep | OutputName | LiveInput):
+        kind = type(cast(object, value)).__name__
+        raise IdentityError(f"versioned() got a {kind}. Pass a plain value; markers need no versioned().")
+    return VersionedValue(cast(object, value))
+
+
+def ensure_versioned(value: Any) -> Any:
+    """The value versioned, once."""
+    return cast(Any, value) if isinstance(value, VersionedValue) else versioned(value)
+
+
+def unwrap_versioned_value(value: Any) -> Any:
+    """The value itself, versioned or not."""
+    return cast(Any, value).value if isinstance(value, VersionedValue) else value
+
+
+class LiveUse(StrEnum):
+    """What a consumer may do with a live value."""
+
+    BORROW = "borrow"
+    """Read it; neither change nor keep it."""
+    TAKE = "take"
+    """Become its owner: change it, donate its buffers, publish it again."""
+
+
+@dataclass(frozen=True)
+class LiveInput:
+    """A live value that another step publishes."""
+
+    step: "ExecutorStep[Any]"
+    use: LiveUse
+
+
+def borrow(step: "ExecutorStep[Any]") -> Any:
+    """The live value of another step, to be read only and given back when this step ends."""
+    return LiveInput(_producer(step, LiveUse.BORROW), LiveUse.BORROW)
+
+
+def take(step: "ExecutorStep[Any]") -> Any:
+    """The live value of another step, to be owned from now on; every borrower has ended before."""
+    return LiveInput(_producer(step, LiveUse.TAKE), LiveUse.TAKE)
+
+
+def _producer(step: object, use: LiveUse) -> "ExecutorStep[Any]":
+    if not isinstance(step, ExecutorStep):
+        raise LiveEdgeError(f"{use}() got {step!r}. Pass the ExecutorStep that publishes the value, not a path.")
+    return cast(ExecutorStep[Any], step)

@@ -1,0 +1,145 @@
+"""Preference records to tokenised pairs, with a count of everything that did not fit.
+
+Nothing is cut or left out silently: the default is an error, and each other policy is counted in PairStats.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simpo_pipeline.data.chat import Tokenizer, encode_turn
+from simpo_pipeline.data.config import TooLong, Unusable
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.records import PreferenceRecord
+from simpo_pipeline.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """What became of the records. Token counts are of the kept pairs, both sequences of each, without padding.
+
+    num_records == num_pairs + num_dropped_too_long + num_dropped_unusable; num_truncated of num_pairs are cut.
+    `padding_share` is the part of the batches' positions that would be padding at `max_length` positions a row.
+    """
+
+    num_records: int
+    num_pairs: int
+    num_dropped_too_long: int
+    num_dropped_unusable: int
+    num_truncated: int
+    prompt_tokens: int
+    chosen_response_tokens: int
+    rejected_response_tokens: int
+    longest: int
+    max_length: int
+    padding_share: float
+
+    @property
+    def num_dropped(self) -> int:
+        """Records left out, for whatever reason."""
+        return self.num_dropped_too_long + self.num_dropped_unusable
+
+
+def tokenize_pairs(
+    records: Iterable[PreferenceRecord],
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    too_long: TooLong = "raise",
+    unusable: Unusable = "raise",
+) -> tuple[list[TokenizedPair], PairStats]:
+    """Tokenise the records in order; no sequence of the result is longer than `max_length`.
+
+    `truncate` keeps the prompt and cuts the tails of the answers (and so their end-of-turn tokens); it drops a pair
+    whose prompt alone leaves no room, or whose answers become equal.
+
+    Raises:
+        ConfigError: max_length < 2.
+        DataError: a pair is too long or unusable and the policy says raise, the chat template does not suit, or no
+            pair is left.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; a pair needs at least 2 tokens: prompt and answer")
+    outcomes: Counter[str] = Counter()
+    pairs: list[TokenizedPair] = []
+    for record in records:
+        outcome, pair = _tokenize_record(record, tokenizer, max_length, too_long, unusable)
+        outcomes[outcome] += 1
+        if pair is not None:
+            pairs.append(pair)
+    if not pairs:
+        raise DataError(
+            f"none of {outcomes.total()} pairs is left: {outcomes['too long']} longer than max_length {max_length}, "
+            f"{outcomes['unusable']} without a preference; raise max_length or check the data"
+        )
+    return pairs, _stats(pairs, outcomes, max_length)
+
+
+def _tokenize_record(
+    record: PreferenceRecord, tokenizer: Tokenizer, max_length: int, too_long: TooLong, unusable: Unusable
+) -> tuple[str, TokenizedPair | None]:
+    """Say what became of a record: 'kept', 'truncated', 'too long' or 'unusable'; the first two with its pair."""
+    complaint = _complaint(record)
+    if complaint and unusable == "raise":
+        raise DataError(f"{record.where}: {complaint}; correct the row, or set unusable to 'drop'")
+    if complaint:
+        return "unusable", None
+    pair = _tokenize_pair(record, tokenizer)
+    if pair.longest <= max_length:
+        return "kept", pair
+    if too_long == "raise":
+        raise DataError(
+            f"{record.where}: the pair {pair.prompt_id!r} has {pair.longest} tokens, more than max_length "
+            f"{max_length}; raise max_length, or set too_long to 'truncate' or 'drop'"
+        )
+    truncated = _truncate(pair, max_length) if too_long == "truncate" else None
+    return ("truncated", truncated) if truncated else ("too long", None)
+
+
+def _complaint(record: PreferenceRecord) -> str | None:
+    for side, messages in (("chosen", record.chosen), ("rejected", record.rejected)):
+        if not messages[-1].content.strip():
+            return f"field '{side}[{len(messages) - 1}].content' is an empty answer, expected text"
+    if record.chosen[-1].content == record.rejected[-1].content:
+        return "fields 'chosen' and 'rejected' hold the same answer, expected two different ones"
+    return None
+
+
+def _tokenize_pair(record: PreferenceRecord, tokenizer: Tokenizer) -> TokenizedPair:
+    try:
+        chosen, rejected = encode_turn(tokenizer, record.chosen), encode_turn(tokenizer, record.rejected)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from error
+    return TokenizedPair(
+        prompt_id=record.prompt_id,
+        chosen_tokens=np.array(chosen.prompt + chosen.answer, dtype=np.int32),
+        rejected_tokens=np.array(rejected.prompt + rejected.answer, dtype=np.int32),
+        chosen_response_start=len(chosen.prompt),
+        rejected_response_start=len(rejected.prompt),
+    )
+
+
+def _truncate(pair: TokenizedPair, max_length: int) -> TokenizedPair | None:
+    no_room = max(pair.chosen_response_start, pair.rejected_response_start) >= max_length
+    chosen, rejected = pair.chosen_tokens[:max_length], pair.rejected_tokens[:max_length]
+    if no_room or np.array_equal(chosen, rejected):
+        return None
+    return replace(pair, chosen_tokens=chosen, rejected_tokens=rejected)
+
+
+def _stats(pairs: Sequence[TokenizedPair], outcomes: Counter[str], max_length: int) -> PairStats:
+    return PairStats(
+        num_records=outcomes.total(),
+        num_pairs=len(pairs),
+        num_dropped_too_long=outcomes["too long"],
+        num_dropped_unusable=outcomes["unusable"],
+        num_truncated=outcomes["truncated"],
+        prompt_tokens=sum(pair.chosen_response_start + pair.rejected_response_start for pair in pairs),
+        chosen_response_tokens=sum(len(pair.chosen_tokens) - pair.chosen_response_start for pair in pairs),
+        rejected_response_tokens=sum(len(pair.rejected_tokens) - pair.rejected_response_start for pair in pairs),
+        longest=max(pair.longest for pair in pairs),
+        max_length=max_length,
+        padding_share=1.0 - sum(pair.num_tokens for pair in pairs) / (2 * len(pairs) * max_length),
+    )

@@ -1,0 +1,1 @@
+"""Strict settings from YAML text and the command line."""

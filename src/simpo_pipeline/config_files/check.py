@@ -1,0 +1,160 @@
+"""Whether raw values fit a dataclass, key by key, said in one sentence for each that does not.
+
+Understands fields of dataclasses, `X | None`, `Literal`, `dict[str, X]`, lists, tuples of one kind, and scalars.
+Nothing is converted: a number in quotes is text. Knows neither files nor what a setting is for.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union
+
+_SCALARS: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checker:
+    source: str
+    root: type
+    retired: Mapping[str, str]
+
+    def value(self, kind: Any, raw: Any, key: str, pattern: str) -> Iterator[str]:
+        """Sentences about `raw` under `key`; in `pattern` a star stands for each name that the user chose."""
+        origin = typing.get_origin(kind)
+        arguments = typing.get_args(kind)
+        if kind is Any:
+            return
+        if origin in (Union, types.UnionType):
+            yield from self._union(arguments, raw, key, pattern)
+        elif dataclasses.is_dataclass(kind):
+            yield from self._dataclass(typing.cast(type, kind), raw, key, pattern)
+        elif origin is dict and isinstance(raw, dict):
+            for name, inner in raw.items():
+                yield from self.value(arguments[1], inner, _below(key, name), _below(pattern, "*"))
+        elif origin in (list, tuple) and isinstance(raw, list):
+            for index, inner in enumerate(raw):
+                yield from self.value(arguments[0], inner, f"{key}[{index}]", _below(pattern, "*"))
+        elif not _fits(kind, raw):
+            yield f"{self.source}: {key} is {_show(raw)}; allowed is {_describe(kind)}."
+
+    def _union(self, kinds: tuple[Any, ...], raw: Any, key: str, pattern: str) -> Iterator[str]:
+        if raw is None and type(None) in kinds:
+            return
+        answers = [list(self.value(kind, raw, key, pattern)) for kind in kinds if kind is not type(None)]
+        if not all(answers):
+            return
+        if len(answers) == 1 and isinstance(raw, list | dict):
+            # The value has the right form, and what is wrong lies inside it.
+            yield from answers[0]
+        else:
+            yield f"{self.source}: {key} is {_show(raw)}; allowed is {' or '.join(map(_describe, kinds))}."
+
+    def _dataclass(self, kind: type, raw: Any, key: str, pattern: str) -> Iterator[str]:
+        if not isinstance(raw, dict):
+            yield f"{self.source}: {key} is {_show(raw)}; allowed is a mapping with keys {', '.join(_hints(kind))}."
+            return
+        hints = _hints(kind)
+        for name, inner in raw.items():
+            inner_key, inner_pattern = _below(key, name), _below(pattern, name)
+            if inner_pattern in self.retired:
+                yield f"{self.source}: {inner_key} is retired: {self.retired[inner_pattern]}."
+            elif name in hints:
+                yield from self.value(hints[name], inner, inner_key, inner_pattern)
+            else:
+                yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}."
+
+    def _nearest(self, name: str, key: str, hints: Mapping[str, Any]) -> str:
+        near = difflib.get_close_matches(name, hints, n=1)
+        elsewhere = [path for path in _all_keys(self.root) if path.rpartition(".")[2] == name]
+        if near or elsewhere:
+            return f"the nearest is {_below(key, near[0]) if near else elsewhere[0]}"
+        return f"the settings {f'of {key}' if key else 'here'} are {', '.join(hints)}"
+
+
+def find_misfits(kind: type, raw: Mapping[str, Any], source: str, retired: Mapping[str, str]) -> list[str]:
+    """One sentence for each key of `raw` that is unknown, retired or of the wrong type; keys left out are fine.
+
+    Args:
+        kind: The dataclass that `raw` is meant for.
+        raw: What a YAML file holds.
+        source: The file, or "command line"; begins each sentence.
+        retired: Dotted key (`*` for names in a dict) to the words that say what to do instead.
+    """
+    return list(_Checker(source, kind, retired).value(kind, dict(raw), "", ""))
+
+
+def find_missing(kind: type, raw: Mapping[str, Any], source: str, key: str = "") -> list[str]:
+    """One sentence for each required field that `raw`, which fits otherwise, leaves out."""
+    missing: list[str] = []
+    hints = _hints(kind)
+    for field in dataclasses.fields(kind):
+        inner_key = _below(key, field.name)
+        if field.name in raw:
+            missing += _missing_below(hints[field.name], raw[field.name], source, inner_key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            missing.append(f"{source}: {inner_key} is missing; give {_describe(hints[field.name])}.")
+    return missing
+
+
+def _missing_below(kind: Any, raw: Any, source: str, key: str) -> list[str]:
+    if dataclasses.is_dataclass(kind) and isinstance(raw, Mapping):
+        return find_missing(typing.cast(type, kind), raw, source, key)
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return [sentence for inner in arguments for sentence in _missing_below(inner, raw, source, key)]
+    if typing.get_origin(kind) is dict and isinstance(raw, Mapping):
+        found = [_missing_below(arguments[1], inner, source, _below(key, name)) for name, inner in raw.items()]
+        return [sentence for sentences in found for sentence in sentences]
+    return []
+
+
+def _fits(kind: Any, raw: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return any(raw == allowed and type(raw) is type(allowed) for allowed in typing.get_args(kind))
+    if kind not in _SCALARS:
+        return False
+    # bool is a subclass of int, and no number.
+    return isinstance(raw, _SCALARS[kind][0]) and (kind is bool or not isinstance(raw, bool))
+
+
+def _describe(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
+    if kind in _SCALARS:
+        return _SCALARS[kind][1]
+    if kind is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(str(allowed) for allowed in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(inner) for inner in arguments)
+    if origin in (list, tuple):
+        return f"a list, each entry {_describe(arguments[0])}"
+    return "a mapping"
+
+
+def _show(raw: Any) -> str:
+    text = "null" if raw is None else repr(raw)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+
+
+def _below(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _all_keys(kind: type, key: str = "") -> Iterator[str]:
+    for name, hint in _hints(kind).items():
+        yield _below(key, name)
+        if dataclasses.is_dataclass(hint):
+            yield from _all_keys(typing.cast(type, hint), _below(key, name))

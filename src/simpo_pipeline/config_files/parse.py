@@ -1,0 +1,111 @@
+"""YAML text and command-line words as plain mappings; what the keys mean is not known here.
+
+Scalars are YAML's, with two corrections to PyYAML's YAML 1.1: `6e-7` is a number, and a key given twice is an error.
+"""
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from simpo_pipeline.errors import ConfigError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader without silent duplicates."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key.value!r} is given twice, the second time in line {line}; keep one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks for a dot before an exponent, so PyYAML alone reads 6e-7 as text.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping that a YAML document holds; `source` names it in errors.
+
+    Raises:
+        ConfigError: it is not YAML, gives a key twice, or holds something else than a mapping.
+    """
+    value = _load(text, source)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: the file holds {value!r}, and a mapping of settings is needed.")
+    return value
+
+
+def _load(text: str, source: str) -> Any:
+    try:
+        # The loader is a SafeLoader, which makes plain values only.
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}.") from error
+
+
+def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the flags called `names` with their values, and all other words, each in order.
+
+    A flag is `--name value`, `--name=value` or a bare `--name`; only `--` begins one, so `-1` is a value.
+    """
+    chosen: list[str] = []
+    others: list[str] = []
+    target = others
+    for word in argv:
+        if word.startswith("--"):
+            target = chosen if word[2:].partition("=")[0] in names else others
+        elif word == "-h":
+            target = chosen
+        target.append(word)
+    return chosen, others
+
+
+def parse_flags(argv: Sequence[str], source: str) -> dict[str, Any]:
+    """The nested mapping that flags like `--trainer.num_train_steps 3` stand for; a bare flag is true.
+
+    Raises:
+        ConfigError: a word belongs to no flag, a value is not YAML, or a key is set twice.
+    """
+    settings: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        flag = words.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"{source}: {flag!r} belongs to no flag; write --key value, with --key=value for text.")
+        key, separator, value = flag[2:].partition("=")
+        if not separator and words and not words[0].startswith("--"):
+            separator, value = "=", words.pop(0)
+        _insert(settings, key, _load(value, f"{source}: {key}") if separator else True, source)
+    return settings
+
+
+def _insert(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *folders, name = key.split(".")
+    inner = settings
+    for folder in folders:
+        inner = inner.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            break
+    if not isinstance(inner, dict) or name in inner:
+        raise ConfigError(f"{source}: {key} is given twice, whole or in part; keep one.")
+    inner[name] = value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in place of its own; mappings are merged, lists are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,197 @@
+"""Settings are decoded strictly: whatever is wrong is said in one sentence that names key, place and what to do."""
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simpo_pipeline.config_files.decode import decode_yaml
+from simpo_pipeline.config_files.parse import merge, parse_flags, split_flags
+from simpo_pipeline.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Oven:
+    celsius: int
+    fan: bool = False
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.celsius > 300:
+            raise ConfigError(f"oven.celsius must be at most 300, got {self.celsius}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shelf:
+    items: tuple[str, ...] = ()
+    counts: list[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kitchen:
+    oven: Oven
+    name: str = "kitchen"
+    lamp: Oven | None = None
+    shelves: dict[str, Shelf] = dataclasses.field(default_factory=dict)
+    owner: bool | str = False
+    mode: Literal["gas", "wood"] = "gas"
+
+
+OVEN = "oven: {celsius: 180}\n"
+RETIRED = {"oven.coal": "set mode to wood and leave the key out", "shelves.*.height": "shelves adjust themselves"}
+
+
+def decode(text: str, *flags: str) -> Kitchen:
+    return decode_yaml(Kitchen, text, source="kitchen.yaml", flags=flags, retired=RETIRED)
+
+
+def refusal(text: str, *flags: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        decode(text, *flags)
+    return str(refused.value)
+
+
+def test_a_file_becomes_the_dataclass_with_defaults_for_what_it_leaves_out():
+    text = """
+        oven: {celsius: 180, rate: 6e-7}
+        lamp: {celsius: 40, fan: true}
+        shelves: {top: {items: [salt, oil], counts: [1, 2]}, low: {}}
+        owner: Ada
+        mode: wood
+    """
+    assert decode(text) == Kitchen(
+        oven=Oven(180, rate=6e-7),
+        lamp=Oven(40, fan=True),
+        shelves={"top": Shelf(("salt", "oil"), [1, 2]), "low": Shelf()},
+        owner="Ada",
+        mode="wood",
+    )
+
+
+def test_the_command_line_wins_over_the_file_key_by_key():
+    kitchen = decode(
+        "oven: {celsius: 180, fan: false}\nname: old\nlamp: {celsius: 20}\n",
+        *("--oven.celsius", "200", "--oven.fan", "--name=--new", "--lamp", "null"),
+        *("--shelves.top.counts", "[-1]"),
+    )
+    assert kitchen == Kitchen(Oven(200, fan=True), name="--new", lamp=None, shelves={"top": Shelf(counts=[-1])})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("oven: {celcius: 180}", "kitchen.yaml: oven.celcius is not a setting; the nearest is oven.celsius."),
+        (OVEN + "celsius: 200", "kitchen.yaml: celsius is not a setting; the nearest is oven.celsius."),
+        (
+            OVEN + "shelves: {top: {qqq: 1}}",
+            "kitchen.yaml: shelves.top.qqq is not a setting; the settings of shelves.top are items, counts.",
+        ),
+        (
+            "oven: {celsius: 180, coal: 3}",
+            "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
+        ),
+        (
+            OVEN + "shelves: {top: {height: 1}}",
+            "kitchen.yaml: shelves.top.height is retired: shelves adjust themselves.",
+        ),
+        ("oven: {celsius: hot}", "kitchen.yaml: oven.celsius is 'hot'; allowed is an integer."),
+        ("oven: {celsius: true}", "kitchen.yaml: oven.celsius is True; allowed is an integer."),
+        ("oven: {celsius: 1.5}", "kitchen.yaml: oven.celsius is 1.5; allowed is an integer."),
+        ("oven: {celsius: 180, rate: '1'}", "kitchen.yaml: oven.rate is '1'; allowed is a number."),
+        ("oven: {celsius: 180, fan: 1}", "kitchen.yaml: oven.fan is 1; allowed is true or false."),
+        ("oven: {celsius: 180, fan: null}", "kitchen.yaml: oven.fan is null; allowed is true or false."),
+        ("oven:", "kitchen.yaml: oven is null; allowed is a mapping with keys celsius, fan, rate."),
+        (OVEN + "name: 3", "kitchen.yaml: name is 3; allowed is text."),
+        (OVEN + "owner: 3", "kitchen.yaml: owner is 3; allowed is true or false or text."),
+        (OVEN + "mode: coal", "kitchen.yaml: mode is 'coal'; allowed is one of gas, wood."),
+        (OVEN + "lamp: 3", "kitchen.yaml: lamp is 3; allowed is a mapping or null."),
+        (OVEN + "lamp: {celsius: hot}", "kitchen.yaml: lamp.celsius is 'hot'; allowed is an integer."),
+        (
+            OVEN + "shelves: {top: {items: salt}}",
+            "kitchen.yaml: shelves.top.items is 'salt'; allowed is a list, each entry text.",
+        ),
+        (
+            OVEN + "shelves: {top: {counts: [1, x]}}",
+            "kitchen.yaml: shelves.top.counts[1] is 'x'; allowed is an integer.",
+        ),
+        ("name: no oven", "kitchen.yaml: oven is missing; give a mapping."),
+        (OVEN + "lamp: {fan: true}", "kitchen.yaml: lamp.celsius is missing; give an integer."),
+        ("oven: {celsius: 301}", "kitchen.yaml: oven.celsius must be at most 300, got 301"),
+        (OVEN + "lamp: {celsius: 301}", "kitchen.yaml: oven.celsius must be at most 300, got 301"),
+        ("[1, 2]", "kitchen.yaml: the file holds [1, 2], and a mapping of settings is needed."),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_sentence(text, sentence):
+    assert refusal(text) == sentence
+
+
+def test_a_key_given_twice_is_refused_naming_its_line():
+    assert refusal("name: a\n" + OVEN + "name: b\n") == (
+        "kitchen.yaml: key 'name' is given twice, the second time in line 3; keep one."
+    )
+    assert "key 'fan' is given twice" in refusal("oven: {celsius: 1, fan: true, fan: false}")
+
+
+def test_text_that_is_no_yaml_is_refused_naming_the_file_and_the_line():
+    assert refusal("oven: [1").startswith("kitchen.yaml: ")
+    assert "line 1" in refusal("oven: [1")
+    assert "unhashable key" in refusal("? [a]\n: b")
+
+
+def test_every_wrong_key_has_a_sentence_of_its_own():
+    assert refusal("oven: {celsius: hot, coal: 1}\nnam: x", "--mode", "coal").splitlines() == [
+        "kitchen.yaml: oven.celsius is 'hot'; allowed is an integer.",
+        "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
+        "kitchen.yaml: nam is not a setting; the nearest is name.",
+        "command line: mode is 'coal'; allowed is one of gas, wood.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--oven.celcius", "3"], "command line: oven.celcius is not a setting; the nearest is oven.celsius."),
+        (["--oven.coal", "3"], "command line: oven.coal is retired: set mode to wood and leave the key out."),
+        (["--oven.celsius"], "command line: oven.celsius is True; allowed is an integer."),
+        (["--name", "a", "--name", "b"], "command line: name is given twice, whole or in part; keep one."),
+        (["--oven.fan", "--oven", "{}"], "command line: oven is given twice, whole or in part; keep one."),
+        (["--name", "a", "--name.b", "c"], "command line: name.b is given twice, whole or in part; keep one."),
+        (["--name.first", "a"], "command line: name is {'first': 'a'}; allowed is text."),
+        (["--name", "a", "b"], "command line: 'b' belongs to no flag; write --key value, with --key=value for text."),
+        (["--oven.celsius", "301"], "kitchen.yaml with the command line: oven.celsius must be at most 300, got 301"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_sentence(flags, sentence):
+    assert refusal(OVEN, *flags) == sentence
+
+
+def test_flags_are_split_by_name_with_their_values():
+    words = ["--config_path", "a.yaml", "--trainer.seed", "-1", "--dry_run", "--prefix=x", "--beta", "2", "-h"]
+    ours, settings = split_flags(words, ["config_path", "dry_run", "prefix"])
+    assert ours == ["--config_path", "a.yaml", "--dry_run", "--prefix=x", "-h"]
+    assert settings == ["--trainer.seed", "-1", "--beta", "2"]
+
+
+names = st.sampled_from(["a", "b", "c"])
+trees = st.recursive(st.integers(), lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=8)
+mappings = st.dictionaries(names, trees, max_size=3)
+
+
+@given(base=mappings, over=mappings)
+def test_merging_keeps_every_leaf_of_the_second_and_what_it_leaves_of_the_first(base, over):
+    merged: Any = merge(base, over)
+    assert merge(merged, over) == merged
+    assert merge({}, over) == over and merge(base, {}) == base
+    for key in base.keys() | over.keys():
+        if key not in over:
+            assert merged[key] == base[key]
+        elif not isinstance(over[key], dict):
+            assert merged[key] == over[key]
+
+
+@given(value=st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.lists(st.integers())))
+def test_a_flag_carries_any_plain_value(value):
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    assert parse_flags([f"--a.b={text}"], "command line") == {"a": {"b": value}}

@@ -169,6 +169,18 @@ def test_wandb_marks_a_run_failed_by_what_ended_the_job(tmp_path: Path, error: E
     assert wandb_summary(tmp_path).get("error") == ("RuntimeError: out of pages" if error else None)
 
 
+def test_wandb_leaves_a_run_that_the_caller_has_open_alone(tmp_path: Path):
+    own = wandb.init(project="own", dir=str(tmp_path / "own"))
+    tracker = WandbTracker(project="test", name="m11")
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    own.log({"own": 2.0})
+    own.finish()
+    wandb.teardown()
+    assert [row["own"] for row in wandb_history(tmp_path / "own")] == [2.0]
+    assert [row["train/loss"] for row in wandb_history(tmp_path)] == [1.0]
+
+
 def test_wandb_without_login_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(sys, "stdin", None)

@@ -28,7 +28,7 @@ class WandbTracker:
     ) -> None:
         import wandb  # here, because it takes a second and only this tracker needs it
 
-        self._table = wandb.Table
+        self._wandb = wandb
         try:
             # create_new: a run the caller may have open already stays his own.
             self._run = wandb.init(project=project, name=name, dir=dir, config=dict(config or {}), reinit="create_new")
@@ -49,7 +49,7 @@ class WandbTracker:
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         """See Tracker.log_samples."""
         columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
-        table = self._table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+        table = self._wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
         name = f"{_SAMPLES}/rows"
         self._run.log({self._axis_of(name): step, name: table})
 
@@ -64,7 +64,12 @@ class WandbTracker:
         self._finished = True
         if error is not None:
             self._run.summary.update({"error": f"{type(error).__name__}: {error}"})
-        self._run.finish(exit_code=0 if error is None else 1)
+        exit_code = 0 if error is None else 1
+        self._run.finish(exit_code=exit_code)
+        # finish() hands the end to wandb's own process; only teardown() waits until that has written everything, which
+        # a job that leaves by os._exit would lose. It ends all runs of this process, so not while the caller has one.
+        if self._wandb.run is None:
+            self._wandb.teardown(exit_code=exit_code)
 
     def _axis_of(self, name: str) -> str:
         """Return the metric that holds the steps of `name`, declared as its x-axis at first use."""

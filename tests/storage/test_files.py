@@ -69,12 +69,12 @@ def test_a_listing_has_every_file_at_any_depth_sorted_with_its_size(folder):
         FileEntry("a/z", 3),
         FileEntry("b", 1),
     ]
-    assert files.list_folders(folder) == ["a"]
+    assert files.list_names(folder) == [".hidden", "a", "b"]
 
 
 def test_a_listing_of_what_is_not_there_is_empty(folder):
     assert files.list_files(join(folder, "nothing")) == []
-    assert files.list_folders(join(folder, "nothing")) == []
+    assert files.list_names(join(folder, "nothing")) == []
 
 
 def test_a_listing_sees_a_file_written_after_the_listing_before(folder):

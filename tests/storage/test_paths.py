@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from simpo_pipeline.errors import StorageError
+from simpo_pipeline.errors import ConfigError, StorageError
 from simpo_pipeline.storage import paths
 
 
@@ -41,7 +41,7 @@ def test_local_paths_are_told_from_urls():
 
 
 def test_a_url_that_lost_a_slash_is_refused_with_its_repair():
-    with pytest.raises(StorageError, match="gs://bucket/x"):
+    with pytest.raises(ConfigError, match="gs://bucket/x"):
         paths.absolute("gs:/bucket/x")
 
 

@@ -4,12 +4,14 @@ A store holds each value from the end of its producer to the end of its last con
 it back; a taker becomes its owner, and the store forgets it.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from simpo_pipeline.errors import LiveEdgeError
-from simpo_pipeline.executor.step import LiveUse
+from simpo_pipeline.executor.step import ExecutorStep, LiveUse
+
+Step = ExecutorStep[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,43 +29,46 @@ class Live:
 @dataclass
 class _Held:
     live: Live
-    waiting: set[Hashable] = field(default_factory=set[Hashable])
+    waiting: set[Step] = field(default_factory=set[Step])
 
 
 class LiveStore:
-    """The live values of this process, by producer; producers and consumers are any hashable keys."""
+    """The live values of this process, by producer."""
 
     def __init__(self) -> None:
-        self._held: dict[Hashable, _Held] = {}
-        self._taken: dict[Hashable, list[Live]] = {}
+        self._held: dict[Step, _Held] = {}
+        self._taken: dict[Step, list[Live]] = {}
 
-    def held(self) -> frozenset[Hashable]:
+    def held(self) -> frozenset[Step]:
         """The producers whose values are here."""
         return frozenset(self._held)
 
-    def publish(self, producer: Hashable, live: Live, consumers: Iterable[Hashable]) -> None:
+    def publish(self, producer: Step, live: Live, consumers: Iterable[Step]) -> None:
         """Hold a value until each of `consumers` has ended; with none, it is freed at once."""
         self._held[producer] = _Held(live, set(consumers))
         self._free_if_unneeded(producer)
 
-    def give(self, producer: Hashable, consumer: Hashable, use: LiveUse) -> Any:
+    def give(self, producer: Step, consumer: Step, use: LiveUse) -> Any:
         """The value, for one consumer; after a take it is here no longer.
 
         Raises:
             LiveEdgeError: the value is not here, or other consumers have yet to end before it may be taken.
         """
         if producer not in self._held:
-            raise LiveEdgeError(f"No live value is held for {producer!r}, which {consumer!r} would {use}.")
+            raise LiveEdgeError(f"No live value is held for {producer.name!r}, which {consumer.name!r} would {use}.")
         held = self._held[producer]
         if use is LiveUse.TAKE:
             others = held.waiting - {consumer}
             if others:
-                raise LiveEdgeError(f"{consumer!r} cannot take the live value of {producer!r} before {others!r} end.")
+                names = ", ".join(sorted(other.name for other in others))
+                raise LiveEdgeError(
+                    f"{consumer.name!r} cannot take the live value of {producer.name!r} before {names} end."
+                )
             del self._held[producer]
             self._taken.setdefault(consumer, []).append(held.live)
         return held.live.value
 
-    def consumer_ended(self, consumer: Hashable, *, failed: bool) -> None:
+    def consumer_ended(self, consumer: Step, *, failed: bool) -> None:
         """Free what waited for this consumer alone; what a failed consumer had taken is freed too."""
         for live in self._taken.pop(consumer, []):
             if failed:
@@ -77,7 +82,7 @@ class LiveStore:
         while self._held:
             _free(self._held.popitem()[1].live)
 
-    def _free_if_unneeded(self, producer: Hashable) -> None:
+    def _free_if_unneeded(self, producer: Step) -> None:
         if not self._held[producer].waiting:
             _free(self._held.pop(producer).live)
 

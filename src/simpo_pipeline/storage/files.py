@@ -4,13 +4,14 @@ Locally a write goes to a dot file beside its place, is synced and renamed; remo
 stores publish at its end. Parent folders are made. Every failure is a StorageError.
 """
 
+import base64
 import io
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class FileEntry:
 
     relative_path: str
     num_bytes: int
+    crc32c: str | None = None
+    """8 hex digits, when the store keeps it (Google Cloud Storage does)."""
 
 
 def read_bytes(path: str) -> bytes:
@@ -141,21 +144,27 @@ def list_files(path: str) -> list[FileEntry]:
         found = filesystem.find(inner_path, detail=True)
     start = inner_path.rstrip("/") + "/"
     return sorted(
-        FileEntry(relative_path=name[len(start) :], num_bytes=int(info["size"]))
+        FileEntry(name[len(start) :], int(info["size"]), _kept_checksum(info))
         for name, info in found.items()
         if name.startswith(start)
     )
 
 
-def list_folders(path: str) -> list[str]:
-    """The names of the folders directly inside a folder, sorted; none when it does not exist."""
+def _kept_checksum(info: Mapping[str, Any]) -> str | None:
+    """The CRC32C in a listing of Google Cloud Storage: base64 of 4 bytes, the highest first."""
+    encoded = info.get("crc32c")
+    return base64.b64decode(encoded).hex() if isinstance(encoded, str) else None
+
+
+def list_names(path: str) -> list[str]:
+    """The names of what lies directly inside a folder, sorted; none when the folder does not exist."""
     filesystem, inner_path = filesystem_of(path)
     try:
         with storage_border("list", path):
-            entries = filesystem.ls(inner_path, detail=True)
+            names = filesystem.ls(inner_path, detail=False)
     except PathNotFoundError:
         return []
-    return sorted(base_name(entry["name"]) for entry in entries if entry["type"] == "directory")
+    return sorted(base_name(name) for name in names if name.rstrip("/") != inner_path.rstrip("/"))
 
 
 def remove_tree(path: str) -> None:

@@ -6,7 +6,7 @@
 import os
 import re
 
-from simpo_pipeline.errors import StorageError
+from simpo_pipeline.errors import ConfigError, StorageError
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _FILE_SCHEMES = ("file://", "local://")
@@ -50,11 +50,11 @@ def absolute(path: str) -> str:
     """The same place, independent of the working directory and without a trailing slash.
 
     Raises:
-        StorageError: a URL that lost a slash (`gs:/bucket`), which would become a local folder of that name.
+        ConfigError: a URL that lost a slash (`gs:/bucket`), which would become a local folder of that name.
     """
     if _COLLAPSED_URL.match(path):
         fixed = path.replace(":/", "://", 1)
-        raise StorageError(f"{path!r} is a URL that lost a slash. Write {fixed!r} (do not pass URLs through pathlib).")
+        raise ConfigError(f"{path!r} is a URL that lost a slash. Write {fixed!r} (do not pass URLs through pathlib).")
     if is_local(path):
         return os.path.abspath(strip_file_scheme(path))
     return path.rstrip("/") if path.split("://", 1)[1].strip("/") else path

@@ -1,0 +1,270 @@
+"""One step, once: call its function in every process, then let the leader record what came of it.
+
+A RUN begins on whatever an earlier attempt left in the output path (a step may resume from it); the manifest lists what
+is there at the end. A REPLAY happens in a scratch path and never touches what is recorded.
+"""
+
+import hashlib
+import inspect
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from simpo_pipeline.errors import ReplayMismatchError, SimpoPipelineError, StepError, StepFailedError, StorageError
+from simpo_pipeline.executor import status
+from simpo_pipeline.executor.graph import Graph, Step
+from simpo_pipeline.executor.info import Ended, now, read_info, write_info
+from simpo_pipeline.executor.lease import LeaseKeeper, LeaseWatch
+from simpo_pipeline.executor.live import Live, LiveStore
+from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.resolve import Resolver
+from simpo_pipeline.executor.run import PlanRow, StepRun
+from simpo_pipeline.executor.status import Status
+from simpo_pipeline.executor.step import LiveInput
+from simpo_pipeline.storage.files import remove_tree
+from simpo_pipeline.storage.paths import join
+
+_logger = logging.getLogger("simpo_pipeline.executor")
+
+
+class Ending(Enum):
+    """What came of one attempt."""
+
+    DONE = auto()
+    FAILED = auto()
+    DEP_FAILED = auto()
+    """Not attempted: something it needs failed."""
+    POSTPONED = auto()
+    """Not attempted: another job has it, or has done it meanwhile. Plan again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every attempt of one run shares; only the leader uses `leases` and `watch`."""
+
+    graph: Graph
+    infos: dict[Step, dict[str, Any]]
+    prefix: str
+    run_id: str
+    processes: Processes
+    session: Any
+    leases: LeaseKeeper
+    watch: LeaseWatch
+    live: LiveStore
+
+    def lease_path(self, step: Step) -> str:
+        """The lease of a step's output path."""
+        return join(self.graph.output_paths[step], status.LEASE_FILE)
+
+    def scratch_path(self, step: Step) -> str:
+        """Where a replay of a step writes."""
+        name = f"{step.name}-{self.graph.identities[step].short_hash}"
+        return join(self.prefix, ".replay", self.run_id, name)
+
+
+def wants_run(step: Step) -> bool:
+    """Whether the step's function asks for the StepRun: its second parameter is named `run`.
+
+    Only such functions can reach the session, so only they and users of live values are kept off the pool.
+    """
+    if step.fn is None:
+        return False
+    return list(inspect.signature(step.fn).parameters)[1:2] == ["run"]
+
+
+class Attempt:
+    """One attempt at one step, by all processes; `consumers` are the steps that will use its live value."""
+
+    def __init__(self, job: Job, step: Step, plan: tuple[PlanRow, ...], consumers: Iterable[Step], *, replaying: bool):
+        self._job = job
+        self._step = step
+        self._plan = plan
+        self._consumers = tuple(consumers)
+        self._replaying = replaying
+        self._started = now()
+        self._output_path = job.scratch_path(step) if replaying else job.graph.output_paths[step]
+        self._own_error: Exception | None = None
+        self._failures: list[dict[str, Any]] = []
+        self.error: SimpoPipelineError | None = None
+        self.seconds = 0.0
+
+    def execute(self) -> Ending:
+        """Call the step's function and record the outcome; what goes wrong in the step is kept in `error`."""
+        decide = self._job.processes.leader_decides
+        clock = time.monotonic()
+        try:
+            if not self._replaying and not decide(self._begin):
+                return Ending.POSTPONED
+            live, digest = self._call_everywhere()
+            self.seconds = time.monotonic() - clock
+            decide(lambda: self._commit(digest))
+        except SimpoPipelineError as error:
+            self.error = error
+            self.seconds = time.monotonic() - clock
+            decide(self._record_failure)
+            return Ending.FAILED
+        except BaseException:  # a keyboard interrupt: the other processes may be gone, so nobody is asked
+            if self._job.processes.is_leader:
+                self._record(Status.CANCELLED)
+            raise
+        decide(self._release)
+        if live is not None:
+            self._job.live.publish(self._step, live, self._consumers)
+        return Ending.DONE
+
+    def _begin(self) -> bool:
+        """Take the lease and say so; False when another job has the step, or has done it since the plan was made."""
+        path = self._job.lease_path(self._step)
+        if not self._job.leases.acquire(path):
+            return False
+        record = status.read_record(self._output_path, self._job.watch)
+        if record.done:
+            self._job.leases.release(path)
+            return False
+        if record.has_error:
+            status.remove_error(self._output_path)
+        self._write_info(None)
+        status.write_status(self._output_path, Status.RUNNING)
+        return True
+
+    def _write_info(self, ended: Ended | None) -> None:
+        job = self._job
+        write_info(job.infos[self._step], job.run_id, job.processes.process_count, self._started, ended)
+
+    def _call_everywhere(self) -> tuple[Live | None, str | None]:
+        """Call the function here, and learn how the other processes fared."""
+        processes = self._job.processes
+        live = self._call_here()
+        report = {
+            "process_index": processes.process_index,
+            "host": socket.gethostname(),
+            "exception": None,
+            "traceback": None,
+            "live_digest": live.digest if live is not None else None,
+        }
+        if self._own_error is not None:
+            report["exception"] = f"{type(self._own_error).__name__}: {self._own_error}"
+            report["traceback"] = "".join(traceback.format_exception(self._own_error))
+            if any(self._job.graph.live_inputs(self._step)):
+                traceback.clear_frames(self._own_error.__traceback__)  # its locals would keep live values alive
+        reports: list[dict[str, Any]] = processes.gather(report)
+        self._failures = [report for report in reports if report["exception"] is not None]
+        if self._failures:
+            raise self._failed()
+        return live, _joint_digest([report["live_digest"] for report in reports])
+
+    def _call_here(self) -> Live | None:
+        try:
+            return self._call()
+        except Exception as error:
+            self._own_error = error
+        except SystemExit as error:
+            self._own_error = StepError(f"the step called sys.exit({error.code!r}); let it raise an error instead")
+        return None
+
+    def _call(self) -> Live | None:
+        job, step = self._job, self._step
+        if step.fn is None:
+            raise StepError("the step has no function; its outputs were expected to be there")
+        resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
+        config = resolver.resolve(step.config)
+        if wants_run(step):
+            run = StepRun(step.name, self._output_path, job.processes, job.session, self._plan, self._replaying)
+            result = step.fn(config, run)
+        else:
+            result = step.fn(config)
+        if self._consumers and not isinstance(result, Live):
+            users = ", ".join(consumer.name for consumer in self._consumers)
+            raise StepError(
+                f"it returned {type(result).__name__}, but its live value is used by {users}. Return Live(value)."
+            )
+        return result if isinstance(result, Live) else None
+
+    def _live_value(self, marker: LiveInput) -> Any:
+        return self._job.live.give(self._job.graph.canonical[marker.step], self._step, marker.use)
+
+    def _failed(self) -> StepFailedError:
+        first = self._failures[0]
+        count = self._job.processes.process_count
+        where = f"host {first['host']} (process {first['process_index']} of {count})"
+        error = StepFailedError(
+            f"Step {self._step.name!r} failed on {where}: {first['exception']}\n"
+            f"What it wrote and {status.ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
+        )
+        if self._own_error is None:
+            error.add_note(f"On {where}:\n{first['traceback']}")
+        error.__cause__ = self._own_error
+        return error
+
+    def _commit(self, digest: str | None) -> None:
+        """Make the outputs believable, or check that a replay gave what the first run gave."""
+        if self._replaying:
+            self._check_replay(digest)
+            remove_tree(self._output_path)
+            return
+        lease = self._job.lease_path(self._step)
+        self._job.leases.confirm(lease)
+        status.write_manifest(self._output_path)
+        self._write_info(Ended(round(self.seconds, 3), digest))
+        self._job.leases.confirm(lease)
+        status.write_status(self._output_path, Status.SUCCESS)
+
+    def _check_replay(self, digest: str | None) -> None:
+        recorded = read_info(self._job.graph.output_paths[self._step]).get("live_digest")
+        if recorded is None:
+            _logger.warning("%s: its first run recorded no digest, so the replay is not compared", self._step.name)
+        elif recorded != digest:
+            recorded_path = self._job.graph.output_paths[self._step]
+            raise ReplayMismatchError(
+                f"Step {self._step.name!r} gave another live value when replayed: digest {digest}, but {recorded} at "
+                "its first run. Its code, inputs or machine changed, or it is not deterministic. What it wrote is in "
+                f"{self._output_path}. To accept the change, remove {recorded_path} and the output paths of the steps "
+                "that depend on it."
+            )
+
+    def _record_failure(self) -> None:
+        error = {"step": self._step.name, "error": str(self.error), "failures": self._failures}
+        if self._replaying:
+            status.write_error(self._output_path, error)
+        else:
+            self._record(Status.FAILED, error)
+
+    def _record(self, token: Status, error: dict[str, Any] | None = None) -> None:
+        """Record a bad end and give the lease up; what goes wrong here must not hide what went wrong before."""
+        lease = self._job.lease_path(self._step)
+        if self._replaying or not self._job.leases.holds(lease):
+            return
+        try:
+            self._job.leases.confirm(lease)
+            if error is not None:
+                status.write_error(self._output_path, error)
+            status.write_status(self._output_path, token)
+            self._release()
+        except (StorageError, StepError) as second:
+            _logger.error("%s: could not record that it %s: %s", self._step.name, token, second)
+
+    def _release(self) -> None:
+        if not self._replaying:
+            self._job.leases.release(self._job.lease_path(self._step))
+
+
+def _joint_digest(digests: list[str | None]) -> str | None:
+    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
+    if len(set(digests)) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()
+
+
+def record_dep_failed(job: Job, step: Step) -> None:
+    """Record that a step did not run because one it needs failed, unless another job has it or has done it."""
+    lease = job.lease_path(step)
+    if not job.leases.acquire(lease):
+        return
+    if not status.read_record(job.graph.output_paths[step], job.watch).done:
+        status.write_status(job.graph.output_paths[step], Status.DEP_FAILED)
+    job.leases.release(lease)

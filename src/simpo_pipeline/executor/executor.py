@@ -1,0 +1,175 @@
+"""The executor: plans a DAG of steps and follows the plan, in one process or in step with the others of its job.
+
+    prefix/<name>-<hash>/           outputs and records of a step (status.py)
+    prefix/experiments/<script>-<hash>.json   the record of an experiment
+    prefix/.replay/<run id>/        scratch of replays
+
+Work goes in rounds, because other jobs may hold steps: plan, attempt all that need not wait, and plan again when
+something was postponed. The leader alone reads and writes storage; every process follows its decisions.
+"""
+
+import logging
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simpo_pipeline.errors import ConfigError, PlanError
+from simpo_pipeline.executor.attempt import Job
+from simpo_pipeline.executor.graph import Graph, Step, build_graph
+from simpo_pipeline.executor.identity import EdgeKind
+from simpo_pipeline.executor.info import now, run_record_path, script_name, step_info
+from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper
+from simpo_pipeline.executor.live import LiveStore
+from simpo_pipeline.executor.order import Order, live_order
+from simpo_pipeline.executor.planner import Planner
+from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.resolve import Resolver
+from simpo_pipeline.executor.rounds import Rounds, StepResult
+from simpo_pipeline.executor.run import PlanRow
+from simpo_pipeline.executor.step import ExecutorStep, InputName
+from simpo_pipeline.executor.table import plan_table
+from simpo_pipeline.storage.files import write_json
+from simpo_pipeline.storage.paths import absolute, join
+
+_logger = logging.getLogger("simpo_pipeline.executor")
+
+
+class Executor:
+    """Runs steps below a prefix; the attributes in the first part are Marin's and are filled by `run`."""
+
+    def __init__(
+        self,
+        prefix: str,
+        executor_info_base_path: str | None = None,
+        description: str | None = None,
+        *,
+        session: Any = None,
+        processes: Processes | None = None,
+        lease: LeaseConfig | None = None,
+    ):
+        self.prefix = absolute(prefix)
+        self.executor_info_base_path = absolute(executor_info_base_path or join(self.prefix, "experiments"))
+        self.description = description
+        self.steps: list[Step] = []
+        self.output_paths: dict[Step, str] = {}
+        self.configs: dict[Step, Any] = {}
+        self.versions: dict[Step, Mapping[str, Any]] = {}
+        self.version_strs: dict[Step, str] = {}
+        self.dependencies: dict[Step, list[Step]] = {}
+        self.executor_info_path: str | None = None
+        self.plan: tuple[PlanRow, ...] = ()
+        """The steps with their latest action, in the order they run."""
+        self.results: tuple[StepResult, ...] = ()
+        """What became of each step of the plan, also when `run` raises."""
+        self._session = session
+        self._processes = processes or Processes()
+        self._lease = lease or LeaseConfig()
+
+    def run(
+        self,
+        steps: Sequence[ExecutorStep[Any] | InputName],
+        *,
+        dry_run: bool = False,
+        run_only: Sequence[str] | None = None,
+        force_run_failed: bool = True,
+        max_concurrent: int | None = None,
+    ) -> tuple[StepResult, ...]:
+        """Bring the steps, and all they need, to SUCCESS.
+
+        A step that failed before runs again, other than in Marin: its users nearly always start again because they
+        repaired the cause. `force_run_failed=False` blocks it instead.
+
+        Args:
+            dry_run: only make the plan; nothing is written, no lease is taken, the session is not touched.
+            run_only: regular expressions searched in step names; only matching steps and what they need are run.
+            max_concurrent: how many steps that use neither live values nor the session may run at once; 1 runs every
+                step in the caller's thread, None sets no limit.
+
+        Raises:
+            PlanError: the DAG or `run_only` is wrong; nothing has run.
+            StepFailedError: a step failed; the first is named and its own error chained. Independent steps have run.
+            StepError, StorageError: what else went wrong at the first step that did not succeed.
+        """
+        if max_concurrent is not None and max_concurrent < 1:
+            raise ConfigError(f"max_concurrent is {max_concurrent}; it must be at least 1, or left out for no limit.")
+        graph = build_graph(steps, self.prefix)
+        order = live_order(graph)
+        self._publish(graph)
+        wanted = _wanted(order, run_only)
+        planner = Planner(graph, order, wanted, self._processes, self._lease, force_run_failed)
+        planner.check_same_steps()
+        if dry_run:
+            self.plan = planner.rows(planner.decide({}, ()))
+            return ()
+        run_id: str = self._processes.leader_decides(lambda: uuid.uuid4().hex[:12])
+        with LeaseKeeper(run_id, self._lease, planner.watch) as leases:
+            job = Job(
+                graph=graph,
+                infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
+                prefix=self.prefix,
+                run_id=run_id,
+                processes=self._processes,
+                session=self._session,
+                leases=leases,
+                watch=planner.watch,
+                live=LiveStore(),
+            )
+            self._follow(Rounds(job, order, planner, max_concurrent, self._lease.poll_seconds), job)
+        return self.results
+
+    def _follow(self, rounds: Rounds, job: Job) -> None:
+        def on_plan(rows: tuple[PlanRow, ...]) -> None:
+            self.executor_info_path = self._processes.leader_decides(lambda: self._write_run_record(job))
+            if self._processes.is_leader:
+                _logger.info("the plan:\n%s", plan_table(rows))
+
+        try:
+            rounds.run(on_plan)
+        finally:
+            job.live.free_all()
+            self.plan, self.results = rounds.rows(), rounds.results()
+
+    def _publish(self, graph: Graph) -> None:
+        self.steps = list(graph.steps)
+        self.output_paths = dict(graph.output_paths)
+        self.versions = {step: identity.version for step, identity in graph.identities.items()}
+        self.version_strs = {step: identity.version_str for step, identity in graph.identities.items()}
+        self.dependencies = {}
+        for step, stand_in in graph.canonical.items():
+            needs = (edge.step for edge in graph.edges[stand_in] if edge.kind is not EdgeKind.PSEUDO)
+            self.dependencies[step] = list(dict.fromkeys(needs))
+            resolver = Resolver(self.prefix, graph.output_paths[step], graph.output_paths, lambda marker: marker)
+            self.configs[step] = resolver.resolve(step.config)
+
+    def _write_run_record(self, job: Job) -> str:
+        infos = [job.infos[step] for step in self.steps]
+        path = run_record_path(self.executor_info_base_path, infos)
+        record = {
+            "caller_path": script_name(),
+            "created_date": now(),
+            "run_id": job.run_id,
+            "process_count": self._processes.process_count,
+            "prefix": self.prefix,
+            "description": self.description,
+            "steps": infos,
+        }
+        write_json(path, record)
+        return path
+
+
+def _wanted(order: Order, run_only: Sequence[str] | None) -> frozenset[Step]:
+    if run_only is None:
+        return frozenset(order.steps)
+    wanted: set[Step] = set()
+    for text in run_only:
+        try:
+            pattern = re.compile(text)
+        except re.error as error:
+            raise PlanError(f"run_only got {text!r}, which is no regular expression: {error}.") from error
+        matching = [step for step in order.steps if pattern.search(step.name)]
+        if not matching:
+            names = ", ".join(step.name for step in order.steps[:20])
+            raise PlanError(f"run_only got {text!r}, which matches no step. The steps are: {names}.")
+        wanted.update(matching)
+    return frozenset(wanted)

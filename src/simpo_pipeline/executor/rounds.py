@@ -1,0 +1,194 @@
+"""Follows plans until nothing is left to wait for: plan, attempt all that need not wait, and plan again.
+
+Several rounds are needed only when other jobs hold steps. Live values stay in this process from round to round.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simpo_pipeline.errors import SimpoPipelineError, StepFailedError
+from simpo_pipeline.executor.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
+from simpo_pipeline.executor.graph import Step
+from simpo_pipeline.executor.order import Order
+from simpo_pipeline.executor.plan import Decision
+from simpo_pipeline.executor.planner import Planner
+from simpo_pipeline.executor.run import Action, PlanRow
+from simpo_pipeline.executor.schedule import Schedule
+from simpo_pipeline.storage.files import remove_tree
+from simpo_pipeline.storage.paths import join
+
+_logger = logging.getLogger("simpo_pipeline.executor")
+_UNLIMITED = 64
+_SAY_AGAIN_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a run did with a step."""
+
+    step_name: str
+    action: str
+    """RUN, SKIP or REPLAY when that went well; else FAILED, DEP_FAILED, BLOCKED or WAIT."""
+    seconds: float | None
+    """Spent in the step's function; None when it was not called."""
+    output_path: str
+
+
+class Rounds:
+    """One run of a job."""
+
+    def __init__(self, job: Job, order: Order, planner: Planner, max_concurrent: int | None, poll_seconds: float):
+        self._job = job
+        self._order = order
+        self._planner = planner
+        self._pool_size = max_concurrent or _UNLIMITED
+        self._poll_seconds = poll_seconds
+        self._needs = {step: [edge.step for edge in job.graph.needs(step)] for step in order.steps}
+        self._in_caller = frozenset(step for step in order.steps if max_concurrent == 1 or self._needs_caller(step))
+        self._decisions: dict[Step, Decision] = {}
+        self._attempted: dict[Step, Decision] = {}
+        self._seconds: dict[Step, float] = {}
+        self._bad_endings: dict[Step, Ending] = {}
+        self._errors: dict[Step, SimpoPipelineError] = {}
+
+    def _needs_caller(self, step: Step) -> bool:
+        """On many hosts all steps, because pools would end them in different orders."""
+        uses_live = step in self._order.consumers or any(self._job.graph.live_inputs(step))
+        return uses_live or wants_run(step) or self._job.processes.process_count > 1
+
+    def run(self, on_plan: Callable[[tuple[PlanRow, ...]], None]) -> None:
+        """Bring every step to an end, good or bad; `on_plan` hears of the first plan.
+
+        Raises:
+            SimpoPipelineError: of the first step that failed, when everything that does not need it has ended.
+        """
+        waiting = True
+        while waiting:
+            first = not self._decisions
+            self._decisions = self._planner.decide(self._ended_words(), self._job.live.held())
+            if first:
+                on_plan(self.rows())
+            self._release_live_values()
+            endings = self._round()
+            waited_for = [step for step, decision in self._decisions.items() if decision.action is Action.WAIT]
+            waiting = bool(waited_for) or Ending.POSTPONED in endings.values()
+            if waited_for and not {Ending.DONE, Ending.FAILED} & set(endings.values()):
+                self._wait(waited_for)
+        self._job.processes.leader_decides(self._tidy)
+        self._raise_first_error()
+
+    def _ended_words(self) -> dict[Step, str]:
+        return {step: f"it failed in this job: {_first_line(error)}" for step, error in self._errors.items()}
+
+    def _release_live_values(self) -> None:
+        for step, decision in self._decisions.items():
+            if decision.action in (Action.SKIP, Action.BLOCKED):
+                self._job.live.consumer_ended(step, failed=False)
+
+    def _round(self) -> dict[Step, Ending]:
+        steps = self._attemptable()
+        schedule = Schedule(steps, self._needs, self._order.implied, self._in_caller, self._attempt)
+        return schedule.run(self._pass_over, self._pool_size)
+
+    def _attemptable(self) -> list[Step]:
+        """What can be attempted without waiting for another job; a replay only if a step attempted here uses it."""
+        behind_a_wait: set[Step] = set()
+        for step, decision in self._decisions.items():
+            waits_for = {*self._needs[step], *self._order.implied.get(step, ())}
+            if decision.action is Action.WAIT or behind_a_wait & waits_for:
+                behind_a_wait.add(step)
+        attempted: dict[Step, None] = {}
+        for step, decision in reversed(self._decisions.items()):
+            used = any(consumer in attempted for consumer in self._order.consumers.get(step, ()))
+            if step not in behind_a_wait and (
+                decision.action is Action.RUN or (decision.action is Action.REPLAY and used)
+            ):
+                attempted[step] = None
+        return list(reversed(attempted))
+
+    def _attempt(self, step: Step) -> Ending:
+        decision = self._decisions[step]
+        _logger.info("%s %s: %s -> %s", decision.action, step.name, decision.reason, self._job.graph.output_paths[step])
+        replaying = decision.action is Action.REPLAY
+        attempt = Attempt(self._job, step, self.rows(), self._future_consumers(step), replaying=replaying)
+        ending = attempt.execute()
+        if ending is Ending.POSTPONED:
+            _logger.info("%s is postponed: another job has it", step.name)
+            return ending
+        self._attempted[step] = decision
+        self._seconds[step] = attempt.seconds
+        if attempt.error is not None:
+            self._errors[step] = attempt.error
+            self._bad_endings[step] = ending
+            _logger.error("%s FAILED after %.1f s: %s", step.name, attempt.seconds, attempt.error)
+        else:
+            _logger.info("%s ended well after %.1f s", step.name, attempt.seconds)
+        if any(self._job.graph.live_inputs(step)):
+            self._job.live.consumer_ended(step, failed=ending is Ending.FAILED)
+        return ending
+
+    def _future_consumers(self, step: Step) -> list[Step]:
+        coming = (Action.RUN, Action.REPLAY, Action.WAIT)
+        return [
+            consumer
+            for consumer in self._order.consumers.get(step, ())
+            if consumer in self._decisions
+            and self._decisions[consumer].action in coming
+            and consumer not in self._bad_endings
+        ]
+
+    def _pass_over(self, step: Step, ending: Ending) -> None:
+        if ending is Ending.DEP_FAILED:
+            self._bad_endings[step] = ending
+            self._job.live.consumer_ended(step, failed=False)
+
+    def _wait(self, waited_for: list[Step]) -> None:
+        names = ", ".join(f"{step.name} ({self._decisions[step].reason})" for step in waited_for)
+        said = -_SAY_AGAIN_SECONDS
+        while not self._planner.anything_changed(waited_for):
+            if time.monotonic() - said > _SAY_AGAIN_SECONDS:
+                said = time.monotonic()
+                _logger.info("waiting for another job: %s", names)
+            if self._job.processes.is_leader:
+                time.sleep(self._poll_seconds)
+
+    def _tidy(self) -> None:
+        for step, decision in self._decisions.items():
+            failed_need = self._bad_endings.get(step) is Ending.DEP_FAILED or decision.action is Action.BLOCKED
+            if failed_need and step not in self._errors and any(self._is_bad(need) for need in self._needs[step]):
+                record_dep_failed(self._job, step)
+        if not self._errors:
+            remove_tree(join(self._job.prefix, ".replay", self._job.run_id))
+
+    def _is_bad(self, step: Step) -> bool:
+        blocked = step in self._decisions and self._decisions[step].action is Action.BLOCKED
+        return blocked or step in self._bad_endings
+
+    def _raise_first_error(self) -> None:
+        for error in self._errors.values():
+            raise error
+        for step, decision in self._decisions.items():
+            if decision.action is Action.BLOCKED:
+                raise StepFailedError(f"Step {step.name!r} is BLOCKED: {decision.reason}.")
+
+    def rows(self) -> tuple[PlanRow, ...]:
+        """The plan, with what was attempted already as it was planned then."""
+        return self._planner.rows({step: self._attempted.get(step, now) for step, now in self._decisions.items()})
+
+    def results(self) -> tuple[StepResult, ...]:
+        """What became of each step so far."""
+        return tuple(
+            StepResult(
+                step.name,
+                self._bad_endings[step].name if step in self._bad_endings else row.action.value,
+                self._seconds.get(step),
+                row.output_path,
+            )
+            for step, row in zip(self._decisions, self.rows(), strict=True)
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]

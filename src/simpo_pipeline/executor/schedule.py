@@ -1,0 +1,119 @@
+"""Attempts steps in order: some in the caller's thread, one at a time and exactly in the order given, others in a pool.
+
+It knows nothing of storage or of live values. A step is attempted when all that it waits for has ended, and then only
+if what it needs ended well.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from simpo_pipeline.executor.attempt import Ending
+from simpo_pipeline.executor.graph import Step
+
+
+class Schedule:
+    """One pass over `steps`; whatever else these need or come after is taken to have ended well before.
+
+    A step that needs a failed one ends as DEP_FAILED; one that waits for a postponed one is POSTPONED itself.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        needs: Mapping[Step, Iterable[Step]],
+        after: Mapping[Step, Iterable[Step]],
+        in_caller: Collection[Step],
+        attempt: Callable[[Step], Ending],
+    ):
+        within = set(steps)
+        self._steps = tuple(steps)
+        self._needs = {step: within.intersection(needs.get(step, ())) for step in steps}
+        self._waits = {step: self._needs[step] | within.intersection(after.get(step, ())) for step in steps}
+        self._followers: dict[Step, list[Step]] = {step: [] for step in steps}
+        for step, waits in self._waits.items():
+            for before in waits:
+                self._followers[before].append(step)
+        self._open_waits = {step: len(waits) for step, waits in self._waits.items()}
+        self._attempt = attempt
+        self._in_caller = in_caller
+        self._caller_queue = deque(step for step in steps if step in in_caller)
+        self._caller_ready: set[Step] = set()
+        self._endings: dict[Step, Ending] = {}
+        self._passed_over: deque[Step] = deque()
+        self._changed = threading.Condition()
+        self._crash: BaseException | None = None
+
+    def run(self, on_passed_over: Callable[[Step, Ending], None], pool_size: int) -> dict[Step, Ending]:
+        """Attempt every step that can be; `on_passed_over` hears, in this thread, of those that cannot."""
+        with ThreadPoolExecutor(pool_size, thread_name_prefix="step") as pool:
+            try:
+                with self._changed:
+                    for step in self._steps:
+                        if self._open_waits[step] == 0 and step not in self._endings:
+                            self._start(step, pool)
+                while (step := self._next_in_caller(on_passed_over)) is not None:
+                    self._end(step, self._attempt(step), pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return {step: self._endings[step] for step in self._steps}
+
+    def _next_in_caller(self, on_passed_over: Callable[[Step, Ending], None]) -> Step | None:
+        """Wait for the next step of this thread; None when every step has ended."""
+        with self._changed:
+            while True:
+                if self._crash is not None:
+                    raise self._crash
+                while self._passed_over:
+                    step = self._passed_over.popleft()
+                    on_passed_over(step, self._endings[step])
+                while self._caller_queue and self._caller_queue[0] in self._endings:
+                    self._caller_queue.popleft()
+                if self._caller_queue and self._caller_queue[0] in self._caller_ready:
+                    return self._caller_queue.popleft()
+                if len(self._endings) == len(self._steps):
+                    return None
+                self._changed.wait()
+
+    def _attempt_in_pool(self, step: Step, pool: ThreadPoolExecutor) -> None:
+        try:
+            self._end(step, self._attempt(step), pool)
+        except BaseException as error:  # carried to the caller's thread, which raises it
+            with self._changed:
+                self._crash = error
+                self._changed.notify_all()
+
+    def _end(self, step: Step, ending: Ending, pool: ThreadPoolExecutor) -> None:
+        with self._changed:
+            self._endings[step] = ending
+            self._follow(step, pool)
+            self._changed.notify_all()
+
+    def _follow(self, ended: Step, pool: ThreadPoolExecutor) -> None:
+        """Start, or pass over, every step for which `ended` was the last to wait for."""
+        just_ended = [ended]
+        while just_ended:
+            for follower in self._followers[just_ended.pop()]:
+                self._open_waits[follower] -= 1
+                if self._open_waits[follower] == 0 and not self._start(follower, pool):
+                    just_ended.append(follower)
+
+    def _start(self, step: Step, pool: ThreadPoolExecutor) -> bool:
+        """Give a step its turn; False when it is passed over, which ends it."""
+        if any(self._endings[need] in (Ending.FAILED, Ending.DEP_FAILED) for need in self._needs[step]):
+            self._pass_over(step, Ending.DEP_FAILED)
+            return False
+        if any(self._endings[before] is Ending.POSTPONED for before in self._waits[step]):
+            self._pass_over(step, Ending.POSTPONED)
+            return False
+        if step in self._in_caller:
+            self._caller_ready.add(step)
+        else:
+            pool.submit(self._attempt_in_pool, step, pool)
+        return True
+
+    def _pass_over(self, step: Step, ending: Ending) -> None:
+        self._endings[step] = ending
+        self._passed_over.append(step)

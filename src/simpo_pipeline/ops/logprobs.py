@@ -1,0 +1,117 @@
+"""Log-probabilities of given tokens, without ever holding all logits.
+
+The vocabulary is walked in chunks, forward and again backward: [tokens, chunk_size] logits live at a time instead
+of [tokens, vocab]. Chunks of vocabulary rather than of tokens, because each then adds to its own rows of the
+unembedding's gradient (no [vocab, embed] accumulation per chunk), and because tokens split over devices stay split.
+Knows nothing of sequences, masks or losses.
+
+fp32 forward and backward of 2048 tokens x 576 x 49152 on 2 CPU cores: 1.5 s and 0.05 GB of temporaries in chunks of
+4096; 2.7 s and 0.8 GB by way of all logits.
+
+Legend: T token, V vocabulary entry, C entry within a chunk, E embed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Carry = TypeVar("Carry")
+
+
+def token_logprobs_reference(
+    hidden: Float[Array, "tokens embed"],
+    unembedding: Float[Array, "vocab embed"],
+    targets: Int[Array, " tokens"],
+) -> Float[Array, " tokens"]:
+    """`log_softmax(hidden @ unembedding.T)[targets]` in fp32: the definition, and the oracle of the tests."""
+    logits_TV = _product(hidden, unembedding.astype(hidden.dtype), contract=(1, 1))
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
+
+
+def token_logprobs(
+    hidden: Float[Array, "tokens embed"],
+    unembedding: Float[Array, "vocab embed"],
+    targets: Int[Array, " tokens"],
+    chunk_size: int,
+) -> Float[Array, " tokens"]:
+    """The same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
+
+    Products run in hidden's dtype with fp32 sums; the result is fp32, gradients have the dtypes of their arguments.
+    Targets must lie in [0, vocab). Any vocabulary size is served: the last chunk may be shorter.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 vocabulary entry, got {chunk_size}")
+    return _token_logprobs(hidden, unembedding, targets, min(chunk_size, unembedding.shape[0]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logprobs(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> Array:
+    return _forward(hidden, unembedding, targets, chunk_size)[0]
+
+
+def _forward(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> tuple[Array, tuple[Array, ...]]:
+    """The log-probabilities, and what the backward pass needs: the arguments and each token's log-sum-exp."""
+    matrix = unembedding.astype(hidden.dtype)
+
+    def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
+        log_sum_T, target_logit_T = carry
+        logits_TC = _chunk_logits(hidden, matrix, start, size)
+        column_T = targets - start
+        picked_T = jnp.take_along_axis(logits_TC, jnp.clip(column_T, 0, size - 1)[:, None], axis=-1)[:, 0]
+        is_here_T = (column_T >= 0) & (column_T < size)
+        log_sum_T = jnp.logaddexp(log_sum_T, jax.nn.logsumexp(logits_TC, axis=-1))
+        return log_sum_T, jnp.where(is_here_T, picked_T, target_logit_T)
+
+    nothing_yet = jnp.full(targets.shape, -jnp.inf, dtype=jnp.float32)
+    log_sum_T, target_logit_T = _fold_chunks(step, (nothing_yet, nothing_yet), unembedding.shape[0], chunk_size)
+    return target_logit_T - log_sum_T, (hidden, unembedding, targets, log_sum_T)
+
+
+def _backward(chunk_size: int, saved: tuple[Array, ...], cotangent_T: Array) -> tuple[Array, Array, None]:
+    """`d logit = cotangent * (one_hot(target) - softmax)`; each chunk writes its own rows of d unembedding."""
+    hidden, unembedding, targets, log_sum_T = saved
+    matrix = unembedding.astype(hidden.dtype)
+
+    def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
+        d_hidden_TE, d_unembedding_VE = carry
+        logits_TC = _chunk_logits(hidden, matrix, start, size)
+        columns_TC = jax.lax.broadcasted_iota(targets.dtype, logits_TC.shape, 1)
+        is_target_TC = columns_TC == (targets - start)[:, None]
+        softmax_TC = jnp.exp(logits_TC - log_sum_T[:, None])
+        d_logits_TC = (cotangent_T[:, None] * (is_target_TC.astype(jnp.float32) - softmax_TC)).astype(hidden.dtype)
+        rows_CE = jax.lax.dynamic_slice_in_dim(matrix, start, size)
+        d_rows_CE = _product(d_logits_TC, hidden, contract=(0, 0)).astype(unembedding.dtype)
+        return (
+            d_hidden_TE + _product(d_logits_TC, rows_CE, contract=(1, 0)),
+            jax.lax.dynamic_update_slice_in_dim(d_unembedding_VE, d_rows_CE, start, axis=0),
+        )
+
+    zeros = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(unembedding.shape, unembedding.dtype))
+    d_hidden_TE, d_unembedding_VE = _fold_chunks(step, zeros, unembedding.shape[0], chunk_size)
+    return d_hidden_TE.astype(hidden.dtype), d_unembedding_VE, None
+
+
+_token_logprobs.defvjp(_forward, _backward)
+
+
+def _fold_chunks(
+    step: Callable[[Carry, Array | int, int], Carry], carry: Carry, vocab_size: int, chunk_size: int
+) -> Carry:
+    """Apply `step(carry, start, size)` to every chunk in order: a loop over the full ones, then what is left."""
+    num_full, rest = divmod(vocab_size, chunk_size)
+    carry = jax.lax.fori_loop(0, num_full, lambda i, carry: step(carry, i * chunk_size, chunk_size), carry)
+    return step(carry, num_full * chunk_size, rest) if rest else carry
+
+
+def _chunk_logits(hidden: Array, matrix: Array, start: Array | int, size: int) -> Array:
+    return _product(hidden, jax.lax.dynamic_slice_in_dim(matrix, start, size), contract=(1, 1))
+
+
+def _product(left: Array, right: Array, contract: tuple[int, int]) -> Array:
+    """fp32 product of two matrices over one axis of each."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)

@@ -1,0 +1,71 @@
+"""Both attention bodies against a loop in numpy, and against each other, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simpo_pipeline.ops.attention import causal_attention, causal_attention_reference
+
+BODIES = [causal_attention_reference, causal_attention]
+
+
+def _inputs(seq, heads, kv_heads, dtype=jnp.float32, batch=2, head_size=8):
+    rng = np.random.default_rng(seq)
+    return tuple(
+        jnp.asarray(rng.standard_normal((batch, seq, n, head_size)), dtype) for n in (heads, kv_heads, kv_heads)
+    )
+
+
+def _by_loops(q, k, v, segment_ids=None):
+    """The definition, one query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, s, h in np.ndindex(*q.shape[:3]):
+        kv_head = h // (q.shape[2] // k.shape[2])
+        keys = [t for t in range(s + 1) if segment_ids is None or segment_ids[b, t] == segment_ids[b, s]]
+        scores = k[b, keys, kv_head] @ q[b, s, h] / np.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[b, s, h] = weights / weights.sum() @ v[b, keys, kv_head]
+    return out
+
+
+@pytest.mark.parametrize("attend", BODIES)
+@pytest.mark.parametrize(("seq", "heads", "kv_heads"), [(1, 2, 2), (3, 4, 1), (7, 6, 2), (16, 9, 3)])
+def test_attention_equals_its_definition(attend, seq, heads, kv_heads):
+    q, k, v = _inputs(seq, heads, kv_heads)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v), _by_loops(q, k, v), atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", BODIES)
+def test_a_position_reads_only_its_own_segment(attend):
+    q, k, v = _inputs(9, 4, 2)
+    segment_ids = np.asarray([[0] * 4 + [1] * 5, [3] * 2 + [1] * 6 + [0]], np.int32)
+    got = jax.jit(attend)(q, k, v, jnp.asarray(segment_ids))
+    np.testing.assert_allclose(got, _by_loops(q, k, v, segment_ids), atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", BODIES)
+def test_changing_a_later_position_never_changes_an_earlier_one(attend):
+    q, k, v = _inputs(10, 4, 2)
+    before = jax.jit(attend)(q, k, v)
+    after = jax.jit(attend)(*(x.at[:, 6:].set(7.0) for x in (q, k, v)))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert not np.array_equal(before[:, 6:], after[:, 6:])
+
+
+@pytest.mark.parametrize("seq", [3, 10, 16])
+def test_gradients_of_both_bodies_agree(seq):
+    q, k, v = _inputs(seq, 6, 2)
+    cotangent = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+    expected, got = (jax.jit(lambda *x, f=f: jax.vjp(f, *x)[1](cotangent))(q, k, v) for f in BODIES)
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+@pytest.mark.parametrize("attend", BODIES)
+def test_bfloat16_inputs_give_bfloat16_within_its_rounding(attend):
+    q, k, v = _inputs(12, 4, 2, dtype=jnp.bfloat16)
+    got = jax.jit(attend)(q, k, v)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), _by_loops(q, k, v), atol=0.03)

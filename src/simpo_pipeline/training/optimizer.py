@@ -1,0 +1,90 @@
+"""AdamW and its learning rate, from optax.
+
+    learning rate of update n (0-based); W warm-up updates, N = num_train_steps of the WHOLE run, r = min_lr_ratio
+        n <  W     peak * n / W
+        n >= W     peak * (r + (1 - r) * decay((n - W) / (N - W)))    cosine and linear fall from 1 to 0; constant: 1
+
+as in Hugging Face's and Levanter's schedules. The rate is a function of optax's own update count, so updates 3..7 get
+the rates they would have had if nobody had stopped after update 2. `learning_rate_at` is the same function in numpy,
+for the host's logs.
+
+Weight decay is decoupled and spares norm weights, as in Hugging Face's trainers and Levanter: a parameter decays if
+it has more than one axis, not counting the axis that stacks the layers. Moments have the dtype of the parameters
+(float32). Parameters are trees of haliax NamedArrays; what else they are is not known here.
+"""
+
+from typing import Any
+
+import haliax as hax
+import jax
+import numpy as np
+import optax
+from haliax import NamedArray
+
+from simpo_pipeline.training.config import OptimizerConfig
+
+STACKING_AXIS = "layers"
+
+
+def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW on the schedule of a run of `num_train_steps` updates."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate_schedule(config, num_train_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, gradient: Any, opt_state: optax.OptState, params: Any
+) -> tuple[Any, optax.OptState]:
+    """One update: (parameters, optimizer state) after it. `gradient` and `params` are equal trees."""
+    # optax raises Python floats to the power of its int32 count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_train_steps: int) -> optax.Schedule:
+    """The rate as optax computes it on the device, from its update count."""
+    peak, warmup_steps = config.learning_rate, config.warmup_steps(num_train_steps)
+    decay_steps = num_train_steps - warmup_steps
+    if config.lr_schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_lr_ratio)
+    elif config.lr_schedule == "linear":
+        decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay_steps)
+    else:
+        decay = optax.constant_schedule(peak)
+    if warmup_steps == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
+
+
+def learning_rate_at(config: OptimizerConfig, num_train_steps: int, step: int) -> float:
+    """The learning rate of update number `step` (0-based), computed on the host."""
+    warmup_steps = config.warmup_steps(num_train_steps)
+    if step < warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    progress = min((step - warmup_steps) / (num_train_steps - warmup_steps), 1.0)
+    if config.lr_schedule == "cosine":
+        remaining = float(0.5 * (1 + np.cos(np.pi * progress)))
+    elif config.lr_schedule == "linear":
+        remaining = 1.0 - progress
+    else:
+        return config.learning_rate
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
+
+
+def decayed(params: Any) -> Any:
+    """For each parameter, whether weight decay applies to it: a tree of bools."""
+
+    def is_matrix(parameter: NamedArray) -> bool:
+        return sum(axis.name != STACKING_AXIS for axis in parameter.axes) > 1
+
+    return hax.tree_util.tree_map(is_matrix, params)

@@ -1,0 +1,77 @@
+"""Everything that an update reads and writes on the devices, and its digest.
+
+The state holds no step counter besides optax's own update count: which update comes next is a Python int of the
+trainer. Law: two states of equal digest continue bit for bit the same, whatever happened between their updates.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt32
+
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import FSDP_RULES, with_shardings
+from simpo_pipeline.model.transformer import Llama, abstract_llama
+
+
+class TrainState(eqx.Module):
+    """Master weights and moments in float32, and the run's key.
+
+    SimPO draws nothing at random, so `rng` (raw threefry key data) is carried unchanged from the start of the run.
+    """
+
+    params: Llama
+    opt_state: optax.OptState
+    rng: UInt32[Array, "2"]
+
+
+def abstract_state(model_config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state with a `jax.ShapeDtypeStruct` in place of each array, sharded over `mesh` by the FSDP rules.
+
+    Moments lie as their parameters do; counts and the key are replicated.
+    """
+
+    def fresh(params: Any, rng: UInt32[Array, "2"]) -> TrainState:
+        return TrainState(params, optimizer.init(params), rng)
+
+    state = jax.eval_shape(fresh, abstract_llama(model_config, jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return with_shardings(state, mesh, FSDP_RULES)
+
+
+def state_digest(state: TrainState, *, step: int, data_position: int) -> str:
+    """SHA-256 (hex) of the state's bytes, the finished updates and the pairs read so far.
+
+    Covers each leaf's path, dtype, shape and bytes in tree order. A process hashes what it holds, each shard once
+    however often it is replicated, ordered by its place in the array: on several hosts each has a digest of its own,
+    and states laid out on different meshes have different digests. Host memory: a few leaves at a time.
+    """
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
+    # hashlib lets go of the GIL, so leaves are hashed side by side; map gives them back in order.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        leaf_digests = list(pool.map(_leaf_digest, leaves))
+    whole = hashlib.sha256(f"step {step}\ndata_position {data_position}\n".encode())
+    for path, leaf, leaf_digest in zip(paths, leaves, leaf_digests, strict=True):
+        whole.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {leaf_digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _leaf_digest(leaf: jax.Array) -> str:
+    shards = {_start(shard.index): shard.data for shard in leaf.addressable_shards}
+    digest = hashlib.sha256()
+    for start in sorted(shards):
+        shard = np.ascontiguousarray(np.asarray(shards[start]))
+        digest.update(f"{start} {shard.shape}\n".encode())
+        digest.update(shard.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(part.start or 0 for part in index)

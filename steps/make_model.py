@@ -42,7 +42,9 @@ def make_model(config: MakeModelConfig, run: StepRun) -> None:
     from simpo_pipeline.model.transformer import init_llama
 
     if config.model.vocab_size < VOCAB_SIZE:
-        raise ModelError(f"vocab_size must be at least {VOCAB_SIZE} for the byte tokenizer, got {config.model.vocab_size}")
+        raise ModelError(
+            f"vocab_size must be at least {VOCAB_SIZE} for the byte tokenizer, got {config.model.vocab_size}"
+        )
     init = session_of(run).programs.compile(
         "init_model",
         lambda seed: init_llama(config.model, jax.random.key(seed)),

@@ -24,7 +24,7 @@ class PreparePairsConfig:
         max_length: Tokens that a prompt with one of its answers may have.
         too_long: What happens to longer pairs: `raise`, `truncate` (the answers' tails) or `drop`.
         unusable: What happens to pairs without a preference: `raise` or `drop`.
-        source_digest: Checksum of a local source, for identity: a path alone does not say what is in the file.
+        source_id: What identifies the data, for the step's version: a path alone does not say what is in a file.
     """
 
     source: PreferenceSource
@@ -32,7 +32,7 @@ class PreparePairsConfig:
     max_length: int
     too_long: TooLong = "raise"
     unusable: Unusable = "raise"
-    source_digest: str | None = None
+    source_id: str | None = None
     output_path: str = THIS_OUTPUT_PATH
 
 

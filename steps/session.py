@@ -4,11 +4,15 @@ Both are made at first use, so a job in which every step is skipped touches no d
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.main import ExecutorMainConfig
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.storage.paths import join
+from simpo_pipeline.tracking.factory import TrackerKind, make_tracker
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 
 if TYPE_CHECKING:
@@ -39,6 +43,24 @@ class JobSession:
         """Ends the tracker's run if one was opened; `error` is what ended the job, if anything did."""
         if "tracker" in self.__dict__:
             self.tracker.finish(error)
+
+
+def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, project: str) -> Callable[[], Tracker]:
+    """Opens the job's tracker when it is called; files go below `{prefix}/tracking/`.
+
+    Args:
+        kind: `wandb`, `jsonl` or `none`.
+        config: The job's flags.
+        name: What the run is called; the time of its start is added.
+        project: wandb's project.
+    """
+
+    def open_tracker() -> Tracker:
+        run_name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = join(config.effective_prefix, "tracking", f"{run_name}.jsonl")
+        return make_tracker(kind, jsonl_path=path, project=project, run_name=run_name)
+
+    return open_tracker
 
 
 def session_of(run: StepRun) -> JobSession:

@@ -9,17 +9,22 @@ from simpo_pipeline.errors import ConfigError, DataError
 
 
 def test_prompts_are_taken_as_given():
-    assert load_prompts(PromptsConfig(prompts=("a", "b"))) == ("a", "b")
+    config = PromptsConfig(prompts=("a", "b"))
+    assert load_prompts(config) == ("a", "b")
+    assert config.count == 2
 
 
 def test_synthetic_prompts_carry_their_index():
     config = PromptsConfig(synthetic_prompt_count=2, synthetic_prompt_template="M11 prompt {index}: explain {{x}}.")
+    assert config.count == 2
     assert load_prompts(config) == ("M11 prompt 0: explain {x}.", "M11 prompt 1: explain {x}.")
 
 
 def test_a_file_gives_one_prompt_a_line_without_the_blank_ones(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\n  two  \n")
-    assert load_prompts(PromptsConfig(prompts_path=str(tmp_path / "prompts.txt"))) == ("one", "two")
+    config = PromptsConfig(prompts_path=str(tmp_path / "prompts.txt"))
+    assert load_prompts(config) == ("one", "two")
+    assert config.count is None
 
 
 def test_a_missing_file_and_an_empty_one_are_named(tmp_path):

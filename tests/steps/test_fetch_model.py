@@ -8,7 +8,6 @@ import pytest
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.storage.files import list_files, read_json, write_bytes
-from simpo_pipeline.storage.paths import join
 from steps import fetch_model as module
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 

@@ -40,6 +40,11 @@ class PromptsConfig:
             raise ConfigError(f"prompts[{blank[0]}] is empty; give every prompt some text or leave it out")
         self._expand_template(0)
 
+    @property
+    def count(self) -> int | None:
+        """How many prompts there are; None when only the file at `prompts_path` knows."""
+        return self.synthetic_prompt_count if not self.prompts else len(self.prompts)
+
     def _expand_template(self, index: int) -> str:
         try:
             return self.synthetic_prompt_template.format(index=index)

@@ -323,6 +323,7 @@ def test_what_was_taken_belongs_to_the_taker_and_is_not_freed_under_it(prefix):
     kept: list[Trainer] = []
 
     def keep(config: TrainConfig, run: StepRun):
+        assert config.trainer is not None
         kept.append(config.trainer)
 
     steps = interleave()

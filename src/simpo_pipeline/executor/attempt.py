@@ -229,22 +229,20 @@ class Attempt:
 
     def _record_failure(self) -> None:
         error = {"step": self._step.name, "error": str(self.error), "failures": self._failures}
-        if self._replaying:
-            status.write_error(self._output_path, error)
-        else:
-            self._record(Status.FAILED, error)
+        self._record(Status.FAILED, error)
 
     def _record(self, token: Status, error: dict[str, Any] | None = None) -> None:
         """Record a bad end and give the lease up; what goes wrong here must not hide what went wrong before."""
         lease = self._job.lease_path(self._step)
-        if self._replaying or not self._job.leases.holds(lease):
-            return
         try:
-            self._job.leases.confirm(lease)
-            if error is not None:
+            if self._replaying and error is not None:
                 status.write_error(self._output_path, error)
-            status.write_status(self._output_path, token)
-            self._release()
+            elif self._job.leases.holds(lease):
+                self._job.leases.confirm(lease)
+                if error is not None:
+                    status.write_error(self._output_path, error)
+                status.write_status(self._output_path, token)
+                self._release()
         except (StorageError, StepError) as second:
             _logger.error("%s: could not record that it %s: %s", self._step.name, token, second)
 

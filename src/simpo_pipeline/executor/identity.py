@@ -113,6 +113,8 @@ def canonical(value: Any, path: str) -> Any:
     Raises:
         IdentityError: there is no such form; `path` and the cure are named.
     """
+    if isinstance(value, _MARKERS):
+        raise _no_form(value, path, "versioned(...) must not contain steps, paths of steps or other markers.")
     if isinstance(value, Enum):
         return {"!enum": f"{type(value).__name__}.{value.name}"}
     if value is None or isinstance(value, bool):
@@ -152,8 +154,6 @@ def _canonical_dict(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
 
 
 def _canonical_text(value: Any, path: str) -> str:
-    if isinstance(value, _MARKERS):
-        raise _no_form(value, path, "versioned(...) must not contain steps, paths of steps or other markers.")
     if isinstance(value, bytes | bytearray):
         return value.hex()
     if isinstance(value, PurePath):

@@ -183,10 +183,13 @@ class LeaseKeeper:
             )
 
     def release(self, path: str) -> None:
-        """Give the lease up; nothing happens to it if it was lost."""
+        """Give the lease up; nothing happens to it if it was lost, and what cannot be removed expires by itself."""
         lease = self._leases.pop(path)
         with lease.lock:
-            remove_if_same(path, lease.holder.encode())
+            try:
+                remove_if_same(path, lease.holder.encode())
+            except StorageError as error:
+                _logger.warning("could not remove the lease %s, it will expire: %s", path, error)
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._config.heartbeat_seconds):

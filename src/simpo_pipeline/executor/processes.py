@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from simpo_pipeline.errors import ConfigError, StepError
+from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StepError
 
 
 def _itself(value: Any) -> Any:
@@ -49,7 +49,8 @@ class Processes:
         """What `decide()` gave in the leader; it is called nowhere else, and its failure is everyone's failure.
 
         Raises:
-            StepError: in the other processes, when `decide()` raised in the leader, where the error itself is raised.
+            SimpoPipelineError: in the leader, what `decide()` raised, made a StepError if it is not one of ours.
+            StepError: in the other processes, then.
         """
         failure: Exception | None = None
         outcome: dict[str, Any] | None = None
@@ -60,8 +61,8 @@ class Processes:
                 failure = error
                 outcome = {"value": None, "error": f"{type(error).__name__}: {error}"}
         agreed: dict[str, Any] = self.agree(outcome)
-        if failure is not None:
+        if isinstance(failure, SimpoPipelineError):
             raise failure
         if agreed["error"] is not None:
-            raise StepError(f"The leader (process 0) could not decide: {agreed['error']}")
+            raise StepError(f"The leader (process 0) could not decide: {agreed['error']}") from failure
         return agreed["value"]

@@ -163,13 +163,21 @@ class LiveInput:
     use: LiveUse
 
 
-def borrow(step: "ExecutorStep[Any]") -> Any:
-    """The live value of another step, to be read only and given back when this step ends."""
+def borrow(step: object) -> Any:
+    """The live value of another step, to be read only and given back when this step ends.
+
+    Raises:
+        LiveEdgeError: what was passed is no step.
+    """
     return LiveInput(_producer(step, LiveUse.BORROW), LiveUse.BORROW)
 
 
-def take(step: "ExecutorStep[Any]") -> Any:
-    """The live value of another step, to be owned from now on; every borrower has ended before."""
+def take(step: object) -> Any:
+    """The live value of another step, to be owned from now on; every borrower has ended before.
+
+    Raises:
+        LiveEdgeError: what was passed is no step.
+    """
     return LiveInput(_producer(step, LiveUse.TAKE), LiveUse.TAKE)
 
 

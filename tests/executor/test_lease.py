@@ -1,0 +1,190 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from simpo_pipeline.errors import ConfigError, LeaseLostError
+from simpo_pipeline.executor.lease import Holder, LeaseConfig, LeaseKeeper, LeaseWatch, parse_holder
+from simpo_pipeline.storage.files import exists, read_bytes, write_bytes
+from simpo_pipeline.storage.paths import join
+
+CONFIG = LeaseConfig(heartbeat_seconds=0.02, expiry_seconds=0.1, poll_seconds=0.01)
+ELSEWHERE = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
+
+
+class Clock:
+    """A clock that goes when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def keeper(run_id: str, clock: Clock | None = None) -> LeaseKeeper:
+    """A keeper whose heartbeat has not been started: as if its process were frozen."""
+    return LeaseKeeper(run_id, CONFIG, LeaseWatch(CONFIG, clock or Clock()))
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_lease_is_had_by_one_until_it_is_given_up(prefix):
+    path = join(prefix, "step/.executor_status.lock")
+    first, second = keeper("first"), keeper("second")
+    assert first.acquire(path)
+    assert not second.acquire(path)
+    first.confirm(path)
+    first.release(path)
+    assert not exists(path)
+    assert second.acquire(path)
+
+
+def test_the_file_names_its_holder(prefix):
+    path = join(prefix, "lock")
+    assert keeper("first").acquire(path)
+    holder = parse_holder(read_bytes(path))
+    assert holder is not None
+    assert (holder.run_id, holder.host_name, holder.pid) == ("first", socket.gethostname(), os.getpid())
+
+
+def test_the_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(prefix):
+    path = join(prefix, "lock")
+    gone = replace(ELSEWHERE, host_name=socket.gethostname(), pid=dead_pid())
+    write_bytes(path, gone.encode())
+    assert keeper("second").acquire(path)
+
+
+def test_the_lease_of_another_host_is_taken_over_when_it_was_not_seen_to_change(prefix):
+    path = join(prefix, "lock")
+    clock = Clock()
+    second = keeper("second", clock)
+    write_bytes(path, ELSEWHERE.encode())
+    assert not second.acquire(path)
+    clock.now += 0.9 * CONFIG.expiry_seconds
+    assert not second.acquire(path)
+    write_bytes(path, replace(ELSEWHERE, beat=1).encode())
+    clock.now += 0.9 * CONFIG.expiry_seconds
+    assert not second.acquire(path)
+    clock.now += 1.1 * CONFIG.expiry_seconds
+    assert second.acquire(path)
+
+
+def test_a_clock_that_is_wrong_by_years_on_the_other_host_does_not_matter(prefix):
+    path = join(prefix, "lock")
+    write_bytes(path, replace(ELSEWHERE, time="1970-01-01T00:00:00+00:00").encode())
+    assert not keeper("second").acquire(path)
+
+
+def test_a_holder_that_lost_its_lease_is_told_who_has_it_and_leaves_it_there(prefix):
+    path = join(prefix, "lock")
+    first = keeper("first")
+    assert first.acquire(path)
+    write_bytes(path, ELSEWHERE.encode())
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
+        first.confirm(path)
+    first.release(path)
+    assert read_bytes(path) == ELSEWHERE.encode()
+
+
+def test_a_lease_whose_file_is_gone_is_lost(prefix):
+    path = join(prefix, "lock")
+    first, second = keeper("first"), keeper("second")
+    assert first.acquire(path)
+    second_holder = parse_holder(read_bytes(path))
+    assert second_holder is not None
+    first_data = read_bytes(path)
+    write_bytes(path, b"")
+    with pytest.raises(LeaseLostError, match="nobody we can read"):
+        first.confirm(path)
+    write_bytes(path, first_data)
+    with pytest.raises(LeaseLostError):
+        first.confirm(path)
+    assert not second.holds(path)
+
+
+def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
+    path = join(prefix, "lock")
+    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG)) as first:
+        assert first.acquire(path)
+        beats: set[int] = set()
+        wait = threading.Event()
+        while len(beats) < 3:
+            holder = parse_holder(read_bytes(path))
+            assert holder is not None
+            beats.add(holder.beat)
+            wait.wait(0.005)
+        first.confirm(path)
+    assert not exists(path)
+
+
+def test_a_lost_lease_is_noticed_by_the_heartbeat_and_not_written_over(prefix):
+    path = join(prefix, "lock")
+    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG)) as first:
+        assert first.acquire(path)
+        write_bytes(path, ELSEWHERE.encode())
+        wait = threading.Event()
+        for _ in range(10):
+            wait.wait(CONFIG.heartbeat_seconds)
+    assert read_bytes(path) == ELSEWHERE.encode()
+
+
+def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
+    path = str(tmp_path / "lock")
+    write_bytes(path, replace(ELSEWHERE, host_name=socket.gethostname(), pid=dead_pid()).encode())
+    start = threading.Barrier(8)
+    winners: list[str] = []
+
+    def compete(run_id: str):
+        start.wait()
+        if keeper(run_id).acquire(path):
+            winners.append(run_id)
+
+    threads = [threading.Thread(target=compete, args=(f"run-{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    holder = parse_holder(read_bytes(path))
+    assert holder is not None
+    assert winners == [holder.run_id]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["run_id", "host_name", "pid", "time", "beat"]), inner)
+        ),
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_whatever_a_lease_file_holds_it_is_a_holder_or_none(data):
+    holder = parse_holder(data)
+    assert holder is None or (holder.pid > 0 and isinstance(holder.is_gone(), bool))
+
+
+def test_a_holder_survives_its_file():
+    assert parse_holder(ELSEWHERE.encode()) == ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"heartbeat_seconds": 0.0}, {"heartbeat_seconds": 61.0}, {"expiry_seconds": 29.0}, {"poll_seconds": 0.0}],
+)
+def test_a_heartbeat_that_cannot_keep_a_lease_is_refused(wrong):
+    with pytest.raises(ConfigError, match="must be more than 0"):
+        LeaseConfig(**wrong)

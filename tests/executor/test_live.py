@@ -1,0 +1,59 @@
+import pytest
+
+from simpo_pipeline.errors import LiveEdgeError
+from simpo_pipeline.executor.live import Live, LiveStore
+from simpo_pipeline.executor.step import ExecutorStep, LiveUse
+
+MADE, ONE, TWO = (ExecutorStep(name, None, None) for name in ("made", "one", "two"))
+
+
+def published(*consumers: ExecutorStep) -> tuple[LiveStore, list[str]]:
+    store, freed = LiveStore(), []
+    store.publish(MADE, Live("value", free=lambda: freed.append("freed")), consumers)
+    return store, freed
+
+
+def test_a_borrowed_value_stays_until_its_last_borrower_ends():
+    store, freed = published(ONE, TWO)
+    assert store.give(MADE, ONE, LiveUse.BORROW) == "value"
+    store.consumer_ended(ONE, failed=False)
+    assert store.give(MADE, TWO, LiveUse.BORROW) == "value"
+    assert not freed
+    store.consumer_ended(TWO, failed=True)
+    assert freed == ["freed"]
+    assert store.held() == frozenset()
+
+
+def test_a_taken_value_is_the_takers_own():
+    store, freed = published(ONE)
+    store.give(MADE, ONE, LiveUse.TAKE)
+    assert store.held() == frozenset()
+    store.consumer_ended(ONE, failed=False)
+    assert not freed
+
+
+def test_what_a_failed_taker_had_is_freed_once():
+    store, freed = published(ONE)
+    store.give(MADE, ONE, LiveUse.TAKE)
+    store.consumer_ended(ONE, failed=True)
+    store.consumer_ended(ONE, failed=True)
+    assert freed == ["freed"]
+
+
+def test_a_value_is_not_taken_while_a_borrower_has_yet_to_end():
+    store, _ = published(ONE, TWO)
+    with pytest.raises(LiveEdgeError, match="'two' cannot take the live value of 'made' before one end"):
+        store.give(MADE, TWO, LiveUse.TAKE)
+
+
+def test_a_value_that_is_not_here_is_an_error():
+    store, _ = published(ONE)
+    with pytest.raises(LiveEdgeError, match="No live value is held for 'one'"):
+        store.give(ONE, TWO, LiveUse.BORROW)
+
+
+def test_at_the_end_everything_is_freed():
+    store, freed = published(ONE)
+    store.free_all()
+    assert freed == ["freed"]
+    assert store.held() == frozenset()

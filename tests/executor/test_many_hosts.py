@@ -1,0 +1,161 @@
+"""Several processes of one job, here as threads: each has its own executor, and they agree through a barrier."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from simpo_pipeline.errors import ConfigError, PlanError, SimpoPipelineError, StepFailedError
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
+from simpo_pipeline.storage.files import exists, list_files, read_json, read_text, remove_tree, write_text
+from simpo_pipeline.storage.paths import join
+
+COUNT = 4
+
+
+class Meeting:
+    """What lets threads agree and gather as processes do; a value left behind fails the test by time."""
+
+    def __init__(self, count: int):
+        self._values: list[Any] = [None] * count
+        self._barrier = threading.Barrier(count, timeout=20)
+
+    def gather(self, index: int, value: Any) -> list[Any]:
+        self._values[index] = value
+        self._barrier.wait()
+        gathered = list(self._values)
+        self._barrier.wait()
+        return gathered
+
+    def process(self, index: int) -> Processes:
+        return Processes(
+            process_index=index,
+            process_count=len(self._values),
+            agree=lambda value: self.gather(index, value)[0],
+            gather=lambda value: self.gather(index, value),
+        )
+
+
+def on_all_hosts(prefix: str, make_steps: Callable[[int], list[ExecutorStep]], **options: Any) -> list[Any]:
+    """The executor of each process, or the error that left it."""
+    meeting = Meeting(COUNT)
+    ended: list[Any] = [None] * COUNT
+
+    def work(index: int):
+        executor = Executor(prefix, processes=meeting.process(index))
+        try:
+            executor.run(make_steps(index), **options)
+            ended[index] = executor
+        except SimpoPipelineError as error:
+            ended[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(COUNT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended
+
+
+def interleave(calls: list[str], fail_on: tuple[int, ...] = ()) -> list[ExecutorStep]:
+    def prepare(config: list[str]):
+        calls.append("prepare")
+
+    def train(config: list[Any], run: StepRun) -> Live:
+        calls.append(f"{run.name} {run.replaying}")
+        return Live({"host": run.processes.process_index}, digest=f"shard {run.processes.process_index}")
+
+    def infer(config: list[Any], run: StepRun):
+        me = run.processes.process_index
+        if me in fail_on:
+            raise RuntimeError(f"host {me} lost a device")
+        write_text(join(config[1], f"host_{me}.txt"), f"{config[0]['host']}")
+        run.processes.gather("all rows are written")
+        calls.append(run.name)
+
+    prepared = ExecutorStep("prepare", prepare, [])
+    first = ExecutorStep("train-2", train, [prepared, versioned(2)])
+    middle = ExecutorStep("infer", infer, [borrow(first), this_output_path()])
+    last = ExecutorStep("train-5", train, [prepared, take(first)])
+    return [prepared, first, middle, last, ExecutorStep("report", prepare, [output_path_of(middle)])]
+
+
+def test_every_process_runs_every_step_with_its_own_live_values(prefix):
+    calls: list[list[str]] = [[] for _ in range(COUNT)]
+    executors = on_all_hosts(prefix, lambda index: interleave(calls[index]))
+    assert calls == [["prepare", "train-2 False", "infer", "train-5 False", "prepare"]] * COUNT
+    assert len({executor.plan for executor in executors}) == 1
+    path = executors[0].output_paths[executors[0].steps[2]]
+    assert [read_text(join(path, f"host_{index}.txt")) for index in range(COUNT)] == ["0", "1", "2", "3"]
+    assert [file["path"] for file in read_json(join(path, "manifest.json"))["files"]] == [
+        f"host_{index}.txt" for index in range(COUNT)
+    ]
+
+
+def test_every_process_skips_and_replays_as_the_leader_decides(prefix):
+    executors = on_all_hosts(prefix, lambda index: interleave([]))
+    last = next(step for step in executors[0].steps if step.name == "train-5")
+    remove_tree(join(executors[0].output_paths[last], ".executor_status"))
+    calls: list[list[str]] = [[] for _ in range(COUNT)]
+    executors = on_all_hosts(prefix, lambda index: interleave(calls[index]))
+    assert calls == [["train-2 True", "train-5 False"]] * COUNT
+    assert [result.action for result in executors[3].results] == ["SKIP", "REPLAY", "SKIP", "RUN", "SKIP"]
+
+
+def test_when_a_step_fails_on_some_hosts_every_process_leaves_naming_the_first(prefix):
+    calls: list[list[str]] = [[] for _ in range(COUNT)]
+    errors = on_all_hosts(prefix, lambda index: interleave(calls[index], fail_on=(0, 1, 2, 3)))
+    assert all(isinstance(error, StepFailedError) for error in errors)
+    assert all("'infer' failed on host" in str(error) and "(process 0 of 4)" in str(error) for error in errors)
+    assert calls == [["prepare", "train-2 False", "train-5 False"]] * COUNT
+    failures = [entry for entry in list_files(prefix) if entry.relative_path.endswith("error.json")]
+    failed = read_json(join(prefix, failures[0].relative_path))["failures"]
+    assert [failure["process_index"] for failure in failed] == [0, 1, 2, 3]
+
+
+def test_one_failing_host_fails_the_step_everywhere_and_its_traceback_is_told(prefix):
+    def steps(index: int) -> list[ExecutorStep]:
+        def fail_on_two(config: Any, run: StepRun):
+            if run.processes.process_index == 2:
+                raise RuntimeError("lost a device")
+
+        step = ExecutorStep("train", fail_on_two, None)
+        return [ExecutorStep("after", lambda config: None, output_path_of(step))]
+
+    errors = on_all_hosts(prefix, steps)
+    assert {str(error).splitlines()[0] for error in errors} == {str(errors[0]).splitlines()[0]}
+    assert "(process 2 of 4): RuntimeError: lost a device" in str(errors[0])
+    assert isinstance(errors[2].__cause__, RuntimeError)
+    assert "in fail_on_two" in errors[0].__notes__[0]
+
+
+def test_a_leader_that_cannot_read_storage_fails_every_process(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    errors = on_all_hosts(str(tmp_path / "file" / "runs"), lambda index: interleave([]))
+    assert all(isinstance(error, SimpoPipelineError) for error in errors)
+    assert all("file" in str(error) for error in errors)
+
+
+def test_processes_with_different_steps_are_told_where_they_part(prefix):
+    def steps(index: int) -> list[ExecutorStep]:
+        return [ExecutorStep("train", lambda config: None, [versioned(0 if index != 2 else 1)])]
+
+    errors = on_all_hosts(prefix, steps)
+    assert all(isinstance(error, PlanError) for error in errors)
+    assert all("Process 2 built another DAG than process 0: train-" in str(error) for error in errors)
+
+
+def test_a_dry_run_on_many_hosts_is_one_plan(prefix):
+    executors = on_all_hosts(prefix, lambda index: interleave([]), dry_run=True)
+    assert len({executor.plan for executor in executors}) == 1
+    assert not exists(prefix)
+
+
+def test_a_process_outside_its_job_is_refused():
+    with pytest.raises(ConfigError, match="process_index is 4 of 4"):
+        Processes(4, 4)

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.executor import status
+from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
+from simpo_pipeline.executor.status import Status
+from simpo_pipeline.storage.files import FileEntry, write_bytes, write_json, write_text
+from simpo_pipeline.storage.paths import join
+
+
+def read(path: str) -> status.StepRecord:
+    return status.read_record(path, LeaseWatch(LeaseConfig()))
+
+
+def test_a_place_where_nothing_ran_has_an_empty_record(prefix):
+    assert read(join(prefix, "step")) == status.StepRecord()
+
+
+@pytest.mark.parametrize("token", list(Status))
+def test_every_token_is_read_back(prefix, token):
+    status.write_status(prefix, token)
+    assert read(prefix).status is token
+    assert status.read_status(prefix) is token
+
+
+def test_only_success_with_a_manifest_is_done(prefix):
+    status.write_status(prefix, Status.SUCCESS)
+    assert not read(prefix).done
+    status.write_manifest(prefix)
+    assert read(prefix).done
+    status.write_status(prefix, Status.RUNNING)
+    assert not read(prefix).done
+
+
+def test_a_manifest_is_read_back(prefix):
+    write_text(join(prefix, "a/b.txt"), "123456789")
+    status.write_manifest(prefix)
+    assert status.read_manifest(prefix) == [FileEntry("a/b.txt", 9, "e3069283")]
+
+
+def test_a_manifest_that_is_missing_or_damaged_is_an_error_naming_it(prefix):
+    with pytest.raises(PathNotFoundError, match=r"manifest\.json"):
+        status.read_manifest(prefix)
+    for damaged in ([], {"files": [{}]}, {"files": 3}, None):
+        write_json(join(prefix, "manifest.json"), damaged)
+        with pytest.raises(StorageError, match=r"manifest\.json"):
+            status.read_manifest(prefix)
+
+
+def test_an_error_is_seen_and_removed(prefix):
+    status.write_error(prefix, {"step": "x"})
+    assert read(prefix).has_error
+    status.remove_error(prefix)
+    assert not read(prefix).has_error
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=100), st.binary(max_size=100))
+def test_whatever_status_and_lease_hold_the_record_can_be_read(tmp_path_factory, token, lease):
+    folder = str(tmp_path_factory.mktemp("record"))
+    write_bytes(join(folder, status.STATUS_FILE), token)
+    write_bytes(join(folder, status.LEASE_FILE), lease)
+    write_bytes(join(folder, status.MANIFEST_FILE), b"{}")
+    record = read(folder)
+    assert record.done == (token.strip() == b"SUCCESS")
+    assert (record.status is None) == (record.unreadable_status is not None)
+    assert record.lease is not None
+    json.dumps(record.unreadable_status)

@@ -1,0 +1,142 @@
+"""Two jobs on one prefix: what one runs, the other waits for."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from simpo_pipeline.errors import LeaseLostError
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.lease import Holder, LeaseConfig
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path
+from simpo_pipeline.storage.files import exists, list_names, read_text, remove_tree, write_bytes, write_text
+from simpo_pipeline.storage.paths import join
+
+LEASE = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=60.0, poll_seconds=0.01)
+OTHER = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
+
+
+def executor(prefix: str, session: Any = None) -> Executor:
+    return Executor(prefix, session=session, lease=LEASE)
+
+
+def in_thread(job: Executor, steps: list[ExecutorStep]) -> threading.Thread:
+    thread = threading.Thread(target=job.run, args=(steps,))
+    thread.start()
+    return thread
+
+
+def test_the_second_job_waits_for_a_shared_step_and_then_uses_it(prefix):
+    shared_runs, may_end = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def shared(config: list[str]):
+        calls.append("shared")
+        shared_runs.set()
+        assert may_end.wait(20)
+        write_text(join(config[0], "x"), "made once")
+
+    def steps(name: str) -> list[ExecutorStep]:
+        def use(config: list[str]):
+            calls.append(f"{name} reads {read_text(config[0])}")
+
+        first = ExecutorStep("shared", shared, [this_output_path()])
+        return [ExecutorStep(name, use, [first / "x"])]
+
+    one, two = executor(prefix), executor(prefix)
+    thread = in_thread(one, steps("one"))
+    assert shared_runs.wait(20)
+    waiting = executor(prefix)
+    waiting.run(steps("two"), dry_run=True)
+    assert [(row.step_name, row.action) for row in waiting.plan] == [("shared", "WAIT"), ("two", "RUN")]
+    assert "held by pid" in waiting.plan[0].reason
+    second = in_thread(two, steps("two"))
+    may_end.set()
+    thread.join()
+    second.join()
+    assert sorted(calls) == ["one reads made once", "shared", "two reads made once"]
+    assert [result.action for result in two.results] == ["SKIP", "RUN"]
+
+
+def test_independent_steps_run_while_another_job_is_waited_for(prefix):
+    ran = threading.Event()
+    job = executor(prefix)
+    held = ExecutorStep("held", lambda config: None, None)
+    free = ExecutorStep("free", lambda config: ran.set(), None)
+    job.run([held], dry_run=True)
+    lock = join(job.output_paths[held], ".executor_status.lock")
+    write_bytes(lock, OTHER.encode())
+    thread = in_thread(job, [held, free])
+    assert ran.wait(20)
+    assert thread.is_alive()
+    remove_tree(lock)
+    thread.join()
+    assert [result.action for result in job.results] == ["RUN", "RUN"]
+
+
+def test_a_live_value_is_kept_for_a_consumer_that_another_job_gave_up(prefix):
+    calls: list[str] = []
+    made = threading.Event()
+
+    def publish(config: Any, run: StepRun) -> Live:
+        calls.append(f"{run.name} {run.replaying}")
+        made.set()
+        return Live("value", digest="d")
+
+    def use(config: list[Any], run: StepRun):
+        calls.append(f"{run.name} {config[0]}")
+
+    first = ExecutorStep("publish", publish, None)
+    borrower = ExecutorStep("borrower", use, [borrow(first)])
+    taker = ExecutorStep("taker", use, [take(first)])
+    job = executor(prefix)
+    job.run([borrower, taker], dry_run=True)
+    lock = join(job.output_paths[borrower], ".executor_status.lock")
+    write_bytes(lock, OTHER.encode())
+    thread = in_thread(job, [borrower, taker])
+    assert made.wait(20)
+    remove_tree(lock)
+    thread.join()
+    assert calls == ["publish False", "borrower value", "taker value"]
+
+
+def test_no_replay_is_made_for_a_step_that_another_job_runs(prefix):
+    calls: list[str] = []
+
+    def publish(config: Any, run: StepRun) -> Live:
+        calls.append("publish")
+        return Live("value", digest="d")
+
+    first = ExecutorStep("publish", publish, None)
+    user = ExecutorStep("user", lambda config: calls.append("user"), [take(first)])
+    job = executor(prefix)
+    job.run([first])
+    job.run([user], dry_run=True)
+    path = job.output_paths[user]
+    write_bytes(join(path, ".executor_status.lock"), OTHER.encode())
+    again = executor(prefix)
+    thread = in_thread(again, [user])
+    write_text(join(path, "manifest.json"), "{}")
+    write_text(join(path, ".executor_status"), "SUCCESS")
+    thread.join()
+    assert calls == ["publish"]
+    assert [result.action for result in again.results] == ["SKIP", "SKIP"]
+
+
+def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
+    job = executor(prefix)
+
+    def lose(config: list[str]):
+        write_text(join(config[0], "x"), "x")
+        write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
+
+    step = ExecutorStep("lose", lose, [this_output_path()])
+    after = ExecutorStep("after", lambda config: None, output_path_of(step))
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
+        job.run([after])
+    path = job.output_paths[step]
+    assert read_text(join(path, ".executor_status")) == "RUNNING"
+    assert sorted(list_names(path)) == [".executor_info", ".executor_status", ".executor_status.lock", "x"]
+    assert not exists(join(path, "manifest.json"))

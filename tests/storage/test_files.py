@@ -182,3 +182,20 @@ def test_a_folder_without_permission_is_a_storage_error(tmp_path: Path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(StorageError, match="permissions"):
         files.write_text(str(tmp_path / "x"), "x")
+
+
+def test_a_stored_name_that_would_leave_its_folder_is_not_copied():
+    files.write_text("memory://copies/x", "x")
+    files.write_text("memory://copies/../../evil", "x")
+    with pytest.raises(StorageError, match="outside its folder"), files.local_copy("memory://copies"):
+        pass
+    files.remove_tree("memory://copies")
+
+
+def test_a_checksum_that_the_store_keeps_is_in_the_listing(monkeypatch: pytest.MonkeyPatch):
+    """As Google Cloud Storage lists an object; its in-memory stand-in keeps none."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    listing = {"/bucket/x": {"name": "/bucket/x", "size": 9, "type": "file", "crc32c": "4waSgw=="}}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda self, path, detail: listing)
+    assert files.list_files("memory://bucket") == [FileEntry("x", 9, "e3069283")]

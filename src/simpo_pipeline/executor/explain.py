@@ -1,4 +1,4 @@
-"""Why is a step new? Compares its identity with those that steps of the same name left in the prefix."""
+"""Why is a step new? Compares its identity with those that steps of the same name left beside it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,57 +7,52 @@ from typing import Any, cast
 from simpo_pipeline.errors import StorageError
 from simpo_pipeline.executor.identity import SHORT_HASH_LENGTH
 from simpo_pipeline.executor.info import read_info
-from simpo_pipeline.storage.paths import base_name, join, parent
+from simpo_pipeline.storage.paths import base_name
 
 _MAX_SIBLINGS = 20
 _MAX_SHOWN = 3
 _MAX_VALUE_CHARACTERS = 60
 
 
-def versions_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of a folder that look like output paths, by what comes before their hash."""
+def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that look like output paths, by what comes before their hash; only some where there are many."""
     stems: dict[str, list[str]] = {}
     for name in names:
-        stem, suffix = _split(name)
+        suffix = name.rpartition("-")[2]
         if len(suffix) == SHORT_HASH_LENGTH and all(character in "0123456789abcdef" for character in suffix):
-            stems.setdefault(stem, []).append(name)
+            siblings = stems.setdefault(stem_of(name), [])
+            if len(siblings) < _MAX_SIBLINGS:
+                siblings.append(name)
     return stems
 
 
-def _split(name: str) -> tuple[str, str]:
-    stem, _, suffix = name.rpartition("-")
-    return stem, suffix
+def stem_of(output_path: str) -> str:
+    """The last part of an output path without its hash."""
+    return base_name(output_path).rpartition("-")[0]
 
 
-def what_changed(version: Mapping[str, Any], output_path: str, stems: Mapping[str, list[str]]) -> str | None:
-    """How a step differs from the most similar step of its name beside it; None when there is none.
+def recorded_config(output_path: str) -> dict[str, Any] | None:
+    """The versioned values and dependencies recorded at an output path; None when there is no record to believe."""
+    try:
+        version = read_info(output_path).get("version")
+    except StorageError:
+        return None
+    config = cast(dict[str, Any], version).get("config") if isinstance(version, dict) else None
+    return cast(dict[str, Any], config) if isinstance(config, dict) else None
 
-    `stems` are the names in the folder that holds `output_path`, from `versions_by_stem`.
-    """
-    own_name = base_name(output_path)
-    siblings = [name for name in stems.get(_split(own_name)[0], []) if name != own_name]
-    nearest: tuple[int, str, list[str]] | None = None
-    for sibling in siblings[:_MAX_SIBLINGS]:
-        differences = _differences_from(join(parent(output_path), sibling), version)
-        if differences and (nearest is None or len(differences) < nearest[0]):
-            nearest = (len(differences), sibling, differences)
+
+def what_changed(config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """How a step's versioned config differs from the most similar of its siblings'; None when there is none."""
+    nearest: tuple[str, list[str]] | None = None
+    for sibling, old in siblings.items():
+        differences = _differences(old, config)
+        if differences and (nearest is None or len(differences) < len(nearest[1])):
+            nearest = (sibling, differences)
     if nearest is None:
         return None
-    count, sibling, differences = nearest
-    more = f"; and {count - _MAX_SHOWN} more" if count > _MAX_SHOWN else ""
+    sibling, differences = nearest
+    more = f"; and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
     return f"new since {sibling}: {'; '.join(differences[:_MAX_SHOWN])}{more}"
-
-
-def _differences_from(output_path: str, version: Mapping[str, Any]) -> list[str]:
-    """The differences to the step recorded at an output path; empty when its record cannot be read."""
-    try:
-        recorded = read_info(output_path).get("version")
-    except StorageError:
-        return []
-    if not isinstance(recorded, dict):
-        return []
-    old = cast(dict[str, Any], recorded).get("config")
-    return _differences(cast(dict[str, Any], old), version["config"]) if isinstance(old, dict) else []
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from simpo_pipeline.errors import PlanError
-from simpo_pipeline.executor.explain import versions_by_stem, what_changed
+from simpo_pipeline.executor.explain import recorded_config, siblings_by_stem, stem_of, what_changed
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.order import Order
@@ -15,7 +15,7 @@ from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.executor.status import StepRecord, read_record
 from simpo_pipeline.storage.files import list_names
-from simpo_pipeline.storage.paths import parent
+from simpo_pipeline.storage.paths import base_name, join, parent
 
 _READERS = 32
 ItemT = TypeVar("ItemT")
@@ -98,17 +98,30 @@ class Planner:
         return records
 
     def _explain(self, new_steps: list[Step]) -> dict[Step, str | None]:
-        """How each step that never ran differs from the nearest that did; each folder is listed once."""
+        """How each step that never ran differs from the nearest that did; each folder and record is read once."""
         paths = self._graph.output_paths
         folders = list(dict.fromkeys(parent(paths[step]) for step in new_steps))
-        stems = dict(
-            zip(folders, _in_parallel(lambda folder: versions_by_stem(list_names(folder)), folders), strict=True)
-        )
+        stems = {
+            folder: siblings_by_stem(names)
+            for folder, names in zip(folders, _in_parallel(list_names, folders), strict=True)
+        }
+        siblings = {
+            step: [
+                join(parent(paths[step]), name)
+                for name in stems[parent(paths[step])].get(stem_of(paths[step]), [])
+                if name != base_name(paths[step])
+            ]
+            for step in new_steps
+        }
+        beside = list(dict.fromkeys(path for found in siblings.values() for path in found))
+        configs = dict(zip(beside, _in_parallel(recorded_config, beside), strict=True))
 
         def explain(step: Step) -> str | None:
-            return what_changed(self._graph.identities[step].version, paths[step], stems[parent(paths[step])])
+            recorded = {base_name(path): configs[path] for path in siblings[step]}
+            known = {name: config for name, config in recorded.items() if config is not None}
+            return what_changed(self._graph.identities[step].version["config"], known)
 
-        return dict(zip(new_steps, _in_parallel(explain, new_steps), strict=True))
+        return {step: explain(step) for step in new_steps}
 
 
 def _in_parallel(work: Callable[[ItemT], ResultT], items: Collection[ItemT]) -> list[ResultT]:

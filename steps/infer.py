@@ -1,5 +1,6 @@
 """Step `infer`: generation for a list of prompts, from a trainer borrowed live or from a model folder."""
 
+import collections
 import dataclasses
 import logging
 import time
@@ -215,13 +216,12 @@ def _write_merged(
     }
     seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
     tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0
+    reasons = collections.Counter(row["finish_reason"] for row in rows)
     summary = {
         "step": config.step,
         "prompts": len({row["global_prompt_index"] for row in rows}),
         "rows": len(rows),
-        "finish_reasons": {
-            reason: sum(row["finish_reason"] == reason for row in rows) for reason in ("stop", "length")
-        },
+        "finish_reasons": dict(sorted(reasons.items())),
         **totals,
         **{name: round(value, 6) for name, value in slowest.items()},
         "handoff_bytes": max(host["handoff_bytes"] for host in figures),

@@ -5,6 +5,7 @@ step sees the final parameters. Every evaluation happens exactly once.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from simpo_pipeline.errors import ConfigError
@@ -41,9 +42,7 @@ def expand_schedule(
         raise ConfigError(f"trainer.num_train_steps must be positive, got {num_train_steps}")
     stops = _eval_steps(num_train_steps, eval_at_steps, eval_every)
     bounds = [0, *stops] if num_train_steps in stops else [0, *stops, num_train_steps]
-    return tuple(
-        Segment(start=start, stop=stop, infer=stop in stops) for start, stop in zip(bounds, bounds[1:], strict=False)
-    )
+    return tuple(Segment(start, stop, infer=stop in stops) for start, stop in itertools.pairwise(bounds))
 
 
 def _eval_steps(num_train_steps: int, eval_at_steps: Sequence[int] | None, eval_every: int | None) -> list[int]:

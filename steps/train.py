@@ -1,4 +1,4 @@
-"""Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from an earlier step."""
+"""Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from another step."""
 
 import dataclasses
 import logging

@@ -71,10 +71,10 @@ class _Checker:
                 yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}."
 
     def _nearest(self, name: str, key: str, hints: Mapping[str, Any]) -> str:
-        near = difflib.get_close_matches(name, hints, n=1)
         elsewhere = [path for path in _all_keys(self.root) if path.rpartition(".")[2] == name]
-        if near or elsewhere:
-            return f"the nearest is {_below(key, near[0]) if near else elsewhere[0]}"
+        near = [_below(key, match) for match in difflib.get_close_matches(name, hints, n=1)]
+        if elsewhere or near:
+            return f"the nearest is {(elsewhere + near)[0]}"
         return f"the settings {f'of {key}' if key else 'here'} are {', '.join(hints)}"
 
 

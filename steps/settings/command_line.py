@@ -1,0 +1,73 @@
+"""The command line of experiments that a settings file describes.
+
+    --config_path FILE.yaml [--prefix ...] [--dry_run] [--tracker ...] [--key.path value ...]
+
+What is no flag of the executor is a setting, and is checked like those in the file.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from simpo_pipeline.config_files.decode import COMMAND_LINE, decode_yaml
+from simpo_pipeline.config_files.parse import parse_flags, split_flags
+from simpo_pipeline.errors import ConfigError, StorageError
+from simpo_pipeline.executor.arguments import parse_arguments
+from simpo_pipeline.executor.main import ExecutorMainConfig
+from simpo_pipeline.storage.files import read_text
+from simpo_pipeline.tracking.factory import TrackerKind
+from steps.session import JobSession, tracker_for
+from steps.settings.trainer import TRACKERS, TrackerSettings
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentFlags(ExecutorMainConfig):
+    """The executor's flags, and `--tracker`, which overrides `trainer.tracker.type`."""
+
+    tracker: TrackerKind | None = None
+
+    def open_session(self, settings: TrackerSettings, default_name: str) -> JobSession:
+        """The session of a job whose metrics go where the settings and `--tracker` say."""
+        kind = self.tracker or TRACKERS[settings.type]
+        return JobSession(tracker_for(kind, self, name=settings.name or default_name, project=settings.project))
+
+
+def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mapping[str, str]) -> T:
+    """The settings in a YAML file at any storage path, with those of the command line in place of its own.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is wrong, one sentence each.
+    """
+    try:
+        text = read_text(path)
+    except StorageError as error:
+        raise ConfigError(f"--config_path: {error}") from error
+    return decode_yaml(cls, text, source=path, flags=flags, retired=retired)
+
+
+def parse_command_line(cls: type[T], words: Sequence[str], retired: Mapping[str, str]) -> tuple[T, ExperimentFlags]:
+    """The settings and the executor's flags in a command line; `--help` prints the flags and exits.
+
+    Raises:
+        ConfigError: a flag, the file or a setting is wrong.
+    """
+    file_words, others = split_flags(words, ["config_path"])
+    own_names = [field.name for field in dataclasses.fields(ExperimentFlags)]
+    own_words, settings_words = split_flags(others, [*own_names, "help"])
+    flags = parse_arguments(ExperimentFlags, own_words)
+    path = parse_flags(file_words, COMMAND_LINE).get("config_path")
+    if not isinstance(path, str):
+        raise ConfigError("--config_path is missing; give a YAML file, such as one of experiments/configs/")
+    return read_settings(cls, path, settings_words, retired), flags
+
+
+def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str]) -> tuple[T, ExperimentFlags]:
+    """As `parse_command_line` of this script's own words; an error is told plainly, and the script exits with 2."""
+    try:
+        return parse_command_line(cls, sys.argv[1:], retired)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

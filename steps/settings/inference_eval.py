@@ -1,0 +1,109 @@
+"""Settings under `inference_eval`: when training pauses to generate, for which prompts, and how."""
+
+import dataclasses
+from typing import cast
+
+from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from steps.infer import InferenceMode
+from steps.settings.generation import EngineKnobs, build_prompts, require_mode
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceEvalConfig:
+    """Generation inside a training run.
+
+    Attributes:
+        enabled: Whether there is any.
+        eval_every: Generate after every so many updates; without meaning when `eval_at_steps` is given.
+        eval_at_steps: Generate after exactly these updates, the last one included where it is named.
+        inference_mode: `host_data_parallel`: an engine a host, each serving its shard of the prompts; `global_mesh`:
+            one engine over all devices. With one process both are the same.
+        prompts, prompts_path, synthetic_prompt_count: The prompts, in exactly one of these three ways.
+        chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
+        max_seq_len: Tokens of prompt and answer together; None: `model.max_seq_len`.
+        page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `EngineKnobs`; `max_seqs` None: one
+            sequence a prompt.
+        seed: With update, prompt and position it makes the key of each drawn token.
+    """
+
+    enabled: bool = False
+    eval_every: int = 10
+    eval_at_steps: tuple[int, ...] | None = None
+    inference_mode: str = "global_mesh"
+    prompts: tuple[str, ...] | None = None
+    prompts_path: str | None = None
+    synthetic_prompt_count: int | None = None
+    synthetic_prompt_template: str = DEFAULT_TEMPLATE
+    chat: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_seq_len: int | None = 512
+    page_size: int = 128
+    max_pages: int | None = None
+    max_seqs: int | None = None
+    max_prefill_size: int | None = None
+    max_rounds: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_mode("inference_eval.inference_mode", self.inference_mode)
+        if self.enabled:
+            self.build_prompts()
+            self.build_sampling()
+            if self.max_seq_len is not None:
+                self.build_engine(self.max_seq_len)
+
+    @property
+    def mode(self) -> InferenceMode:
+        """The inference mode, known to exist."""
+        return cast(InferenceMode, self.inference_mode)
+
+    def build_prompts(self) -> PromptsConfig:
+        """The prompts of each generation."""
+        return build_prompts(
+            "inference_eval.",
+            prompts=self.prompts,
+            prompts_path=self.prompts_path,
+            synthetic_prompt_count=self.synthetic_prompt_count,
+            synthetic_prompt_template=self.synthetic_prompt_template,
+        )
+
+    def build_sampling(self) -> SamplingParams:
+        """How tokens are drawn."""
+        try:
+            return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed)
+        except ConfigError as error:
+            raise ConfigError(f"inference_eval.{error}") from error
+
+    def build_engine(self, model_max_seq_len: int) -> EngineConfig:
+        """The engine's sizes.
+
+        Raises:
+            ConfigError: a size is wrong, or longer than the model's sequences.
+        """
+        max_seq_len = model_max_seq_len if self.max_seq_len is None else self.max_seq_len
+        if max_seq_len > model_max_seq_len:
+            raise ConfigError(
+                "inference_eval.max_seq_len cannot exceed model max sequence length: "
+                f"{max_seq_len} > {model_max_seq_len}"
+            )
+        max_seqs = self.max_seqs if self.max_seqs is not None else self._count_prompts()
+        knobs = EngineKnobs(
+            section="inference_eval",
+            max_seq_len=max_seq_len,
+            max_seqs=max_seqs,
+            page_size=self.page_size,
+            max_pages=self.max_pages,
+            max_prefill_size=self.max_prefill_size,
+            max_rounds=self.max_rounds,
+        )
+        return knobs.build(self.max_new_tokens)
+
+    def _count_prompts(self) -> int:
+        count = self.build_prompts().count
+        if count is None:
+            raise ConfigError("inference_eval.max_seqs is null; prompts_path does not say how many prompts there are")
+        return count

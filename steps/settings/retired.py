@@ -1,0 +1,104 @@
+"""Knobs that files of the first attempt may still hold, whose meaning is gone, and what to do instead.
+
+The words follow "KEY is retired: " in the error. A star stands for any component's name.
+"""
+
+from collections.abc import Mapping
+
+_EMPTY_CACHE = "every generation starts with an empty cache and gives it back at its end, so leave the key out"
+_KERNELS = "attention picks its kernel and block sizes by backend and shape, so leave the key out"
+_LOGGING = "trackers launch no device program, so rows and metrics are logged whenever they exist; leave the key out"
+_HELD_OUT = "held-out pairs are not evaluated, so leave the key out and generate through inference_eval"
+_EXPORT = "a run ends with a live trainer and its metrics and exports no weights, so leave the key out"
+_PAIRS_OUTPUT = "tokenised pairs are an output of their own below --prefix, so leave the key out"
+_ORDER = "pairs are always shuffled, each epoch anew from trainer.seed, so leave the key out"
+_ROWS = "rows are outputs of their step below --prefix, one file a host and one merged, so leave the key out"
+
+_ENGINE: Mapping[str, str] = {
+    "hbm_utilization": "the cache has max_pages, or as many pages as max_seqs sequences of max_seq_len need; set these",
+    "max_tokens_per_round": "all running sequences decode in every round; set max_seqs to bound them",
+    "max_queued_tokens": "no queue of tokens lies between prefill and decode, so leave the key out",
+    "max_seqs_in_prefill": "prompts wait until pages are free and none is dropped, so leave the key out",
+    "reset_mode": _EMPTY_CACHE,
+    "cleanup_mode": _EMPTY_CACHE,
+    "use_logical_reset": _EMPTY_CACHE,
+    "incremental_cleanup": _EMPTY_CACHE,
+    "max_stop_seqs": "stop tokens need no room of their own, so leave the key out",
+    "max_stop_tokens": "stop tokens need no room of their own, so leave the key out",
+}
+
+_MODEL: Mapping[str, str] = {
+    "model.flash_attention_block_size": _KERNELS,
+    "model.use_tpu_ragged_paged_attention": _KERNELS,
+    "model.ragged_paged_q_block_size": _KERNELS,
+    "model.ragged_paged_kv_block_pages": _KERNELS,
+    "model.use_bias": "a Llama has no biases, so leave the key out",
+    "model.use_layer_norm_weight": "a Llama's norms always have weights, so leave the key out",
+}
+
+_TRAINER: Mapping[str, str] = {
+    "trainer.mesh": "training shards over all devices, an engine over its host's (inference_mode says which), so "
+    "leave the key out",
+    "trainer.ray": "one process a host runs the job and no cluster is started, so leave the key out",
+    "trainer.tracker.tags": "a run has a name and no tags; set trainer.tracker.name",
+}
+
+TRAIN_SIMPO: Mapping[str, str] = {
+    **_MODEL,
+    **_TRAINER,
+    **{f"inference_eval.{name}": words for name, words in _ENGINE.items()},
+    "inference_eval.max_logged_samples": "the first 16 rows of a step go to the tracker, all into its files; leave the "
+    "key out",
+    "inference_eval.allow_multihost": "generation runs on any number of hosts; set inference_eval.enabled to false",
+    "inference_eval.host_data_parallel_output_dir": _ROWS,
+    "data.shuffle": _ORDER,
+    "data.permutation_type": _ORDER,
+    "data.cache_dir": _PAIRS_OUTPUT,
+    "data.components.*.cache_dir": _PAIRS_OUTPUT,
+    "data.components.*.source.validation_urls": _HELD_OUT,
+    "trainer.steps_per_eval": _HELD_OUT,
+    "trainer.per_device_parallelism": "an update runs its whole batch at once, so leave the key out",
+    "trainer.per_device_eval_parallelism": _HELD_OUT,
+    "trainer.model_averaging": "weights are not averaged, so leave the key out",
+    "trainer.checkpointer": "training writes no checkpoints; a job that died replays what it needs, so leave the key "
+    "out",
+    "trainer.initialize_from": "set initialize_from_hf to a model in Hugging Face layout",
+    "trainer.id": "outputs are named by what a step is; set trainer.tracker.name to name the run",
+    "optimizer.type": "the optimizer is AdamW, so leave the key out",
+    "use_hf_model_config": "a checkpoint's own config.json always holds, so leave the key out",
+    "hf_save_path": _EXPORT,
+    "hf_upload": _EXPORT,
+    "hf_save_steps": _EXPORT,
+    "hf_save_dtype": _EXPORT,
+    "data_seed": "set trainer.seed, which orders the data too",
+    "initialize_from_checkpoint_path": "set initialize_from_hf to a model in Hugging Face layout",
+}
+
+SAMPLE_LM_MULTIHOST: Mapping[str, str] = {
+    **_MODEL,
+    **_TRAINER,
+    **{f"engine.{name}": words for name, words in _ENGINE.items()},
+    "engine.compute_dtype": "the cache has the dtype of the computation; set trainer.mp",
+    "engine.seed": "set seed at the top of the file",
+    "engine.devices": "an engine runs on all devices of its host, so leave the key out",
+    "engine.debug_stats_every_n": "progress is always logged, so leave the key out",
+    "engine.log_decode_perf_summary": "speeds are always in summary.json, so leave the key out",
+    "max_prompts_per_batch": "set engine.max_seqs, which bounds how many sequences run at once",
+    "checkpoint_path": "set hf_checkpoint to a model in Hugging Face layout",
+    "n_rounds": "an engine serves all requests in one go; set n_generations for several samples of a prompt",
+    "enable_host_rows_gather": "the merged file is always written, so leave the key out",
+    "host_data_parallel_output_dir": _ROWS,
+    "log_kernel_jaxprs_path": "set XLA_FLAGS=--xla_dump_to=FOLDER in the environment instead",
+    "skip_round_barrier": "there are no rounds and no barriers between them, so leave the key out",
+    "force_post_generate_block_until_ready": _LOGGING,
+    "force_post_generate_barrier": _LOGGING,
+    "barrier_before_leader_postprocess": _LOGGING,
+    "skip_leader_postprocess": _LOGGING,
+    "leader_postprocess_sleep_sec": _LOGGING,
+    "skip_samples_table": _LOGGING,
+    "force_samples_rows_log": _LOGGING,
+    "skip_metrics_log": _LOGGING,
+    "emit_minimal_tracker_probe": _LOGGING,
+    "emit_minimal_tracker_probe_all_hosts": _LOGGING,
+    "defer_tracker_logs_until_end": _LOGGING,
+}

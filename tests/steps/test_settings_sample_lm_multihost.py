@@ -1,0 +1,107 @@
+"""A sampler's settings file becomes the config of one generation step, or is refused naming the knob and the cure."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from simpo_pipeline.config_files.check import find_misfits
+from simpo_pipeline.config_files.decode import decode_yaml
+from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from steps.infer import InferConfig
+from steps.settings.retired import SAMPLE_LM_MULTIHOST
+from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
+
+
+def settings_with(**changes: Any) -> SampleLmMultihostConfig:
+    raw = {"hf_checkpoint": "some/model", "prompts": ["hello", "world"], **changes}
+    return decode_yaml(SampleLmMultihostConfig, yaml.safe_dump(raw), source="s.yaml", retired=SAMPLE_LM_MULTIHOST)
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        settings_with(**changes)
+    return str(refused.value)
+
+
+def test_every_knob_reaches_the_generation_step():
+    settings = settings_with(
+        trainer={"mp": "p=bfloat16,c=bfloat16"},
+        engine=dict(max_seq_len=64, page_size=8, max_pages=20, max_seqs=2, max_prefill_size=32, max_rounds=4),
+        **dict(max_new_tokens=16, temperature=0.0, top_p=0.9, seed=5, n_generations=3),
+        **dict(inference_mode="host_data_parallel", chat=True),
+    )
+    assert settings.build_generation("model") == InferConfig(
+        prompts=PromptsConfig(prompts=("hello", "world")),
+        sampling=SamplingParams(max_new_tokens=16, temperature=0.0, top_p=0.9, seed=5),
+        engine=EngineConfig(
+            max_seqs=2, max_seq_len=64, page_size=8, num_pages=20, prefill_chunk_tokens=32, decode_steps_per_call=4
+        ),
+        model_path="model",
+        chat=True,
+        samples_per_prompt=3,
+        mode="host_data_parallel",
+        compute_dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(hf_checkpoint=""), "Must specify hf_checkpoint"),
+        (dict(prompts=[]), "prompts must be non-empty"),
+        (dict(prompts=["hello", " "]), "prompts[1] is empty"),
+        (dict(synthetic_prompt_count=3), "exactly one of prompts, prompts_path and synthetic_prompt_count"),
+        (dict(stop_sequence="."), "stop_sequence is '.', and text is not looked for; set it to null"),
+        (dict(n_generations=0), "n_generations must be >= 1, got 0"),
+        (dict(inference_mode="x"), "Unknown inference_mode='x'. Expected one of: host_data_parallel, global_mesh"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(engine={"max_seq_len": 192}), "engine.max_seq_len is too small: it is 192"),
+        (dict(engine={"max_pages": 7}), "engine.max_pages=7 is too small for one sequence"),
+        (dict(engine={"page_size": 0}), "engine.page_size must be positive when set, got 0"),
+        (dict(trainer={"mp": "int8"}), "trainer.mp is 'int8'"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_runs(changes, message):
+    told = refusal(**changes)
+    assert told.startswith("s.yaml: ") and message in told
+
+
+def test_a_file_without_a_model_is_refused():
+    with pytest.raises(ConfigError, match=r"^s\.yaml: hf_checkpoint is missing; give text\.$"):
+        decode_yaml(SampleLmMultihostConfig, "prompts: [hello]", source="s.yaml")
+
+
+@pytest.mark.parametrize("key", SAMPLE_LM_MULTIHOST)
+def test_a_retired_knob_is_refused_in_one_sentence_with_its_file_and_what_to_do(key):
+    value: Any = 1
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    told = refusal(**value)
+    assert told == f"s.yaml: {key} is retired: {SAMPLE_LM_MULTIHOST[key]}."
+    assert "leave" in told or "set " in told
+
+
+def test_the_knobs_that_once_drifted_are_refused_with_their_cure():
+    assert refusal(engine={"use_logical_reset": True}) == (
+        "s.yaml: engine.use_logical_reset is retired: every generation starts with an empty cache and gives it back at "
+        "its end, so leave the key out."
+    )
+    assert refusal(max_prompts_per_batch=1) == (
+        "s.yaml: max_prompts_per_batch is retired: set engine.max_seqs, which bounds how many sequences run at once."
+    )
+
+
+def test_no_retired_knob_hides_a_living_one():
+    raw: dict[str, Any] = {}
+    for key in SAMPLE_LM_MULTIHOST:
+        folders = key.split(".")
+        inner = raw
+        for folder in folders[:-1]:
+            inner = inner.setdefault(folder, {})
+        inner[folders[-1]] = 1
+    unknown = find_misfits(SampleLmMultihostConfig, raw, "all.yaml", retired={})
+    assert len(unknown) == len(SAMPLE_LM_MULTIHOST)
+    assert all("is not a setting" in sentence for sentence in unknown)

@@ -1,0 +1,225 @@
+"""Step `report`: one page on the whole run, as Markdown and as HTML that needs nothing but itself."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from simpo_pipeline.errors import ConfigError, DataError
+from simpo_pipeline.executor.info import read_info
+from simpo_pipeline.executor.run import PlanRow, StepRun
+from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
+from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text
+from simpo_pipeline.storage.jsonl import read_jsonl
+from simpo_pipeline.storage.paths import base_name, join
+from steps.line_chart import Chart, Series, layout_chart
+
+Row = dict[str, Any]
+
+# What the page shows of each update and in which order, when the metrics have it; then what of each generation.
+UPDATE_COLUMNS = {
+    "step": "update",
+    "loss": "loss",
+    "rewards/chosen": "reward chosen",
+    "rewards/rejected": "reward rejected",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "grad_norm": "grad norm",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tok/s",
+    "step_seconds": "seconds",
+}
+GENERATION_FIGURES = {
+    "step": "parameters after update",
+    "prompts": "prompts",
+    "rows": "answers",
+    "prompt_tokens": "prompt tokens",
+    "generated_tokens": "generated tokens",
+    "tokens_per_second": "generated tok/s",
+    "handoff_seconds": "handoff, seconds",
+    "handoff_bytes": "weights on device, bytes",
+    "prefill_seconds": "prefill, seconds",
+    "decode_seconds": "decode, seconds",
+}
+TIMING_PARTS = ("train_seconds", "handoff_seconds", "prefill_seconds", "decode_seconds")
+REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Which outputs to report on.
+
+    Attributes:
+        title: Heading of the page.
+        train_outputs: Outputs of `train` steps, in the order of their updates.
+        infer_outputs: Outputs of `infer` steps.
+        num_samples: Generated samples shown of each `infer` step, spread evenly over its rows.
+    """
+
+    title: str
+    train_outputs: tuple[str, ...] = ()
+    infer_outputs: tuple[str, ...] = ()
+    num_samples: int = 8
+    output_path: str = THIS_OUTPUT_PATH
+
+    def __post_init__(self) -> None:
+        num_samples = unwrap_versioned_value(self.num_samples)
+        if num_samples < 0:
+            raise ConfigError(f"num_samples is {num_samples}; it must be 0 or more")
+
+
+def report(config: ReportConfig, run: StepRun) -> None:
+    """Writes `report.html`, `report.md` and `summary.json`; on many hosts the leader does.
+
+    Raises:
+        DataError: an output lacks its rows.
+        StorageError: an output cannot be read.
+    """
+    if not run.processes.is_leader:
+        return
+    names = {row.output_path: row.step_name for row in run.plan}
+    stretches = [_read_stretch(path, names) for path in config.train_outputs]
+    generations = [_read_generation(path, names, config.num_samples) for path in config.infer_outputs]
+    updates = sorted((row for stretch in stretches for row in stretch.updates), key=lambda row: row["step"])
+    page = {
+        "title": config.title,
+        "plan": run.plan,
+        "timings": [_read_timing(row) for row in run.plan],
+        "timing_parts": TIMING_PARTS,
+        "stretches": stretches,
+        "updates": updates,
+        "update_columns": {key: label for key, label in UPDATE_COLUMNS.items() if any(key in row for row in updates)},
+        "charts": _lay_out_charts(updates, generations),
+        "generations": generations,
+        "generation_figures": GENERATION_FIGURES,
+    }
+    write_text(join(config.output_path, "report.html"), render("report.html.jinja", page))
+    write_text(join(config.output_path, "report.md"), render("report.md.jinja", page))
+    write_json(join(config.output_path, "summary.json"), _summarize(stretches, updates, generations))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """What one training step did."""
+
+    name: str
+    updates: tuple[Row, ...]
+    summary: Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What one generation step did, with some of its rows."""
+
+    name: str
+    summary: Row
+    samples: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long one step took when it ran, with what its own summary says of the parts."""
+
+    step_name: str
+    seconds: float | None
+    summary: Row
+
+
+def _read_stretch(path: str, names: dict[str, str]) -> Stretch:
+    updates = tuple(read_jsonl(join(path, "metrics.jsonl")))
+    if not updates:
+        raise DataError(f"{join(path, 'metrics.jsonl')} has no rows; expected one of each update")
+    return Stretch(names.get(path, base_name(path)), updates, read_json(join(path, "summary.json")))
+
+
+def _read_generation(path: str, names: dict[str, str], num_samples: int) -> Generation:
+    merged = [file.relative_path for file in list_files(path) if file.relative_path.startswith("all_hosts_merged_of_")]
+    if len(merged) != 1:
+        raise DataError(f"{path} has {len(merged)} files all_hosts_merged_of_*.jsonl, expected the one of all hosts")
+    rows = list(read_jsonl(join(path, merged[0])))
+    return Generation(
+        names.get(path, base_name(path)), read_json(join(path, "summary.json")), spread(rows, num_samples)
+    )
+
+
+def _read_timing(row: PlanRow) -> Timing:
+    summary_path = join(row.output_path, "summary.json")
+    summary = read_json(summary_path) if exists(summary_path) else {}
+    info = read_info(row.output_path) if exists(join(row.output_path, ".executor_info")) else {}
+    return Timing(row.step_name, info.get("seconds"), summary)
+
+
+def spread(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    """At most `count` of the rows, evenly spread, the first one included."""
+    count = min(count, len(rows))
+    return tuple(rows[index * len(rows) // count] for index in range(count))
+
+
+def _lay_out_charts(updates: Sequence[Row], generations: Sequence[Generation]) -> list[Chart]:
+    markers = [(one.summary["step"], one.name) for one in generations if "step" in one.summary]
+
+    def series(key: str, name: str) -> Series:
+        return Series(name, tuple((row["step"], row[key]) for row in updates if key in row))
+
+    rewards = [series(key, name) for key, name in REWARDS.items()]
+    charts = [layout_chart("Loss", [series("loss", "loss")], markers), layout_chart("Rewards", rewards, markers)]
+    return [chart for chart in charts if chart is not None]
+
+
+def _summarize(stretches: Sequence[Stretch], updates: Sequence[Row], generations: Sequence[Generation]) -> Row:
+    return {
+        "updates": len(updates),
+        "final_loss": updates[-1].get("loss") if updates else None,
+        "final_margin": updates[-1].get("rewards/margins") if updates else None,
+        "state_digests": {stretch.name: stretch.summary.get("state_digest") for stretch in stretches},
+        "generated_tokens": sum(one.summary.get("generated_tokens", 0) for one in generations),
+        "samples_shown": sum(len(one.samples) for one in generations),
+    }
+
+
+def render(template: str, page: Row) -> str:
+    """Fill one of the templates beside this file; HTML ones escape every value."""
+    import jinja2  # here, because planning needs no templates
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("steps"),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.jinja",), default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": show_number, "printable": printable, "cell": markdown_cell, "fenced": fenced}
+    return environment.get_template(template).render(page)
+
+
+def show_number(value: object) -> str:
+    """A number for people: thousands separated, four significant digits; a dash for what is absent."""
+    if value is None:
+        return "–"  # noqa: RUF001
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which may rule a terminal or end a page, made visible as replacements."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
+
+
+def markdown_cell(value: object) -> str:
+    """The value on one line of a Markdown table, where it cannot end the cell or start markup."""
+    line = " ".join(printable(str(value)).split())
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
+
+
+def fenced(text: str) -> str:
+    """The text in a Markdown code block with a fence longer than any within it."""
+    text = printable(text)
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -55,7 +55,7 @@ class ExecutorMainConfig:
         return self.prefix or os.environ.get("MARIN_PREFIX") or "runs"
 
 
-def parse_args(config_class: type[ConfigT]) -> ConfigT:
+def parse_main_config(config_class: type[ConfigT]) -> ConfigT:
     """The config in the command line; a bad one is told in one sentence, and the script exits with 2."""
     try:
         return parse_arguments(config_class, sys.argv[1:])
@@ -77,7 +77,7 @@ def executor_main(
     `config` is read from the command line when it is None. `session` is handed to every step that asks for its run; at
     the end its `close(error)` is called if it has one, unless this was a dry run.
     """
-    config = config if config is not None else parse_args(ExecutorMainConfig)
+    config = config if config is not None else parse_main_config(ExecutorMainConfig)
     processes = processes or Processes()
     with _log_to_stdout():
         executor = _executor(config, description, session, processes)

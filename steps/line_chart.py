@@ -7,8 +7,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 28
+WIDTH, HEIGHT = 440, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 28
 MAX_DOTS = 60
 
 
@@ -86,7 +86,7 @@ def layout_chart(title: str, series: Sequence[Series], markers: Sequence[tuple[f
         title=title,
         lines=tuple(_lay_out_line(line, x_scale, y_scale) for line in series),
         x_ticks=tuple(
-            Place(x_scale(x), HEIGHT - BOTTOM, f"{x:g}") for x in ticks(min(xs), max(xs), count=10, whole=True)
+            Place(x_scale(x), HEIGHT - BOTTOM, f"{x:g}") for x in ticks(min(xs), max(xs), count=8, whole=True)
         ),
         y_ticks=tuple(Place(LEFT, y_scale(y), f"{y:g}") for y in ticks(y_scale.low, y_scale.high, count=5)),
         markers=tuple(Place(x_scale(x), TOP, label) for x, label in markers),

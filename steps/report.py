@@ -43,7 +43,12 @@ GENERATION_FIGURES = {
     "decode_seconds": "decode, seconds",
 }
 TIMING_PARTS = ("train_seconds", "handoff_seconds", "prefill_seconds", "decode_seconds")
-REWARDS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}
+# Titles of the curves with the metrics they draw; the margin has its own axis, being much smaller than the rewards.
+CURVES = {
+    "Loss": {"loss": "loss"},
+    "Reward margin": {"rewards/margins": "margin"},
+    "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,7 @@ def report(config: ReportConfig, run: StepRun) -> None:
     updates = sorted((row for stretch in stretches for row in stretch.updates), key=lambda row: row["step"])
     page = {
         "title": config.title,
+        "headline": _headline(updates, generations),
         "plan": run.plan,
         "timings": [_read_timing(row) for row in run.plan],
         "timing_parts": TIMING_PARTS,
@@ -162,9 +168,24 @@ def _lay_out_charts(updates: Sequence[Row], generations: Sequence[Generation]) -
     def series(key: str, name: str) -> Series:
         return Series(name, tuple((row["step"], row[key]) for row in updates if key in row))
 
-    rewards = [series(key, name) for key, name in REWARDS.items()]
-    charts = [layout_chart("Loss", [series("loss", "loss")], markers), layout_chart("Rewards", rewards, markers)]
+    charts = [
+        layout_chart(title, [series(key, name) for key, name in lines.items()], markers)
+        for title, lines in CURVES.items()
+    ]
     return [chart for chart in charts if chart is not None]
+
+
+def _headline(updates: Sequence[Row], generations: Sequence[Generation]) -> list[str]:
+    """The run in a few words, for the top of the page."""
+    words = [f"{len(updates)} updates"] if updates else []
+    for key, name in (("loss", "loss"), ("rewards/margins", "margin")):
+        values = [row[key] for row in updates if key in row]
+        if values:
+            words.append(f"{name} {show_number(values[0])} to {show_number(values[-1])}")
+    for one in generations:
+        tokens, rate = one.summary.get("generated_tokens"), one.summary.get("tokens_per_second")
+        words.append(f"{show_number(tokens)} tokens generated at {show_number(rate)} tok/s")
+    return words
 
 
 def _summarize(stretches: Sequence[Stretch], updates: Sequence[Row], generations: Sequence[Generation]) -> Row:
@@ -214,7 +235,7 @@ def printable(text: str) -> str:
 def markdown_cell(value: object) -> str:
     """The value on one line of a Markdown table, where it cannot end the cell or start markup."""
     line = " ".join(printable(str(value)).split())
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", line)
 
 
 def fenced(text: str) -> str:

@@ -59,7 +59,13 @@ def write_infer_output(folder: Path, texts: list[str]) -> str:
         for index, text in enumerate(texts)
     ]
     (output / "all_hosts_merged_of_0001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"step": 2, "prompts": len(rows), "generated_tokens": 8192, "finish_reasons": {"stop": 3, "length": 1}}
+    summary = {
+        "step": 2,
+        "prompts": len(rows),
+        "generated_tokens": 8192,
+        "tokens_per_second": 400.0,
+        "finish_reasons": {"stop": 3, "length": 1},
+    }
     (output / "summary.json").write_text(json.dumps(summary | {"decode_seconds": 21.5, "handoff_bytes": 0}))
     return str(output)
 
@@ -140,6 +146,7 @@ def test_the_page_shows_plan_metrics_generation_samples_timings_and_digests(m11:
         *DIGESTS.values(),
         *("margin", "0.1429", "-0.7", "34.5", "12.5", "8,192", "21.5", "ended by length"),
         *("Question 0?", "Question 2?", "words"),
+        *("7 updates", "loss 1 to 0.1429", "8,192 tokens generated at 400 tok/s"),
     ):
         assert expected in texts, expected
     assert "plain" not in texts, "two of the four samples were asked for: the first and the third"
@@ -188,10 +195,10 @@ def test_the_curves_pass_through_every_update_and_mark_the_generation(m11: tuple
     report(config, run)
     source = written(config, "report.html")
     page = Page(source)
-    assert page.tags.count("svg") == 2
-    assert page.tags.count("polyline") == 1 + 3
-    assert page.tags.count("circle") == 7 * (1 + 3)
-    assert source.count('class="marker"') == 2
+    assert page.tags.count("svg") == 3, "loss, margin, rewards"
+    assert page.tags.count("polyline") == 1 + 1 + 2
+    assert page.tags.count("circle") == 7 * (1 + 1 + 2)
+    assert source.count('class="marker"') == 3
     assert "loss at update 7: 0.142857" in page.texts
 
 

@@ -141,6 +141,7 @@ def test_a_split_in_several_configurations_is_not_mixed(fake_hub: Callable[..., 
         (row(rejected=messages("2+2?", "5", "why?")), "field 'rejected' has no assistant turn at its end"),
         (row(rejected=messages("2+3?", "5")), r"another prompt than 'chosen' \(message 0: user: '2\+2\?' against"),
         (row(rejected=messages("a", "b", "c", "d")), "another prompt than 'chosen'"),
+        (row(chosen=messages("2+2?", "4 \ud83d")), r"field 'chosen\[1\]\.content' is not Unicode text at character 2"),
         ([1, 2], "got a list, expected an object"),
     ],
 )

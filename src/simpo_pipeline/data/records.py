@@ -113,7 +113,12 @@ def _parse_message(value: object, field: str, where: str) -> Message:
             raise DataError(f"{where}: field '{field}.{part}' is missing, expected a string")
         if not isinstance(parts[part], str):
             raise DataError(f"{where}: field '{field}.{part}' is {_kind(parts[part])}, expected a string")
-    return Message(role=cast(str, parts["role"]), content=cast(str, parts["content"]))
+    message = Message(role=cast(str, parts["role"]), content=cast(str, parts["content"]))
+    try:
+        message.content.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field '{field}.content' is not Unicode text at character {error.start}") from error
+    return message
 
 
 def _first_difference(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> str:

@@ -32,26 +32,31 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+def load_yaml(text: str, source: str) -> Any:
+    """The value of a YAML document, made of mappings, lists and scalars; `source` names it in errors.
+
+    Raises:
+        ConfigError: it is not YAML, or gives a key twice.
+    """
+    try:
+        # The loader is a SafeLoader, which makes plain values only.
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}.") from error
+
+
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """The mapping that a YAML document holds; `source` names it in errors.
 
     Raises:
         ConfigError: it is not YAML, gives a key twice, or holds something else than a mapping.
     """
-    value = _load(text, source)
+    value = load_yaml(text, source)
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: the file holds {value!r}, and a mapping of settings is needed.")
     return value
-
-
-def _load(text: str, source: str) -> Any:
-    try:
-        # The loader is a SafeLoader, which makes plain values only.
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}.") from error
 
 
 def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -86,7 +91,7 @@ def parse_flags(argv: Sequence[str], source: str) -> dict[str, Any]:
         key, separator, value = flag[2:].partition("=")
         if not separator and words and not words[0].startswith("--"):
             separator, value = "=", words.pop(0)
-        _insert(settings, key, _load(value, f"{source}: {key}") if separator else True, source)
+        _insert(settings, key, load_yaml(value, f"{source}: {key}") if separator else True, source)
     return settings
 
 

@@ -1,0 +1,76 @@
+"""SimPO from a settings file, with generation where its schedule says.
+
+    python experiments/train_simpo.py --config_path experiments/configs/FILE.yaml [--prefix PATH] [--dry_run]
+        [--tracker wandb|jsonl|none] [--key.path value ...]
+
+`eval_at_steps: [2]` with `num_train_steps: 7` becomes the DAG
+
+    fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report
+
+and any other schedule its own. A setting on the command line wins over the file.
+"""
+
+from simpo_pipeline.executor.main import executor_main
+from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
+from simpo_pipeline.storage.checksum import crc32c_of
+from simpo_pipeline.storage.files import exists
+from simpo_pipeline.storage.paths import is_local
+from steps.interleave import interleave_steps
+from steps.make_model import MakeModelConfig, make_model
+from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
+from steps.settings.command_line import parse_command_line_or_exit
+from steps.settings.fetch_checked_model import fetch_step
+from steps.settings.retired import TRAIN_SIMPO
+from steps.settings.train_simpo import TrainSimpoConfig
+
+TITLE = "train_simpo"
+
+
+def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
+    """The model to start from: fetched, or made with random weights."""
+    if settings.model_source is not None:
+        return fetch_step(settings.model_source, settings.model, settings.data.tokenizer)
+    shape, seed = settings.model.random_model(), settings.trainer.seed
+    return ExecutorStep("make_model", make_model, MakeModelConfig(versioned(shape), versioned(seed)))
+
+
+def pairs_step(settings: TrainSimpoConfig, model: ExecutorStep) -> ExecutorStep:
+    """The training pairs, tokenised."""
+    source = settings.data.component.source.preference_source()
+    # One file is identified by what is in it, wherever it lies; globs and hub datasets by their names.
+    is_file = source.split is None and is_local(source.path) and exists(source.path)
+    return ExecutorStep(
+        "prepare_pairs",
+        prepare_pairs,
+        PreparePairsConfig(
+            source=source,
+            source_id=versioned(crc32c_of(source.path) if is_file else str(source)),
+            model_path=output_path_of(model),
+            max_length=versioned(settings.build_trainer().train_seq_len),
+            too_long=versioned(settings.data.too_long),
+            unusable="drop",  # UltraFeedback has pairs with two equal answers; they are counted
+        ),
+    )
+
+
+def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
+    """The DAG of a settings file."""
+    model = model_step(settings)
+    return interleave_steps(
+        model=model,
+        pairs=pairs_step(settings, model),
+        trainer=settings.build_trainer(),
+        segments=settings.segments(),
+        generation=settings.build_generation(output_path_of(model)),
+        title=settings.trainer.tracker.name or TITLE,
+    )
+
+
+if __name__ == "__main__":
+    settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO)
+    executor_main(
+        flags,
+        steps=train_simpo_steps(settings),
+        description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.segments())} stretches",
+        session=flags.open_session(settings.trainer.tracker, TITLE),
+    )

@@ -1,0 +1,112 @@
+"""`experiments/sample_lm_multihost.py` as its users call it: a settings file becomes samples, or one plain refusal."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from simpo_pipeline.data.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import save_weights
+from simpo_pipeline.model.transformer import init_llama
+
+ROOT = pathlib.Path(__file__).parents[2]
+LLAMA_8B = "experiments/configs/sample_llama8b_multihost_real_1prompt_2048.yaml"
+SMOLLM2 = "experiments/configs/sample_smollm2_1prompt.yaml"
+TINY = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB_SIZE,
+    max_seq_len=128,
+)
+
+
+def run(*words: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def rows_of(prefix: pathlib.Path) -> list[dict]:
+    (merged,) = prefix.glob("infer-*/all_hosts_merged_of_0001.jsonl")
+    return [json.loads(line) for line in merged.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("model"))
+    write_byte_tokenizer(folder)
+    save_weights(folder, init_llama(TINY, jax.random.key(0)))
+    return folder
+
+
+@pytest.fixture
+def tiny_settings(tmp_path, tiny_model) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"""
+        hf_checkpoint: {tiny_model}
+        prompts: [hello, world]
+        n_generations: 2
+        max_new_tokens: 6
+        engine: {{max_seq_len: 64, page_size: 8, max_seqs: 3}}
+        model: {{num_layers: 2, num_kv_heads: 2}}
+        inference_mode: host_data_parallel
+    """)
+    return str(path)
+
+
+def test_the_dry_run_prints_the_steps_and_touches_nothing(tmp_path):
+    done = run("--config_path", LLAMA_8B, "--prefix", str(tmp_path / "runs"), "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["fetch_model", "infer-1", "show_samples"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path, tiny_settings):
+    prefix = tmp_path / "runs"
+    done = run("--config_path", tiny_settings, "--prefix", str(prefix), timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "Job finished with no error."
+    rows = rows_of(prefix)
+    keys = [(row["global_prompt_index"], row["sample_index"], row["prompt"]) for row in rows]
+    assert keys == [(0, 0, "hello"), (0, 1, "hello"), (1, 0, "world"), (1, 1, "world")]
+    assert all(row["generated_token_count"] == 6 or row["finish_reason"] == "stop" for row in rows)
+    for row in rows:
+        shown = (
+            f"prompt {row['global_prompt_index']}, sample {row['sample_index']} ({row['generated_token_count']} tokens"
+        )
+        assert shown in done.stdout
+
+
+def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(tmp_path, tiny_settings):
+    done = run("--config_path", tiny_settings, "--prefix", str(tmp_path / "runs"), "--model.num_kv_heads", "4")
+    assert done.returncode == 1
+    assert "model.num_kv_heads is 4, and the checkpoint's config.json says 2" in done.stdout
+    assert not list((tmp_path / "runs").glob("infer-*/*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("max_prompts_per_batch: 1", "max_prompts_per_batch"), ("  use_logical_reset: true", "engine.use_logical_reset")],
+)
+def test_a_file_that_has_drifted_is_refused_in_one_sentence(line, key, tmp_path, tiny_settings):
+    drifted = tmp_path / "drifted.yaml"
+    drifted.write_text(f"hf_checkpoint: some/model\nprompts: [hello]\nengine:\n  max_seq_len: 256\n{line}\n")
+    done = run("--config_path", str(drifted), "--prefix", str(tmp_path / "runs"))
+    assert done.returncode == 2 and done.stdout == ""
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"error: {drifted}: {key} is retired: ")
+
+
+@pytest.mark.slow
+def test_the_smollm2_file_samples_for_real(tmp_path):
+    done = run("--config_path", SMOLLM2, "--prefix", str(tmp_path), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = rows_of(tmp_path)
+    assert "sleep" in row["generated_text"] and row["generated_text"] in done.stdout

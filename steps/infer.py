@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simpo_pipeline.inference.sequence import Completion, Request
     from simpo_pipeline.model.transformer import Llama
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 InferenceMode = Literal["host_data_parallel", "global_mesh"]
 MODES = ("host_data_parallel", "global_mesh")
@@ -100,7 +100,7 @@ def infer(config: InferConfig, run: StepRun) -> None:
 
 
 def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str], indices: range) -> "list[Request]":
-    # Imported here because planning needs no tokens.
+    # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import encode_chat
     from simpo_pipeline.data.records import Message
     from simpo_pipeline.inference.sequence import Request
@@ -128,12 +128,12 @@ def _generate(
     """This host's completions in request order, and what they cost."""
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.mesh import local_mesh
-    from simpo_pipeline.inference.engine import Engine
+    from simpo_pipeline.inference.engine import Engine, check_requests
     from simpo_pipeline.model.hf_weights import load_config
 
     model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
+    check_requests(requests, config.engine, model_config.vocab_size)
     engine = Engine(model_config, config.engine, local_mesh(), programs, config.compute_dtype)
-    engine.check(requests)
     started = time.perf_counter()
     weights = _weights(config, programs, engine.abstract_weights)
     handoff_seconds = time.perf_counter() - started
@@ -229,8 +229,7 @@ def _write_merged(
         "tokens_per_second": round(tokens_per_second, 1),
     }
     write_json(join(config.output_path, "summary.json"), summary)
-    session.tracker.log(
-        {f"infer/{name}": float(summary[name]) for name in ("prompts", "generated_tokens", "tokens_per_second")},
-        step=config.step,
-    )
+    shown = {f"infer/{name}": summary[name] for name in ("prompts", "generated_tokens", "tokens_per_second")}
+    session.tracker.log(shown, step=config.step)
+    session.tracker.summary(shown)
     session.tracker.log_samples(rows[:MAX_LOGGED_SAMPLES], step=config.step)

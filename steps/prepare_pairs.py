@@ -9,7 +9,7 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 PAIRS_FILE = "pairs.parquet"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from simpo_pipeline.data.loader import PairLoader
     from simpo_pipeline.training.trainer import Trainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
             row = {"step": step, **metrics}
             rows.append(row)
             metrics_file.write(row)
-            if run.processes.process_index == 0:
+            if run.processes.is_leader:
                 tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
             logger.info(
                 "step %d/%d loss %.5f lr %.2e grad_norm %.3f %.1f s %.0f tok/s",
@@ -76,7 +76,10 @@ def train(config: TrainConfig, run: StepRun) -> Live:
 
         trainer.train_until(config.stop_step, loader, record)
     digest = trainer.digest()
-    write_json(join(config.output_path, "summary.json"), _summarize(first_step, rows, digest))
+    summary = _summarize(first_step, rows, digest)
+    write_json(join(config.output_path, "summary.json"), summary)
+    if run.processes.is_leader:
+        tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
 
 

@@ -150,8 +150,7 @@ class Attempt:
         if self._own_error is not None:
             report["exception"] = f"{type(self._own_error).__name__}: {self._own_error}"
             report["traceback"] = "".join(traceback.format_exception(self._own_error))
-            if any(self._job.graph.live_inputs(self._step)):
-                traceback.clear_frames(self._own_error.__traceback__)  # its locals would keep live values alive
+            traceback.clear_frames(self._own_error.__traceback__)  # its locals would keep device memory alive
         reports: list[dict[str, Any]] = processes.gather(report)
         self._failures = [report for report in reports if report["exception"] is not None]
         if self._failures:

@@ -167,7 +167,8 @@ class Rounds:
         return blocked or step in self._bad_endings
 
     def _raise_first_error(self) -> None:
-        for error in self._errors.values():
+        error = next(iter(self._errors.values()), None)
+        if error is not None:
             raise error
         for step, decision in self._decisions.items():
             if decision.action is Action.BLOCKED:

@@ -91,12 +91,6 @@ def read_record(output_path: str, watch: LeaseWatch) -> StepRecord:
     return StepRecord(status, unreadable, MANIFEST_FILE in names, ERROR_FILE in names, lease)
 
 
-def read_status(output_path: str) -> Status | None:
-    """The recorded token; None when there is none or it is no token we know."""
-    token = _read_if_there(join(output_path, STATUS_FILE))
-    return _parse_status(token)[0] if token is not None else None
-
-
 def _read_if_there(path: str) -> bytes | None:
     try:
         return read_bytes(path)

@@ -1,7 +1,7 @@
 """Folders that are filled locally and end up wherever they belong."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
 
 
 @contextmanager
-def staged_folder(path: str) -> Iterator[Path]:
+def staged_folder(path: str) -> Generator[Path]:
     """A local folder to fill: `path` itself when it is local, else a temporary one that is uploaded at the end.
 
     When the block raises, nothing is uploaded.

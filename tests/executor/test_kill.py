@@ -1,0 +1,79 @@
+"""A process killed before any one of its writes leaves a prefix from which the next run finishes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.step import ExecutorStep, take, this_output_path
+from simpo_pipeline.storage.checksum import crc32c_of
+from simpo_pipeline.storage.files import write_text
+from simpo_pipeline.storage.paths import join
+
+KILLED = 9
+
+
+def publish(config: list[Any]) -> Live:
+    write_text(join(config[0], "out.txt"), "first")
+    return Live("value", digest="digest")
+
+
+def use(config: list[Any]):
+    write_text(join(config[0], "out.txt"), f"second with {config[1]}")
+
+
+def run(prefix: str) -> Executor:
+    first = ExecutorStep("first", publish, [this_output_path()])
+    executor = Executor(prefix)
+    executor.run([ExecutorStep("second", use, [this_output_path(), take(first)])])
+    return executor
+
+
+def run_and_die(prefix: str, last_write: int) -> None:
+    """For a process of its own: run, and die instead of making write number `last_write`."""
+    writes = iter(range(1, last_write))
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changing(*arguments: Any) -> Any:
+            if next(writes, None) is None:
+                os._exit(KILLED)
+            return change(*arguments)
+
+        return changing
+
+    # Every file appears through one of the first two and goes through the third.
+    os.replace, os.link, os.remove = counted(os.replace), counted(os.link), counted(os.remove)
+    run(prefix)
+
+
+def manifest_matches(output_path: Path) -> bool:
+    files = json.loads((output_path / "manifest.json").read_text())["files"]
+    listed = {file["path"]: file["crc32c"] for file in files}
+    return listed == {"out.txt": crc32c_of(str(output_path / "out.txt"))}
+
+
+def test_after_a_kill_at_any_write_the_next_run_finishes_with_whole_outputs(tmp_path: Path):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_kill\n"
+        "test_kill.run_and_die(sys.argv[2], int(sys.argv[3]))"
+    )
+    folder = str(Path(__file__).parent)
+    point, code = 0, KILLED
+    while code == KILLED:
+        point += 1
+        prefix = tmp_path / str(point)
+        code = subprocess.run([sys.executable, "-c", program, folder, str(prefix), str(point)]).returncode
+        for status in prefix.glob("*/.executor_status"):
+            assert status.read_text() != "SUCCESS" or manifest_matches(status.parent)
+        executor = run(str(prefix))
+        paths = [Path(executor.output_paths[step]) for step in executor.steps]
+        assert [(path / "out.txt").read_text() for path in paths] == ["first", "second with value"]
+        assert [(path / ".executor_status").read_text() for path in paths] == ["SUCCESS", "SUCCESS"]
+        assert all(manifest_matches(path) for path in paths)
+    assert code == 0
+    assert point > 12

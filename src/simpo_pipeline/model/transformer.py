@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.ops.attention import causal_attention
+from simpo_pipeline.ops.linear import linear, product
 from simpo_pipeline.ops.norm import rms_norm
 from simpo_pipeline.ops.rope import Rotation, apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
 
@@ -149,7 +150,9 @@ def unembedding(model: Llama) -> NamedArray:
 
 def logits(model: Llama, hidden: NamedArray) -> NamedArray:
     """fp32 logits [*lead, vocab] of hidden states [*lead, embed]; the product runs in hidden's dtype, sums in fp32."""
-    return _project(hidden, unembedding(model), "embed", sum_dtype=jnp.float32)
+    matrix = unembedding(model)
+    out = product(hidden.array, matrix.array.astype(hidden.dtype), hidden.ndim - 1, 1)
+    return NamedArray(out, (*hidden.axes[:-1], matrix.axes[0]))
 
 
 def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
@@ -213,21 +216,17 @@ def _mlp(config: LlamaConfig, weights: LlamaLayers, hidden: NamedArray) -> Named
     return _project(hax.nn.silu(gate) * up, weights.w_down, "mlp")
 
 
-def _project(x: NamedArray, weight: NamedArray, *contracted: str, sum_dtype: DTypeLike | None = None) -> NamedArray:
+def _project(x: NamedArray, weight: NamedArray, *contracted: str) -> NamedArray:
     """Contract the named axes, last in x and last in weight; the rest of x's axes lead the rest of weight's.
 
-    The weight is cast to x's dtype here, so that only one layer is ever held twice.
+    Over matrices: XLA's CPU backend copies a [heads, head_size, embed] weight transposed before each product, and
+    haliax.dot calls a function of jax that jax 0.12 no longer has.
     """
-    in_shape = tuple(weight.axis_size(contracted))
-    out_axes = weight.axes[: weight.ndim - len(contracted)]
-    lead = x.axes[: x.ndim - len(contracted)]
-    # Flattened to [out, in], or XLA's CPU backend copies [heads, head_size, embed] weights transposed, each layer.
-    # (Not haliax.dot: it calls a function of jax that jax 0.12 no longer has.)
-    matrix = weight.array.reshape(-1, math.prod(in_shape)).astype(x.dtype)
-    rows = x.array.reshape(*(axis.size for axis in lead), math.prod(in_shape))
-    product = jax.lax.dot_general(rows, matrix, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=sum_dtype)
-    axes = lead + out_axes
-    return NamedArray(product.reshape(tuple(axis.size for axis in axes)), axes)
+    lead, out = (array.axes[: array.ndim - len(contracted)] for array in (x, weight))
+    matrix = weight.array.reshape(math.prod(axis.size for axis in out), -1)
+    rows = x.array.reshape(*(axis.size for axis in lead), matrix.shape[1])
+    axes = lead + out
+    return NamedArray(linear(rows, matrix).reshape(tuple(axis.size for axis in axes)), axes)
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

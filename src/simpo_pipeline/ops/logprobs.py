@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from simpo_pipeline.ops.linear import product, transposed_product
+
 Carry = TypeVar("Carry")
 
 
@@ -28,7 +30,7 @@ def token_logprobs_reference(
     targets: Int[Array, " tokens"],
 ) -> Float[Array, " tokens"]:
     """`log_softmax(hidden @ unembedding.T)[targets]` in fp32: the definition, and the oracle of the tests."""
-    logits_TV = _product(hidden, unembedding.astype(hidden.dtype), contract=(1, 1))
+    logits_TV = product(hidden, unembedding.astype(hidden.dtype), 1, 1)
     return jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
 
 
@@ -84,9 +86,9 @@ def _backward(chunk_size: int, saved: tuple[Array, ...], cotangent_T: Array) -> 
         softmax_TC = jnp.exp(logits_TC - log_sum_T[:, None])
         d_logits_TC = (cotangent_T[:, None] * (is_target_TC.astype(jnp.float32) - softmax_TC)).astype(hidden.dtype)
         rows_CE = jax.lax.dynamic_slice_in_dim(matrix, start, size)
-        d_rows_CE = _product(d_logits_TC, hidden, contract=(0, 0)).astype(unembedding.dtype)
+        d_rows_CE = transposed_product(d_logits_TC, hidden).astype(unembedding.dtype)
         return (
-            d_hidden_TE + _product(d_logits_TC, rows_CE, contract=(1, 0)),
+            d_hidden_TE + product(d_logits_TC, rows_CE, 1, 0),
             jax.lax.dynamic_update_slice_in_dim(d_unembedding_VE, d_rows_CE, start, axis=0),
         )
 
@@ -108,10 +110,4 @@ def _fold_chunks(
 
 
 def _chunk_logits(hidden: Array, matrix: Array, start: Array | int, size: int) -> Array:
-    return _product(hidden, jax.lax.dynamic_slice_in_dim(matrix, start, size), contract=(1, 1))
-
-
-def _product(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    """fp32 product of two matrices over one axis of each."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+    return product(hidden, jax.lax.dynamic_slice_in_dim(matrix, start, size), 1, 1)

@@ -1,0 +1,69 @@
+"""Matrix products with weights stored [out, in], in the layouts and dtypes that XLA runs fast.
+
+On CPUs with AMX, XLA multiplies bfloat16 at 4 to 7 times the speed of fp32, but only in products that sum into fp32
+and contract the last axis of the left side; all others it widens to fp32 first. So every product here asks for fp32
+sums, and the weight gradient transposes its left side by itself. Knows nothing of axis names or of layers.
+
+GFLOP/s of [2048, 576] x [1536, 576] on 2 such cores: fp32 150, bf16 to bf16 130, bf16 to fp32 680;
+its weight gradient in bf16: 100 as autodiff writes it, 450 here.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Rows moved together by `_transposed`; a tile [64, columns] stays in cache. 16 to 128 were equally fast.
+_TILE_ROWS = 64
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*rows in"], weight: Float[Array, "out in"]) -> Float[Array, "*rows out"]:
+    """`x @ weight.T`: computed in x's dtype with fp32 sums, returned in x's dtype.
+
+    The weight may have another float dtype; its gradient comes in that dtype, summed in fp32 and rounded once.
+    """
+    return product(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(x.dtype)
+
+
+def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight), (x, weight)
+
+
+def _linear_backward(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    d_x = product(d_out, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
+    rows = math.prod(x.shape[:-1])
+    d_weight = transposed_product(d_out.reshape(rows, -1), x.reshape(rows, -1))
+    return d_x, d_weight.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "..."]:
+    """Contract one axis of each side, with fp32 sums and an fp32 result."""
+    dimensions = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+    """`left.T @ right` with fp32 sums and an fp32 result."""
+    if left.dtype != jnp.bfloat16 or math.gcd(left.shape[0], _TILE_ROWS) < 8:
+        return product(left, right, 0, 0)
+    return jax.lax.platform_dependent(
+        left,
+        right,
+        cpu=lambda left, right: product(_transposed(left), right, 1, 0),
+        default=lambda left, right: product(left, right, 0, 0),
+    )
+
+
+def _transposed(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
+    """x.T in two passes: XLA's CPU transpose of a matrix walks memory in strides, ten times slower."""
+    rows, columns = x.shape
+    tile = math.gcd(rows, _TILE_ROWS)
+    tiles = jnp.swapaxes(x.reshape(rows // tile, tile, columns), 1, 2)
+    # Without the barrier XLA merges the two passes, and the transpose into the product.
+    return jnp.swapaxes(jax.lax.optimization_barrier(tiles), 0, 1).reshape(columns, rows)

@@ -1,0 +1,47 @@
+"""Products with [out, in] weights against float64, forward and backward, in both dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simpo_pipeline.ops.linear import linear, transposed_product
+
+
+def _inputs(rows, dtype, weight_dtype=jnp.float32, in_size=24, out_size=16):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((*rows, in_size)), dtype)
+    return x, jnp.asarray(rng.standard_normal((out_size, in_size)), weight_dtype)
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (64,), (3, 32)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-7)])
+def test_linear_and_its_gradients_equal_the_matrix_products(rows, dtype, tolerance):
+    x, weight = _inputs(rows, dtype)
+    out, pull = jax.vjp(jax.jit(linear), x, weight)
+    cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(dtype)
+    d_x, d_weight = jax.jit(pull)(cotangent)
+
+    x64, g64 = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, cotangent))
+    w64 = np.asarray(weight.astype(dtype), np.float64)
+    for got, expected in ((out, x64 @ w64.T), (d_x, g64 @ w64), (d_weight, g64.T @ x64)):
+        close = {"rtol": tolerance, "atol": tolerance * np.abs(expected).max()}
+        np.testing.assert_allclose(np.asarray(got, np.float64).reshape(expected.shape), expected, **close)
+    assert (out.dtype, d_x.dtype, d_weight.dtype) == (dtype, dtype, jnp.float32)
+
+
+def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32_and_not_rounded_to_the_compute_dtype():
+    x = jnp.ones((512, 8), jnp.bfloat16)
+    weight = jnp.zeros((8, 8), jnp.float32)
+    # 511 ones and a bfloat16-representable 1/128: a sum that bfloat16 cannot hold.
+    cotangent = jnp.ones((512, 8), jnp.bfloat16).at[0].set(1 / 128)
+    _, pull = jax.vjp(linear, x, weight)
+    np.testing.assert_array_equal(pull(cotangent)[1], np.full((8, 8), 511 + 1 / 128, np.float32))
+
+
+@pytest.mark.parametrize("rows", [5, 8, 24, 64, 200])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_any_number_of_rows_can_be_contracted(rows, dtype):
+    left, right = (_inputs((rows,), dtype, in_size=size)[0] for size in (6, 10))
+    got = jax.jit(transposed_product)(left, right)
+    np.testing.assert_allclose(got, np.asarray(left, np.float64).T @ np.asarray(right, np.float64), atol=1e-4)

@@ -40,7 +40,12 @@ class JobSession:
         return self._open_tracker()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends the tracker's run if one was opened; `error` is what ended the job, if anything did."""
+        """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did."""
+        if "programs" in self.__dict__:
+            # Imported already, by `programs`.
+            from simpo_pipeline.distributed.programs import allow_strays
+
+            allow_strays()
         if "tracker" in self.__dict__:
             self.tracker.finish(error)
 

@@ -79,8 +79,12 @@ def test_nothing_of_the_trainer_is_written_between_train_2_and_train_5(tmp_path)
     # The wrapped steps replace the originals in place, so that live edges keep pointing at them.
     for step in (train_2, train_5):
         object.__setattr__(step, "fn", watched(dataclasses.replace(step)))
-    executor = Executor(prefix=str(tmp_path))
-    executor.run(steps, session=JobSession())
+    session = JobSession()
+    executor = Executor(prefix=str(tmp_path), session=session)
+    try:
+        executor.run(steps)
+    finally:
+        session.close(None)
 
     infer_folder = executor.output_paths[infer]
     allowed = {infer_folder, executor.output_paths[train_2], executor.output_paths[train_5]}

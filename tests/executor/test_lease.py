@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError
 from simpo_pipeline.executor.lease import Holder, LeaseConfig, LeaseKeeper, LeaseWatch, parse_holder
+from simpo_pipeline.storage.conditional import replace_if_same
 from simpo_pipeline.storage.files import exists, read_bytes, write_bytes
 from simpo_pipeline.storage.paths import join
 
@@ -129,11 +130,12 @@ def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
     assert not exists(path)
 
 
-def test_a_lost_lease_is_noticed_by_the_heartbeat_and_not_written_over(prefix):
-    path = join(prefix, "lock")
+def test_a_lost_lease_is_noticed_by_the_heartbeat_and_not_written_over(tmp_path):
+    path = str(tmp_path / "lock")
     with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG)) as first:
         assert first.acquire(path)
-        write_bytes(path, ELSEWHERE.encode())
+        while not replace_if_same(path, read_bytes(path), ELSEWHERE.encode()):
+            pass  # a heartbeat came between
         wait = threading.Event()
         for _ in range(10):
             wait.wait(CONFIG.heartbeat_seconds)

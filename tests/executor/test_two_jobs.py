@@ -126,7 +126,7 @@ def test_no_replay_is_made_for_a_step_that_another_job_runs(prefix):
 
 
 def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
-    job = executor(prefix)
+    job = Executor(prefix)  # whose heartbeat is too slow to notice before the step ends
 
     def lose(config: list[str]):
         write_text(join(config[0], "x"), "x")

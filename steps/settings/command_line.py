@@ -55,13 +55,19 @@ def parse_command_line(cls: type[T], words: Sequence[str], retired: Mapping[str,
         ConfigError: a flag, the file or a setting is wrong.
     """
     file_words, others = split_flags(words, ["config_path"])
-    own_names = [field.name for field in dataclasses.fields(ExperimentFlags)]
-    own_words, settings_words = split_flags(others, [*own_names, "help"])
+    own_words, settings_words = split_flags(others, [*setting_names(ExperimentFlags), "help"])
+    if "-h" in own_words or "--help" in own_words:
+        print(f"--config_path FILE.yaml, and any setting as --key.path value, below {', '.join(setting_names(cls))}.")
     flags = parse_arguments(ExperimentFlags, own_words)
     path = parse_flags(file_words, COMMAND_LINE).get("config_path")
     if not isinstance(path, str):
         raise ConfigError("--config_path is missing; give a YAML file, such as one of experiments/configs/")
     return read_settings(cls, path, settings_words, retired), flags
+
+
+def setting_names(cls: type) -> list[str]:
+    """The names at the top of a settings file, or of flags."""
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str]) -> tuple[T, ExperimentFlags]:

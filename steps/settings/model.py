@@ -60,7 +60,7 @@ class RopeSettings:
         return (500_000.0 if self.theta is None else self.theta), scaling
 
     def stated(self) -> dict[str, Any]:
-        """What is said here, by the keys of `describe_rope`."""
+        """What is said here, by setting; theta and factors left out are left to the checkpoint."""
         values = dataclasses.asdict(self)
         return {f"rope.{name}": value for name, value in values.items() if value is not None}
 

@@ -70,6 +70,11 @@ def test_a_file_becomes_the_dataclass_with_defaults_for_what_it_leaves_out():
     )
 
 
+@pytest.mark.parametrize("text", ["6e-7", "1.5e7", "-2E+3", ".5e1", "1e0", "2.e3", "1.5", "3"])
+def test_numbers_are_written_as_anywhere_else(text):
+    assert decode(f"oven: {{celsius: 1, rate: {text}}}").oven.rate == float(text)
+
+
 def test_the_command_line_wins_over_the_file_key_by_key():
     kitchen = decode(
         "oven: {celsius: 180, fan: false}\nname: old\nlamp: {celsius: 20}\n",
@@ -168,9 +173,21 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(flags, sentence):
 
 
 def test_flags_are_split_by_name_with_their_values():
-    words = ["--config_path", "a.yaml", "--trainer.seed", "-1", "--dry_run", "--prefix=x", "--beta", "2", "-h"]
-    ours, settings = split_flags(words, ["config_path", "dry_run", "prefix"])
-    assert ours == ["--config_path", "a.yaml", "--dry_run", "--prefix=x", "-h"]
+    words = [
+        "--config_path",
+        "a.yaml",
+        "--trainer.seed",
+        "-1",
+        "--dry_run",
+        "--prefix=x",
+        "--beta",
+        "2",
+        "--lease.age",
+        "3",
+        "-h",
+    ]
+    ours, settings = split_flags(words, ["config_path", "dry_run", "prefix", "lease"])
+    assert ours == ["--config_path", "a.yaml", "--dry_run", "--prefix=x", "--lease.age", "3", "-h"]
     assert settings == ["--trainer.seed", "-1", "--beta", "2"]
 
 
@@ -191,7 +208,11 @@ def test_merging_keeps_every_leaf_of_the_second_and_what_it_leaves_of_the_first(
             assert merged[key] == over[key]
 
 
-@given(value=st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.lists(st.integers())))
+@given(
+    value=st.one_of(
+        st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False), st.lists(st.integers())
+    )
+)
 def test_a_flag_carries_any_plain_value(value):
     text = str(value).lower() if isinstance(value, bool) else str(value)
     assert parse_flags([f"--a.b={text}"], "command line") == {"a": {"b": value}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import runpy
 
 import pytest
 
@@ -122,6 +123,15 @@ def test_m11_resolves_to_the_run_of_record():
         "project": "dpo",
         "name": "simpo_llama3_8b_m11_train2_infer128_train5",
     }
+
+
+def test_m11_is_the_preset_of_the_main_experiment():
+    preset = runpy.run_path(str(ROOT / "experiments" / "m11_interleave.py"))["PRESETS"]["llama3_8b_v5p_32"]
+    settings = read_run(M11)
+    generation = settings.build_generation("model")
+    assert generation is not None
+    assert preset.trainer == settings.build_trainer()
+    assert (preset.prompts, preset.sampling) == (generation.prompts, generation.sampling)
 
 
 def test_m12_generates_after_every_50_updates_the_last_included_and_once():

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from steps.settings.command_line import ExperimentFlags, setting_names
+from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
+from steps.settings.train_simpo import TrainSimpoConfig
+
 ROOT = pathlib.Path(__file__).parents[2]
 M11 = "experiments/configs/simpo_ultrafeedback_llama3_8b_v5p_32_m11_train2_infer128_train5.yaml"
 TINY = "experiments/configs/simpo_tiny_train2_infer8_train5.yaml"
@@ -80,7 +84,13 @@ def test_a_wrong_command_line_is_one_plain_error_and_exit_code_2(words, message,
 
 def test_help_names_the_flags():
     done = run("--help")
-    assert done.returncode == 0 and "--prefix" in done.stdout and "--tracker" in done.stdout
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("--config_path", "inference_eval", "--prefix", "--tracker"))
+
+
+@pytest.mark.parametrize("settings", [TrainSimpoConfig, SampleLmMultihostConfig])
+def test_no_setting_has_the_name_of_a_flag(settings):
+    assert not {*setting_names(settings)} & {*setting_names(ExperimentFlags), "config_path", "help"}
 
 
 def test_the_tiny_file_trains_generates_and_trains_on(tmp_path):

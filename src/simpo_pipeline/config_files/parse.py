@@ -1,6 +1,6 @@
 """YAML text and command-line words as plain mappings; what the keys mean is not known here.
 
-Scalars are YAML's, with two corrections to PyYAML's YAML 1.1: `6e-7` is a number, and a key given twice is an error.
+Scalars are YAML's, with two corrections to PyYAML's YAML 1.1: `6e-7` and `1.5e7` are numbers, and a key given twice is an error.
 """
 
 import re
@@ -26,9 +26,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 asks for a dot before an exponent, so PyYAML alone reads 6e-7 as text.
+# YAML 1.1 asks for a dot and a signed exponent, so PyYAML alone reads 6e-7 and 1.5e7 as text.
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    [*"-+.0123456789"],
 )
 
 
@@ -60,7 +62,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of the flags called `names` with their values, and all other words, each in order.
+    """The words of the flags called `names`, or below one of them, with their values; and all other words.
 
     A flag is `--name value`, `--name=value` or a bare `--name`; only `--` begins one, so `-1` is a value.
     """
@@ -69,7 +71,7 @@ def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], l
     target = others
     for word in argv:
         if word.startswith("--"):
-            target = chosen if word[2:].partition("=")[0] in names else others
+            target = chosen if re.split("[.=]", word[2:], maxsplit=1)[0] in names else others
         elif word == "-h":
             target = chosen
         target.append(word)

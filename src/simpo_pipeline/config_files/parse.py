@@ -1,6 +1,7 @@
 """YAML text and command-line words as plain mappings; what the keys mean is not known here.
 
-Scalars are YAML's, with two corrections to PyYAML's YAML 1.1: `6e-7` and `1.5e7` are numbers, and a key given twice is an error.
+Scalars are YAML's, with two corrections to PyYAML's YAML 1.1: `6e-7` and `1.5e7` are numbers, and a key given twice is
+an error.
 """
 
 import re

@@ -2,31 +2,39 @@
 
 Weights keep their orientation ([out, in]); only the head axes are folded and the layers stacked:
 
-    model.layers.{i}.self_attn.q_proj.weight [heads * head_size, embed]  <->  layers.wq [layers, heads, head_size, embed]
+    model.layers.{i}.self_attn.q_proj.weight [heads * head_size, embed] <-> layers.wq [layers, heads, head_size, embed]
 
-Loading goes leaf by leaf, so host memory holds the largest leaf once besides the arrays already on the devices.
+Reading goes tensor by tensor, straight into the shards that this process's devices hold: a host needs about one copy
+of what its devices need, and reads no more. Knows nothing of tokenizers, nor of other formats (see `gguf_weights`).
 """
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-from haliax import NamedArray
+from haliax import Axis, NamedArray
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama, LlamaLayers
-from simpo_pipeline.storage.files import list_files, local_copy, read_json
+from simpo_pipeline.storage.files import exists, local_copy, read_json, write_json
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.storage.staging import staged_folder
 
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Where Hugging Face itself cuts.
+MAX_SHARD_BYTES = 5_000_000_000
+
+# Field of LlamaLayers -> name below "model.layers.<n>.".
 LAYER_TENSORS: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
     "wq": "self_attn.q_proj",
@@ -38,15 +46,17 @@ LAYER_TENSORS: Mapping[str, str] = {
     "w_up": "mlp.up_proj",
     "w_down": "mlp.down_proj",
 }
+# Field of Llama -> name.
 TOP_TENSORS: Mapping[str, str] = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 2**30
-_MAX_NAMED = 5
+_MAX_NAMED = 8
+
+Index = tuple[slice, ...]
+# (tensor name, part) -> that part of the stored tensor, in the stored dtype.
+ReadTensor = Callable[[str, Index], np.ndarray]
 
 
 def load_config(path: str) -> LlamaConfig:
@@ -56,7 +66,7 @@ def load_config(path: str) -> LlamaConfig:
         ModelError: it is not a Llama that this package computes.
         PathNotFoundError: there is no config.json.
     """
-    return LlamaConfig.from_hf(read_json(join(path, "config.json")))
+    return LlamaConfig.from_hf(read_json(join(path, CONFIG_FILE)))
 
 
 def load_weights(path: str, abstract: Llama) -> Llama:
@@ -64,168 +74,189 @@ def load_weights(path: str, abstract: Llama) -> Llama:
 
     Args:
         path: Folder with `model.safetensors`, or with shards and their index.
-        abstract: What to make: `jax.ShapeDtypeStruct`s whose dtypes are cast to on the host, and whose shardings, where
-            given, say which part each device gets.
+        abstract: What to make: `jax.ShapeDtypeStruct`s whose dtypes are cast to on the host, and whose shardings say
+            which part each device gets; one without a sharding goes to the default device.
 
     Raises:
         ModelError: tensors are missing, left over, or of another shape; they are named.
     """
     with ExitStack() as stack:
         tensors = _open_tensors(path, stack)
-        _check_names(path, tensors, abstract.config)
+        _check_tensors(
+            path, abstract, {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+        )
 
-        def load(attribute: str, leaf: NamedArray, names: list[str]) -> NamedArray:
-            host = _read_leaf(path, tensors, attribute, leaf, names)
-            return NamedArray(_place(host, leaf.array), leaf.axes)
+        def read(name: str, part: Index) -> np.ndarray:
+            return tensors[name].get_slice(name)[part]
 
-        layers = {
-            attribute: load(attribute, getattr(abstract.layers, attribute), _layer_names(attribute, abstract.config))
-            for attribute in LAYER_TENSORS
-        }
-        top = {
-            attribute: None if (leaf := getattr(abstract, attribute)) is None else load(attribute, leaf, [name])
-            for attribute, name in TOP_TENSORS.items()
-        }
-        return Llama(**top, layers=LlamaLayers(**layers), config=abstract.config)
+        layers = {field: _load_leaf(leaf, names, read) for field, names, leaf in _layer_leaves(abstract)}
+        top = {field: _load_leaf(leaf, [name], read) for field, name, leaf in _top_leaves(abstract)}
+    return Llama(
+        embedding=top["embedding"],
+        layers=LlamaLayers(**layers),
+        final_norm=top["final_norm"],
+        head=top.get("head"),
+        config=abstract.config,
+    )
 
 
-def save_weights(path: str, model: Llama, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes `config.json` and safetensors to a folder at any storage path.
+def save_weights(
+    path: str, model: Llama, dtype: DTypeLike = np.float32, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes `config.json` and safetensors to a folder at any storage path; transformers can load it.
 
     Args:
         path: The folder; made when it does not exist.
-        model: Parameters as device or host arrays, all of them addressable by this process.
-        dtype: `float32` or `bfloat16`.
+        model: Parameters as device or host arrays.
+        dtype: Float dtype to cast to on the host.
         max_shard_bytes: More than this is split into shards with an index, as Hugging Face splits.
 
     Raises:
-        ModelError: the dtype is none of the two.
+        ModelError: a part of an array lies in another process.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"weights cannot be saved as {dtype!r}; choose one of {', '.join(DTYPES)}")
-    shards = _split(model, DTYPES[dtype].itemsize, max_shard_bytes)
+    _refuse_remote_parts(model)
+    dtype = np.dtype(dtype)
+    tensors = dict(_host_tensors(model))
+    num_bytes = {name: tensor.size * dtype.itemsize for name, tensor in tensors.items()}
+    shards = _split(num_bytes, max_shard_bytes)
     with staged_folder(path) as folder:
-        config = json.dumps({**model.config.to_hf(), "torch_dtype": dtype}, indent=2)
-        (folder / "config.json").write_text(config + "\n")
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            file_name = (
-                f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            )
-            weight_map |= dict.fromkeys(names, file_name)
-            tensors = {name: _tensor(model, name, DTYPES[dtype]) for name in names}
-            save_file(tensors, str(folder / file_name), metadata={"format": "pt"})
+        write_json(str(folder / CONFIG_FILE), {**model.config.to_hf(), "torch_dtype": dtype.name})
+        for file_name, names in shards.items():
+            # Cast file by file, so that only one file's tensors are ever held in both dtypes.
+            cast = {name: np.ascontiguousarray(tensors[name].astype(dtype, copy=False)) for name in names}
+            save_file(cast, folder / file_name, metadata={"format": "pt"})
         if len(shards) > 1:
-            total = model.config.num_parameters * DTYPES[dtype].itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
+            write_json(str(folder / INDEX_FILE), index)
+
+
+def _top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
+    """(field, tensor name, leaf) of the parameters outside the layers."""
+    for field, name in TOP_TENSORS.items():
+        leaf = getattr(model, field)
+        if leaf is not None:
+            yield field, name, leaf
+
+
+def _layer_leaves(model: Llama) -> Iterator[tuple[str, list[str], NamedArray]]:
+    """(field, tensor name of each layer, leaf) of the stacked parameters."""
+    for field, name in LAYER_TENSORS.items():
+        names = [f"model.layers.{layer}.{name}.weight" for layer in range(model.config.num_layers)]
+        yield field, names, getattr(model.layers, field)
+
+
+def _stored_shape(axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """The shape in Hugging Face's files: heads and head_size folded into one axis."""
+    shape: list[int] = []
+    for axis in axes:
+        if axis.name == "head_size":
+            shape[-1] *= axis.size
+        else:
+            shape.append(axis.size)
+    return tuple(shape)
 
 
 def _open_tensors(path: str, stack: ExitStack) -> dict[str, Any]:
     """The open safetensors file of each tensor; files are mapped, not read."""
-    files = [entry.relative_path for entry in list_files(path) if entry.relative_path.endswith(".safetensors")]
-    if not files:
-        raise ModelError(f"{path!r} holds no safetensors weights; other formats are not supported")
+    # Folders may hold the same weights twice, say consolidated beside sharded: these two names say which files count.
+    if exists(join(path, SINGLE_FILE)):
+        file_names = [SINGLE_FILE]
+    elif exists(join(path, INDEX_FILE)):
+        file_names = sorted(set(read_json(join(path, INDEX_FILE))["weight_map"].values()))
+    else:
+        raise ModelError(f"{path!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not supported")
     tensors: dict[str, Any] = {}
-    for name in _shard_names(path, files):
-        local = stack.enter_context(local_copy(join(path, name)))
-        file = stack.enter_context(safe_open(str(local), framework="numpy"))
+    for file_name in file_names:
+        local = stack.enter_context(local_copy(join(path, file_name)))
+        file = stack.enter_context(safe_open(local, framework="numpy"))
         tensors |= dict.fromkeys(file.keys(), file)
     return tensors
 
 
-def _shard_names(path: str, files: list[str]) -> list[str]:
-    # Folders may hold the same weights twice, say consolidated beside sharded: the index says which files count.
-    if "model.safetensors" in files:
-        return ["model.safetensors"]
-    if any(entry.relative_path == INDEX_FILE for entry in list_files(path)):
-        return sorted(set(read_json(join(path, INDEX_FILE))["weight_map"].values()))
-    return files
-
-
-def _layer_names(attribute: str, config: LlamaConfig) -> list[str]:
-    return [f"model.layers.{layer}.{LAYER_TENSORS[attribute]}.weight" for layer in range(config.num_layers)]
-
-
-def _expected_names(config: LlamaConfig) -> list[str]:
-    top = [name for attribute, name in TOP_TENSORS.items() if attribute != "head" or not config.tie_word_embeddings]
-    return [*top, *(name for attribute in LAYER_TENSORS for name in _layer_names(attribute, config))]
-
-
-def _check_names(path: str, tensors: Iterable[str], config: LlamaConfig) -> None:
-    expected = set(_expected_names(config))
-    missing = sorted(expected - set(tensors))
+def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {name: _stored_shape(leaf.axes) for _, name, leaf in _top_leaves(abstract)}
+    for _, names, leaf in _layer_leaves(abstract):
+        expected |= dict.fromkeys(names, _stored_shape(leaf.axes[1:]))
     # Old exports hold the rotary frequencies, and some tied ones the head again; neither is a parameter.
-    known = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    known |= {TOP_TENSORS["head"]} if config.tie_word_embeddings else set()
-    left_over = sorted(set(tensors) - expected - known)
-    for what, names in (("lacks", missing), ("holds unexpected", left_over)):
-        if names:
-            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    known |= {TOP_TENSORS["head"]} if abstract.head is None else set()
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is unexpected" for name in stored if name not in expected and name not in known]
+    problems += [
+        f"{name} has shape {stored[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ModelError(
+            f"the tensors in {path!r} do not fit the config: {'; '.join(problems[:_MAX_NAMED])}{more}. "
+            "Weights and config.json must be of the same model"
+        )
+
+
+def _load_leaf(leaf: NamedArray, names: list[str], read: ReadTensor) -> NamedArray:
+    """The leaf's device array; a stacked leaf is read from one tensor for each layer."""
+    struct = leaf.array
+    is_stacked = leaf.axes[0].name == "layers"
+
+    def shard(index: Index | None) -> np.ndarray:
+        parts = (slice(None),) * len(leaf.axes) if index is None else index
+        parts = tuple(slice(*part.indices(axis.size)) for part, axis in zip(parts, leaf.axes, strict=True))
+        if not is_stacked:
+            return _read_part(read, names[0], leaf.axes, parts).astype(struct.dtype)
+        out = np.empty([part.stop - part.start for part in parts], struct.dtype)
+        for row, layer in zip(out, range(parts[0].start, parts[0].stop), strict=True):
+            row[...] = _read_part(read, names[layer], leaf.axes[1:], parts[1:])
+        return out
+
+    sharding = struct.sharding or SingleDeviceSharding(jax.devices()[0])
+    return NamedArray(jax.make_array_from_callback(struct.shape, sharding, shard, dtype=struct.dtype), leaf.axes)
+
+
+def _read_part(read: ReadTensor, name: str, axes: tuple[Axis, ...], parts: Index) -> np.ndarray:
+    """The part of a stored tensor that `parts` names over `axes`, in which head_size has an axis of its own."""
+    at = next((i for i, axis in enumerate(axes) if axis.name == "head_size"), None)
+    if at is None:
+        return read(name, parts)
+    head_size, heads = axes[at].size, parts[at - 1]
+    folded = slice(heads.start * head_size, heads.stop * head_size)
+    part = read(name, (*parts[: at - 1], folded, *parts[at + 1 :]))
+    unfolded = part.reshape(*part.shape[: at - 1], heads.stop - heads.start, head_size, *part.shape[at:])
+    return unfolded[(*(slice(None),) * at, parts[at])]
+
+
+def _refuse_remote_parts(model: Llama) -> None:
+    for leaf in jax.tree.leaves(model):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ModelError(
-                f"{path!r} {what} tensors {', '.join(names[:_MAX_NAMED])}{more}; "
-                "weights and config.json must be of the same model"
+                f"an array of shape {leaf.shape} with {leaf.sharding} cannot be saved: parts of it lie in other "
+                "processes; hand the model off to this process's devices first"
             )
 
 
-def _read_leaf(path: str, tensors: Mapping[str, Any], attribute: str, leaf: NamedArray, names: list[str]) -> np.ndarray:
-    """One parameter on the host, stacked over layers where it has them, in its final dtype."""
-    shape, dtype = leaf.array.shape, leaf.array.dtype
-    host = np.empty(shape, dtype)
-    rows = host if attribute in LAYER_TENSORS else host[None]
-    for row, name in zip(rows, names, strict=True):
-        wanted = _hf_shape(attribute, row.shape)
-        found = tuple(tensors[name].get_slice(name).get_shape())
-        if found != wanted:
-            raise ModelError(f"{path!r}: tensor {name} has shape {found}, config.json says {wanted}")
-        row[...] = tensors[name].get_tensor(name).reshape(row.shape).astype(dtype)
-    return host
+def _host_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array as stored) in Hugging Face's order: embedding, layer after layer, final norm, head."""
+    top = {name: np.asarray(leaf.array) for _, name, leaf in _top_leaves(model)}
+    stacked = [(names, np.asarray(leaf.array), _stored_shape(leaf.axes[1:])) for _, names, leaf in _layer_leaves(model)]
+    yield TOP_TENSORS["embedding"], top.pop(TOP_TENSORS["embedding"])
+    for layer in range(model.config.num_layers):
+        for names, array, shape in stacked:
+            yield names[layer], array[layer].reshape(shape)
+    yield from top.items()
 
 
-def _hf_shape(attribute: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in Hugging Face's files: heads and head_size folded into one axis."""
-    if attribute in ("wq", "wk", "wv"):
-        return (shape[0] * shape[1], shape[2])
-    if attribute == "wo":
-        return (shape[0], shape[1] * shape[2])
-    return shape
-
-
-def _place(host: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    if abstract.sharding is None:
-        return jax.device_put(host)
-    return jax.make_array_from_callback(host.shape, abstract.sharding, lambda index: host[index])
-
-
-def _tensor(model: Llama, name: str, dtype: np.dtype) -> np.ndarray:
-    """One tensor as Hugging Face names and shapes it."""
-    for attribute, top_name in TOP_TENSORS.items():
-        if name == top_name:
-            return np.ascontiguousarray(np.asarray(getattr(model, attribute).array).astype(dtype))
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    attribute = next(key for key, value in LAYER_TENSORS.items() if f"{value}.weight" == rest)
-    row = np.asarray(getattr(model.layers, attribute).array)[int(layer)]
-    return np.ascontiguousarray(row.reshape(_hf_shape(attribute, row.shape)).astype(dtype))
-
-
-def _split(model: Llama, itemsize: int, max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names by shard, in order, each shard as full as it may be."""
+def _split(num_bytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, in order; each file holds at most `max_shard_bytes`, or one tensor."""
     shards: list[list[str]] = [[]]
-    num_bytes = 0
-    for name, size in _tensor_sizes(model):
-        if shards[-1] and num_bytes + size * itemsize > max_shard_bytes:
+    filled = 0
+    for name, size in num_bytes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
-            num_bytes = 0
+            filled = 0
         shards[-1].append(name)
-        num_bytes += size * itemsize
-    return shards
-
-
-def _tensor_sizes(model: Llama) -> Iterator[tuple[str, int]]:
-    for name in _expected_names(model.config):
-        for attribute, top_name in TOP_TENSORS.items():
-            if name == top_name:
-                yield name, math.prod(getattr(model, attribute).array.shape)
-    for attribute in LAYER_TENSORS:
-        for name in _layer_names(attribute, model.config):
-            yield name, math.prod(getattr(model.layers, attribute).array.shape[1:])
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}

@@ -1,0 +1,136 @@
+"""Hugging Face files: what is saved comes back to the bit, sharded or not, and what does not fit is refused by name."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from simpo_pipeline.errors import ModelError
+from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
+from simpo_pipeline.model.sharding import FSDP_RULES, with_shardings
+from simpo_pipeline.model.transformer import abstract_llama, init_llama
+
+
+def _assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_comes_back_to_the_bit(small_config, tmp_path, tied):
+    config = dataclasses.replace(small_config, tie_word_embeddings=tied)
+    model = init_llama(config, jax.random.key(1))
+    save_weights(str(tmp_path), model)
+    assert load_config(str(tmp_path)) == config
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
+
+
+def test_tensors_have_hugging_faces_names_and_shapes(small_model, tmp_path):
+    save_weights(str(tmp_path), small_model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert len(tensors) == 3 + 9 * 3
+    layer = {name.removeprefix("model.layers.2."): t.shape for name, t in tensors.items() if ".layers.2." in name}
+    assert layer == {
+        "input_layernorm.weight": (24,),
+        "post_attention_layernorm.weight": (24,),
+        "self_attn.q_proj.weight": (48, 24),
+        "self_attn.k_proj.weight": (16, 24),
+        "self_attn.v_proj.weight": (16, 24),
+        "self_attn.o_proj.weight": (24, 48),
+        "mlp.gate_proj.weight": (40, 24),
+        "mlp.up_proj.weight": (40, 24),
+        "mlp.down_proj.weight": (24, 40),
+    }
+    # Head 1 of the second layer is rows 8 to 16 of its matrix.
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.self_attn.q_proj.weight"][8:16], small_model.layers.wq.array[1, 1]
+    )
+
+
+def test_shards_hold_no_more_than_allowed_and_load_as_one_model(small_config, small_model, tmp_path):
+    save_weights(str(tmp_path), small_model, max_shard_bytes=20_000)
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
+    sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / name).values()) for name in names]
+    assert len(names) > 2
+    assert max(sizes) <= 20_000
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == small_config.num_parameters * 4
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), small_model)
+
+
+def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own(small_config, small_model, tmp_path):
+    save_weights(str(tmp_path), small_model, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 + 9 * 3
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), small_model)
+
+
+def test_dtypes_are_cast_both_ways(small_config, small_model, tmp_path):
+    save_weights(str(tmp_path), small_model, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small_model)
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.bfloat16)), rounded)
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), widened)
+
+
+def test_any_filesystem_serves(small_config, small_model):
+    save_weights("memory://models/small", small_model, max_shard_bytes=20_000)
+    _assert_equal(load_weights("memory://models/small", abstract_llama(small_config, jnp.float32)), small_model)
+
+
+def test_arrays_land_with_the_shardings_asked_for(small_config, small_model, tmp_path):
+    save_weights(str(tmp_path), small_model)
+    mesh = jax.make_mesh((1,), ("data",))
+    abstract = with_shardings(abstract_llama(small_config, jnp.float32), mesh, FSDP_RULES)
+    loaded = load_weights(str(tmp_path), abstract)
+    assert loaded.layers.wo.array.sharding == NamedSharding(mesh, PartitionSpec(None, "data", None, None))
+    _assert_equal(loaded, small_model)
+
+
+def _rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(small_config, small_model, tmp_path):
+    def damage(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(48, np.float32)
+        tensors["model.norm.weight"] = np.zeros(25, np.float32)
+
+    save_weights(str(tmp_path), small_model)
+    _rewrite(tmp_path, damage)
+    with pytest.raises(ModelError) as refusal:
+        load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32))
+    for words in (
+        "model.layers.1.mlp.up_proj.weight is missing",
+        "model.layers.0.self_attn.q_proj.bias is unexpected",
+        "model.norm.weight has shape (25,) instead of (24,)",
+    ):
+        assert words in str(refusal.value)
+
+
+def test_leftovers_of_old_exports_are_not_parameters(small_config, tmp_path):
+    config = dataclasses.replace(small_config, tie_word_embeddings=True)
+    model = init_llama(config, jax.random.key(1))
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+
+    save_weights(str(tmp_path), model)
+    _rewrite(tmp_path, add)
+    _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
+
+
+def test_a_folder_without_weights_is_refused_naming_the_files_looked_for(small_config, tmp_path):
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32))

@@ -39,7 +39,8 @@ class InferConfig:
 
     Attributes:
         prompts: The prompts of the whole job.
-        sampling: How tokens are drawn and when a sequence ends. Without `stop_token_ids`, the tokenizer's EOS ends it.
+        sampling: How tokens are drawn and when a sequence ends. Without `stop_token_ids`, the end of the turn
+            does, and the tokenizer's EOS.
         engine: Sizes of the engine; they never change a token.
         model_path: Folder of the model: its tokenizer, and the weights when `trainer` is None.
         trainer: A live `Trainer` borrowed from a training step (`borrow(step)`), whose parameters are generated from.
@@ -101,13 +102,13 @@ def infer(config: InferConfig, run: StepRun) -> None:
 
 def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str], indices: range) -> "list[Request]":
     # Imported here because planning must not pay for transformers.
-    from simpo_pipeline.data.chat import encode_chat
+    from simpo_pipeline.data.chat import encode_chat, stop_token_ids
     from simpo_pipeline.data.records import Message
     from simpo_pipeline.inference.sequence import Request
 
     sampling = config.sampling
     if not sampling.stop_token_ids:
-        sampling = dataclasses.replace(sampling, stop_token_ids=(tokenizer.eos_token_id,))
+        sampling = dataclasses.replace(sampling, stop_token_ids=tuple(stop_token_ids(tokenizer)))
 
     def encode(prompt: str) -> tuple[int, ...]:
         if config.chat:

@@ -103,7 +103,7 @@ def _take(config: TrainConfig) -> "Trainer":
 
 def _open_loader(config: TrainConfig) -> "PairLoader":
     # Imported here because planning must not pay for transformers and pyarrow.
-    from simpo_pipeline.data.chat import load_tokenizer
+    from simpo_pipeline.data.chat import load_tokenizer, pad_token_id
     from simpo_pipeline.data.loader import PairLoader
     from simpo_pipeline.data.pairs import read_pairs
 
@@ -112,7 +112,7 @@ def _open_loader(config: TrainConfig) -> "PairLoader":
         batch_size=config.trainer.train_batch_size,
         seq_len=config.trainer.train_seq_len,
         seed=config.trainer.seed,
-        pad_id=load_tokenizer(config.model_path).pad_token_id,
+        pad_id=pad_token_id(load_tokenizer(config.model_path)),
     )
 
 
@@ -125,6 +125,6 @@ def _summarize(first_step: int, rows: list[dict[str, float]], digest: str) -> di
         "state_digest": digest,
         "loss": rows[-1]["loss"],
         "tokens": tokens,
-        "train_seconds": round(seconds, 3),
+        "train_seconds": round(seconds, 6),
         "tokens_per_second": round(tokens / seconds, 1),
     }

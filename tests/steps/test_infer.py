@@ -1,4 +1,4 @@
-"""infer writes one row per sample, from a live trainer's parameters or from a model folder, and leaves both as they were."""
+"""infer writes one row per sample, from a live trainer or from a model folder, and leaves both as they were."""
 
 import dataclasses
 
@@ -92,7 +92,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model_
     [
         (
             {"mode": "everywhere"},
-            "Unknown inference_mode='everywhere'. Expected one of: host_data_parallel, global_mesh",
+            "Unknown inference_mode='everywhere'. Expected one of: host_data_parallel,",
         ),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
     ],

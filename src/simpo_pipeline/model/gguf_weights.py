@@ -1,10 +1,12 @@
 """A Llama in a GGUF file (llama.cpp's format), rewritten in Hugging Face's layout. Numpy only.
 
 Quantised tensors are dequantised to fp32. llama.cpp stores the rows of the query and key matrices with rotary pairs
-side by side; Hugging Face keeps the two halves of a head apart, so those rows are put back in order.
+side by side; Hugging Face keeps the two halves of a head apart, so those rows are put back in order. Knows nothing of
+where the file comes from.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, dequantize
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import CONFIG_FILE, SINGLE_FILE, write_safetensors
+from simpo_pipeline.storage.files import write_json
 
 LAYER_TENSORS: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
@@ -36,35 +39,45 @@ TOP_TENSORS: Mapping[str, str] = {
 CONTROL_TOKEN = 3  # gguf's type of a token that marks structure and is never text
 
 
-def convert_gguf(gguf_path: Path, folder: Path) -> None:
+def convert_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Writes config.json, generation_config.json, model.safetensors (fp32) and the tokenizer's files to `folder`.
 
     Raises:
-        ModelError: the file is not a Llama with a byte-level BPE tokenizer and a chat template.
+        ModelError: the file is not a Llama with SmolLM's kind of tokenizer and a chat template.
     """
+    gguf_path, folder = Path(gguf_path), Path(folder)
     reader = GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     _refuse_unsupported(gguf_path, fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _model_config(fields, tied="output.weight" not in tensors)
     weights = {_hf_name(name): _weights(tensor, config) for name, tensor in tensors.items()}
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     special_ids = {
         f"{role}_token_id": int(fields[f"tokenizer.ggml.{name}_token_id"])
         for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    _write_json(folder / "config.json", {**config.to_hf(), **special_ids, "torch_dtype": "float32"})
-    _write_json(folder / "generation_config.json", special_ids)
+    write_json(str(folder / CONFIG_FILE), {**config.to_hf(), **special_ids, "torch_dtype": "float32"})
+    write_json(str(folder / "generation_config.json"), special_ids)
     _write_tokenizer(fields, special_ids, folder)
+    write_safetensors(folder / SINGLE_FILE, weights)
 
 
 def _refuse_unsupported(gguf_path: Path, fields: Mapping[str, Any]) -> None:
-    for key, supported in (("general.architecture", "llama"), ("tokenizer.ggml.model", "gpt2")):
+    needed = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        # How text is cut before merging; another name means another regular expression, and other tokens.
+        "tokenizer.ggml.pre": "smollm",
+    }
+    for key, supported in needed.items():
         if fields.get(key) != supported:
-            raise ModelError(f"{gguf_path}: {key} is {fields.get(key)!r}; only {supported!r} is supported")
+            raise ModelError(
+                f"{gguf_path}: {key} is {fields.get(key)!r}; only {supported!r} is read from GGUF, "
+                "use the model's safetensors"
+            )
     if "tokenizer.chat_template" not in fields:
         raise ModelError(f"{gguf_path}: the tokenizer has no chat template; use the instruction-tuned model")
-    if "rope_freqs.weight" in fields or "llama.rope.scaling.type" in fields:
+    if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ModelError(f"{gguf_path}: scaled rope is not read from GGUF; use the model's safetensors")
 
 
@@ -79,7 +92,7 @@ def _model_config(fields: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
         num_layers=int(number("block_count")),
         num_heads=num_heads,
         num_kv_heads=int(number("attention.head_count_kv")),
-        head_dim=hidden_size // num_heads,
+        head_dim=int(fields.get("llama.attention.key_length", hidden_size // num_heads)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         max_seq_len=int(number("context_length")),
         # Stored as fp32: 1e-5 comes back as 9.99999974e-06, which 7 digits restore.
@@ -99,56 +112,41 @@ def _hf_name(gguf_name: str) -> str:
 
 
 def _weights(tensor: Any, config: LlamaConfig) -> np.ndarray:
+    # GGUF lists dimensions the fastest first.
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
-    if ".attn_q." in tensor.name:
-        return _split_rotary_halves(weights, config.num_heads)
-    if ".attn_k." in tensor.name:
-        return _split_rotary_halves(weights, config.num_kv_heads)
-    return weights
+    weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
+    if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+        return _split_rotary_halves(weights, config.head_dim)
+    return np.ascontiguousarray(weights)
 
 
-def _split_rotary_halves(weights: Float[np.ndarray, "rows embed"], num_heads: int) -> Float[np.ndarray, "rows embed"]:
+def _split_rotary_halves(weights: Float[np.ndarray, "rows embed"], head_dim: int) -> Float[np.ndarray, "rows embed"]:
     """Rows [head, pair, 2] as llama.cpp orders them, to [head, 2, pair] as Hugging Face does."""
     rows, embed = weights.shape
-    pairs = weights.reshape(num_heads, rows // num_heads // 2, 2, embed)
+    pairs = weights.reshape(rows // head_dim, head_dim // 2, 2, embed)
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, embed))
 
 
 def _write_tokenizer(fields: Mapping[str, Any], special_ids: Mapping[str, int], folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # here: only this needs it
+
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": index, "content": tokens[index], **flags} for index, kind in enumerate(types) if kind == CONTROL_TOKEN
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    _write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            # SmolLM's own: every digit is a token.
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-            },
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "vocab": {token: index for index, token in enumerate(tokens)},
-                "merges": fields["tokenizer.ggml.merges"],
-            },
-        },
-    )
+    merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    # SmolLM's own: every digit is a token.
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     roles = {f"{role}_token": tokens[special_ids[f"{role}_token_id"]] for role in ("bos", "eos", "pad")}
-    _write_json(folder / "special_tokens_map.json", roles)
-    _write_json(
-        folder / "tokenizer_config.json",
+    if "tokenizer.ggml.unknown_token_id" in fields:
+        roles["unk_token"] = tokens[fields["tokenizer.ggml.unknown_token_id"]]
+    write_json(str(folder / "tokenizer.json"), json.loads(tokenizer.to_str()))
+    write_json(str(folder / "special_tokens_map.json"), roles)
+    write_json(
+        str(folder / "tokenizer_config.json"),
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **roles,
@@ -157,7 +155,3 @@ def _write_tokenizer(fields: Mapping[str, Any], special_ids: Mapping[str, int], 
             "chat_template": fields["tokenizer.chat_template"],
         },
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

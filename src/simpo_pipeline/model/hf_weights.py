@@ -10,6 +10,7 @@ of what its devices need, and reads no more. Knows nothing of tokenizers, nor of
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -124,11 +125,18 @@ def save_weights(
         for file_name, names in shards.items():
             # Cast file by file, so that only one file's tensors are ever held in both dtypes.
             cast = {name: np.ascontiguousarray(tensors[name].astype(dtype, copy=False)) for name in names}
-            save_file(cast, folder / file_name, metadata={"format": "pt"})
+            write_safetensors(folder / file_name, cast)
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
             write_json(str(folder / INDEX_FILE), index)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one local safetensors file that whoever may read its folder may read too."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    # The library makes files for their owner only.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:

@@ -37,9 +37,10 @@ def interleave_steps(
     """
     train_steps: list[ExecutorStep] = []
     infer_steps: list[ExecutorStep] = []
+    repeats = len(segments) > 2 or sum(segment.infer for segment in segments) > 1
     for segment in segments:
-        # M11's own names say how many updates; in longer schedules the stop tells equally long stretches apart.
-        suffix = f"-to-{segment.stop}" if len(segments) > 2 else ""
+        # M11's own names say how many updates; where that would repeat itself, the stop tells steps apart.
+        suffix = f"-to-{segment.stop}" if repeats else ""
         trained = ExecutorStep(
             name=f"train-{segment.num_updates}{suffix}",
             fn=train,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import ExecutorMainConfig
 from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.files import make_parent
+from simpo_pipeline.storage.paths import is_local, join
 from simpo_pipeline.tracking.factory import TrackerKind, make_tracker
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 
@@ -62,8 +63,14 @@ def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, pro
 
     def open_tracker() -> Tracker:
         run_name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        path = join(config.effective_prefix, "tracking", f"{run_name}.jsonl")
-        return make_tracker(kind, jsonl_path=path, project=project, run_name=run_name)
+        folder = join(config.effective_prefix, "tracking")
+        # wandb writes local files only; beside a remote prefix it uses its own default.
+        wandb_dir = None
+        if kind == "wandb" and is_local(folder):
+            make_parent(join(folder, run_name))
+            wandb_dir = folder
+        path = join(folder, f"{run_name}.jsonl")
+        return make_tracker(kind, jsonl_path=path, project=project, run_name=run_name, wandb_dir=wandb_dir)
 
     return open_tracker
 

@@ -146,6 +146,17 @@ def test_a_job_killed_in_train_5_resumes_to_the_same_digest(finished, tmp_path):
     assert summary(tmp_path, "train-5")["state_digest"] == digest
 
 
+def test_wandb_offline_keeps_one_run_for_the_whole_job(prefix):
+    for step in ("train-2", "infer-128", "train-5"):
+        (outputs(prefix, step) / ".executor_status").unlink()
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = ("--tracker", "wandb")
+    done = subprocess.run(command("m11_interleave.py", prefix, *flags), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "Job finished with no error."
+    assert len(list((prefix / "tracking" / "wandb").glob("offline-run-*"))) == 1
+
+
 @pytest.mark.parametrize("preset", ["tiny", "smollm2", "llama3_8b_v5p_32"])
 def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, tmp_path):
     prefix = tmp_path / "prefix"

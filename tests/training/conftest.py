@@ -1,13 +1,23 @@
-"""The toy model of the training tests."""
+"""A toy run: a model of a few thousand parameters, a handful of pairs of unequal lengths, one device."""
 
+from collections.abc import Callable
+
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.distributed.mesh import DATA_AXIS, MODEL_AXIS
+from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 
 
 @pytest.fixture
 def tiny_model() -> LlamaConfig:
-    """Grouped heads, tied embeddings, two layers: every kind of leaf, a few thousand parameters."""
+    """Grouped heads, tied embeddings, two layers: every kind of leaf; weights large enough for answers to differ."""
     return LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -18,4 +28,68 @@ def tiny_model() -> LlamaConfig:
         vocab_size=40,
         max_seq_len=64,
         tie_word_embeddings=True,
+        initializer_range=0.3,
     )
+
+
+@pytest.fixture
+def tiny_run() -> TrainerConfig:
+    """Seven updates of two pairs; the vocabulary of 40 goes through in chunks of 16, 16 and 8."""
+    return TrainerConfig(
+        num_train_steps=7,
+        train_batch_size=2,
+        train_seq_len=16,
+        logprob_chunk_size=16,
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+    )
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    """One for all tests: equal programs are compiled once."""
+    return Programs()
+
+
+@pytest.fixture
+def one_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (DATA_AXIS, MODEL_AXIS))
+
+
+@pytest.fixture
+def five_pairs() -> list[TokenizedPair]:
+    """Random tokens below 40, sequences of 5 to 15; the two answers of a pair share its prompt."""
+    rng = np.random.default_rng(0)
+
+    def make_pair(prompt_id: str) -> TokenizedPair:
+        prompt = rng.integers(1, 40, size=rng.integers(2, 6), dtype=np.int32)
+        chosen, rejected = (rng.integers(1, 40, size=rng.integers(3, 11), dtype=np.int32) for _ in range(2))
+        return TokenizedPair(
+            prompt_id=prompt_id,
+            chosen_tokens=np.concatenate([prompt, chosen]),
+            rejected_tokens=np.concatenate([prompt, rejected]),
+            chosen_response_start=len(prompt),
+            rejected_response_start=len(prompt),
+        )
+
+    return [make_pair(f"toy-{index}") for index in range(5)]
+
+
+@pytest.fixture
+def make_loader() -> Callable[..., PairLoader]:
+    """Makes the loader that belongs to a config."""
+
+    def make(pairs: list[TokenizedPair], config: TrainerConfig, pad_id: int = 0) -> PairLoader:
+        return PairLoader(
+            pairs=pairs,
+            batch_size=config.train_batch_size,
+            seq_len=config.train_seq_len,
+            seed=config.seed,
+            pad_id=pad_id,
+        )
+
+    return make
+
+
+@pytest.fixture
+def loader(five_pairs: list[TokenizedPair], tiny_run: TrainerConfig, make_loader) -> PairLoader:
+    return make_loader(five_pairs, tiny_run)

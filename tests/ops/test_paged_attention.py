@@ -106,9 +106,9 @@ def test_a_page_past_the_last_one_is_not_written() -> None:
 def test_bfloat16_stays_near_the_reference_in_float32() -> None:
     batch = Batch(np.random.default_rng(0), [20, 45], [20, 3], page_size=8)
     exact = batch.attend(paged_attention_reference)
-    batch.q, batch.keys, batch.values = (
-        jnp.asarray(each, jnp.bfloat16) for each in (batch.q, batch.keys, batch.values)
+    q, keys, values, *rest = batch.arguments()
+    rounded = jax.jit(paged_attention, static_argnames="max_queries_per_seq")(
+        *(jnp.asarray(each, jnp.bfloat16) for each in (q, keys, values)), *rest, max_queries_per_seq=batch.max_queries
     )
-    rounded = batch.attend(paged_attention)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.03)

@@ -98,9 +98,13 @@ def paged_attention(
     """
     num_tokens, heads, head_size = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[3]
-    tiles = _tiles(query_starts, kv_lens, num_tokens, max_queries_per_seq)
-    num_tiles, tile_size = tiles.tokens.shape
     group = heads // kv_heads
+    tiles = (
+        _tiles_of_single_queries(kv_lens, group)
+        if max_queries_per_seq == 1
+        else _tiles(query_starts, kv_lens, num_tokens, min(_QUERIES_PER_TILE, max_queries_per_seq))
+    )
+    num_tiles, tile_size = tiles.tokens.shape
     q_NQKGD = (
         (q * (1 / math.sqrt(head_size)))
         .astype(q.dtype)[tiles.tokens]
@@ -155,14 +159,24 @@ def _owners(
     return owner, position
 
 
+def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles:
+    """One tile a sequence, of one query, or of two rows at least: products with one row are rounded otherwise."""
+    seqs = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    tile_size = max(1, 2 // group)
+    nobody = jnp.full((kv_lens.shape[0], tile_size - 1), -1, jnp.int32)
+    return _Tiles(
+        tokens=jnp.repeat(seqs[:, None], tile_size, axis=1),
+        positions=jnp.concatenate([kv_lens[:, None] - 1, nobody], axis=1),
+        seqs=seqs,
+        lens=kv_lens,
+        places=seqs * tile_size,
+    )
+
+
 def _tiles(
-    query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int, max_queries_per_seq: int
+    query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int, tile_size: int
 ) -> _Tiles:
-    if max_queries_per_seq == 1:
-        one_each = jnp.arange(num_tokens, dtype=jnp.int32)
-        return _Tiles(one_each[:, None], kv_lens[:, None] - 1, one_each, kv_lens, one_each)
     num_seqs = kv_lens.shape[0]
-    tile_size = min(_QUERIES_PER_TILE, max_queries_per_seq)
     num_queries = query_starts[1:] - query_starts[:-1]
     ends = jnp.cumsum((num_queries + tile_size - 1) // tile_size, dtype=jnp.int32)
     starts = ends - (num_queries + tile_size - 1) // tile_size
@@ -223,7 +237,9 @@ def _block_sums(
     weighted = jnp.einsum(
         "NKRT,NKTD->NKRD", exponentials.astype(v_NKTD.dtype), v_NKTD, preferred_element_type=jnp.float32
     )
-    return _Sums(peak, jnp.sum(exponentials, axis=-1), weighted)
+    # Also keeps the sum out of the arithmetic of `_merged`: fused with it, XLA rounds otherwise in large batches.
+    total = jnp.where(peak > _MASKED, jnp.sum(exponentials, axis=-1), 0)
+    return _Sums(peak, total, weighted)
 
 
 def _merged(a: _Sums, b: _Sums) -> _Sums:

@@ -21,7 +21,7 @@ from simpo_pipeline.errors import CapacityError
 from simpo_pipeline.inference.batches import decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineConfig, pages_for
 from simpo_pipeline.inference.forward import decode, prefill
-from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, empty_cache
+from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.scheduler import DecodeRound, PrefillRound, Scheduler
 from simpo_pipeline.inference.sequence import Completion, Request, Sequence
 from simpo_pipeline.model.config import LlamaConfig
@@ -67,6 +67,7 @@ class Engine:
         weights = with_shardings(abstract_llama(model_config, dtype), mesh, TENSOR_PARALLEL_RULES)
         cache = abstract_cache(model_config, engine_config, dtype, mesh)
         placement = jax.tree.map(lambda leaf: leaf.sharding, cache)
+        self.cache_bytes_per_device = bytes_per_device(cache)
         make_cache = functools.partial(empty_cache, model_config, engine_config, dtype)
         self._empty_cache = programs.compile("engine_empty_cache", make_cache, out_shardings=placement)
 
@@ -86,9 +87,9 @@ class Engine:
             )
 
         self._prefill = {
-            size: compile_prefill(size) for size in _program_sizes(engine_config.prefill_chunk_tokens, model_config)
+            size: compile_prefill(size) for size in program_sizes(engine_config.prefill_chunk_tokens, model_config)
         }
-        self._decode = {size: compile_decode(size) for size in _program_sizes(engine_config.max_seqs, model_config)}
+        self._decode = {size: compile_decode(size) for size in program_sizes(engine_config.max_seqs, model_config)}
 
     def check(self, requests: Requests) -> None:
         """Raises CapacityError for the first request that could never be served."""
@@ -202,7 +203,7 @@ class _Clock:
         self._last = now
 
 
-def _program_sizes(most: int, model: LlamaConfig) -> list[int]:
+def program_sizes(most: int, model: LlamaConfig) -> list[int]:
     """Row counts to compile for, smallest first: a quarter of the most, where that is not too small, and the most."""
     smallest = max(8, pages_for(_SMALLEST_PROGRAM, model.hidden_size))
     largest = max(most, smallest)

@@ -4,6 +4,8 @@ Layers are folded into the page index, so that a scan over layers carries the wh
 place: nothing is copied, neither per layer nor per step. Which pages belong to whom is the scheduler's business.
 """
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -82,3 +84,10 @@ def abstract_cache(model: LlamaConfig, engine: EngineConfig, dtype: DTypeLike, m
     sharding = NamedSharding(mesh, PartitionSpec(None, mesh_axis if splits else None))
     shapes = jax.eval_shape(lambda: empty_cache(model, engine, dtype))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def bytes_per_device(cache: KVCache) -> int:
+    """What each device holds of a cache, given its shapes and shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
+    )

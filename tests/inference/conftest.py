@@ -1,0 +1,101 @@
+"""Tiny random models, and the engine's oracle: a plain loop over whole sequences."""
+
+from collections.abc import Callable, Sequence
+
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from haliax import Axis, NamedArray
+from jax.sharding import Mesh
+
+from simpo_pipeline.distributed.mesh import local_mesh
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.inference.config import EngineConfig
+from simpo_pipeline.inference.engine import Engine
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.transformer import (
+    Llama,
+    abstract_llama,
+    attend_whole_sequences,
+    init_llama,
+    logits,
+    transform,
+)
+
+TINY = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    max_seq_len=256,
+    initializer_range=0.2,  # far from uniform logits, so that no argmax is a near tie
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Mesh:
+    return local_mesh()
+
+
+@pytest.fixture(scope="session")
+def weights_of(mesh: Mesh) -> Callable[[LlamaConfig], Llama]:
+    """Makes random weights, placed as engines want them."""
+
+    def make(config: LlamaConfig) -> Llama:
+        shapes = with_shardings(abstract_llama(config, jnp.float32), mesh, TENSOR_PARALLEL_RULES)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        return jax.jit(lambda: init_llama(config, jax.random.key(0)), out_shardings=placement)()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weights(weights_of: Callable[[LlamaConfig], Llama]) -> Llama:
+    return weights_of(TINY)
+
+
+@pytest.fixture(scope="session")
+def engine_of(mesh: Mesh) -> Callable[..., Engine]:
+    """Makes engines for TINY; programs of equal shapes are compiled once in the session."""
+    programs = Programs()
+
+    def make(**sizes: int) -> Engine:
+        defaults = {"max_seqs": 6, "max_seq_len": 64, "page_size": 8, "prefill_chunk_tokens": 64}
+        return Engine(TINY, EngineConfig(**defaults | sizes), mesh, programs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy_tokens(weights: Llama) -> Callable[[Sequence[int], int], list[int]]:
+    """The oracle: the whole sequence through the model for each token, no cache, no batch."""
+
+    @jax.jit
+    def next_token(weights: Llama, tokens: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        axes = (Axis("batch", 1), Axis("position", tokens.shape[0]))
+        hidden, _ = transform(
+            weights,
+            NamedArray(tokens[None], axes),
+            hax.arange(axes[1]).broadcast_axis(axes[0]).rearrange(axes),
+            attend=attend_whole_sequences,
+            state=(),
+            dtype=jnp.float32,
+        )
+        return jnp.argmax(logits(weights, hidden).array[0, num_tokens - 1])
+
+    def generate(prompt: Sequence[int], num_new: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(num_new):
+            padded = np.zeros(64, np.int32)
+            padded[: len(tokens)] = tokens
+            tokens.append(int(next_token(weights, padded, np.int32(len(tokens)))))
+        return tokens[len(prompt) :]
+
+    return generate

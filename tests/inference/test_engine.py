@@ -1,0 +1,176 @@
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from simpo_pipeline.errors import CapacityError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.engine import Engine, check_requests
+from simpo_pipeline.inference.sequence import Completion, Request
+from simpo_pipeline.model.transformer import Llama
+
+VOCAB = 300
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+DRAWING = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+
+
+def requests_of(count: int, sampling: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
+    """Prompts of 1 to 40 random tokens."""
+    rng = np.random.default_rng(seed)
+    prompts = [tuple(rng.integers(0, VOCAB, size=rng.integers(1, 41)).tolist()) for _ in range(count)]
+    return [Request(prompt, index, 0, sampling) for index, prompt in enumerate(prompts)]
+
+
+def tokens_of(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.tokens for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
+    return [tuple(greedy_tokens(request.prompt_tokens, 12)) for request in requests_of(9)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"page_size": 1},
+        {"page_size": 64},
+        {"max_seqs": 1},
+        {"max_seqs": 256},  # two sizes of decode program
+        {"prefill_chunk_tokens": 10},  # prompts cut in several chunks
+        {"prefill_chunk_tokens": 256},
+        {"decode_steps_per_call": 1},
+        {"decode_steps_per_call": 50},
+        {"num_pages": 9, "decode_steps_per_call": 2},  # preempts
+    ],
+    ids=str,
+)
+def test_greedy_tokens_equal_a_loop_over_whole_sequences(
+    sizes: dict, weights: Llama, engine_of: Callable[..., Engine], expected: list[tuple[int, ...]]
+) -> None:
+    completions, stats = engine_of(**sizes).generate(weights, requests_of(9), step=0)
+    assert tokens_of(completions) == expected
+    assert [completion.request for completion in completions] == requests_of(9)
+    assert stats.generated_tokens == 9 * 12
+    assert stats.prompt_tokens == sum(len(request.prompt_tokens) for request in requests_of(9))
+    assert (stats.num_preemptions > 0) == ("num_pages" in sizes)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWING], ids=["greedy", "drawing"])
+def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
+    sampling: SamplingParams, weights: Llama, engine_of: Callable[..., Engine]
+) -> None:
+    requests = requests_of(200, sampling)
+    roomy = engine_of(max_seqs=256, decode_steps_per_call=5)
+    together = tokens_of(roomy.generate(weights, requests, step=3)[0])
+    backwards = tokens_of(roomy.generate(weights, requests[::-1], step=3)[0])[::-1]
+    assert backwards == together
+    tight, stats = engine_of(max_seqs=9, num_pages=20, decode_steps_per_call=3).generate(weights, requests, step=3)
+    assert stats.num_preemptions > 0
+    assert tokens_of(tight) == together
+    for index in (0, 77, 199):
+        assert tokens_of(roomy.generate(weights, requests[index : index + 1], step=3)[0]) == [together[index]]
+
+
+def test_samples_of_one_prompt_differ_and_come_back_with_the_seed(
+    weights: Llama, engine_of: Callable[..., Engine]
+) -> None:
+    prompt = requests_of(1)[0].prompt_tokens
+    samples = [Request(prompt, 0, sample, DRAWING) for sample in range(6)]
+    engine = engine_of()
+    first = tokens_of(engine.generate(weights, samples, step=0)[0])
+    assert len(set(first)) == 6
+    assert tokens_of(engine.generate(weights, samples, step=0)[0]) == first
+    assert tokens_of(engine.generate(weights, samples, step=1)[0]) != first
+
+
+def test_requests_of_all_kinds_share_a_batch(
+    weights: Llama, engine_of: Callable[..., Engine], greedy_tokens: Callable
+) -> None:
+    prompt = requests_of(1)[0].prompt_tokens
+    free = greedy_tokens(prompt, 12)
+    stop = free[4]
+    kinds = [
+        SamplingParams(3, temperature=0.0),
+        SamplingParams(12, temperature=0.0, stop_token_ids=(VOCAB - 1, stop)),
+        DRAWING,
+        SamplingParams(1, temperature=0.0),
+    ]
+    requests = [Request(prompt, index, 0, sampling) for index, sampling in enumerate(kinds)]
+    completions, _ = engine_of().generate(weights, requests, step=0)
+    assert completions[0].tokens == tuple(free[:3])
+    assert completions[1].tokens == tuple(free[: free.index(stop) + 1])
+    assert len(completions[2].tokens) == 12
+    assert completions[3].tokens == tuple(free[:1])
+    assert [completion.finish_reason for completion in completions] == ["length", "stop", "length", "length"]
+
+
+def test_progress_is_told_each_round_up_to_the_end(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+    calls = []
+    engine = engine_of(decode_steps_per_call=5, max_seqs=2)
+    engine.generate(weights, requests_of(4), step=0, on_progress=lambda *call: calls.append(call))
+    generated, finished, total, elapsed = zip(*calls, strict=True)
+    assert list(generated) == sorted(generated)
+    assert (generated[-1], finished[-1], set(total)) == (48, 4, {4})
+    assert list(elapsed) == sorted(elapsed)
+
+
+def test_no_requests_are_served_without_a_launch(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+    completions, stats = engine_of().generate(weights, [], step=0)
+    assert completions == []
+    assert stats.generated_tokens == 0
+
+
+def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(max_seqs=256, prefill_chunk_tokens=256, num_pages=300)
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **facts: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(f"{facts}, {duration_secs} s")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for sampling in (GREEDY, DRAWING, SamplingParams(20, stop_token_ids=(1, 2, 3))):
+            for count in (1, 7, 200):
+                engine.generate(weights, requests_of(count, sampling), step=1)
+        assert compiled == []
+        jax.jit(lambda: np.float32(1) * 3)()
+        assert len(compiled) == 1, "the listener hears a compilation"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(num_pages=20_000)
+    for program in (*engine._prefill.values(), *engine._decode.values()):
+        memory = program.memory_bytes
+        cache_bytes = 2 * 20_000 * 2 * 2 * 16 * 8 * 4  # layers, pages, keys and values, heads, head size, slots, bytes
+        assert memory.aliased == cache_bytes
+        assert memory.temporary < cache_bytes / 10
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new_tokens", "message"),
+    [
+        ((), 1, "request 1 .*empty prompt"),
+        ((5, 300), 1, "request 1 .*token id 300.*0 to 299"),
+        ((5, -1), 1, "request 1 .*token id -1"),
+        ((1,) * 30, 3, r"request 1 \(prompt 7, sample 2\).*30 prompt tokens.*max_new_tokens 3, 33.*max_seq_len is 32"),
+        ((1,) * 20, 12, "request 1 .*needs 4 pages of 8 tokens for 20 prompt.*max_new_tokens 12.*num_pages is 3"),
+    ],
+)
+def test_what_could_never_be_served_is_refused_by_index_and_numbers(
+    prompt: tuple[int, ...], max_new_tokens: int, message: str
+) -> None:
+    config = EngineConfig(max_seqs=4, max_seq_len=32, page_size=8, num_pages=3)
+    fine = Request((1,), 0, 0, SamplingParams(2))
+    with pytest.raises(CapacityError, match=message):
+        check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_new_tokens))], config, VOCAB)
+
+
+def test_a_refusal_comes_before_any_launch(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+    with pytest.raises(CapacityError):
+        engine_of().generate(weights, [*requests_of(2), Request((), 2, 0, GREEDY)], step=0)

@@ -1,0 +1,18 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide() -> None:
+    script = Path(__file__).with_name("two_devices.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (one, two), (one_uneven, two_uneven) = json.loads(done.stdout.splitlines()[-1])
+    assert two["tokens"] == one["tokens"]
+    assert two_uneven["tokens"] == one_uneven["tokens"]
+    assert two["cache_bytes"] == one["cache_bytes"] / 2
+    assert two_uneven["cache_bytes"] == one_uneven["cache_bytes"]

@@ -13,7 +13,7 @@ from simpo_pipeline.model.transformer import init_llama
 
 @pytest.fixture(scope="session")
 def small_config() -> LlamaConfig:
-    """Grouped heads, a head_dim that is not hidden_size / num_heads, an untied head."""
+    """Grouped heads, a head_dim that is not hidden_size / num_heads, an untied head, weights that attention feels."""
     return LlamaConfig(
         hidden_size=24,
         intermediate_size=40,
@@ -23,12 +23,19 @@ def small_config() -> LlamaConfig:
         head_dim=8,
         vocab_size=96,
         max_seq_len=64,
+        initializer_range=0.25,
     )
 
 
 @pytest.fixture(scope="session")
-def small_model(small_config):
-    return jax.jit(init_llama, static_argnums=0)(small_config, jax.random.key(0))
+def random_model():
+    """`init_llama`, compiled: op by op it takes seconds."""
+    return jax.jit(init_llama, static_argnums=0)
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config, random_model):
+    return random_model(small_config, jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
 from simpo_pipeline.model.sharding import FSDP_RULES, with_shardings
-from simpo_pipeline.model.transformer import abstract_llama, init_llama
+from simpo_pipeline.model.transformer import abstract_llama
 
 
 def _assert_equal(one, other):
@@ -24,9 +24,9 @@ def _assert_equal(one, other):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_comes_back_to_the_bit(small_config, tmp_path, tied):
+def test_a_saved_model_comes_back_to_the_bit(small_config, random_model, tmp_path, tied):
     config = dataclasses.replace(small_config, tie_word_embeddings=tied)
-    model = init_llama(config, jax.random.key(1))
+    model = random_model(config, jax.random.key(1))
     save_weights(str(tmp_path), model)
     assert load_config(str(tmp_path)) == config
     _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
@@ -118,9 +118,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(small_config, sm
         assert words in str(refusal.value)
 
 
-def test_leftovers_of_old_exports_are_not_parameters(small_config, tmp_path):
+def test_leftovers_of_old_exports_are_not_parameters(small_config, random_model, tmp_path):
     config = dataclasses.replace(small_config, tie_word_embeddings=True)
-    model = init_llama(config, jax.random.key(1))
+    model = random_model(config, jax.random.key(1))
 
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)

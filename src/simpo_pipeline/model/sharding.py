@@ -1,7 +1,7 @@
-"""Where each named axis of a parameter lies on the mesh.
+"""Where each named axis of a parameter lies on the mesh, at rest and while it is computed with.
 
-The forward pass never mentions a mesh; placement is these rules, applied to an abstract tree. Knows nothing of
-which device belongs to which process.
+The forward pass never mentions a mesh: at rest, placement is these rules applied to an abstract tree; in use, it is
+the `Placement` handed to `transform`. Knows nothing of which device belongs to which process.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,9 @@ import haliax as hax
 import jax
 from haliax import NamedArray
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from simpo_pipeline.model.transformer import ANYWHERE, Placement
 
 # Name of a parameter axis -> name of the mesh axis it is split over.
 ShardingRules = Mapping[str, str]
@@ -55,6 +58,37 @@ def partition_spec(leaf: NamedArray, mesh: Mesh | AbstractMesh, rules: ShardingR
             used.add(mesh_axis)
             spec.append(mesh_axis)
     return PartitionSpec(*spec)
+
+
+def fsdp_placement(mesh: Mesh, rules: ShardingRules, dtype: DTypeLike) -> Placement:
+    """Fully sharded data parallelism: sequences split over the mesh axis "data", weights gathered layer by layer.
+
+    Left to itself, XLA splits the sum over "embed" instead, with every device computing every sequence. Matrices
+    are cast to `dtype` before they travel; gradients are summed over devices in their own dtype, and each device
+    receives only its part of the sum. On one device there is nothing to place.
+    """
+    if mesh.size == 1:
+        return ANYWHERE
+
+    def at(array: NamedArray, spec: PartitionSpec) -> NamedArray:
+        return NamedArray(jax.lax.with_sharding_constraint(array.array, NamedSharding(mesh, spec)), array.axes)
+
+    @jax.custom_vjp
+    def gather(weight: NamedArray) -> NamedArray:
+        # The scales of norms stay as they are. Matrices are widened again, so that their gradients are not rounded on
+        # the way back; XLA drops the pair of casts.
+        travels_as = dtype if weight.ndim > 1 else weight.dtype
+        return at(weight.astype(travels_as), PartitionSpec()).astype(weight.dtype)
+
+    def forward(weight: NamedArray) -> tuple[NamedArray, None]:
+        return gather(weight), None
+
+    def backward(_: None, gradient: NamedArray) -> tuple[NamedArray]:
+        # Transposing the gather's own constraint would ask for the whole sum on every device.
+        return (at(gradient, partition_spec(gradient, mesh, rules)),)
+
+    gather.defvjp(forward, backward)
+    return Placement(weight=gather, hidden=lambda hidden: at(hidden, PartitionSpec("data")))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import haliax as hax
@@ -33,6 +33,21 @@ _PRODUCT = "product"
 # (layer, q [*lead, heads, head_size], k and v [*lead, kv_heads, head_size], state) -> (out like q, state).
 # Rope has been applied; `state` is any pytree, carried from layer to layer.
 Attend = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
+
+
+def _as_it_is(array: NamedArray) -> NamedArray:
+    return array
+
+
+class Placement(NamedTuple):
+    """Where arrays lie on a mesh while they are computed with; either function returns its argument, placed."""
+
+    weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
+    hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding and after each layer
+
+
+# Wherever the compiler puts them: right for one device, and for generation.
+ANYWHERE = Placement(weight=_as_it_is, hidden=_as_it_is)
 
 
 class LlamaLayers(eqx.Module):
@@ -108,23 +123,26 @@ def transform(
     state: Any,
     dtype: DTypeLike,
     remat: bool = False,
+    placement: Placement = ANYWHERE,
 ) -> tuple[NamedArray, Any]:
     """Run all layers and the final norm.
 
     `tokens` and `positions` are int32 over the same leading axes, whose names must differ from the model's own.
     Returns (hidden [*lead, embed] in `dtype`, state after the last layer). Parameters of any float dtype are cast
     to `dtype` layer by layer; norms and rope are fp32. With `remat` each layer is computed again in the backward
-    pass and only its input is kept; without, the results of its matrix products are kept too.
+    pass and only its input is kept; without, the results of its matrix products are kept too. On a mesh, `placement`
+    says where weights and hidden states lie during the computation (see `sharding.fsdp_placement`).
     """
     config = model.config
     turn = rotation(positions.array, frequencies(config))
-    hidden = model.embedding.take("vocab", tokens).astype(dtype)
+    hidden = placement.hidden(model.embedding.take("vocab", tokens).astype(dtype))
 
     def layer(carry: tuple[NamedArray, Any], weights: LlamaLayers, index: Int[Array, ""]) -> tuple[NamedArray, Any]:
         hidden, state = carry
+        weights = jax.tree.map(placement.weight, weights, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
         attended, state = _attention(config, weights, hidden, turn, index, attend, state)
         hidden = hidden + attended
-        return hidden + _mlp(config, weights, hidden), state
+        return placement.hidden(hidden + _mlp(config, weights, hidden)), state
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     # Without remat only the matrix products are kept: elementwise work and attention are cheaper to do again than to
@@ -132,7 +150,7 @@ def transform(
     policy = None if remat else jax.checkpoint_policies.save_only_these_names(_PRODUCT)
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     hidden, state = hax.fold(layer, "layers")((hidden, state), model.layers, indices)
-    return _normed(config, hidden, model.final_norm), state
+    return _normed(config, hidden, placement.weight(model.final_norm)), state
 
 
 def attend_whole_sequences(

@@ -1,0 +1,83 @@
+"""Run by test_sharding.py in a process with four virtual devices: one loss and gradient, on one device and on four."""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from haliax import Axis, NamedArray
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import FSDP_RULES, fsdp_placement, with_shardings
+from simpo_pipeline.model.transformer import (
+    abstract_llama,
+    attend_whole_sequences,
+    init_llama,
+    transform,
+    unembedding,
+)
+from simpo_pipeline.ops.logprobs import token_logprobs
+
+SEQUENCES, POSITIONS = 8, 16
+
+
+def compiled_gradient(config, mesh):
+    """The program, and its arguments placed for it."""
+    placement = fsdp_placement(mesh, FSDP_RULES, jnp.float32)
+    axes = (Axis("sequence", SEQUENCES), Axis("position", POSITIONS))
+
+    def loss(model, tokens, positions):
+        hidden, _ = transform(
+            model,
+            NamedArray(tokens, axes),
+            NamedArray(positions, axes),
+            attend=attend_whole_sequences,
+            state=(),
+            dtype=jnp.float32,
+            placement=placement,
+        )
+        matrix = placement.weight(unembedding(model)).array
+        rows = hidden.array.reshape(tokens.size, -1)
+        return token_logprobs(rows, matrix, tokens.reshape(tokens.size), 40).mean()
+
+    abstract = with_shardings(abstract_llama(config, jnp.float32), mesh, FSDP_RULES)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    host = jax.tree.map(np.asarray, jax.jit(init_llama, static_argnums=0)(config, jax.random.key(0)))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (SEQUENCES, POSITIONS)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(POSITIONS, dtype=np.int32), tokens.shape)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = (jax.device_put(host, shardings), *(jax.device_put(x, rows) for x in (tokens, positions)))
+    out = (NamedSharding(mesh, PartitionSpec()), shardings)
+    return jax.jit(jax.value_and_grad(loss), out_shardings=out).lower(*arguments).compile(), arguments
+
+
+def bytes_on_first_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def main():
+    config = LlamaConfig.from_hf(json.loads(sys.argv[1]))
+    one, four = (Mesh(np.asarray(jax.devices()[:count]).reshape(count, 1), ("data", "model")) for count in (1, 4))
+    single, single_arguments = compiled_gradient(config, one)
+    split, split_arguments = compiled_gradient(config, four)
+    (expected_loss, expected), (loss, gradient) = single(*single_arguments), split(*split_arguments)
+    differences = [
+        float(np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(np.asarray(want)).max())
+        for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True)
+    ]
+    found = {
+        "loss_difference": abs(float(loss) - float(expected_loss)),
+        "relative_gradient_difference": max(differences),
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(split_arguments[0])),
+        "parameter_bytes_per_device": bytes_on_first_device(split_arguments[0]),
+        "gradient_bytes_per_device": bytes_on_first_device(gradient),
+        "shapes": sorted(set(re.findall(r"f32\[[\d,]*\]", split.as_text() or ""))),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

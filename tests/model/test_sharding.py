@@ -1,0 +1,111 @@
+"""Placement rules on abstract meshes, and the FSDP forward and backward on four virtual devices."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from haliax import Axis, NamedArray
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from simpo_pipeline.model.sharding import (
+    FSDP_RULES,
+    TENSOR_PARALLEL_RULES,
+    fsdp_placement,
+    partition_spec,
+    with_shardings,
+)
+from simpo_pipeline.model.transformer import ANYWHERE, abstract_llama
+
+DATA_4 = AbstractMesh((4, 1), ("data", "model"))
+MODEL_2, MODEL_4 = AbstractMesh((2,), ("model",)), AbstractMesh((4,), ("model",))
+
+
+def _specs(config, mesh, rules):
+    tree = with_shardings(abstract_llama(config, jnp.bfloat16), mesh, rules)
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
+    return {jax.tree_util.keystr(path[-1:]).lstrip("."): leaf.array.sharding.spec for path, leaf in paths}
+
+
+def test_training_splits_every_parameter_along_embed(small_config):
+    specs = _specs(small_config, DATA_4, FSDP_RULES)
+    assert specs["wq"] == PartitionSpec(None, None, None, "data")
+    assert specs["wo"] == PartitionSpec(None, "data", None, None)
+    assert specs["embedding"] == PartitionSpec(None, "data")
+    assert all("data" in spec for spec in specs.values())
+
+
+def test_generation_splits_heads_mlp_and_vocabulary_and_keeps_norms_whole(small_config):
+    assert _specs(small_config, MODEL_2, TENSOR_PARALLEL_RULES) == {
+        "embedding": PartitionSpec("model", None),
+        "head": PartitionSpec("model", None),
+        "final_norm": PartitionSpec(None),
+        "attn_norm": PartitionSpec(None, None),
+        "mlp_norm": PartitionSpec(None, None),
+        "wq": PartitionSpec(None, "model", None, None),
+        "wk": PartitionSpec(None, "model", None, None),
+        "wv": PartitionSpec(None, "model", None, None),
+        "wo": PartitionSpec(None, None, "model", None),
+        "w_gate": PartitionSpec(None, "model", None),
+        "w_up": PartitionSpec(None, "model", None),
+        "w_down": PartitionSpec(None, None, "model"),
+    }
+
+
+def test_an_axis_that_does_not_divide_stays_whole_on_every_device(small_config):
+    # 6 heads and 2 key/value heads on 4 devices.
+    specs = _specs(small_config, MODEL_4, TENSOR_PARALLEL_RULES)
+    assert specs["wq"] == specs["wk"] == PartitionSpec(None, None, None, None)
+    assert specs["w_gate"] == PartitionSpec(None, "model", None)
+
+
+def test_a_mesh_axis_is_used_once_in_an_array():
+    leaf = NamedArray(jax.ShapeDtypeStruct((4, 8), jnp.float32), (Axis("heads", 4), Axis("mlp", 8)))  # pyright: ignore[reportArgumentType]
+    assert partition_spec(leaf, MODEL_4, TENSOR_PARALLEL_RULES) == PartitionSpec("model", None)
+
+
+def test_shapes_and_dtypes_stay_as_they_are(small_config):
+    before = abstract_llama(small_config, jnp.bfloat16)
+    after = with_shardings(before, DATA_4, FSDP_RULES)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(before)] == [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
+
+
+def test_on_one_device_nothing_is_placed():
+    assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), FSDP_RULES, jnp.bfloat16) is ANYWHERE
+
+
+@pytest.fixture(scope="module")
+def four_devices(small_config) -> dict:
+    """What `four_device_gradient.py` found out on four virtual CPU devices."""
+    config = dataclasses.replace(small_config, tie_word_embeddings=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("four_device_gradient.py")), json.dumps(config.to_hf())],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_four_devices_compute_the_loss_and_gradient_of_one(four_devices):
+    assert four_devices["loss_difference"] < 1e-6
+    assert four_devices["relative_gradient_difference"] < 1e-5
+
+
+def test_each_of_four_devices_keeps_a_quarter_of_the_parameters_and_of_the_gradient(four_devices):
+    assert four_devices["parameter_bytes_per_device"] * 4 == four_devices["parameter_bytes"]
+    assert four_devices["gradient_bytes_per_device"] * 4 == four_devices["parameter_bytes"]
+
+
+def test_hidden_states_are_split_over_sequences_and_never_summed_over_devices(four_devices):
+    # [8 sequences, 16 positions, 24] is split 2 to a device; the whole of it must occur nowhere.
+    assert "f32[2,16,24]" in four_devices["shapes"]
+    assert "f32[8,16,24]" not in four_devices["shapes"]

@@ -55,9 +55,12 @@ def interleave_steps(
         train_steps.append(trained)
         if segment.infer:
             infer_steps.append(_infer_step(model, _require(generation, segment), segment.stop, trained, suffix))
-    paths = {"train_outputs": train_steps, "infer_outputs": infer_steps}
-    outputs = {name: tuple(output_path_of(step) for step in steps) for name, steps in paths.items()}
-    reporting = ExecutorStep(name="report", fn=report, config=ReportConfig(title=versioned(title), **outputs))
+    outputs = ReportConfig(
+        title=versioned(title),
+        train_outputs=tuple(output_path_of(step) for step in train_steps),
+        infer_outputs=tuple(output_path_of(step) for step in infer_steps),
+    )
+    reporting = ExecutorStep(name="report", fn=report, config=outputs)
     return [model, pairs, *train_steps, *infer_steps, reporting]
 
 

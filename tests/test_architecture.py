@@ -58,7 +58,7 @@ def imported_modules(path: pathlib.Path, *, top_level_only: bool = False):
 
 
 def test_every_room_has_its_row():
-    rooms = {room_of_file(path) for path in python_files()} - {None}
+    rooms = {room for path in python_files() if (room := room_of_file(path)) is not None}
     assert rooms <= set(ROW_OF), f"rooms without a place in the import order: {sorted(rooms - set(ROW_OF))}"
 
 

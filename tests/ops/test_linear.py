@@ -39,9 +39,10 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32_and_not_rounded_to_the
     np.testing.assert_array_equal(pull(cotangent)[1], np.full((8, 8), 511 + 1 / 128, np.float32))
 
 
-@pytest.mark.parametrize("rows", [5, 8, 24, 64, 200])
+@pytest.mark.parametrize("rows", [5, 24, 64, 200])
+@pytest.mark.parametrize(("out_size", "in_size"), [(6, 10), (10, 6), (7, 5), (64, 32), (96, 64)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_any_number_of_rows_can_be_contracted(rows, dtype):
-    left, right = (_inputs((rows,), dtype, in_size=size)[0] for size in (6, 10))
+def test_any_number_of_rows_can_be_contracted_whichever_side_is_wider(rows, out_size, in_size, dtype):
+    left, right = (_inputs((rows,), dtype, in_size=size)[0] for size in (out_size, in_size))
     got = jax.jit(transposed_product)(left, right)
     np.testing.assert_allclose(got, np.asarray(left, np.float64).T @ np.asarray(right, np.float64), atol=1e-4)

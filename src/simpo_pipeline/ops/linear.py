@@ -50,16 +50,17 @@ def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float
 
 def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
     """`left.T @ right` with fp32 sums and an fp32 result."""
-    if left.dtype == jnp.bfloat16 and math.gcd(left.shape[0], _TILE_ROWS) >= 8:
-        return jax.lax.platform_dependent(
-            left,
-            right,
-            cpu=lambda left, right: product(_transposed(left), right, 1, 0),
-            default=lambda left, right: product(left, right, 0, 0),
-        )
-    # XLA's CPU backend copies the left side transposed, fused with what made it: let that be the narrow side.
+    return jax.lax.platform_dependent(
+        left, right, cpu=_cpu_transposed_product, default=lambda left, right: product(left, right, 0, 0)
+    )
+
+
+def _cpu_transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Array:
+    # The left side will be copied transposed, fused by XLA with what made it: let that be the narrow side.
     if left.shape[1] > right.shape[1]:
-        return product(right, left, 0, 0).T
+        return _transposed(_cpu_transposed_product(right, left))
+    if left.dtype == jnp.bfloat16:
+        return product(_transposed(left), right, 1, 0)
     return product(left, right, 0, 0)
 
 

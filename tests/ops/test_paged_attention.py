@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 from numpy.random import Generator
 
 from simpo_pipeline.ops.attention import causal_attention_reference
-from simpo_pipeline.ops.paged_attention import paged_attention, paged_attention_reference, write_pages
+from simpo_pipeline.ops.paged_attention import paged_attention, paged_attention_reference, stored_dtype, write_pages
 
 KV_HEADS, HEADS, HEAD_SIZE = 2, 6, 8
 
@@ -13,7 +14,15 @@ KV_HEADS, HEADS, HEAD_SIZE = 2, 6, 8
 class Batch:
     """Random sequences whose keys and values lie in scattered pages; every other slot of the cache holds NaN."""
 
-    def __init__(self, rng: Generator, kv_lens: list[int], num_queries: list[int], page_size: int, padding: int = 0):
+    def __init__(
+        self,
+        rng: Generator,
+        kv_lens: list[int],
+        num_queries: list[int],
+        page_size: int,
+        padding: int = 0,
+        dtype: DTypeLike = jnp.float32,
+    ) -> None:
         pages_per_seq = -(-max(kv_lens) // page_size) + 1
         num_pages = len(kv_lens) * pages_per_seq + 3
         self.kv_lens = np.array(kv_lens, np.int32)
@@ -21,11 +30,11 @@ class Batch:
         self.table = rng.permutation(num_pages)[: len(kv_lens) * pages_per_seq].reshape(-1, pages_per_seq)
         self.table = self.table.astype(np.int32)
         self.max_queries = max(num_queries)
-        self.q = rng.normal(size=(sum(num_queries) + padding, HEADS, HEAD_SIZE)).astype(np.float32)
-        self.k = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(np.float32) for size in kv_lens]
-        self.v = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(np.float32) for size in kv_lens]
-        keys = np.full((num_pages, KV_HEADS, HEAD_SIZE, page_size), np.nan, np.float32)
-        values = np.full((num_pages, KV_HEADS, page_size, HEAD_SIZE), np.nan, np.float32)
+        self.q = rng.normal(size=(sum(num_queries) + padding, HEADS, HEAD_SIZE)).astype(dtype)
+        self.k = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(dtype) for size in kv_lens]
+        self.v = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(dtype) for size in kv_lens]
+        keys = np.full((num_pages, KV_HEADS, HEAD_SIZE, page_size), np.nan, dtype).view(stored_dtype(dtype))
+        values = np.full((num_pages, KV_HEADS, page_size, HEAD_SIZE), np.nan, dtype).view(stored_dtype(dtype))
         positions = [np.arange(size) for size in kv_lens]
         pages = np.concatenate([row[at // page_size] for row, at in zip(self.table, positions, strict=True)])
         slots = np.concatenate([at % page_size for at in positions]).astype(np.int32)
@@ -103,12 +112,29 @@ def test_a_page_past_the_last_one_is_not_written() -> None:
     np.testing.assert_array_equal(np.asarray(values)[:, 0, :, 0], expected)
 
 
-def test_bfloat16_stays_near_the_reference_in_float32() -> None:
+@pytest.mark.parametrize("body", [paged_attention, paged_attention_reference])
+def test_bfloat16_is_stored_as_bits_and_stays_near_float32(body) -> None:
     batch = Batch(np.random.default_rng(0), [20, 45], [20, 3], page_size=8)
-    exact = batch.attend(paged_attention_reference)
-    q, keys, values, *rest = batch.arguments()
-    rounded = jax.jit(paged_attention, static_argnames="max_queries_per_seq")(
-        *(jnp.asarray(each, jnp.bfloat16) for each in (q, keys, values)), *rest, max_queries_per_seq=batch.max_queries
-    )
+    exact = batch.attend(body)
+    halved = Batch(np.random.default_rng(0), [20, 45], [20, 3], page_size=8, dtype=jnp.bfloat16)
+    assert halved.keys.dtype == halved.values.dtype == jnp.uint16
+    rounded = halved.attend(body)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_are_read_and_written_in_place(dtype: str) -> None:
+    def run(q, keys, values, *rest):
+        table, query_starts, kv_lens = rest
+        keys, values = write_pages(keys, values, q[:, :2], q[:, 2:4], kv_lens // 16, kv_lens % 16)
+        return paged_attention(q, keys, values, table, query_starts, kv_lens, max_queries_per_seq=1), keys, values
+
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (5,), (4,))]
+    keys = jax.ShapeDtypeStruct((10_000, 2, 8, 16), stored_dtype(dtype))
+    values = jax.ShapeDtypeStruct((10_000, 2, 16, 8), stored_dtype(dtype))
+    q = jax.ShapeDtypeStruct((4, 6, 8), dtype)
+    memory = jax.jit(run, donate_argnums=(1, 2)).lower(q, keys, values, *integers).compile().memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == 2 * 10_000 * 2 * 8 * 16 * stored_dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < 100_000

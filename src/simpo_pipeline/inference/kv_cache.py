@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from simpo_pipeline.inference.config import EngineConfig
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES
-from simpo_pipeline.ops.paged_attention import paged_attention, write_pages
+from simpo_pipeline.ops.paged_attention import paged_attention, stored_dtype, write_pages
 
 
 class TokenPlaces(eqx.Module):
@@ -33,8 +33,8 @@ class TokenPlaces(eqx.Module):
 class KVCache(eqx.Module):
     """Pages of keys and values, laid out as `ops.paged_attention` wants them."""
 
-    keys: Float[Array, "layers_pages kv_heads head_size page_size"]
-    values: Float[Array, "layers_pages kv_heads page_size head_size"]
+    keys: Shaped[Array, "layers_pages kv_heads head_size page_size"]
+    values: Shaped[Array, "layers_pages kv_heads page_size head_size"]
     num_pages: int = eqx.field(static=True)
 
     def attend(
@@ -68,11 +68,11 @@ class KVCache(eqx.Module):
 
 
 def empty_cache(model: LlamaConfig, engine: EngineConfig, dtype: DTypeLike) -> KVCache:
-    """A cache of zeros, to be traced."""
+    """A cache of zeros for keys and values of `dtype`, to be traced."""
     leading = (model.num_layers * engine.total_pages, model.num_kv_heads)
     return KVCache(
-        keys=jnp.zeros((*leading, model.head_dim, engine.page_size), dtype),
-        values=jnp.zeros((*leading, engine.page_size, model.head_dim), dtype),
+        keys=jnp.zeros((*leading, model.head_dim, engine.page_size), stored_dtype(dtype)),
+        values=jnp.zeros((*leading, engine.page_size, model.head_dim), stored_dtype(dtype)),
         num_pages=engine.total_pages,
     )
 

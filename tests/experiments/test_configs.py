@@ -7,6 +7,7 @@ import runpy
 import pytest
 
 from simpo_pipeline.config_files.parse import load_yaml
+from simpo_pipeline.executor.step import unwrap_versioned_value
 from steps.schedule import Segment
 from steps.settings.command_line import read_settings
 from steps.settings.retired import SAMPLE_LM_MULTIHOST, TRAIN_SIMPO
@@ -131,7 +132,9 @@ def test_m11_is_the_preset_of_the_main_experiment():
     generation = settings.build_generation("model")
     assert generation is not None
     assert preset.trainer == settings.build_trainer()
-    assert (preset.prompts, preset.sampling) == (generation.prompts, generation.sampling)
+    for name in ("prompts", "sampling", "engine", "chat"):
+        assert getattr(preset, name) == unwrap_versioned_value(getattr(generation, name)), name
+    assert preset.trainer.compute_dtype == unwrap_versioned_value(generation.compute_dtype)
 
 
 def test_m12_generates_after_every_50_updates_the_last_included_and_once():

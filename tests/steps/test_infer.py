@@ -6,6 +6,7 @@ import pytest
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import CapacityError, ConfigError
+from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
@@ -85,6 +86,17 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model_
     with pytest.raises(CapacityError, match=r"request 1 .*max_seq_len is 96"):
         infer(config_for(model_path, tmp_path, prompts=long), step_run)
     assert list_files(str(tmp_path)) == []
+
+
+def test_an_engine_for_longer_sequences_than_the_models_is_refused(model_path, step_run, tmp_path):
+    with pytest.raises(CapacityError, match=r"engine.max_seq_len is 129.*up to 128 tokens"):
+        infer(config_for(model_path, tmp_path, engine=EngineConfig(max_seqs=4, max_seq_len=129)), step_run)
+
+
+def test_one_engine_over_several_processes_is_refused_until_it_exists(model_path, step_run, tmp_path):
+    several = dataclasses.replace(step_run, processes=Processes(process_index=0, process_count=2))
+    with pytest.raises(ConfigError, match=r"global_mesh.* serves one process only so far, and this job has 2"):
+        infer(config_for(model_path, tmp_path, mode="global_mesh"), several)
 
 
 @pytest.mark.parametrize(

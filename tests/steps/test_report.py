@@ -66,7 +66,7 @@ def write_infer_output(folder: Path, texts: list[str]) -> str:
         "tokens_per_second": 400.0,
         "finish_reasons": {"stop": 3, "length": 1},
     }
-    (output / "summary.json").write_text(json.dumps(summary | {"decode_seconds": 21.5, "handoff_bytes": 0}))
+    (output / "summary.json").write_text(json.dumps(summary | {"decode_seconds": 21.5, "handoff_bytes_copied": 0}))
     return str(output)
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, cast
 
-from simpo_pipeline.errors import ConfigError, PathNotFoundError, PlanError, SimpoPipelineError, StorageError
+from simpo_pipeline.errors import ConfigError, PathNotFoundError, PlanError, SimpoPipelineError, StepError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.lease import LeaseConfig
@@ -90,6 +90,8 @@ def executor_main(
         except (ConfigError, PlanError) as error:
             _exit_with_usage_error(error)
         except SimpoPipelineError as error:
+            if isinstance(error, StorageError) and not executor.results:
+                _exit_with_usage_error(error)  # the prefix could not be read, so nothing was planned
             _print_results(executor.results, summary_columns, processes)
             _logger.error("The job failed.", exc_info=error)
             raise SystemExit(1) from error
@@ -118,15 +120,23 @@ def _run(executor: Executor, config: ExecutorMainConfig, steps: Sequence[Executo
 def _run_and_close(
     executor: Executor, config: ExecutorMainConfig, steps: Sequence[ExecutorStep[Any] | InputName], session: Any
 ) -> None:
-    close = getattr(session, "close", None)
+    close = getattr(session, "close", _close_nothing)
     try:
         _run(executor, config, steps)
     except BaseException as error:
-        if close is not None:
+        try:
             close(error)
+        except Exception as close_error:  # must not hide what ended the job
+            _logger.error("The session could not be closed either.", exc_info=close_error)
         raise
-    if close is not None:
+    try:
         close(None)
+    except Exception as error:  # a tracker's own; the outputs are committed, but the job is not done well
+        raise StepError(f"All steps ended well, but the session could not be closed: {error!r}") from error
+
+
+def _close_nothing(error: BaseException | None) -> None:
+    """For sessions without a `close`."""
 
 
 def _exit_with_usage_error(error: Exception) -> NoReturn:

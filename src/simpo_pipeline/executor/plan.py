@@ -70,7 +70,7 @@ def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: M
 
 def _run_reason(record: StepRecord) -> str:
     if record.status is Status.SUCCESS:
-        return "SUCCESS is recorded, but no manifest lists its outputs"
+        return f"SUCCESS is recorded, but its manifest {record.manifest}"
     if record.status is Status.RUNNING:
         left_by = f"{record.lease.describe()}, which is gone" if record.lease else "a job that holds no lease any more"
         return f"left RUNNING by {left_by}"
@@ -83,7 +83,7 @@ def _run_reason(record: StepRecord) -> str:
             Status.CANCELLED: "it was cancelled before",
         }
         return words[record.status]
-    if record.has_manifest:
+    if record.manifest is None:
         return "a manifest is there, but no status is recorded"
     return record.what_changed or "never ran"
 

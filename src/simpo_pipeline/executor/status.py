@@ -10,6 +10,7 @@ Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with 
 """
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,7 +22,6 @@ from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import (
     FileEntry,
     list_files,
-    list_names,
     read_bytes,
     read_json,
     remove_tree,
@@ -66,7 +66,8 @@ class StepRecord:
     status: Status | None = None
     unreadable_status: str | None = None
     """The content of a status file that is none of the tokens."""
-    has_manifest: bool = False
+    manifest: str | None = "is missing"
+    """What is wrong with the manifest or with a file it lists; None when all files are there in their sizes."""
     has_error: bool = False
     lease: LeaseSight | None = None
     what_changed: str | None = None
@@ -75,20 +76,38 @@ class StepRecord:
     @property
     def done(self) -> bool:
         """Whether the outputs may be read."""
-        return self.status is Status.SUCCESS and self.has_manifest
+        return self.status is Status.SUCCESS and self.manifest is None
 
 
 def read_record(output_path: str, watch: LeaseWatch) -> StepRecord:
     """What storage says about the step at an output path: one listing, and a read of each of its small files found."""
-    names = list_names(output_path)
-    token = _read_if_there(join(output_path, STATUS_FILE)) if STATUS_FILE in names else None
+    sizes = {entry.relative_path: entry.num_bytes for entry in list_files(output_path)}
+    token = _read_if_there(join(output_path, STATUS_FILE)) if STATUS_FILE in sizes else None
     status, unreadable = _parse_status(token) if token is not None else (None, None)
     lease: LeaseSight | None = None
-    if LEASE_FILE in names:
+    if LEASE_FILE in sizes:
         path = join(output_path, LEASE_FILE)
         data = _read_if_there(path)
         lease = LeaseSight(parse_holder(data), watch.is_fresh(path, data)) if data is not None else None
-    return StepRecord(status, unreadable, MANIFEST_FILE in names, ERROR_FILE in names, lease)
+    manifest = "is missing"
+    if MANIFEST_FILE in sizes:
+        manifest = _find_damage(output_path, sizes)
+    return StepRecord(status, unreadable, manifest, ERROR_FILE in sizes, lease)
+
+
+def _find_damage(output_path: str, sizes: Mapping[str, int]) -> str | None:
+    """What keeps a reader from believing the outputs, by names and sizes; checksums would mean reading it all."""
+    try:
+        entries = read_manifest(output_path)
+    except StorageError:
+        return "cannot be read"
+    for entry in entries:
+        found = sizes.get(entry.relative_path)
+        if found is None:
+            return f"lists {entry.relative_path}, which is gone"
+        if found != entry.num_bytes:
+            return f"lists {entry.relative_path} with {entry.num_bytes} bytes, and it has {found}"
+    return None
 
 
 def _read_if_there(path: str) -> bytes | None:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simpo_pipeline.inference.sampling import SamplingRows, draw_tokens
+from simpo_pipeline.inference.sampling import _BLOCK, SamplingRows, _inverse_cdf, draw_tokens
 
 draw = jax.jit(draw_tokens)
 
@@ -105,3 +105,15 @@ def test_a_token_of_no_weight_is_never_drawn() -> None:
     logits[:, [0, 255, 256, 511]] = 0.0
     tokens = drawn_from(logits, rows_of(2000))
     assert set(tokens.tolist()) == {0, 255, 256, 511}
+
+
+def test_rounding_at_the_borders_of_blocks_never_draws_a_token_without_weight():
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random((256, 20 * _BLOCK)) < 0.9, 0, rng.random((256, 20 * _BLOCK))).astype(np.float32)
+    ends = np.cumsum(weights.reshape(256, 20, _BLOCK).sum(axis=-1, dtype=np.float32), axis=-1, dtype=np.float32)
+    invert = jax.jit(_inverse_cdf)
+    for block in range(19):
+        border = ends[:, block] / ends[:, -1]
+        for uniform in (np.nextafter(border, np.float32(0)), border, np.nextafter(border, np.float32(1))):
+            drawn = np.asarray(invert(weights, uniform.astype(np.float32)))
+            assert (weights[np.arange(256), drawn] > 0).all()

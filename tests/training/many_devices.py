@@ -56,8 +56,8 @@ def make_loader() -> PairLoader:
     return PairLoader(pairs=pairs, batch_size=4, seq_len=12, seed=0, pad_id=0)
 
 
-def train(num_devices: int, stops: list[int]) -> tuple[Trainer, list[dict[str, float]]]:
-    trainer = Trainer.start_random(run_config(4), MODEL, programs=Programs(), mesh=mesh_of(num_devices))
+def train(programs: Programs, num_devices: int, stops: list[int]) -> tuple[Trainer, list[dict[str, float]]]:
+    trainer = Trainer.start_random(run_config(4), MODEL, programs=programs, mesh=mesh_of(num_devices))
     rows: list[dict[str, float]] = []
     for stop in stops:
         trainer.train_until(stop, make_loader(), lambda step, metrics: rows.append(metrics))
@@ -66,11 +66,12 @@ def train(num_devices: int, stops: list[int]) -> tuple[Trainer, list[dict[str, f
 
 def main() -> None:
     forbid_strays()
-    one, one_rows = train(1, [3])
-    four, four_rows = train(4, [3])
-    interleaved, _ = train(4, [1, 3])
+    programs = Programs()
+    one, one_rows = train(programs, 1, [3])
+    four, four_rows = train(programs, 4, [3])
+    interleaved, _ = train(programs, 4, [1, 3])
     try:
-        Trainer.start_random(run_config(6), MODEL, programs=Programs(), mesh=mesh_of(4))
+        Trainer.start_random(run_config(6), MODEL, programs=programs, mesh=mesh_of(4))
         refusal = "none"
     except ConfigError as error:
         refusal = str(error)

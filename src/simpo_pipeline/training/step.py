@@ -24,7 +24,15 @@ from simpo_pipeline.data.loader import PairBatch
 from simpo_pipeline.distributed.mesh import DATA_AXIS
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.transformer import Llama, attend_whole_sequences, transform, unembedding
+from simpo_pipeline.model.sharding import FSDP_RULES, fsdp_placement
+from simpo_pipeline.model.transformer import (
+    ANYWHERE,
+    Llama,
+    Placement,
+    attend_whole_sequences,
+    transform,
+    unembedding,
+)
 from simpo_pipeline.ops.logprobs import token_logprobs
 from simpo_pipeline.training.config import TrainerConfig
 from simpo_pipeline.training.optimizer import apply_gradient, build_optimizer
@@ -49,10 +57,11 @@ def build_train_step(
     Metrics are those of `simpo_loss`, and `grad_norm`, the global norm of the gradient before clipping.
     """
     optimizer = build_optimizer(trainer_config.optimizer, trainer_config.num_train_steps)
+    placement = fsdp_placement(mesh, FSDP_RULES, jnp.dtype(trainer_config.compute_dtype))
 
     def train_step(state: TrainState, batch: PairArrays) -> tuple[TrainState, Metrics]:
         gradient = jax.value_and_grad(batch_loss, has_aux=True)
-        (_, metrics), grads = gradient(state.params, batch, trainer_config)
+        (_, metrics), grads = gradient(state.params, batch, trainer_config, placement)
         params, opt_state = apply_gradient(optimizer, grads, state.opt_state, state.params)
         return TrainState(params, opt_state, state.rng), metrics | {"grad_norm": optax.tree.norm(grads)}
 
@@ -67,17 +76,19 @@ def build_train_step(
     )
 
 
-def batch_loss(params: Llama, batch: PairArrays, config: TrainerConfig) -> tuple[Float[Array, ""], Metrics]:
+def batch_loss(
+    params: Llama, batch: PairArrays, config: TrainerConfig, placement: Placement = ANYWHERE
+) -> tuple[Float[Array, ""], Metrics]:
     """The SimPO loss of a batch and its metrics; differentiable in `params`."""
     pairs, responses, seq = batch.tokens.shape
     tokens = batch.tokens.reshape(pairs * responses, seq)
-    logps = next_token_logps(params, tokens, config).reshape(pairs, responses, seq)
+    logps = next_token_logps(params, tokens, config, placement).reshape(pairs, responses, seq)
     averages = average_logps(logps, batch.loss_mask)
     return simpo_loss(averages[:, 0], averages[:, 1], config.simpo)
 
 
 def next_token_logps(
-    params: Llama, tokens: Int32[Array, "sequences seq"], config: TrainerConfig
+    params: Llama, tokens: Int32[Array, "sequences seq"], config: TrainerConfig, placement: Placement = ANYWHERE
 ) -> Float[Array, "sequences seq"]:
     """Log-prob (fp32) at each position of the token after it; the last position's is of the row's first token."""
     axes = (Axis("sequence", tokens.shape[0]), Axis("position", tokens.shape[1]))
@@ -90,10 +101,11 @@ def next_token_logps(
         state=(),
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
+        placement=placement,
     )
     logps = token_logprobs(
         hidden.array.reshape(tokens.size, -1),
-        unembedding(params).array,
+        placement.weight(unembedding(params)).array,
         jnp.roll(tokens, -1, axis=1).reshape(tokens.size),
         config.logprob_chunk_size,
     )

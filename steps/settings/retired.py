@@ -47,8 +47,7 @@ TRAIN_SIMPO: Mapping[str, str] = {
     **_MODEL,
     **_TRAINER,
     **{f"inference_eval.{name}": words for name, words in _ENGINE.items()},
-    # Where the sampler's files have them; in a training file they never had a place, but they get copied over.
-    **{f"engine.{name}": words for name, words in _ENGINE.items()},
+    "engine": "set the engine's sizes under inference_eval; a section of their own is the sampler's",
     "max_prompts_per_batch": "set inference_eval.max_seqs, which bounds how many sequences run at once",
     "inference_eval.max_logged_samples": "the first 16 rows of a step go to the tracker, all into its files; leave the "
     "key out",

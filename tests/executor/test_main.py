@@ -143,11 +143,13 @@ def test_bad_usage_is_one_sentence_and_exit_code_two(script, flags, message):
     assert list(script.parent.iterdir()) == [script]
 
 
-def test_a_prefix_that_cannot_be_written_is_exit_code_one(script):
+def test_a_prefix_that_cannot_be_read_is_one_sentence_and_exit_code_two(script):
     (script.parent / "file").write_text("in the way")
-    code, out, _ = run(script, "--prefix", "file/runs")
-    assert code == 1
-    assert "file/runs" in out
+    for flags in ([], ["--dry_run"]):
+        code, out, err = run(script, "--prefix", "file/runs", *flags)
+        assert code == 2
+        assert "file/runs" in err
+        assert "Traceback" not in out + err
 
 
 def test_planning_imports_neither_jax_nor_what_is_slow():

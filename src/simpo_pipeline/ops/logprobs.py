@@ -5,8 +5,8 @@ of [tokens, vocab]. Chunks of vocabulary rather than of tokens, because each the
 unembedding's gradient (no [vocab, embed] accumulation per chunk), and because tokens split over devices stay split.
 Knows nothing of sequences, masks or losses.
 
-fp32 forward and backward of 2048 tokens x 576 x 49152 on 2 CPU cores: 1.5 s and 0.05 GB of temporaries in chunks of
-4096; 2.7 s and 0.8 GB by way of all logits.
+CPU seconds, forward and backward, of 2048 tokens x 576 x 49152 in chunks of 4096 against all logits at once: fp32 3.2
+against 3.0 (the logits are computed twice), bfloat16 1.5 against 2.3; temporaries 0.05 GB against 0.8 in fp32.
 
 Legend: T token, V vocabulary entry, C entry within a chunk, E embed.
 """

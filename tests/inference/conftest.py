@@ -62,12 +62,16 @@ def weights(weights_of: Callable[[LlamaConfig], Llama]) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def engine_of(mesh: Mesh) -> Callable[..., Engine]:
+def programs() -> Programs:
+    return Programs()
+
+
+@pytest.fixture(scope="session")
+def engine_of(mesh: Mesh, programs: Programs) -> Callable[..., Engine]:
     """Makes engines for TINY; programs of equal shapes are compiled once in the session."""
-    programs = Programs()
 
     def make(**sizes: int) -> Engine:
-        defaults = {"max_seqs": 6, "max_seq_len": 64, "page_size": 8, "prefill_chunk_tokens": 64}
+        defaults = {"max_seqs": 6, "max_seq_len": 64, "page_size": 8, "num_pages": 48, "prefill_chunk_tokens": 64}
         return Engine(TINY, EngineConfig(**defaults | sizes), mesh, programs)
 
     return make

@@ -1,17 +1,23 @@
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 
-from simpo_pipeline.errors import CapacityError
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.inference.engine import Engine, check_requests
+from simpo_pipeline.inference.engine import Engine, GenerationStats, check_requests
 from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.model.transformer import Llama
 
 VOCAB = 300
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+# Two sizes of each program, and a cache far larger than anything else on the device.
+ROOMY = {"max_seqs": 256, "prefill_chunk_tokens": 256, "num_pages": 20_000, "decode_steps_per_call": 5}
+# Pages for a few sequences at a time.
+TIGHT = {"max_seqs": 9, "num_pages": 20, "decode_steps_per_call": 3}
 DRAWING = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5)
 
 
@@ -35,15 +41,13 @@ def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
     "sizes",
     [
         {},
-        {"page_size": 1},
-        {"page_size": 64},
+        ROOMY,
+        TIGHT,
+        {"page_size": 1, "num_pages": 400},
+        {"page_size": 64, "decode_steps_per_call": 50},
         {"max_seqs": 1},
-        {"max_seqs": 256},  # two sizes of decode program
         {"prefill_chunk_tokens": 10},  # prompts cut in several chunks
-        {"prefill_chunk_tokens": 256},
         {"decode_steps_per_call": 1},
-        {"decode_steps_per_call": 50},
-        {"num_pages": 9, "decode_steps_per_call": 2},  # preempts
     ],
     ids=str,
 )
@@ -55,19 +59,21 @@ def test_greedy_tokens_equal_a_loop_over_whole_sequences(
     assert [completion.request for completion in completions] == requests_of(9)
     assert stats.generated_tokens == 9 * 12
     assert stats.prompt_tokens == sum(len(request.prompt_tokens) for request in requests_of(9))
-    assert (stats.num_preemptions > 0) == ("num_pages" in sizes)
+    assert (stats.num_preemptions > 0) == (sizes is TIGHT)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWING], ids=["greedy", "drawing"])
 def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
-    sampling: SamplingParams, weights: Llama, engine_of: Callable[..., Engine]
+    weights: Llama, engine_of: Callable[..., Engine]
 ) -> None:
-    requests = requests_of(200, sampling)
-    roomy = engine_of(max_seqs=256, decode_steps_per_call=5)
+    requests = [
+        dataclasses.replace(request, sampling=(GREEDY, DRAWING)[index % 2])
+        for index, request in enumerate(requests_of(200))
+    ]
+    roomy = engine_of(**ROOMY)
     together = tokens_of(roomy.generate(weights, requests, step=3)[0])
     backwards = tokens_of(roomy.generate(weights, requests[::-1], step=3)[0])[::-1]
     assert backwards == together
-    tight, stats = engine_of(max_seqs=9, num_pages=20, decode_steps_per_call=3).generate(weights, requests, step=3)
+    tight, stats = engine_of(**TIGHT).generate(weights, requests, step=3)
     assert stats.num_preemptions > 0
     assert tokens_of(tight) == together
     for index in (0, 77, 199):
@@ -109,7 +115,7 @@ def test_requests_of_all_kinds_share_a_batch(
 
 def test_progress_is_told_each_round_up_to_the_end(weights: Llama, engine_of: Callable[..., Engine]) -> None:
     calls = []
-    engine = engine_of(decode_steps_per_call=5, max_seqs=2)
+    engine = engine_of(max_seqs=1)
     engine.generate(weights, requests_of(4), step=0, on_progress=lambda *call: calls.append(call))
     generated, finished, total, elapsed = zip(*calls, strict=True)
     assert list(generated) == sorted(generated)
@@ -117,14 +123,16 @@ def test_progress_is_told_each_round_up_to_the_end(weights: Llama, engine_of: Ca
     assert list(elapsed) == sorted(elapsed)
 
 
-def test_no_requests_are_served_without_a_launch(weights: Llama, engine_of: Callable[..., Engine]) -> None:
-    completions, stats = engine_of().generate(weights, [], step=0)
-    assert completions == []
-    assert stats.generated_tokens == 0
+def test_no_requests_are_served_without_a_launch(
+    weights: Llama, engine_of: Callable[..., Engine], programs: Programs
+) -> None:
+    num_launches = len(programs.ledger.launches)
+    assert engine_of().generate(weights, [], step=0) == ([], GenerationStats())
+    assert len(programs.ledger.launches) == num_launches
 
 
 def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(max_seqs=256, prefill_chunk_tokens=256, num_pages=300)
+    engine = engine_of(**ROOMY)
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **facts: str | int) -> None:
@@ -144,7 +152,7 @@ def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[...,
 
 
 def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(num_pages=20_000)
+    engine = engine_of(**ROOMY)
     for program in (*engine._prefill.values(), *engine._decode.values()):
         memory = program.memory_bytes
         cache_bytes = 2 * 20_000 * 2 * 2 * 16 * 8 * 4  # layers, pages, keys and values, heads, head size, slots, bytes
@@ -171,6 +179,17 @@ def test_what_could_never_be_served_is_refused_by_index_and_numbers(
         check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_new_tokens))], config, VOCAB)
 
 
-def test_a_refusal_comes_before_any_launch(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+def test_an_engine_for_longer_sequences_than_the_model_has_positions_is_refused(
+    engine_of: Callable[..., Engine],
+) -> None:
+    with pytest.raises(ConfigError, match=r"max_seq_len is 257, .*only 256 positions"):
+        engine_of(max_seq_len=257)
+
+
+def test_a_refusal_comes_before_any_launch(
+    weights: Llama, engine_of: Callable[..., Engine], programs: Programs
+) -> None:
+    num_launches = len(programs.ledger.launches)
     with pytest.raises(CapacityError):
         engine_of().generate(weights, [*requests_of(2), Request((), 2, 0, GREEDY)], step=0)
+    assert len(programs.ledger.launches) == num_launches

@@ -61,7 +61,7 @@ def test_the_reference_is_causal_attention_over_each_sequence() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64, 128])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_decoding_equals_the_reference_over_random_page_tables(page_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     kv_lens = rng.integers(1, 150, size=7).tolist()
@@ -70,7 +70,7 @@ def test_decoding_equals_the_reference_over_random_page_tables(page_size: int, s
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 128])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_ragged_queries_equal_the_reference_over_random_page_tables(page_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_queries = rng.integers(0, 40, size=5)

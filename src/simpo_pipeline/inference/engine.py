@@ -7,6 +7,7 @@ each call and keeps neither them nor the cache. It knows token ids only, no text
 import collections.abc
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from simpo_pipeline.distributed.programs import Program, Programs
-from simpo_pipeline.errors import CapacityError
+from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.batches import decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineConfig, pages_for
 from simpo_pipeline.inference.forward import decode, prefill
@@ -27,6 +28,8 @@ from simpo_pipeline.inference.sequence import Completion, Request, Sequence
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama
+
+logger = logging.getLogger(__name__)
 
 Requests = collections.abc.Sequence[Request]
 # (generated tokens so far, finished requests, all requests, seconds since the start)
@@ -42,11 +45,11 @@ _SMALLEST_PROGRAM = 4096
 class GenerationStats:
     """What one call of `generate` did, and how long the devices took for it."""
 
-    prompt_tokens: int
-    generated_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    num_preemptions: int
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_preemptions: int = 0
 
 
 class Engine:
@@ -60,36 +63,45 @@ class Engine:
         programs: Programs,
         dtype: DTypeLike = "float32",
     ) -> None:
-        """Compiles ahead for weights of `dtype`, placed by `TENSOR_PARALLEL_RULES` on `mesh` (axis "model")."""
+        """Compiles ahead for weights of `dtype`, placed by `TENSOR_PARALLEL_RULES` on `mesh` (axis "model").
+
+        Raises: ConfigError if the engine is to hold longer sequences than the model has positions for.
+        """
+        if engine_config.max_seq_len > model_config.max_seq_len:
+            raise ConfigError(
+                f"engine.max_seq_len is {engine_config.max_seq_len}, but the model has only "
+                f"{model_config.max_seq_len} positions; lower it"
+            )
         self.model_config = model_config
         self.config = engine_config
+        self._programs = programs
+        self._dtype = dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        weights = with_shardings(abstract_llama(model_config, dtype), mesh, TENSOR_PARALLEL_RULES)
-        cache = abstract_cache(model_config, engine_config, dtype, mesh)
-        placement = jax.tree.map(lambda leaf: leaf.sharding, cache)
-        self.cache_bytes_per_device = bytes_per_device(cache)
-        make_cache = functools.partial(empty_cache, model_config, engine_config, dtype)
-        self._empty_cache = programs.compile("engine_empty_cache", make_cache, out_shardings=placement)
-
-        def compile_prefill(num_tokens: int) -> Program:
-            batch = self._abstract(prefill_batch(PrefillRound(()), engine_config, num_tokens))
-            run = functools.partial(prefill, dtype=dtype)
-            return programs.compile(
-                f"engine_prefill_{num_tokens}", run, weights, cache, batch, donate_argnums=(1,), out_shardings=placement
-            )
-
-        def compile_decode(num_rows: int) -> Program:
-            batch = self._abstract((decode_batch(DecodeRound(()), engine_config, num_rows), np.uint32(0)))
-            run = functools.partial(decode, max_steps=engine_config.decode_steps_per_call, dtype=dtype)
-            out = (placement, self._replicated)
-            return programs.compile(
-                f"engine_decode_{num_rows}", run, weights, cache, *batch, donate_argnums=(1,), out_shardings=out
-            )
-
+        self._weights = with_shardings(abstract_llama(model_config, dtype), mesh, TENSOR_PARALLEL_RULES)
+        self._cache = abstract_cache(model_config, engine_config, dtype, mesh)
+        logger.info(
+            "engine: a cache of %d pages of %d tokens, %.2f GiB per device",
+            engine_config.total_pages,
+            engine_config.page_size,
+            self.cache_bytes_per_device / 2**30,
+        )
+        self._empty_cache = programs.compile(
+            "engine_empty_cache",
+            functools.partial(empty_cache, model_config, engine_config, dtype),
+            out_shardings=self._cache_placement,
+        )
         self._prefill = {
-            size: compile_prefill(size) for size in program_sizes(engine_config.prefill_chunk_tokens, model_config)
+            size: self._compile_prefill(size)
+            for size in program_sizes(engine_config.prefill_chunk_tokens, model_config)
         }
-        self._decode = {size: compile_decode(size) for size in program_sizes(engine_config.max_seqs, model_config)}
+        self._decode = {
+            size: self._compile_decode(size) for size in program_sizes(engine_config.max_seqs, model_config)
+        }
+
+    @property
+    def cache_bytes_per_device(self) -> int:
+        """What each device holds of the cache while `generate` runs."""
+        return bytes_per_device(self._cache)
 
     def check(self, requests: Requests) -> None:
         """Raises CapacityError for the first request that could never be served."""
@@ -105,6 +117,8 @@ class Engine:
         Raises: CapacityError, before any device work, for a request that could never be served.
         """
         self.check(requests)
+        if not requests:
+            return [], GenerationStats()
         scheduler = Scheduler(self.config)
         work = [Sequence(request, index) for index, request in enumerate(requests)]
         for sequence in work:
@@ -145,6 +159,33 @@ class Engine:
         cache, drawn = self._decode[num_rows](weights, cache, *batch)
         rows = np.asarray(drawn)[: len(current.sequences)]
         return cache, [row[row >= 0].tolist() for row in rows]
+
+    def _compile_prefill(self, num_tokens: int) -> Program:
+        return self._programs.compile(
+            f"engine_prefill_{num_tokens}",
+            functools.partial(prefill, dtype=self._dtype),
+            self._weights,
+            self._cache,
+            self._abstract(prefill_batch(PrefillRound(()), self.config, num_tokens)),
+            donate_argnums=(1,),
+            out_shardings=self._cache_placement,
+        )
+
+    def _compile_decode(self, num_rows: int) -> Program:
+        return self._programs.compile(
+            f"engine_decode_{num_rows}",
+            functools.partial(decode, max_steps=self.config.decode_steps_per_call, dtype=self._dtype),
+            self._weights,
+            self._cache,
+            self._abstract(decode_batch(DecodeRound(()), self.config, num_rows)),
+            self._abstract(np.uint32(0)),
+            donate_argnums=(1,),
+            out_shardings=(self._cache_placement, self._replicated),
+        )
+
+    @property
+    def _cache_placement(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self._cache)
 
     def _abstract(self, arrays: Any) -> Any:
         return jax.tree.map(

@@ -28,6 +28,8 @@ _QUERIES_PER_TILE = 16
 _KEYS_PER_BLOCK = 64
 # What a masked score becomes: far below any real one, and finite so that a fully masked block gives no NaN.
 _MASKED = -1e30
+# Below any sum of exponentials that has a term, so that dividing by it matters only where there is none.
+_LEAST_TOTAL = 1e-30
 
 
 def stored_dtype(dtype: DTypeLike) -> np.dtype:
@@ -108,37 +110,27 @@ def paged_attention(
     ends with it. A block that a query does not see leaves that query's result untouched to the last bit, so results
     do not depend on the other sequences' lengths. With `max_queries_per_seq` = 1 query s must be sequence s's.
     """
-    num_tokens, heads, head_size = q.shape
     kv_heads, page_size = keys.shape[1], keys.shape[3]
-    group = heads // kv_heads
+    group = q.shape[1] // kv_heads
     tiles = (
         _tiles_of_single_queries(kv_lens, group)
         if max_queries_per_seq == 1
-        else _tiles(query_starts, kv_lens, num_tokens, min(_QUERIES_PER_TILE, max_queries_per_seq))
+        else _tiles(query_starts, kv_lens, q.shape[0], min(_QUERIES_PER_TILE, max_queries_per_seq))
     )
-    num_tiles, tile_size = tiles.tokens.shape
-    q_NQKGD = (
-        (q * (1 / math.sqrt(head_size)))
-        .astype(q.dtype)[tiles.tokens]
-        .reshape(num_tiles, tile_size, kv_heads, group, head_size)
-    )
-    q_NKRD = jnp.swapaxes(q_NQKGD, 1, 2).reshape(num_tiles, kv_heads, tile_size * group, head_size)
+    q_NKRD = _by_tile(q * (1 / math.sqrt(q.shape[2])), tiles, kv_heads)
     positions_NR = jnp.repeat(tiles.positions, group, axis=1)
     blocks = _key_blocks(page_table[tiles.seqs], page_size)
     keys_per_block = blocks.shape[2] * page_size
-    num_blocks = (jnp.max(tiles.lens) + keys_per_block - 1) // keys_per_block
 
     def add_block(index: Int[Array, ""], sums: _Sums) -> _Sums:
         pages = lax.dynamic_index_in_dim(blocks, index, keepdims=False)
         start = index * keys_per_block
         return _merged(sums, _block_sums(q_NKRD, keys, values, pages, positions_NR - start, tiles.lens - start))
 
+    num_blocks = (jnp.max(tiles.lens) + keys_per_block - 1) // keys_per_block
     sums = lax.fori_loop(0, num_blocks, add_block, _no_sums(q_NKRD))
-    out_NKRD = sums.weighted / jnp.maximum(sums.total, 1e-30)[..., None]
-    out_NQKGD = jnp.swapaxes(out_NKRD.reshape(num_tiles, kv_heads, tile_size, group, head_size), 1, 2)
-    out = out_NQKGD.reshape(num_tiles * tile_size, heads, head_size)[tiles.places]
-    seen = (tiles.positions.reshape(-1)[tiles.places] >= 0)[:, None, None]
-    return jnp.where(seen, out, 0).astype(q.dtype)
+    out_NKRD = sums.weighted / jnp.maximum(sums.total, _LEAST_TOTAL)[..., None]
+    return _by_token(out_NKRD, tiles, group).astype(q.dtype)
 
 
 def _stored(numbers: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -213,6 +205,23 @@ def _tiles(
         lens=jnp.where(exists[:, 0], kv_lens[seqs], 0),
         places=starts[owner] * tile_size + jnp.arange(num_tokens, dtype=jnp.int32) - query_starts[owner],
     )
+
+
+def _by_tile(
+    q: Float[Array, "tokens heads head_size"], tiles: _Tiles, kv_heads: int
+) -> Float[Array, "N K R head_size"]:
+    num_tiles, tile_size = tiles.tokens.shape
+    q_NQKGD = q[tiles.tokens].reshape(num_tiles, tile_size, kv_heads, -1, q.shape[2])
+    return jnp.swapaxes(q_NQKGD, 1, 2).reshape(num_tiles, kv_heads, -1, q.shape[2])
+
+
+def _by_token(x_NKRD: Float[Array, "N K R D"], tiles: _Tiles, group: int) -> Float[Array, "tokens heads D"]:
+    """Undoes `_by_tile`; zeros for tokens that are no query of any sequence."""
+    num_tiles, kv_heads, _, head_size = x_NKRD.shape
+    x_NQKGD = jnp.swapaxes(x_NKRD.reshape(num_tiles, kv_heads, -1, group, head_size), 1, 2)
+    x = x_NQKGD.reshape(-1, kv_heads * group, head_size)[tiles.places]
+    is_query = tiles.positions.reshape(-1)[tiles.places] >= 0
+    return jnp.where(is_query[:, None, None], x, 0)
 
 
 def _key_blocks(pages: Int[Array, "tiles pages_per_seq"], page_size: int) -> Int[Array, "blocks tiles pages_per_block"]:

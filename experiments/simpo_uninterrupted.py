@@ -9,6 +9,7 @@ from m11_interleave import NUM_TRAIN_STEPS, PRESETS, M11Args, Preset, model_and_
 
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
+from steps.joined_job import joined_job
 from steps.session import JobSession, tracker_for
 from steps.train import TrainConfig, train
 
@@ -31,9 +32,12 @@ def uninterrupted(preset: Preset) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
-    executor_main(
-        args,
-        steps=uninterrupted(PRESETS[args.preset]),
-        description="the run of M11 without its interruption",
-        session=JobSession(tracker_for(args.tracker, args, name=f"simpo-{args.preset}", project="simpo-pipeline")),
-    )
+    open_tracker = tracker_for(args.tracker, args, name=f"simpo-{args.preset}", project="simpo-pipeline")
+    with joined_job(args.watch) as job:
+        executor_main(
+            args,
+            steps=uninterrupted(PRESETS[args.preset]),
+            description="the run of M11 without its interruption",
+            session=JobSession(open_tracker, job.group, check_launches=args.check_launches),
+            processes=job.processes,
+        )

@@ -16,6 +16,7 @@ from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.paths import is_local
 from steps.interleave import interleave_steps
+from steps.joined_job import joined_job
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.settings.command_line import parse_command_line_or_exit
@@ -68,9 +69,11 @@ def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO)
-    executor_main(
-        flags,
-        steps=train_simpo_steps(settings),
-        description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.segments())} stretches",
-        session=flags.open_session(settings.trainer.tracker, TITLE),
-    )
+    with joined_job(flags.watch) as job:
+        executor_main(
+            flags,
+            steps=train_simpo_steps(settings),
+            description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.segments())} stretches",
+            session=flags.open_session(settings.trainer.tracker, TITLE, job),
+            processes=job.processes,
+        )

@@ -2,20 +2,23 @@
 
 import collections
 import dataclasses
+import hashlib
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts, prompt_shard
-from simpo_pipeline.errors import CapacityError, ConfigError
+from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
+from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.jsonl import JsonlWriter
+from simpo_pipeline.storage.files import list_files, remove_tree, write_json
+from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
 from simpo_pipeline.storage.paths import join
-from steps.session import JobSession, session_of
+from steps.session import session_of
 
 if TYPE_CHECKING:
     from simpo_pipeline.data.chat import Tokenizer
@@ -31,6 +34,7 @@ MODES = ("host_data_parallel", "global_mesh")
 # Rows that a tracker gets to show; all rows are in the step's own files.
 MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+_ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_(?P<count>\d{4})\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,8 @@ class InferConfig:
         chat: Whether each prompt becomes one user message under the tokenizer's chat template.
         samples_per_prompt: Independent samples of each prompt.
         mode: `host_data_parallel`: each host has an engine of its own and serves its contiguous shard of the prompts.
-            `global_mesh`: one engine over all devices; so far for jobs of one process, where the two are the same.
+            `global_mesh`: one engine over all devices serves them all; every host sees the same rounds, and writes
+            the rows of its shard. In a job of one process the two are the same.
         compute_dtype: Dtype of the weights in the engine.
     """
 
@@ -78,31 +83,55 @@ def infer(config: InferConfig, run: StepRun) -> None:
 
     Raises:
         CapacityError: a prompt does not fit the engine; said before any device work.
-        DataError: the prompts cannot be read.
+        DataError: the prompts cannot be read, or a host's rows are not those of its shard.
+        CoordinationError: in mode `global_mesh`, the hosts drew different tokens.
     """
     # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import load_tokenizer
 
     session, processes = session_of(run), run.processes
-    if config.mode == "global_mesh" and processes.process_count > 1:
-        raise ConfigError(
-            f"mode 'global_mesh' serves one process only so far, and this job has {processes.process_count}; "
-            "use 'host_data_parallel'"
-        )
+    if processes.is_leader:
+        remove_other_rows(config.output_path, processes.process_count)
     prompts = load_prompts(config.prompts)
-    indices = prompt_shard(len(prompts), processes.process_index, processes.process_count)
+    shard = prompt_shard(len(prompts), processes.process_index, processes.process_count)
     tokenizer = load_tokenizer(config.model_path)
-    requests = _requests(config, tokenizer, prompts, indices)
-    completions, figures = _generate(config, session.programs, requests)
+    everywhere = config.mode == "global_mesh"
+    requests = _requests(config, tokenizer, prompts, range(len(prompts)) if everywhere else shard)
+    completions, figures = _generate(config, session.programs, processes, requests)
+    if everywhere:
+        check_same_tokens(processes, completions)
     host = {"process_index": processes.process_index, "process_count": processes.process_count}
     rows = [
         {"step": config.step, **host, **_row(tokenizer, prompts[done.request.global_prompt_index], done)}
         for done in completions
+        if done.request.global_prompt_index in shard
     ]
-    _write_rows(join(config.output_path, _host_file(**host)), rows)
-    rows_by_host, figures_by_host = processes.gather(rows), processes.gather(figures)
+    write_rows(join(config.output_path, host_file(**host)), rows)
+    # Also says that every host's file is whole.
+    figures_by_host = processes.gather(figures)
     if processes.is_leader:
-        _write_merged(config, session, [row for host_rows in rows_by_host for row in host_rows], figures_by_host)
+        summary, samples = _merge(config, len(prompts), figures_by_host)
+        write_json(join(config.output_path, "summary.json"), summary)
+        shown = {f"infer/{name}": summary[name] for name in ("prompts", "generated_tokens", "tokens_per_second")}
+        session.tracker.log(shown, step=config.step)
+        session.tracker.summary(shown)
+        session.tracker.log_samples(samples, step=config.step)
+
+
+def check_same_tokens(processes: Processes, completions: "Sequence[Completion]") -> None:
+    """Makes sure that an engine over all hosts gave each of them the same answer.
+
+    Raises:
+        CoordinationError: it did not; in every process, naming the first that differs from process 0.
+    """
+    text = ";".join(",".join(map(str, completion.tokens)) for completion in completions)
+    digests = processes.gather(hashlib.sha256(text.encode()).hexdigest())
+    for index, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise CoordinationError(
+                f"the engine over all devices gave process {index} other tokens than process 0. Every host must serve "
+                "the same requests with the same settings; if they do, a device computes wrong results"
+            )
 
 
 def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str], indices: range) -> "list[Request]":
@@ -129,17 +158,17 @@ def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str
 
 
 def _generate(
-    config: InferConfig, programs: "Programs", requests: "list[Request]"
+    config: InferConfig, programs: "Programs", processes: Processes, requests: "list[Request]"
 ) -> "tuple[list[Completion], dict[str, float]]":
-    """This host's completions in request order, and what they cost."""
+    """The engine's completions in request order, and what they cost."""
     # Imported here because planning must not import jax.
-    from simpo_pipeline.distributed.mesh import local_mesh
+    from simpo_pipeline.distributed.mesh import global_mesh, local_mesh
     from simpo_pipeline.inference.engine import Engine, check_requests
     from simpo_pipeline.model.hf_weights import load_config
     from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
     from simpo_pipeline.model.transformer import abstract_llama
 
-    mesh = local_mesh()
+    mesh = global_mesh() if config.mode == "global_mesh" else local_mesh()
     model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
     if config.engine.max_seq_len > model_config.max_seq_len:
         raise CapacityError(
@@ -150,8 +179,14 @@ def _generate(
     engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
     wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
     weights, cost = _weights(config, programs, wanted)
+    log_progress = _log_progress()
+
+    def on_progress(*progress: Any) -> None:
+        log_progress(*progress)
+        processes.watch.check_peers()
+
     try:
-        completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=_log_progress())
+        completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=on_progress)
     finally:
         weights.free()
     return completions, dataclasses.asdict(stats) | cost
@@ -210,41 +245,87 @@ def _row(tokenizer: "Tokenizer", prompt: str, completion: "Completion") -> dict[
     }
 
 
-def _host_file(process_index: int, process_count: int) -> str:
+def host_file(process_index: int, process_count: int) -> str:
+    """The name of the file with one host's rows."""
     return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
 
 
-def _write_rows(path: str, rows: list[dict[str, Any]]) -> None:
+def merged_file(process_count: int) -> str:
+    """The name of the file with the rows of all hosts."""
+    return f"all_hosts_merged_of_{process_count:04d}.jsonl"
+
+
+def remove_other_rows(output_path: str, process_count: int) -> None:
+    """Removes the rows that an earlier attempt by another number of hosts left behind."""
+    for entry in list_files(output_path):
+        match = _ROWS_FILE.fullmatch(entry.relative_path)
+        if match is not None and int(match["count"]) != process_count:
+            remove_tree(join(output_path, entry.relative_path))
+
+
+def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes the rows as JSON lines, in order."""
     with JsonlWriter(path) as writer:
         for row in rows:
             writer.write(row)
 
 
-def _write_merged(
-    config: InferConfig, session: JobSession, rows: list[dict[str, Any]], figures: list[dict[str, float]]
-) -> None:
-    """The leader's part: all hosts' rows in prompt order, and figures of the whole job."""
-    rows.sort(key=lambda row: (row["global_prompt_index"], row["sample_index"], row["process_index"]))
-    _write_rows(join(config.output_path, f"all_hosts_merged_of_{len(figures):04d}.jsonl"), rows)
+def merge_rows(
+    output_path: str, num_prompts: int, samples_per_prompt: int, process_count: int
+) -> Iterator[dict[str, Any]]:
+    """The rows in the files of all hosts, by prompt and sample: hosts serve contiguous shards, each in order.
+
+    Raises:
+        DataError: a host's rows are not those of its shard, each once.
+    """
+    for host in range(process_count):
+        shard = prompt_shard(num_prompts, host, process_count)
+        wanted = [(host, prompt, sample) for prompt in shard for sample in range(samples_per_prompt)]
+        path = join(output_path, host_file(host, process_count))
+        count = 0
+        for row in read_jsonl(path):
+            place = (row["process_index"], row["global_prompt_index"], row["sample_index"])
+            if count >= len(wanted) or place != wanted[count]:
+                expected = wanted[count] if count < len(wanted) else "no more"
+                raise DataError(f"{path}: row {count} is (process, prompt, sample) {place}, expected {expected}")
+            count += 1
+            yield row
+        if count < len(wanted):
+            raise DataError(f"{path}: expected {len(wanted)} sequences but got {count}")
+
+
+def _merge(
+    config: InferConfig, num_prompts: int, figures: list[dict[str, float]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The leader's part: writes all hosts' rows in prompt order; returns the job's summary and the first rows."""
+    reasons: collections.Counter[str] = collections.Counter()
+    samples: list[dict[str, Any]] = []
+
+    def counted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            reasons[row["finish_reason"]] += 1
+            if len(samples) < MAX_LOGGED_SAMPLES:
+                samples.append(row)
+            yield row
+
+    rows = merge_rows(config.output_path, num_prompts, config.samples_per_prompt, len(figures))
+    write_rows(join(config.output_path, merged_file(len(figures))), counted(rows))
+    # One engine over all hosts served every request, so each host counted all of them.
+    counting = figures[:1] if config.mode == "global_mesh" else figures
     counts = ("prompt_tokens", "generated_tokens", "num_preemptions")
-    totals = {name: sum(host[name] for host in figures) for name in counts}
+    totals = {name: sum(host[name] for host in counting) for name in counts}
     # Hosts generate side by side, so the slowest one's seconds are the job's.
     slowest = {name: max(host[name] for host in figures) for name in figures[0] if name not in counts}
     seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
     tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0
-    reasons = collections.Counter(row["finish_reason"] for row in rows)
     summary = {
         "step": config.step,
-        "prompts": len({row["global_prompt_index"] for row in rows}),
-        "rows": len(rows),
+        "prompts": num_prompts,
+        "rows": reasons.total(),
         "finish_reasons": dict(sorted(reasons.items())),
         **totals,
         **{name: round(value, 6) for name, value in slowest.items()},
         "tokens": totals["generated_tokens"],
         "tokens_per_second": round(tokens_per_second, 1),
     }
-    write_json(join(config.output_path, "summary.json"), summary)
-    shown = {f"infer/{name}": summary[name] for name in ("prompts", "generated_tokens", "tokens_per_second")}
-    session.tracker.log(shown, step=config.step)
-    session.tracker.summary(shown)
-    session.tracker.log_samples(rows[:MAX_LOGGED_SAMPLES], step=config.step)
+    return summary, samples

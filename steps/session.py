@@ -3,11 +3,13 @@
 Both are made at first use, so a job in which every step is skipped touches no device and opens no run.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from simpo_pipeline.distributed.config import WatchConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import ExecutorMainConfig
 from simpo_pipeline.executor.run import StepRun
@@ -17,14 +19,24 @@ from simpo_pipeline.tracking.factory import TrackerKind, make_tracker
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 
 if TYPE_CHECKING:
+    from simpo_pipeline.distributed.group import ProcessGroup
     from simpo_pipeline.distributed.programs import Programs
 
 
 class JobSession:
     """The per-job object that the executor passes through to every step as `run.session`."""
 
-    def __init__(self, open_tracker: Callable[[], Tracker] = NoTracker) -> None:
+    def __init__(
+        self,
+        open_tracker: Callable[[], Tracker] = NoTracker,
+        group: "ProcessGroup | None" = None,
+        *,
+        check_launches: bool = False,
+    ) -> None:
+        """`group` is None in a job of one process; for `check_launches` see `Programs`."""
         self._open_tracker = open_tracker
+        self._group = group
+        self._check_launches = check_launches
 
     @functools.cached_property
     def programs(self) -> "Programs":
@@ -33,7 +45,7 @@ class JobSession:
         from simpo_pipeline.distributed.programs import Programs, forbid_strays
 
         forbid_strays()
-        return Programs()
+        return Programs(self._group, check_launches=self._check_launches)
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -41,14 +53,27 @@ class JobSession:
         return self._open_tracker()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did."""
-        if "programs" in self.__dict__:
+        """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did.
+
+        A process of many stays under the ban, which it joined the job with.
+        """
+        if "programs" in self.__dict__ and self._group is None:
             # Imported already, by `programs`.
             from simpo_pipeline.distributed.programs import allow_strays
 
             allow_strays()
         if "tracker" in self.__dict__:
             self.tracker.finish(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class JobFlags(ExecutorMainConfig):
+    """The executor's flags, and those of a job of many processes."""
+
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
+    """When the processes of a job give it up."""
+    check_launches: bool = False
+    """Compare every launch across processes before it is made, instead of soon after."""
 
 
 def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, project: str) -> Callable[[], Tracker]:

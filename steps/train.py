@@ -1,6 +1,7 @@
 """Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from another step."""
 
 import dataclasses
+import hashlib
 import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,19 @@ def train(config: TrainConfig, run: StepRun) -> Live:
             )
 
         trainer.train_until(config.stop_step, loader, record)
-    digest = trainer.digest()
+    digest = digest_of_all(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
     if is_leader:
         write_json(join(config.output_path, "summary.json"), summary)
     tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
+
+
+def digest_of_all(digests: list[str]) -> str:
+    """One digest of a state whose parts lie in several processes, from that of each; of one alone, its own."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _start(config: TrainConfig, session: JobSession) -> "Trainer":

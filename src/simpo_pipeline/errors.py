@@ -84,3 +84,11 @@ class LeaseLostError(StepError):
 
 class ProgramError(SimpoPipelineError, RuntimeError):
     """Device programs differ between hosts, or one was launched outside the ledger."""
+
+
+class CoordinationError(SimpoPipelineError, RuntimeError):
+    """The processes of one job lost each other, or do different things."""
+
+
+class PeerFailedError(CoordinationError):
+    """Another process of the job failed, and this one stopped to follow it."""

@@ -1,23 +1,27 @@
-"""Device programs: compiled ahead under a name, fingerprinted, and launched through the ledger.
+"""Device programs: compiled ahead under a name, fingerprinted, agreed on, and launched through the ledger.
 
-Nothing here knows what a program computes. Everything that runs on a device in this package is a `Program`; after
+A program that spans processes is compared across them before it is compiled: a difference is told in every process,
+with the first line that differs. Nothing here knows what a program computes. Everything that runs on a device in this package is a `Program`; after
 `forbid_strays()` jax refuses to run anything else, so a stray eager operation raises on the host that wrote it before
 it reaches a device.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from simpo_pipeline.distributed.ledger import Launch, Ledger
+from simpo_pipeline.distributed.group import ProcessGroup
+from simpo_pipeline.distributed.ledger import Launch, Ledger, call_site
 from simpo_pipeline.errors import ProgramError
 
 logger = logging.getLogger(__name__)
@@ -44,12 +48,12 @@ class Program:
     Arguments must match the abstract arguments it was compiled for in tree structure, shape, dtype and sharding.
     """
 
-    def __init__(self, name: str, compiled: jax.stages.Compiled, fingerprint: str, num_devices: int, ledger: Ledger):
-        self.name = name
-        self.fingerprint = fingerprint
+    def __init__(self, launch: Launch, compiled: jax.stages.Compiled, before_launch: Callable[[Launch], None]):
+        self.name = launch.program
+        self.fingerprint = launch.fingerprint
+        self._launch = launch
         self._compiled = compiled
-        self._launch = Launch(program=name, fingerprint=fingerprint, num_devices=num_devices)
-        self._ledger = ledger
+        self._before_launch = before_launch
 
     @property
     def memory_bytes(self) -> MemoryBytes:
@@ -64,8 +68,12 @@ class Program:
             temporary=stats.temp_size_in_bytes,
         )
 
+    def as_text(self) -> str:
+        """The optimized HLO, for people and tests that look for collectives in it."""
+        return self._compiled.as_text() or ""
+
     def __call__(self, *args: Any) -> Any:
-        self._ledger.record(self._launch)
+        self._before_launch(self._launch)
         # The one place where execution is allowed once strays are forbidden; the window is local to this thread.
         with jax.no_execution(False):
             return self._compiled(*args)
@@ -74,8 +82,15 @@ class Program:
 class Programs:
     """Compiles and keeps the programs of one job, and holds its ledger."""
 
-    def __init__(self) -> None:
-        self.ledger = Ledger()
+    def __init__(self, group: ProcessGroup | None = None, *, check_launches: bool = False) -> None:
+        """`check_launches` makes all processes meet before each launch of a program that spans them.
+
+        Then a launch that the others do not make raises in every process, with its line, before it reaches a device;
+        otherwise the monitor finds it a moment later. It costs some milliseconds a launch.
+        """
+        self.ledger = Ledger() if group is None else group.ledger
+        self._group = group
+        self._check_launches = check_launches
         self._by_fingerprint: dict[tuple[str, str], Program] = {}
 
     def compile(
@@ -96,6 +111,9 @@ class Programs:
             out_shardings: As in `jax.jit`; None leaves the choice to the compiler.
 
         A program that lowers to the same text for the same devices is compiled once and returned again.
+
+        Raises:
+            ProgramError: the program spans processes and is not the same in all.
         """
 
         def program(*args: Any) -> Any:
@@ -106,15 +124,73 @@ class Programs:
         start = time.perf_counter()
         lowered = jitted.lower(*abstract_args)
         devices = _devices_of(abstract_args, out_shardings)
-        fingerprint = _fingerprint(lowered.as_text(), abstract_args, out_shardings)
+        num_processes = max(1, len({device.process_index for device in devices}))
+        parts = _parts(lowered.as_text(), abstract_args, out_shardings)
+        fingerprint = _fingerprint(parts)
+        if self._group is not None and num_processes > 1:
+            agree_on_program(self._group, name, fingerprint, parts)
         known = self._by_fingerprint.get((name, fingerprint))
         if known is not None:
             return known
         compiled = lowered.compile()
         logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, fingerprint[:12])
-        made = Program(name, compiled, fingerprint, max(1, len(devices)), self.ledger)
+        self._show_progress()
+        launch = Launch(name, fingerprint, max(1, len(devices)), num_processes)
+        made = Program(launch, compiled, self._before_launch)
         self._by_fingerprint[name, fingerprint] = made
         return made
+
+    def _before_launch(self, launch: Launch) -> None:
+        if self._check_launches and self._group is not None and launch.num_processes > 1:
+            agree_on_launch(self._group, launch)
+        self.ledger.record(launch)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        if self._group is not None:
+            self._group.standing.progress()
+
+
+def agree_on_program(group: ProcessGroup, name: str, fingerprint: str, parts: Mapping[str, str]) -> None:
+    """Makes sure that all processes are about to compile the same program.
+
+    Raises:
+        ProgramError: in every process, naming the program, the processes, and the first line that differs.
+    """
+    told = group.gather([name, fingerprint])
+    if all(theirs == told[0] for theirs in told):
+        return
+    everyones: list[dict[str, str]] = group.gather({"name": name, **parts})
+    other = next(index for index, theirs in enumerate(told) if theirs != told[0])
+    others = [str(index) for index, theirs in enumerate(told) if theirs != told[0]]
+    raise ProgramError(
+        f"program {everyones[other]['name']!r} of process {', '.join(others)} is not program "
+        f"{everyones[0]['name']!r} of process 0: {first_difference(everyones[0], everyones[other])}. Nothing was "
+        "launched. Start every process with the same code, versions, flags and config, and build programs from nothing "
+        "that differs between hosts."
+    )
+
+
+def agree_on_launch(group: ProcessGroup, launch: Launch) -> None:
+    """Makes sure that all processes are about to launch the same program.
+
+    Raises:
+        ProgramError: in every process, naming what each would launch.
+    """
+    told: list[list[str]] = group.gather([launch.program, launch.fingerprint])
+    if any(theirs != told[0] for theirs in told):
+        names = "; ".join(f"process {index} would launch {theirs[0]!r} ({theirs[1][:12]})" for index, theirs in enumerate(told))
+        raise ProgramError(f"{names}, at {call_site()}. Nothing was launched; all must launch the same programs in order.")
+
+
+def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The first line in which two programs differ, and which part of what makes a program it is in."""
+    for part, text in ours.items():
+        lines, other_lines = text.splitlines() or [""], theirs[part].splitlines() or [""]
+        for number, (line, other) in enumerate(itertools.zip_longest(lines, other_lines, fillvalue="nothing"), 1):
+            if line != other:
+                return f"{part} differs at line {number}, {line.strip()!r} in process 0 and {other.strip()!r} there"
+    return "they have different fingerprints"
 
 
 def forbid_strays() -> None:
@@ -127,18 +203,29 @@ def allow_strays() -> None:
     jax.config.update("jax_no_execution", False)
 
 
-def _fingerprint(stablehlo: str, abstract_args: Any, out_shardings: Any) -> str:
+def _parts(stablehlo: str, abstract_args: Any, out_shardings: Any) -> dict[str, str]:
+    """All that makes a program what it is, by name."""
     # Lowered text, not the compiled one: chip coordinates enter the compilation, so optimized HLO of the same
     # program differs between the hosts of a pod. StableHLO does not hold the devices, hence the shardings.
-    parts = (
-        stablehlo,
-        jax.__version__,
-        importlib.metadata.version("jaxlib"),
-        os.environ.get("XLA_FLAGS", ""),
-        os.environ.get("LIBTPU_INIT_ARGS", ""),
-        *(_describe(sharding) for sharding in _shardings((abstract_args, out_shardings))),
-    )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    shardings = [_describe(sharding) for sharding in _shardings((abstract_args, out_shardings))]
+    return {
+        **{package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
+        **{variable: os.environ.get(variable, "") for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "StableHLO": stablehlo,
+        "shardings": "\n".join(shardings),
+    }
+
+
+def _fingerprint(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256("\0".join(parts.values()).encode()).hexdigest()
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _describe(sharding: jax.sharding.Sharding) -> str:

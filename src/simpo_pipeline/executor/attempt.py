@@ -1,5 +1,8 @@
 """One step, once: call its function in every process, then let the leader record what came of it.
 
+A function that neither asks for its run nor deals in live values knows nothing of processes: it reads and writes files,
+and the leader alone calls it.
+
 A RUN begins on whatever an earlier attempt left in the output path (a step may resume from it); the manifest lists what
 is there at the end. A REPLAY happens in a scratch path and never touches what is recorded.
 """
@@ -10,12 +13,19 @@ import logging
 import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from simpo_pipeline.errors import ReplayMismatchError, SimpoPipelineError, StepError, StepFailedError, StorageError
+from simpo_pipeline.errors import (
+    PeerFailedError,
+    ReplayMismatchError,
+    SimpoPipelineError,
+    StepError,
+    StepFailedError,
+    StorageError,
+)
 from simpo_pipeline.executor import status
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.info import Ended, now, read_info, write_info
@@ -30,6 +40,9 @@ from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
+
+
+_FAILURE_FIELDS = ("process_index", "host", "exception", "at", "traceback")
 
 
 class Ending(Enum):
@@ -78,14 +91,28 @@ def wants_run(step: Step) -> bool:
 
 
 class Attempt:
-    """One attempt at one step, by all processes; `consumers` are the steps that will use its live value."""
+    """One attempt at one step, by all processes.
 
-    def __init__(self, job: Job, step: Step, plan: tuple[PlanRow, ...], consumers: Iterable[Step], *, replaying: bool):
+    `consumers` are the steps that will use its live value. Unless `everywhere`, the step's function is called in the
+    leader alone, and the other processes wait for it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        step: Step,
+        plan: tuple[PlanRow, ...],
+        consumers: Iterable[Step],
+        *,
+        replaying: bool,
+        everywhere: bool,
+    ):
         self._job = job
         self._step = step
         self._plan = plan
         self._consumers = tuple(consumers)
         self._replaying = replaying
+        self._everywhere = everywhere
         self._started = now()
         self._output_path = job.scratch_path(step) if replaying else job.graph.output_paths[step]
         self._own_error: Exception | None = None
@@ -137,25 +164,39 @@ class Attempt:
         write_info(job.infos[self._step], job.run_id, job.processes.process_count, self._started, ended)
 
     def _call_everywhere(self) -> tuple[Live | None, str | None]:
-        """Call the function here, and learn how the other processes fared."""
+        """Call the function wherever it belongs, and learn how it went in every process."""
         processes = self._job.processes
-        live = self._call_here()
+        watch = processes.watch
+        with watch.phase(self._step.name, files_only=not self._everywhere, on_abort=self._record_abort):
+            live = self._call_here() if self._everywhere or processes.is_leader else None
+            report = self._report(live)
+            if self._own_error is not None:
+                watch.failed({name: report[name] for name in _FAILURE_FIELDS})
+            reports: list[dict[str, Any]] = processes.gather(report)
+            watch.step_ended(self._step.name)
+        failures = [report for report in reports if report["exception"] is not None]
+        # Who merely stopped because another failed is not the first to be named.
+        self._failures = sorted(failures, key=lambda failure: failure["followed"])
+        if self._failures:
+            raise self._failed()
+        return live, _joint_digest([report["live_digest"] for report in reports])
+
+    def _report(self, live: Live | None) -> dict[str, Any]:
         report = {
-            "process_index": processes.process_index,
+            "process_index": self._job.processes.process_index,
             "host": socket.gethostname(),
             "exception": None,
+            "at": None,
             "traceback": None,
+            "followed": isinstance(self._own_error, PeerFailedError),
             "live_digest": live.digest if live is not None else None,
         }
         if self._own_error is not None:
             report["exception"] = f"{type(self._own_error).__name__}: {self._own_error}"
+            report["at"] = _line_of(self._own_error)
             report["traceback"] = "".join(traceback.format_exception(self._own_error))
             traceback.clear_frames(self._own_error.__traceback__)  # its locals would keep device memory alive
-        reports: list[dict[str, Any]] = processes.gather(report)
-        self._failures = [report for report in reports if report["exception"] is not None]
-        if self._failures:
-            raise self._failed()
-        return live, _joint_digest([report["live_digest"] for report in reports])
+        return report
 
     def _call_here(self) -> Live | None:
         try:
@@ -191,11 +232,12 @@ class Attempt:
         first = self._failures[0]
         count = self._job.processes.process_count
         where = f"host {first['host']} (process {first['process_index']} of {count})"
+        at = f" (at {first['at']})" if first.get("at") else ""
         error = StepFailedError(
-            f"Step {self._step.name!r} failed on {where}: {first['exception']}\n"
+            f"Step {self._step.name!r} failed on {where}: {first['exception']}{at}\n"
             f"What it wrote and {status.ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
         )
-        if self._own_error is None:
+        if self._own_error is None and first["traceback"]:
             error.add_note(f"On {where}:\n{first['traceback']}")
         error.__cause__ = self._own_error
         return error
@@ -226,6 +268,12 @@ class Attempt:
                 "that depend on it."
             )
 
+    def _record_abort(self, failure: Mapping[str, Any]) -> None:
+        """In the leader, from another thread: the job ends while this step is stuck."""
+        self._failures = [dict(failure)]
+        self.error = self._failed()
+        self._record_failure()
+
     def _record_failure(self) -> None:
         error = {"step": self._step.name, "error": str(self.error), "failures": self._failures}
         self._record(Status.FAILED, error)
@@ -248,6 +296,13 @@ class Attempt:
     def _release(self) -> None:
         if not self._replaying:
             self._job.leases.release(self._job.lease_path(self._step))
+
+
+def _line_of(error: BaseException) -> str | None:
+    """The innermost line of code in an error's traceback that is not an installed package's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else None
 
 
 def _joint_digest(digests: list[str | None]) -> str | None:

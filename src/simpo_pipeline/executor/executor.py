@@ -29,7 +29,7 @@ from simpo_pipeline.executor.rounds import Rounds, StepResult
 from simpo_pipeline.executor.run import PlanRow
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
-from simpo_pipeline.storage.files import write_json
+from simpo_pipeline.storage.files import exists, write_json
 from simpo_pipeline.storage.paths import absolute, join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
@@ -121,6 +121,7 @@ class Executor:
     def _follow(self, rounds: Rounds, job: Job) -> None:
         def on_plan(rows: tuple[PlanRow, ...]) -> None:
             self.executor_info_path = self._processes.leader_decides(lambda: self._write_run_record(job))
+            self._check_shared_prefix(self.executor_info_path)
             if self._processes.is_leader:
                 _logger.info("the plan:\n%s", plan_table(rows))
 
@@ -129,6 +130,21 @@ class Executor:
         finally:
             job.live.free_all()
             self.plan, self.results = rounds.rows(), rounds.results()
+
+    def _check_shared_prefix(self, run_record: str | None) -> None:
+        """Make sure that every process sees what the leader just wrote.
+
+        Raises:
+            PlanError: in every process, naming those that do not.
+        """
+        assert run_record is not None
+        sees: list[bool] = self._processes.gather(exists(run_record))
+        blind = [str(index) for index, seen in enumerate(sees) if not seen]
+        if blind:
+            raise PlanError(
+                f"The leader wrote {run_record!r}, and process {', '.join(blind)} does not see it. All hosts of a job "
+                "write below one prefix: give --prefix a folder that they share, or gs://bucket/path."
+            )
 
     def _publish(self, graph: Graph) -> None:
         self.steps = list(graph.steps)

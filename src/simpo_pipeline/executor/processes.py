@@ -4,9 +4,10 @@ Nothing here knows how processes talk; a job on many hosts passes its own `agree
 them are None, bool, int, float, str, list and dict, so that any transport can carry them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StepError
 
@@ -17,6 +18,55 @@ def _itself(value: Any) -> Any:
 
 def _alone(value: Any) -> list[Any]:
     return [value]
+
+
+Failure = Mapping[str, Any]
+"""How one process failed: process_index, host, exception, traceback (or None)."""
+
+
+class Watch(Protocol):
+    """What ends a job in every process when one of them cannot go on."""
+
+    def phase(
+        self, name: str, *, files_only: bool, on_abort: Callable[[Failure], None] | None
+    ) -> AbstractContextManager[None]:
+        """Tells the watch what this process does while the block runs.
+
+        `files_only` work may take longer without a sign of life. Should the job have to be ended while this process
+        is stuck, `on_abort` is called with the failure to blame, from another thread, before the process goes.
+        """
+        ...
+
+    def failed(self, failure: Failure) -> None:
+        """This process failed in its phase; the others may be stuck waiting for it."""
+        ...
+
+    def check_peers(self) -> None:
+        """Raises PeerFailedError when another process is known to have failed in the current step."""
+        ...
+
+    def step_ended(self, name: str) -> None:
+        """All processes are at the end of a step: compare what they did. Raises where they differ, in all."""
+        ...
+
+
+class NoWatch:
+    """For a job of one process: whatever happens to it happens to the job."""
+
+    def phase(
+        self, name: str, *, files_only: bool, on_abort: Callable[[Failure], None] | None
+    ) -> AbstractContextManager[None]:
+        """See Watch.phase."""
+        return nullcontext()
+
+    def failed(self, failure: Failure) -> None:
+        """See Watch.failed."""
+
+    def check_peers(self) -> None:
+        """See Watch.check_peers."""
+
+    def step_ended(self, name: str) -> None:
+        """See Watch.step_ended."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +82,8 @@ class Processes:
     """The leader's value, in every process."""
     gather: Callable[[Any], list[Any]] = _alone
     """The values of all processes, by process index, in every process."""
+    watch: Watch = field(default_factory=NoWatch)
+    """What sees to it that nobody waits for ever."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.process_index < self.process_count:

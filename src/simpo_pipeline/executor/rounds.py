@@ -46,6 +46,7 @@ class Rounds:
         self._pool_size = max_concurrent or _UNLIMITED
         self._poll_seconds = poll_seconds
         self._needs = {step: [edge.step for edge in job.graph.needs(step)] for step in order.steps}
+        self._everywhere = frozenset(step for step in order.steps if self._belongs_everywhere(step))
         self._in_caller = frozenset(step for step in order.steps if max_concurrent == 1 or self._needs_caller(step))
         self._decisions: dict[Step, Decision] = {}
         self._attempted: dict[Step, Decision] = {}
@@ -55,8 +56,12 @@ class Rounds:
 
     def _needs_caller(self, step: Step) -> bool:
         """On many hosts all steps, because pools would end them in different orders."""
+        return step in self._everywhere or self._job.processes.process_count > 1
+
+    def _belongs_everywhere(self, step: Step) -> bool:
+        """Whether every process calls the step's function: it asks for its run, or deals in live values."""
         uses_live = step in self._order.consumers or any(self._job.graph.live_inputs(step))
-        return uses_live or wants_run(step) or self._job.processes.process_count > 1
+        return uses_live or wants_run(step)
 
     def run(self, on_plan: Callable[[tuple[PlanRow, ...]], None]) -> None:
         """Bring every step to an end, good or bad; `on_plan` hears of the first plan.
@@ -112,7 +117,8 @@ class Rounds:
         decision = self._decisions[step]
         _logger.info("%s %s: %s -> %s", decision.action, step.name, decision.reason, self._job.graph.output_paths[step])
         replaying = decision.action is Action.REPLAY
-        attempt = Attempt(self._job, step, self.rows(), self._future_consumers(step), replaying=replaying)
+        consumers, everywhere = self._future_consumers(step), step in self._everywhere
+        attempt = Attempt(self._job, step, self.rows(), consumers, replaying=replaying, everywhere=everywhere)
         ending = attempt.execute()
         if ending is Ending.POSTPONED:
             _logger.info("%s is postponed: another job has it", step.name)

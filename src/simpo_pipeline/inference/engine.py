@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from simpo_pipeline.distributed.mesh import place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.batches import decode_batch, prefill_batch
@@ -193,7 +194,7 @@ class Engine:
         )
 
     def _placed(self, arrays: Any) -> Any:
-        return jax.device_put(arrays, self._replicated)
+        return place(arrays, self._replicated)
 
 
 def check_requests(requests: Requests, config: EngineConfig, vocab_size: int) -> None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from simpo_pipeline.data.loader import PairBatch
-from simpo_pipeline.distributed.mesh import DATA_AXIS
+from simpo_pipeline.distributed.mesh import DATA_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import FSDP_RULES, fsdp_placement
@@ -125,12 +125,7 @@ def abstract_batch(config: TrainerConfig, mesh: Mesh) -> PairArrays:
 def place_batch(batch: PairBatch, mesh: Mesh) -> PairArrays:
     """Puts a batch on the devices. Every process passes the whole batch and keeps its own rows; nothing is launched."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-
-    def place(chosen: np.ndarray, rejected: np.ndarray) -> jax.Array:
-        rows = np.stack([chosen, rejected], axis=1)
-        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
-
     return PairArrays(
-        tokens=place(batch.chosen_tokens, batch.rejected_tokens),
-        loss_mask=place(batch.chosen_loss_mask, batch.rejected_loss_mask),
+        tokens=place(np.stack([batch.chosen_tokens, batch.rejected_tokens], axis=1), sharding),
+        loss_mask=place(np.stack([batch.chosen_loss_mask, batch.rejected_loss_mask], axis=1), sharding),
     )

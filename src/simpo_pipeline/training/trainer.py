@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from simpo_pipeline.data.loader import PairBatch, PairLoader
-from simpo_pipeline.distributed.mesh import DATA_AXIS
+from simpo_pipeline.distributed.mesh import DATA_AXIS, place
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
 from simpo_pipeline.model.config import LlamaConfig
@@ -65,7 +65,7 @@ class Trainer:
         self._state: TrainState | None = TrainState(
             params=params,
             opt_state=init_moments(params),
-            rng=_place(_key_data(config.seed), abstract.rng.sharding),
+            rng=place(_key_data(config.seed), abstract.rng.sharding),
         )
         self._why_no_state = ""
 
@@ -96,7 +96,7 @@ class Trainer:
             return init_llama(model_config, jax.random.wrap_key_data(key_data, impl="threefry2x32"))
 
         program = programs.compile("init_params", init_params, abstract.rng, out_shardings=_shardings(abstract.params))
-        params = program(_place(_key_data(config.seed), abstract.rng.sharding))
+        params = program(place(_key_data(config.seed), abstract.rng.sharding))
         return cls(config, model_config, params, programs=programs, mesh=mesh)
 
     @property
@@ -230,7 +230,3 @@ def _shardings(abstract: object) -> object:
 def _key_data(seed: int) -> np.ndarray:
     """The raw data of `jax.random.key(seed)` under threefry, made without launching anything."""
     return np.array([seed >> 32, seed & 0xFFFFFFFF], dtype=np.uint32)
-
-
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

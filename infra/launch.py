@@ -1,0 +1,198 @@
+"""Starts a job on many hosts; here as many processes of this machine.
+
+    python infra/launch.py --local 4 --devices_per_host 2 -- python experiments/m11_interleave.py --preset tiny
+
+Each process stands for a host with `--devices_per_host` CPU devices of its own. Their logs come with the host's number
+before each line. The last line is `Job finished with no error.` and the exit code 0 if every process ended with 0;
+otherwise the exit code is that of the first process that failed, and the others are ended too. Ctrl-C ends them all.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+# How long the others have to end by themselves when one process has failed: longer than they need to find it silent
+# (`WatchConfig.silence_seconds`) and to record why the job ends.
+GRACE_SECONDS = 25.0
+INTERRUPT_SECONDS = 5.0
+LAST_LINES = 20
+POLL_SECONDS = 0.1
+
+
+class Host:
+    """One process of the job, and the thread that passes its lines on."""
+
+    def __init__(self, index: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.index = index
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        # A session of its own, so that Ctrl-C reaches it through us alone, and its children end with it.
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._pass_lines_on, daemon=True)
+        self._reader.start()
+
+    @property
+    def exit_code(self) -> int | None:
+        """As the shell would state it (128 + signal); None while the process runs."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def send(self, signal_number: int) -> None:
+        """Sends a signal to the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal_number)
+
+    def finish_reading(self) -> None:
+        """Waits until the lines that the process left are passed on."""
+        self._reader.join(timeout=INTERRUPT_SECONDS)
+
+    def _pass_lines_on(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.last_lines.append(line.rstrip("\n"))
+            print(f"[{self.index}] {line}", end="", flush=True)
+
+
+def host_environment(base: Mapping[str, str], index: int, count: int, port: int, devices: int) -> dict[str, str]:
+    """The environment that tells a process which job it belongs to, and gives it CPU devices of its own."""
+    return {
+        **base,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_for_all(hosts: Sequence[Host], grace_seconds: float) -> Host | None:
+    """Waits until every process has ended, and ends the rest some time after one failed; returns the first to fail."""
+    first_failed: Host | None = None
+    deadline = float("inf")
+    while any(host.exit_code is None for host in hosts):
+        if first_failed is None:
+            first_failed = next((host for host in hosts if host.exit_code), None)
+            if first_failed is not None:
+                deadline = time.monotonic() + grace_seconds
+        if time.monotonic() > deadline:
+            end_all(hosts, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    return first_failed or next((host for host in hosts if host.exit_code), None)
+
+
+def end_all(hosts: Sequence[Host], signal_number: int) -> None:
+    """Sends a signal to every process that still runs."""
+    for host in hosts:
+        if host.exit_code is None:
+            host.send(signal_number)
+
+
+def interrupt_all(hosts: Sequence[Host]) -> None:
+    """Asks every process to end, and then ends those that do not: one may be stuck in a collective, or frozen."""
+    end_all(hosts, signal.SIGINT)
+    deadline = time.monotonic() + INTERRUPT_SECONDS
+    while any(host.exit_code is None for host in hosts) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    end_all(hosts, signal.SIGKILL)
+
+
+def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: float = GRACE_SECONDS) -> int:
+    """Runs the command in `count` processes of one job; returns the job's exit code."""
+    port = free_port()
+    hosts: list[Host] = []
+    try:
+        for index in range(count):
+            hosts.append(Host(index, command, host_environment(os.environ, index, count, port, devices)))
+        first_failed = wait_for_all(hosts, grace_seconds)
+    except BaseException as error:
+        interrupt_all(hosts)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        print("Job interrupted.", file=sys.stderr)
+        return 130
+    for host in hosts:
+        host.finish_reading()
+    if first_failed is None:
+        print("Job finished with no error.", flush=True)
+        return 0
+    tell_failure(first_failed, count)
+    return first_failed.exit_code or 1
+
+
+def tell_failure(host: Host, count: int) -> None:
+    """Says which process failed first, with the last that it wrote."""
+    lines = "\n".join(f"    {line}" for line in host.last_lines)
+    print(
+        f"Job failed: host {host.index} of {count} was the first to end with an error, exit code {host.exit_code}. "
+        f"Its last lines:\n{lines}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The flags, and the command after `--`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", type=positive, required=True, metavar="N", help="processes on this machine")
+    parser.add_argument("--devices_per_host", type=positive, default=1, help="CPU devices of each process")
+    own, command = (list(words[: words.index("--")]), list(words[words.index("--") + 1 :])) if "--" in words else (words, [])
+    flags = parser.parse_args(own)
+    if not command:
+        parser.error("the command is missing; write it after --, such as: -- python experiments/m11_interleave.py")
+    if not pathlib.Path(command[0]).exists() and not any(
+        (pathlib.Path(folder) / command[0]).exists() for folder in os.environ.get("PATH", "").split(os.pathsep)
+    ):
+        parser.error(f"there is no program {command[0]!r}")
+    flags.command = command
+    return flags
+
+
+def end_on_termination(signal_number: int, frame: object) -> NoReturn:
+    """SIGTERM is to leave no process behind either."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    flags = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, end_on_termination)
+    return run_local(flags.command, flags.local, flags.devices_per_host)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

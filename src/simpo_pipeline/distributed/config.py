@@ -1,0 +1,84 @@
+"""Which processes make up the job, and when the job is given up. Imports no jax, so that flags can hold these.
+
+A process learns of its job from its environment: explicit settings (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`,
+`JAX_PROCESS_ID`), else a TPU VM or a TPU pod on GKE, where jax finds the others itself, else it is alone.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+
+from simpo_pipeline.errors import ConfigError
+
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Set by GKE in every container of a TPU slice.
+_GKE_WORKERS = "TPU_WORKER_HOSTNAMES"
+# What the TPU driver of a TPU VM shows: v2 to v4, and v5 onwards.
+_TPU_DEVICES = ("dev/accel0", "dev/vfio/0")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """When the processes of a job give it up, in seconds by each process's own clock.
+
+    Attributes:
+        silence_seconds: A process that was not heard of for so long is taken to be killed or frozen.
+        grace_seconds: How long the others have, when a process fails, to come to the end of the step by themselves.
+        stall_seconds: A step on devices may go so long without launching or compiling anything.
+        file_stall_seconds: A step that only reads and writes files may take so long.
+    """
+
+    silence_seconds: float = 15.0
+    grace_seconds: float = 4.0
+    stall_seconds: float = 900.0
+    file_stall_seconds: float = 14_400.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"watch.{field.name} must be a finite number of seconds above 0, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Membership:
+    """A process's place in its job; None where jax finds it out from the cluster."""
+
+    coordinator_address: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
+
+
+def find_membership(environment: Mapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> Membership | None:
+    """The job that this process belongs to; None when it is a job of its own.
+
+    Raises:
+        ConfigError: the explicit settings are incomplete or no numbers.
+    """
+    given = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
+    if given:
+        return _explicit_membership(given)
+    workers = [name for name in environment.get(_GKE_WORKERS, "").split(",") if name]
+    if len(workers) > 1 or any((root / device).exists() for device in _TPU_DEVICES):
+        return Membership()
+    return None
+
+
+def _explicit_membership(given: Mapping[str, str]) -> Membership:
+    missing = [name for name in _EXPLICIT if name not in given]
+    if missing:
+        raise ConfigError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; set all three in every process of "
+            "a job, or none for a job of one process"
+        )
+    address, count_text, index_text = (given[name] for name in _EXPLICIT)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of the process with id 0")
+    if not (count_text.isdecimal() and index_text.isdecimal() and int(index_text) < int(count_text)):
+        raise ConfigError(
+            f"JAX_NUM_PROCESSES is {count_text!r} and JAX_PROCESS_ID {index_text!r}; the id must be a number from 0 "
+            "to one less than the number of processes"
+        )
+    return Membership(address, int(count_text), int(index_text))

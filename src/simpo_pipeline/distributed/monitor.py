@@ -1,0 +1,213 @@
+"""The monitor: a thread beside each main thread; when one process cannot go on, it ends the job in all.
+
+Each process publishes where it stands a few times a second. The leader's monitor compares, and when the job has to be
+stopped it says so to all; every process then ends itself, whatever its main thread is stuck in. A process that cannot
+reach the coordination service ends itself too. Nothing here launches a device program.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from simpo_pipeline.distributed.config import WatchConfig
+from simpo_pipeline.distributed.coordination import Coordination
+from simpo_pipeline.distributed.group import ProcessGroup
+from simpo_pipeline.distributed.ledger import Event
+from simpo_pipeline.distributed.standing import Report
+from simpo_pipeline.distributed.verdict import Known, Verdict, judge
+from simpo_pipeline.errors import CoordinationError
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.25
+_VERDICT_KEY = "verdict"
+_PEER_FAILURE_KEY = "peer_failure"
+# How long the leader, whose process is the coordination service, outlives its own verdict.
+_FAREWELL_SECONDS = 1.5
+# What may still be recorded of the step's failure.
+_RECORD_SECONDS = 10.0
+
+
+@dataclasses.dataclass
+class _Peer:
+    """What the leader remembers of one process."""
+
+    report: Report | None = None
+    heard: float = 0.0
+    failed: float | None = None
+    page: int = -1
+    events: list[Event] = dataclasses.field(default_factory=list)
+
+
+class Monitor:
+    """Watches one process and, in the leader, the whole job; runs while the `with` block does."""
+
+    def __init__(self, group: ProcessGroup, coordination: Coordination, watch: WatchConfig) -> None:
+        self._group = group
+        self._coordination = coordination
+        self._watch = watch
+        self._beat = 0
+        self._published = (0, 0)  # page, and how many of its events
+        self._last_word = time.monotonic()
+        self._stopped = threading.Event()
+        now = time.monotonic()
+        self._peers = [_Peer(heard=now) for _ in range(group.count)]
+        self._threads = [
+            threading.Thread(target=self._beat_until_stopped, name="monitor", daemon=True),
+            threading.Thread(target=self._guard_until_stopped, name="monitor-guard", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begins to watch."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends the watch; the process may go."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * BEAT_SECONDS + 1)
+
+    def leave(self, why: str) -> None:
+        """Tells the others that this process goes, and why, and gives them the time to hear it."""
+        self._group.standing.leaving = why
+        self._stopped.wait(4 * BEAT_SECONDS)
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._publish()
+                if self._group.index == 0:
+                    self._watch_over_all()
+                self._listen()
+                self._last_word = time.monotonic()
+            except CoordinationError as error:
+                if not self._stopped.is_set():
+                    self._abort(self._leader_is_gone(str(error)))
+
+    def _guard_until_stopped(self) -> None:
+        """Ends a process whose monitor is stuck in a call to a frozen leader."""
+        while not self._stopped.wait(BEAT_SECONDS):
+            silent = time.monotonic() - self._last_word
+            if silent > self._watch.silence_seconds:
+                self._abort(self._leader_is_gone(f"it has not answered for {silent:.0f} s"))
+
+    def _leader_is_gone(self, why: str) -> Verdict:
+        return Verdict(0, f"process 0 of {self._group.count}, the leader, was killed or is frozen: {why}", False)
+
+    def _publish(self) -> None:
+        page = self._group.ledger.page
+        events = page.events[self._published[1] if self._published[0] == page.number else 0 :]
+        start = len(page.events) - len(events) if self._published[0] == page.number else 0
+        if events:
+            told = [[event.identity, event.text] for event in events]
+            key = f"events/{self._group.index}/{page.number}/{start}"
+            self._coordination.put(key, json.dumps(told).encode())
+        self._published = (page.number, start + len(events))
+        self._beat += 1
+        report = self._group.standing.report(self._beat, *self._published)
+        self._coordination.put(f"standing/{self._group.index}", json.dumps(dataclasses.asdict(report)).encode())
+
+    def _watch_over_all(self) -> None:
+        for key, data in self._coordination.list("standing/").items():
+            self._hear(int(key.rsplit("/", 1)[-1]), Report(**json.loads(data)))
+        now = time.monotonic()
+        known = [
+            Known(
+                report=peer.report,
+                silent_seconds=now - peer.heard,
+                failed_seconds=None if peer.failed is None else now - peer.failed,
+                events=peer.events,
+            )
+            for peer in self._peers
+        ]
+        self._tell_of_failure()
+        verdict = judge(known, self._watch)
+        if verdict is not None:
+            self._coordination.put(_VERDICT_KEY, json.dumps(dataclasses.asdict(verdict)).encode())
+            self._abort(verdict)
+
+    def _hear(self, index: int, report: Report) -> None:
+        peer, now = self._peers[index], time.monotonic()
+        if peer.report is not None and peer.report.beat == report.beat:
+            return
+        peer.heard = now
+        if report.failure is None:
+            peer.failed = None
+        elif peer.failed is None:
+            peer.failed = now
+        if peer.page != report.page:
+            self._coordination.delete(f"events/{index}/{peer.page}/")
+            peer.page, peer.events = report.page, []
+        while len(peer.events) < report.num_events:
+            key = f"events/{index}/{report.page}/{len(peer.events)}"
+            data = self._coordination.get_now(key)
+            if data is None:
+                break
+            peer.events += [Event(identity, text) for identity, text in json.loads(data)]
+            self._coordination.delete(key)
+        peer.report = report
+
+    def _tell_of_failure(self) -> None:
+        """Lets work on the devices of one process alone end early when another process has failed."""
+        for index, peer in enumerate(self._peers):
+            if peer.failed is not None and peer.report is not None and peer.report.failure is not None:
+                text = f"process {index} of {self._group.count} failed: {peer.report.failure['exception']}"
+                self._coordination.put(_PEER_FAILURE_KEY, json.dumps([peer.report.page, text]).encode())
+                return
+
+    def _listen(self) -> None:
+        failure = self._coordination.get_now(_PEER_FAILURE_KEY)
+        if failure is not None:
+            page, text = json.loads(failure)
+            self._group.standing.peer_failure = page, text
+        verdict = self._coordination.get_now(_VERDICT_KEY)
+        if verdict is not None:
+            self._abort(Verdict(**json.loads(verdict)))
+
+    def _abort(self, verdict: Verdict) -> NoReturn:
+        """Ends this process; its main thread may be stuck in a collective, so nothing waits for it."""
+        self._last_word = float("inf")  # the guard need not look any more
+        # Whatever the rest hangs on (a full pipe, a lock of the main thread), the process goes.
+        last_resort = threading.Timer(_RECORD_SECONDS + 2 * _FAREWELL_SECONDS, os._exit, [1])
+        last_resort.daemon = True
+        last_resort.start()
+        logger.error("The job stops: %s.", verdict.message)
+        if verdict.dump:
+            faulthandler.dump_traceback(all_threads=True)
+        if self._group.index == 0:
+            self._record(verdict)
+            time.sleep(_FAREWELL_SECONDS)
+        end_process(1)
+
+    def _record(self, verdict: Verdict) -> None:
+        """Lets the current phase record why it ends; storage may be out of reach, so not for ever."""
+        on_abort = self._group.standing.phase.on_abort
+        if on_abort is None:
+            return
+        report = self._peers[verdict.process_index].report
+        failure = verdict.failure or {
+            "process_index": verdict.process_index,
+            "host": report.host if report is not None else "unknown",
+            "exception": verdict.message,
+            "traceback": None,
+        }
+        recording = threading.Thread(target=on_abort, args=(failure,), name="record-abort", daemon=True)
+        recording.start()
+        recording.join(_RECORD_SECONDS)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process at once, without jax's shutdown barrier, at which it would wait for lost peers."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads any more
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,140 @@
+"""When a job has to be stopped from outside its main threads, and who is to blame: pure functions of what is known.
+
+    gone      a process left by an error of its own, or was not heard of for a while: killed, or frozen
+    parted    two processes launched different programs, or one met where the other launched
+    failed    a process failed, and the others do not come to the end of the step: they wait for it in a collective
+    stalled   a process makes no progress
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from simpo_pipeline.distributed.config import WatchConfig
+from simpo_pipeline.distributed.group import describe_parting
+from simpo_pipeline.distributed.ledger import Event, first_parting
+from simpo_pipeline.distributed.standing import Failure, Report
+
+# A process whose last word came less than this after another's failure is taken to have gone first.
+_SAME_MOMENT_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why the job stops.
+
+    Attributes:
+        process_index: The process to blame, the first of them if several are.
+        message: Names it, and what it did.
+        dump: Whether the stacks of all threads say more.
+        failure: What that process said of itself, if it said anything.
+    """
+
+    process_index: int
+    message: str
+    dump: bool
+    failure: Failure | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the leader knows of one process.
+
+    Attributes:
+        report: Its last report; None before the first.
+        silent_seconds: Since that report, or since the start.
+        failed_seconds: Since it was first seen to have failed in the current step.
+        events: Of the current page.
+    """
+
+    report: Report | None
+    silent_seconds: float
+    failed_seconds: float | None
+    events: Sequence[Event]
+
+
+def judge(known: Sequence[Known], config: WatchConfig) -> Verdict | None:
+    """Whether the job has to be stopped; None while it need not."""
+    count = len(known)
+    reports = {index: process.report for index, process in enumerate(known) if process.report is not None}
+    for find in (_left, _silent, _failed, _parted, _stalled):
+        verdict = find(known, reports, config, count)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _left(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+    del known, config
+    for index, report in reports.items():
+        if report.leaving:
+            return Verdict(index, f"{report.describe(index, count)} left the job: {report.leaving}", False)
+    return None
+
+
+def _silent(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+    longest_failed = max((process.failed_seconds or 0.0 for process in known), default=0.0)
+    for index, process in enumerate(known):
+        silent, report = process.silent_seconds, reports.get(index)
+        # A killed process breaks the others' collectives. They fail at once; the silent one was first all the same.
+        went_first = longest_failed > config.grace_seconds and silent > longest_failed - _SAME_MOMENT_SECONDS
+        if silent > config.silence_seconds or (went_first and process.failed_seconds is None):
+            who = report.describe(index, count) if report is not None else f"process {index} of {count}"
+            last = f". It was last in {report.phase!r}" if report is not None else ""
+            return Verdict(
+                index, f"{who} has not been heard of for {silent:.0f} s: it was killed, or is frozen{last}", False
+            )
+    return None
+
+
+def _failed(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+    failed = [
+        (-process.failed_seconds, index) for index, process in enumerate(known) if process.failed_seconds is not None
+    ]
+    if not failed or -min(failed)[0] <= config.grace_seconds:
+        return None
+    _, index = min(failed)
+    report = reports[index]
+    assert report.failure is not None, "a failed process says how"
+    at = f" (at {report.failure['at']})" if report.failure.get("at") else ""
+    return Verdict(
+        index,
+        f"{report.describe(index, count)} failed in {report.phase!r}: {report.failure['exception']}{at}. The others did "
+        f"not come to the end of the step within {config.grace_seconds:.0f} s; they wait for it in a collective",
+        False,
+        report.failure,
+    )
+
+
+def _parted(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+    del config
+    pages = {report.page for report in reports.values()}
+    if len(reports) < count or len(pages) > 1 or any(report.failure for report in reports.values()):
+        return None
+    parting = first_parting([process.events for process in known])
+    if parting is None:
+        return None
+    position, events = parting
+    identities = [event.identity for event in events if event is not None]
+    rarest = min(identities, key=identities.count)
+    # Of two, one cannot tell who is right; the leader's order is the job's then.
+    if identities.count(rarest) * 2 == len(identities) and events[0] is not None:
+        rarest = next(identity for identity in identities if identity != events[0].identity)
+    culprit = next(index for index, event in enumerate(events) if event is not None and event.identity == rarest)
+    message = describe_parting(reports[culprit].phase, position, events)
+    return Verdict(culprit, f"{reports[culprit].describe(culprit, count)}: {message}", True)
+
+
+def _stalled(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+    del known, config
+    stalled = [index for index, report in reports.items() if report.stalled]
+    if not stalled:
+        return None
+    # Who waits for others, at a meeting or in a collective, has done more than who keeps them waiting.
+    moving = [index for index, report in reports.items() if report.waiting is None]
+    behind = min((reports[index].page, reports[index].num_events) for index in moving)
+    culprits = [index for index in moving if (reports[index].page, reports[index].num_events) == behind]
+    names = "; ".join(
+        f"{reports[index].describe(index, count)} in {reports[index].phase!r} for {reports[index].idle_seconds:.0f} s"
+        for index in culprits
+    )
+    return Verdict(culprits[0], f"no progress: {names}. The stacks of all threads are in its log", True)

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 # How long the others have to end by themselves when one process has failed: longer than they need to find it silent
 # (`WatchConfig.silence_seconds`) and to record why the job ends.
-GRACE_SECONDS = 25.0
+GRACE_SECONDS = 20.0
 INTERRUPT_SECONDS = 5.0
 LAST_LINES = 20
 POLL_SECONDS = 0.1

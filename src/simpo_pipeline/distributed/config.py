@@ -30,7 +30,7 @@ class WatchConfig:
     """
 
     silence_seconds: float = 15.0
-    grace_seconds: float = 4.0
+    grace_seconds: float = 3.0
     stall_seconds: float = 900.0
     file_stall_seconds: float = 14_400.0
 

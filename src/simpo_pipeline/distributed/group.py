@@ -111,7 +111,7 @@ class ProcessGroup:
         self.standing.failure = None
         self.ledger.turn_page()
         if message is not None:
-            raise ProgramError(message)
+            raise ProgramError(f"{message}.")
 
     def _describe_parting(self, name: str) -> str:
         told = self.gather([[event.identity, event.text] for event in self.ledger.page.events])
@@ -168,5 +168,5 @@ def describe_parting(step_name: str, position: int, events: Sequence[Event | Non
     )
     return (
         f"the processes parted in {step_name!r}, at number {position} of what they do together: {did}. On a pod this "
-        "halts the chips. Every process must launch the same programs in the same order."
+        "halts the chips. Every process must launch the same programs in the same order"
     )

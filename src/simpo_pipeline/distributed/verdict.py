@@ -116,12 +116,12 @@ def _parted(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     position, events = parting
     identities = [event.identity for event in events if event is not None]
     rarest = min(identities, key=identities.count)
-    # Of two, one cannot tell who is right; the leader's order is the job's then.
-    if identities.count(rarest) * 2 == len(identities) and events[0] is not None:
-        rarest = next(identity for identity in identities if identity != events[0].identity)
     culprit = next(index for index, event in enumerate(events) if event is not None and event.identity == rarest)
     message = describe_parting(reports[culprit].phase, position, events)
-    return Verdict(culprit, f"{reports[culprit].describe(culprit, count)}: {message}", True)
+    # Of two halves one cannot tell which is right.
+    if identities.count(rarest) * 2 < len(identities):
+        message = f"{reports[culprit].describe(culprit, count)} is alone with what it did: {message}"
+    return Verdict(culprit, message, True)
 
 
 def _stalled(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:

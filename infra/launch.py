@@ -171,7 +171,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local", type=positive, required=True, metavar="N", help="processes on this machine")
     parser.add_argument("--devices_per_host", type=positive, default=1, help="CPU devices of each process")
-    own, command = (list(words[: words.index("--")]), list(words[words.index("--") + 1 :])) if "--" in words else (words, [])
+    own, command = (
+        (list(words[: words.index("--")]), list(words[words.index("--") + 1 :])) if "--" in words else (words, [])
+    )
     flags = parser.parse_args(own)
     if not command:
         parser.error("the command is missing; write it after --, such as: -- python experiments/m11_interleave.py")

@@ -5,6 +5,7 @@ Both are made at first use, so a job in which every step is skipped touches no d
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from simpo_pipeline.storage.files import make_parent
 from simpo_pipeline.storage.paths import is_local, join
 from simpo_pipeline.tracking.factory import TrackerKind, make_tracker
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
+
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 if TYPE_CHECKING:
     from simpo_pipeline.distributed.group import ProcessGroup
@@ -55,8 +58,16 @@ class JobSession:
     def close(self, error: BaseException | None) -> None:
         """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did.
 
-        A process of many stays under the ban, which it joined the job with.
+        A process of many stays under the ban, which it joined the job with, and says what it launched: its peers must
+        have launched the same.
         """
+        if "programs" in self.__dict__ and self._group is not None:
+            ledger = self._group.ledger
+            spanning = len(ledger.multi_process_launches)
+            logger.info(
+                "launched %d programs over many processes (ledger %s) and %d on this process's own devices",
+                *(spanning, ledger.digest()[:12], len(ledger.launches) - spanning),
+            )
         if "programs" in self.__dict__ and self._group is None:
             # Imported already, by `programs`.
             from simpo_pipeline.distributed.programs import allow_strays

@@ -26,7 +26,7 @@ from steps.joined_job import joined_job
 from steps.session import JobFlags, JobSession, session_of
 from steps.train import digest_of_all
 
-SIZE = 64
+SIZE = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,3 @@ if __name__ == "__main__":
     with joined_job(flags.watch) as job:
         session = JobSession(open_tracker, job.group, check_launches=flags.check_launches)
         executor_main(flags, steps=toy_steps(flags), session=session, processes=job.processes)
-        if job.group is not None:
-            ledger = job.group.ledger
-            spanning = ledger.multi_process_launches
-            print(f"LEDGER {ledger.digest()} {len(spanning)} {len(ledger.launches) - len(spanning)}", flush=True)

@@ -4,7 +4,7 @@ Nothing here launches a device program. jax keeps the client of this service pri
 `tests/distributed/test_coordination.py` notices when it moves.
 """
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax._src import distributed as jax_distributed
@@ -20,6 +20,7 @@ _SHUTDOWN_SECONDS = 20
 _GATHERING_SECONDS = 600
 
 
+@runtime_checkable
 class Coordination(Protocol):
     """A key-value store that all processes of a job share, and its barriers."""
 
@@ -87,7 +88,7 @@ class JaxCoordination:
             raise _lost(error) from error
         return True
 
-    def _call(self, method: str, *args, **options):
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
         """The call's result; None for a key that is not there, or not in time."""
         try:
             return getattr(self._client, method)(*args, **options)
@@ -104,7 +105,7 @@ def join(membership: Membership) -> tuple[int, int]:
         ConfigError: the cluster does not say who belongs to the job.
         CoordinationError: the other processes did not come.
     """
-    given = {}
+    given: dict[str, Any] = {}
     if membership.coordinator_address is not None:
         given = {
             "coordinator_address": membership.coordinator_address,

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 
 from simpo_pipeline.errors import ConfigError
 
@@ -59,7 +59,7 @@ def hosts_mesh() -> Mesh:
     return Mesh(rows, (HOST_AXIS, MODEL_AXIS))
 
 
-def place(arrays: Any, sharding: NamedSharding) -> Any:
+def place(arrays: Any, sharding: Sharding) -> Any:
     """Puts a pytree of numpy arrays on the devices of `sharding`; nothing is launched.
 
     Every process passes the whole arrays and fills its own devices. (`jax.device_put` to devices of other processes

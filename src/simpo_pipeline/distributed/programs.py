@@ -179,8 +179,13 @@ def agree_on_launch(group: ProcessGroup, launch: Launch) -> None:
     """
     told: list[list[str]] = group.gather([launch.program, launch.fingerprint])
     if any(theirs != told[0] for theirs in told):
-        names = "; ".join(f"process {index} would launch {theirs[0]!r} ({theirs[1][:12]})" for index, theirs in enumerate(told))
-        raise ProgramError(f"{names}, at {call_site()}. Nothing was launched; all must launch the same programs in order.")
+        names = "; ".join(
+            f"process {index} would launch {program!r} ({fingerprint[:12]})"
+            for index, (program, fingerprint) in enumerate(told)
+        )
+        raise ProgramError(
+            f"{names}, at {call_site()}. Nothing was launched; all must launch the same programs in the same order."
+        )
 
 
 def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:

@@ -1,9 +1,9 @@
 """When a job has to be stopped from outside its main threads, and who is to blame: pure functions of what is known.
 
-    gone      a process left by an error of its own, or was not heard of for a while: killed, or frozen
-    parted    two processes launched different programs, or one met where the other launched
-    failed    a process failed, and the others do not come to the end of the step: they wait for it in a collective
-    stalled   a process makes no progress
+gone      a process left by an error of its own, or was not heard of for a while: killed, or frozen
+parted    two processes launched different programs, or one met where the other launched
+failed    a process failed, and the others do not come to the end of the step: they wait for it in a collective
+stalled   a process makes no progress
 """
 
 import dataclasses
@@ -98,8 +98,8 @@ def _failed(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     at = f" (at {report.failure['at']})" if report.failure.get("at") else ""
     return Verdict(
         index,
-        f"{report.describe(index, count)} failed in {report.phase!r}: {report.failure['exception']}{at}. The others did "
-        f"not come to the end of the step within {config.grace_seconds:.0f} s; they wait for it in a collective",
+        f"{report.describe(index, count)} failed in {report.phase!r}: {report.failure['exception']}{at}. The others "
+        f"did not come to the end of the step within {config.grace_seconds:.0f} s; they wait for it in a collective",
         False,
         report.failure,
     )

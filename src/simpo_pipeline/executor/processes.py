@@ -7,7 +7,7 @@ them are None, bool, int, float, str, list and dict, so that any transport can c
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StepError
 
@@ -24,6 +24,7 @@ Failure = Mapping[str, Any]
 """How one process failed: process_index, host, exception, traceback (or None)."""
 
 
+@runtime_checkable
 class Watch(Protocol):
     """What ends a job in every process when one of them cannot go on."""
 

@@ -1,0 +1,63 @@
+"""M11 itself, `tiny`, with a fault planted in one process; see test_m11_many_hosts.py.
+
+    python tests/experiments/m11_with_fault.py FAULT STEP VICTIM [flags of m11_interleave.py]
+
+FAULT is raise, hang, kill or freeze; STEP is train (before update 4) or infer (at the second round of the engine).
+"""
+
+import importlib
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import NoReturn
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
+m11 = importlib.import_module("m11_interleave")
+
+from simpo_pipeline.data.loader import PairLoader  # noqa: E402
+from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
+from simpo_pipeline.inference.scheduler import Scheduler  # noqa: E402
+from steps.joined_job import joined_job  # noqa: E402
+from steps.session import JobSession  # noqa: E402
+
+
+def happen(fault: str) -> NoReturn:
+    """Says that the fault comes now, and lets it."""
+    print(f"FAULT {time.time():.3f} {fault}", flush=True)
+    if fault == "raise":
+        raise FloatingPointError("a planted error")
+    if fault != "hang":
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[fault])
+    while True:
+        time.sleep(1)
+
+
+def plant(fault: str, step: str) -> None:
+    """Puts the fault where training takes its batch, or where the engine takes its next round."""
+    batch, next_round = PairLoader.batch, Scheduler.next_round
+    rounds: list[int] = []
+
+    def faulty_batch(self, index):
+        return happen(fault) if index == 3 else batch(self, index)
+
+    def faulty_round(self):
+        rounds.append(1)
+        return happen(fault) if len(rounds) == 2 else next_round(self)
+
+    if step == "train":
+        PairLoader.batch = faulty_batch
+    else:
+        Scheduler.next_round = faulty_round
+
+
+if __name__ == "__main__":
+    fault, step, victim = sys.argv[1:4]
+    del sys.argv[1:4]
+    if os.environ["JAX_PROCESS_ID"] == victim:
+        plant(fault, step)
+    args = parse_main_config(m11.M11Args)
+    with joined_job(args.watch) as job:
+        session = JobSession(group=job.group)
+        executor_main(args, steps=m11.interleave(m11.PRESETS["tiny"]), session=session, processes=job.processes)

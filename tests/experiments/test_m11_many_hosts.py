@@ -1,0 +1,139 @@
+"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the law in each, and what a lost host leaves behind."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+M11 = "experiments/m11_interleave.py"
+STEPS = ("fetch_model", "prepare_pairs", "train-2", "infer-128", "train-5", "report")
+LOSS_SECONDS = 45
+
+
+def output(prefix: pathlib.Path, step: str) -> pathlib.Path:
+    (folder,) = prefix.glob(f"{step}-*")
+    return folder
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def digest(prefix: pathlib.Path, step: str) -> str:
+    return json.loads((output(prefix, step) / "summary.json").read_text())["state_digest"]
+
+
+def losses(prefix: pathlib.Path) -> list[float]:
+    return [row["loss"] for step in ("train-2", "train-5") for row in rows(output(prefix, step) / "metrics.jsonl")]
+
+
+def planned(text: str) -> list[tuple[str, ...]]:
+    """Step, action, reason and version of each line of the plan that the leader prints."""
+    table = re.findall(rf"({'|'.join(STEPS)})\s+(RUN|SKIP|REPLAY)\s+(\S.*?)\s\s+([0-9a-f]{{8}})\s", text)
+    assert [row[0] for row in table] == list(STEPS), text
+    return table
+
+
+@pytest.fixture(scope="module")
+def finished(launch, tmp_path_factory):
+    """The prefix and the text of a finished M11 on so many processes of two devices; each is run once."""
+    done: dict[int, tuple[pathlib.Path, str]] = {}
+
+    def run(count: int) -> tuple[pathlib.Path, str]:
+        if count not in done:
+            prefix = tmp_path_factory.mktemp(f"m11_{count}")
+            job = launch(count, M11, "--preset", "tiny", "--prefix", prefix).require_success()
+            done[count] = prefix, job.text
+        return done[count]
+
+    return run
+
+
+COUNTS = pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@COUNTS
+def test_interleaving_changes_nothing_on_many_hosts(finished, launch, count):
+    prefix, _ = finished(count)
+    launch(count, "experiments/simpo_uninterrupted.py", "--preset", "tiny", "--prefix", prefix).require_success()
+    assert digest(prefix, "train-5") == digest(prefix, "train-7")
+    assert digest(prefix, "train-5") != digest(prefix, "train-2")
+
+
+@COUNTS
+def test_plan_and_losses_are_those_of_one_process(finished, count):
+    alone, text = finished(1)
+    prefix, many_text = finished(count)
+    assert planned(many_text) == planned(text)
+    assert losses(prefix) == pytest.approx(losses(alone), abs=1e-5)
+    assert len(losses(prefix)) == 7
+
+
+@COUNTS
+def test_every_prompt_has_its_row_in_the_file_of_the_host_that_served_it(finished, count):
+    prefix, _ = finished(count)
+    folder = output(prefix, "infer-128")
+    merged = rows(folder / f"all_hosts_merged_of_{count:04d}.jsonl")
+    assert [row["global_prompt_index"] for row in merged] == list(range(128))
+    for host in range(count):
+        own = rows(folder / f"host_{host:04d}_of_{count:04d}.jsonl")
+        assert [row["global_prompt_index"] for row in own] == list(range(host * 128 // count, (host + 1) * 128 // count))
+        assert {(row["process_index"], row["process_count"]) for row in own} == {(host, count)}
+    listed = {entry["path"] for entry in json.loads((folder / "manifest.json").read_text())["files"]}
+    assert {f"host_{host:04d}_of_{count:04d}.jsonl" for host in range(count)} <= listed
+
+
+@COUNTS
+def test_the_ledgers_of_all_processes_are_equal(finished, count):
+    _, text = finished(count)
+    pattern = r"launched (\d+) programs over many processes \(ledger (\w+)\) and (\d+) on"
+    launches = re.findall(pattern, text)
+    print(f"{count} processes: (launches over many processes, digest, launches on own devices) {launches}")
+    assert len(launches) == count
+    # The moments, 7 updates, the handoff; all else runs on each host alone.
+    assert {(number, name) for number, name, _ in launches} == {("9", launches[0][1])}
+
+
+@COUNTS
+def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch, count):
+    prefix, _ = finished(count)
+    before = digest(prefix, "train-5")
+    (output(prefix, "train-5") / ".executor_status").unlink()
+    job = launch(count, M11, "--preset", "tiny", "--prefix", prefix).require_success()
+    actions = {step: action for step, action, _, _ in planned(job.text)}
+    assert [actions[step] for step in ("train-2", "infer-128", "train-5")] == ["REPLAY", "SKIP", "RUN"]
+    assert digest(prefix, "train-5") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "step", "victim"),
+    [
+        ("kill", "train", 1),
+        ("kill", "train", 0),
+        ("freeze", "train", 1),
+        ("raise", "train", 1),
+        ("raise", "infer", 0),
+        ("hang", "infer", 1),
+    ],
+)
+def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(
+    launch, finished, tmp_path, fault, step, victim
+):
+    expected = digest(finished(2)[0], "train-5")
+    script = "tests/experiments/m11_with_fault.py"
+    stall = ("--watch.stall_seconds", 15)
+    job = launch(2, script, fault, step, victim, "--preset", "tiny", "--prefix", tmp_path, *stall)
+    assert job.exit_code != 0
+    (told,) = re.findall(r"FAULT (\d+\.\d+)", job.text)
+    assert job.ended - float(told) < LOSS_SECONDS, job.text
+    failed = output(tmp_path, "train-5" if step == "train" else "infer-128")
+    leader_is_lost = victim == 0 and fault in ("kill", "freeze")
+    assert (failed / ".executor_status").read_text() == ("RUNNING" if leader_is_lost else "FAILED"), job.text
+    assert (output(tmp_path, "train-2") / ".executor_status").read_text() == "SUCCESS"
+    again = launch(2, M11, "--preset", "tiny", "--prefix", tmp_path).require_success()
+    actions = {step: action for step, action, _, _ in planned(again.text)}
+    assert actions["train-2"] == "REPLAY"
+    assert actions["infer-128"] == ("SKIP" if step == "train" else "RUN")
+    assert digest(tmp_path, "train-5") == expected

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from simpo_pipeline.errors import ConfigError, PlanError, SimpoPipelineError, StepFailedError
+import simpo_pipeline.executor.executor as executor_module
+from simpo_pipeline.errors import ConfigError, PeerFailedError, PlanError, SimpoPipelineError, StepFailedError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.live import Live
-from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.processes import NoWatch, Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
 from simpo_pipeline.storage.files import exists, list_files, read_json, read_text, remove_tree, write_text
@@ -54,7 +55,7 @@ def on_all_hosts(prefix: str, make_steps: Callable[[int], list[ExecutorStep]], *
         except SimpoPipelineError as error:
             ended[index] = error
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(COUNT)]
+    threads = [threading.Thread(target=work, args=(index,), name=f"host {index}") for index in range(COUNT)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,7 +89,9 @@ def interleave(calls: list[str], fail_on: tuple[int, ...] = ()) -> list[Executor
 def test_every_process_runs_every_step_with_its_own_live_values(prefix):
     calls: list[list[str]] = [[] for _ in range(COUNT)]
     executors = on_all_hosts(prefix, lambda index: interleave(calls[index]))
-    assert calls == [["prepare", "train-2 False", "infer", "train-5 False", "prepare"]] * COUNT
+    # What knows nothing of processes reads and writes files; the leader alone does that.
+    assert calls[0] == ["prepare", "train-2 False", "infer", "train-5 False", "prepare"]
+    assert calls[1:] == [["train-2 False", "infer", "train-5 False"]] * (COUNT - 1)
     assert len({executor.plan for executor in executors}) == 1
     path = executors[0].output_paths[executors[0].steps[2]]
     assert [read_text(join(path, f"host_{index}.txt")) for index in range(COUNT)] == ["0", "1", "2", "3"]
@@ -112,7 +115,8 @@ def test_when_a_step_fails_on_some_hosts_every_process_leaves_naming_the_first(p
     errors = on_all_hosts(prefix, lambda index: interleave(calls[index], fail_on=(0, 1, 2, 3)))
     assert all(isinstance(error, StepFailedError) for error in errors)
     assert all("'infer' failed on host" in str(error) and "(process 0 of 4)" in str(error) for error in errors)
-    assert calls == [["prepare", "train-2 False", "train-5 False"]] * COUNT
+    assert calls[0] == ["prepare", "train-2 False", "train-5 False"]
+    assert calls[1:] == [["train-2 False", "train-5 False"]] * (COUNT - 1)
     failures = [entry for entry in list_files(prefix) if entry.relative_path.endswith("error.json")]
     failed = read_json(join(prefix, failures[0].relative_path))["failures"]
     assert [failure["process_index"] for failure in failed] == [0, 1, 2, 3]
@@ -148,6 +152,60 @@ def test_processes_with_different_steps_are_told_where_they_part(prefix):
     errors = on_all_hosts(prefix, steps)
     assert all(isinstance(error, PlanError) for error in errors)
     assert all("Process 2 built another DAG than process 0: train-" in str(error) for error in errors)
+
+
+def test_who_only_followed_a_failure_is_not_the_first_to_be_named(prefix):
+    def steps(index: int) -> list[ExecutorStep]:
+        def fail(config: Any, run: StepRun):
+            if run.processes.process_index == 2:
+                raise RuntimeError("lost a device")
+            raise PeerFailedError("process 2 of 4 failed, so this one stopped")
+
+        return [ExecutorStep("train", fail, None)]
+
+    errors = on_all_hosts(prefix, steps)
+    assert all("(process 2 of 4): RuntimeError: lost a device (at " in str(error) for error in errors)
+    assert all("test_many_hosts.py" in str(error) for error in errors)
+    (recorded,) = [entry for entry in list_files(prefix) if entry.relative_path.endswith("error.json")]
+    failures = read_json(join(prefix, recorded.relative_path))["failures"]
+    assert [failure["process_index"] for failure in failures] == [2, 0, 1, 3]
+
+
+def test_hosts_that_do_not_share_the_prefix_are_named_before_any_step_runs(prefix, monkeypatch):
+    calls: list[str] = []
+    blind = {"host 1", "host 3"}
+    monkeypatch.setattr(executor_module, "exists", lambda path: threading.current_thread().name not in blind)
+    errors = on_all_hosts(prefix, lambda index: interleave(calls))
+    assert all(isinstance(error, PlanError) for error in errors)
+    assert all("process 1, 3 does not see that" in str(error) for error in errors)
+    assert calls == []
+
+
+def test_a_job_that_is_ended_from_outside_records_the_step_as_failed(prefix):
+    """As the watch of a real job does it: from another thread, while the step's function is stuck."""
+    aborts: list[Callable[[Any], None]] = []
+    failure = {"process_index": 1, "host": "b", "exception": "it was killed", "traceback": None}
+
+    class Watch(NoWatch):
+        def phase(self, name: str, *, files_only: bool, on_abort: Any) -> Any:
+            aborts.append(on_abort)
+            return super().phase(name, files_only=files_only, on_abort=on_abort)
+
+    class Ended(BaseException):
+        """Stands for the end of the process."""
+
+    def stuck(config: Any, run: StepRun):
+        thread = threading.Thread(target=aborts[-1], args=(failure,))
+        thread.start()
+        thread.join()
+        raise Ended
+
+    with pytest.raises(Ended):
+        Executor(prefix, processes=Processes(watch=Watch())).run([ExecutorStep("train", stuck, None)])
+    files = {entry.relative_path.split("/", 1)[1]: entry.relative_path for entry in list_files(prefix)}
+    assert read_text(join(prefix, files[".executor_status"])) == "FAILED"
+    assert read_json(join(prefix, files["error.json"]))["failures"] == [failure]
+    assert ".executor_status.lock" not in files
 
 
 def test_a_dry_run_on_many_hosts_is_one_plan(prefix):

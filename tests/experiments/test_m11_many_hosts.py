@@ -126,8 +126,8 @@ def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(
     stall = ("--watch.stall_seconds", 15)
     job = launch(2, script, fault, step, victim, "--preset", "tiny", "--prefix", tmp_path, *stall)
     assert job.exit_code != 0
-    (told,) = re.findall(r"FAULT (\d+\.\d+)", job.text)
-    assert job.ended - float(told) < LOSS_SECONDS, job.text
+    told = min(map(float, re.findall(r"FAULT (\d+\.\d+)", job.text)))
+    assert job.ended - told < LOSS_SECONDS, job.text
     failed = output(tmp_path, "train-5" if step == "train" else "infer-128")
     leader_is_lost = victim == 0 and fault in ("kill", "freeze")
     assert (failed / ".executor_status").read_text() == ("RUNNING" if leader_is_lost else "FAILED"), job.text

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.errors import CapacityError, ConfigError
+from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
-from steps.infer import InferConfig, infer
+from steps.infer import InferConfig, check_same_tokens, host_file, infer, merge_rows, merged_file, write_rows
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")
@@ -93,10 +93,54 @@ def test_an_engine_for_longer_sequences_than_the_models_is_refused(model_path, s
         infer(config_for(model_path, tmp_path, engine=EngineConfig(max_seqs=4, max_seq_len=129)), step_run)
 
 
-def test_one_engine_over_several_processes_is_refused_until_it_exists(model_path, step_run, tmp_path):
-    several = dataclasses.replace(step_run, processes=Processes(process_index=0, process_count=2))
-    with pytest.raises(ConfigError, match=r"global_mesh.* serves one process only so far, and this job has 2"):
-        infer(config_for(model_path, tmp_path, mode="global_mesh"), several)
+def test_in_one_process_one_engine_over_all_devices_is_the_same(model_path, step_run, tmp_path):
+    for mode in ("host_data_parallel", "global_mesh"):
+        infer(config_for(model_path, tmp_path / mode, mode=mode), step_run)
+    assert rows_of(tmp_path / "global_mesh") == rows_of(tmp_path / "host_data_parallel")
+
+
+def test_hosts_that_drew_other_tokens_from_one_engine_are_told(model_path, step_run, tmp_path):
+    def hear_another(digest):
+        return [digest, "of other tokens"]
+
+    two = Processes(process_index=0, process_count=2, gather=hear_another)
+    with pytest.raises(CoordinationError, match="gave process 1 other tokens than process 0"):
+        check_same_tokens(two, [])
+
+
+def write_shards(folder, shards):
+    for host, prompts in enumerate(shards):
+        rows = [{"process_index": host, "global_prompt_index": prompt, "sample_index": 0} for prompt in prompts]
+        write_rows(f"{folder}/{host_file(host, len(shards))}", rows)
+
+
+@pytest.mark.parametrize("shards", [[[0, 1], [2, 3, 4]], [[], [0], [1]], [[], [], []]])
+def test_rows_of_uneven_and_empty_shards_are_merged_in_order(tmp_path, shards):
+    write_shards(tmp_path, shards)
+    count = sum(map(len, shards))
+    assert [row["global_prompt_index"] for row in merge_rows(str(tmp_path), count, 1, len(shards))] == [*range(count)]
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([[0, 1], [2]], r"host_0001_of_0002.jsonl: expected 2 sequences but got 1"),
+        ([[0, 1], [2, 3, 4]], r"row 2 is \(process, prompt, sample\) \(1, 4, 0\), expected no more"),
+        ([[0, 2], [1, 3]], r"host_0000_of_0002.jsonl: row 1 is .* \(0, 2, 0\), expected \(0, 1, 0\)"),
+    ],
+)
+def test_rows_that_are_not_those_of_their_shard_are_refused(tmp_path, shards, message):
+    write_shards(tmp_path, shards)
+    with pytest.raises(DataError, match=message):
+        list(merge_rows(str(tmp_path), 4, 1, 2))
+
+
+def test_rows_of_an_attempt_by_another_number_of_hosts_are_removed(model_path, step_run, tmp_path):
+    write_shards(tmp_path, [[0], [1]])
+    write_rows(f"{tmp_path}/{merged_file(2)}", [])
+    infer(config_for(model_path, tmp_path), step_run)
+    names = {entry.relative_path for entry in list_files(str(tmp_path))}
+    assert names == {host_file(0, 1), merged_file(1), "summary.json"}
 
 
 @pytest.mark.parametrize(

@@ -132,18 +132,19 @@ class Executor:
             self.plan, self.results = rounds.rows(), rounds.results()
 
     def _check_shared_prefix(self, run_record: str | None) -> None:
-        """Make sure that every process sees what the leader just wrote.
+        """Make sure that every process sees what the leader just wrote, below the prefix that it writes to itself.
 
         Raises:
             PlanError: in every process, naming those that do not.
         """
         assert run_record is not None
-        sees: list[bool] = self._processes.gather(exists(run_record))
-        blind = [str(index) for index, seen in enumerate(sees) if not seen]
+        told: list[list[Any]] = self._processes.gather([self.prefix, exists(run_record)])
+        blind = [str(index) for index, (prefix, sees) in enumerate(told) if prefix != told[0][0] or not sees]
         if blind:
             raise PlanError(
-                f"The leader wrote {run_record!r}, and process {', '.join(blind)} does not see it. All hosts of a job "
-                "write below one prefix: give --prefix a folder that they share, or gs://bucket/path."
+                f"The leader writes below {told[0][0]!r} and wrote {run_record!r}; process {', '.join(blind)} does not "
+                "see that, or has another prefix. All hosts of a job write below one prefix: give --prefix the absolute "
+                "path of a folder that they share, or gs://bucket/path."
             )
 
     def _publish(self, graph: Graph) -> None:

@@ -28,7 +28,6 @@ def digest(prefix: pathlib.Path) -> str:
     return json.loads((output(prefix, "train-5") / "summary.json").read_text())["state_digest"]
 
 
-
 def first_fault(job) -> float:
     return min(float(match[1]) for match in re.finditer(r"FAULT (\d+\.\d+)", job.text))
 
@@ -89,7 +88,9 @@ def test_what_one_host_does_alone_stops_the_job_and_is_named(launch, tmp_path, f
 def test_launches_can_be_compared_before_they_are_made(launch, tmp_path):
     job = launch(2, TOY, "--prefix", tmp_path, "--fault", "other_order", "--check_launches")
     assert job.exit_code == 1
-    assert re.search(r"process 0 would launch 'other_update' .*; process 1 would launch 'update'.*at __main__", job.text)
+    assert re.search(
+        r"process 0 would launch 'other_update' .*; process 1 would launch 'update'.*at __main__", job.text
+    )
     assert "Nothing was launched" in job.text
 
 

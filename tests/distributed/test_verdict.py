@@ -25,9 +25,7 @@ HEALTHY = Report(
 )
 
 
-def known(
-    silent: float = 0.1, failed: float | None = None, events: tuple[Event, ...] = (), **report: Any
-) -> Known:
+def known(silent: float = 0.1, failed: float | None = None, events: tuple[Event, ...] = (), **report: Any) -> Known:
     return Known(dataclasses.replace(HEALTHY, **report), silent, failed, events)
 
 

@@ -78,7 +78,9 @@ def test_every_prompt_has_its_row_in_the_file_of_the_host_that_served_it(finishe
     assert [row["global_prompt_index"] for row in merged] == list(range(128))
     for host in range(count):
         own = rows(folder / f"host_{host:04d}_of_{count:04d}.jsonl")
-        assert [row["global_prompt_index"] for row in own] == list(range(host * 128 // count, (host + 1) * 128 // count))
+        assert [row["global_prompt_index"] for row in own] == list(
+            range(host * 128 // count, (host + 1) * 128 // count)
+        )
         assert {(row["process_index"], row["process_count"]) for row in own} == {(host, count)}
     listed = {entry["path"] for entry in json.loads((folder / "manifest.json").read_text())["files"]}
     assert {f"host_{host:04d}_of_{count:04d}.jsonl" for host in range(count)} <= listed

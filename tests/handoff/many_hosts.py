@@ -1,0 +1,149 @@
+"""Hands weights over in a job of several processes, and reports what it cost as one line of JSON a process.
+
+    python infra/launch.py --local 2 --devices_per_host 2 -- python tests/handoff/many_hosts.py
+
+The parameters are those of a trainer in float32, with both moments, split over all devices; the engines' weights are
+bfloat16, whole on each host and split over its devices.
+"""
+
+import ctypes
+import gc
+import hashlib
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.array import ArrayImpl
+
+from simpo_pipeline.distributed.config import WatchConfig
+from simpo_pipeline.distributed.mesh import local_mesh, place, training_mesh
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.handoff.handoff import build_handoff
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import FSDP_RULES, TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.transformer import abstract_llama
+from steps.joined_job import joined_job
+
+# 134 million parameters, 537 MB in float32; the bound on memory has to be far above what an allocator rounds.
+MODEL = LlamaConfig(1024, 4096, 8, 16, 8, 64, 8192, 64, tie_word_embeddings=True)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of this process's parts of all leaves."""
+    whole = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            whole.update(np.asarray(shard.data).tobytes())
+    return whole.hexdigest()
+
+
+def pointers(tree: Any) -> list[int]:
+    """Where this process's parts lie in memory."""
+    return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+
+
+def resident_bytes(which: str) -> int:
+    """VmRSS (now) or VmHWM (the most since the last reset) of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(rf"{which}:\s+(\d+) kB", status)
+    return int(kilobytes) * 1024
+
+
+def reset_high_water() -> None:
+    """Lets VmHWM begin anew at VmRSS."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def fill(abstract: Any, seed: int) -> Any:
+    """Numbers that every process makes alike, leaf by leaf."""
+
+    def leaf_of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        rng = np.random.Generator(np.random.Philox(key=seed + sum(map(ord, jax.tree_util.keystr(path)))))
+        return place(rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf_of, abstract)
+
+
+def refuse_numpy() -> None:
+    """From now on every array that goes through host memory is an error."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an array went through numpy")
+
+    ArrayImpl.__array__ = refuse
+    ArrayImpl._value = property(refuse)
+    ArrayImpl.copy_to_host_async = refuse
+    np.asarray = np.array = refuse
+
+
+def main() -> None:
+    with joined_job(WatchConfig()) as job:
+        programs = Programs(job.group)
+        source = with_shardings(abstract_llama(MODEL, np.float32), training_mesh(), FSDP_RULES)
+        target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), local_mesh(), TENSOR_PARALLEL_RULES)
+        trainer = [fill(source, seed) for seed in (0, 1, 2)]  # parameters and both moments
+        handoff = build_handoff(programs, source, target)
+        assert handoff.program is not None
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not be taken for what is needed now
+        before, where = digest(trainer), pointers(trainer)
+        saved = ArrayImpl.__array__, ArrayImpl._value, ArrayImpl.copy_to_host_async, np.asarray, np.array
+        reset_high_water()
+        resident = resident_bytes("VmRSS")
+        refuse_numpy()
+        weights = handoff(trainer[0])
+        jax.block_until_ready(weights.tree)
+        most = resident_bytes("VmHWM")
+        ArrayImpl.__array__, ArrayImpl._value, ArrayImpl.copy_to_host_async, np.asarray, np.array = saved
+        text = handoff.program.as_text()
+        kinds = ("all-to-all", "all-gather", "all-reduce", "collective-permute")
+        memory = handoff.program.memory_bytes
+        found = {
+            "process": job.processes.process_index,
+            "trainer_bytes": sum(
+                shard.data.nbytes
+                for state in trainer
+                for leaf in jax.tree.leaves(state)
+                for shard in leaf.addressable_shards
+            ),
+            "copy_bytes": sum(
+                shard.data.nbytes for leaf in jax.tree.leaves(weights.tree) for shard in leaf.addressable_shards
+            ),
+            "extra_resident_bytes": most - resident,
+            "program_bytes_per_device": {
+                "arguments": memory.arguments,
+                "outputs": memory.outputs,
+                "temporary": memory.temporary,
+            },
+            "collectives": {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds},
+            "weights": digest(weights.tree),
+            "fully_addressable": all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights.tree)),
+        }
+        # The engine's weights are cast from the very parameters, and those are where and what they were.
+        cast = [
+            np.asarray(leaf).tobytes() == reference.astype(jax.numpy.bfloat16).tobytes()
+            for leaf, reference in zip(
+                jax.tree.leaves(weights.tree), jax.tree.leaves(reference_values(source)), strict=True
+            )
+        ]
+        weights.free()
+        found["cast_exactly"] = all(cast)
+        found["trainer_untouched"] = digest(trainer) == before and pointers(trainer) == where
+        print("FOUND " + json.dumps(found), flush=True)
+
+
+def reference_values(abstract: Any) -> Any:
+    """The parameters in full, as every process can make them by itself."""
+
+    def leaf_of(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        rng = np.random.Generator(np.random.Philox(key=sum(map(ord, jax.tree_util.keystr(path)))))
+        return rng.standard_normal(leaf.shape, np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf_of, abstract)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,13 +6,16 @@ The parameters are those of a trainer in float32, with both moments, split over 
 bfloat16, whole on each host and split over its devices.
 """
 
+import contextlib
 import ctypes
 import gc
 import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Generator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -67,16 +70,23 @@ def fill(abstract: Any, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_of, abstract)
 
 
-def refuse_numpy() -> None:
-    """From now on every array that goes through host memory is an error."""
+@contextlib.contextmanager
+def numpy_refused() -> Generator[None]:
+    """While the block runs, every array that goes through host memory is an error."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an array went through numpy")
 
-    ArrayImpl.__array__ = refuse
-    ArrayImpl._value = property(refuse)
-    ArrayImpl.copy_to_host_async = refuse
-    np.asarray = np.array = refuse
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ArrayImpl, "_value", property(refuse)))
+        for owner, name in (
+            (ArrayImpl, "__array__"),
+            (ArrayImpl, "copy_to_host_async"),
+            (np, "asarray"),
+            (np, "array"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, refuse))
+        yield
 
 
 def main() -> None:
@@ -90,14 +100,12 @@ def main() -> None:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not be taken for what is needed now
         before, where = digest(trainer), pointers(trainer)
-        saved = ArrayImpl.__array__, ArrayImpl._value, ArrayImpl.copy_to_host_async, np.asarray, np.array
         reset_high_water()
         resident = resident_bytes("VmRSS")
-        refuse_numpy()
-        weights = handoff(trainer[0])
-        jax.block_until_ready(weights.tree)
+        with numpy_refused():
+            weights = handoff(trainer[0])
+            jax.block_until_ready(weights.tree)
         most = resident_bytes("VmHWM")
-        ArrayImpl.__array__, ArrayImpl._value, ArrayImpl.copy_to_host_async, np.asarray, np.array = saved
         text = handoff.program.as_text()
         kinds = ("all-to-all", "all-gather", "all-reduce", "collective-permute")
         memory = handoff.program.memory_bytes

@@ -1,9 +1,9 @@
 """Device programs: compiled ahead under a name, fingerprinted, agreed on, and launched through the ledger.
 
 A program that spans processes is compared across them before it is compiled: a difference is told in every process,
-with the first line that differs. Nothing here knows what a program computes. Everything that runs on a device in this package is a `Program`; after
+with the first line that differs. Everything that runs on a device in this package is a `Program`; after
 `forbid_strays()` jax refuses to run anything else, so a stray eager operation raises on the host that wrote it before
-it reaches a device.
+it reaches a device. Nothing here knows what a program computes.
 """
 
 import dataclasses

@@ -143,8 +143,8 @@ class Executor:
         if blind:
             raise PlanError(
                 f"The leader writes below {told[0][0]!r} and wrote {run_record!r}; process {', '.join(blind)} does not "
-                "see that, or has another prefix. All hosts of a job write below one prefix: give --prefix the absolute "
-                "path of a folder that they share, or gs://bucket/path."
+                "see that, or has another prefix. All hosts of a job write below one prefix: give --prefix the "
+                "absolute path of a folder that they share, or gs://bucket/path."
             )
 
     def _publish(self, graph: Graph) -> None:

@@ -176,6 +176,8 @@ def _generate(
             f"{model_config.max_seq_len} tokens; lower it"
         )
     check_requests(requests, config.engine, model_config.vocab_size)
+    # A host that cannot serve its shard fails here, and the others follow it before any device is touched.
+    processes.gather("every request can be served")
     engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
     wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
     weights, cost = _weights(config, programs, wanted)

@@ -45,6 +45,11 @@ class EngineKnobs:
                 f"{self.section}.max_seq_len is too small: it is {self.max_seq_len} and must hold a prompt and "
                 f"max_new_tokens={max_new_tokens}; raise it"
             )
+        if self.max_rounds is not None and self.max_rounds > self.max_seq_len:
+            raise ConfigError(
+                f"{self.section}.max_rounds must be <= {self.section}.max_seq_len, got {self.max_rounds} > "
+                f"{self.max_seq_len}"
+            )
         needed = pages_for(self.max_seq_len, self.page_size)
         if self.max_pages is not None and self.max_pages < needed:
             raise ConfigError(

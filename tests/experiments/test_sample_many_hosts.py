@@ -101,6 +101,21 @@ def test_one_engine_over_all_hosts_takes_the_same_tokens_but_for_ties(rows, mode
     assert ties < len(alone) // 10
 
 
+def test_a_prompt_that_one_host_cannot_serve_stops_all_before_any_device_work(launch, model, tmp_path):
+    long = "x" * 400
+    text = YAML.format(model=model, mode="host_data_parallel", count=1, temperature=0.0)
+    text = text[: text.index("synthetic_prompt_count")] + f'prompts: ["short", "{long}"]\n'
+    (tmp_path / "settings.yaml").write_text(text)
+    flags = ("--config_path", tmp_path / "settings.yaml", "--prefix", tmp_path / "out", "--tracker", "none")
+    job = launch(2, SAMPLER, *flags)
+    assert job.exit_code == 1
+    for host in (0, 1):
+        told = "\n".join(job.lines(host))
+        assert "(process 1 of 2): CapacityError: request 0 (prompt 1, sample 0) has 4" in told
+        assert "engine.max_seq_len is 384: raise it, or ask for fewer" in told
+        assert "compiled" not in told
+
+
 def gap_where_they_part(model: str, one: dict, many: dict) -> float:
     """How far the logits of the two first different tokens lie apart, by whole-sequence computation in fp32."""
     from simpo_pipeline.data.chat import encode_chat, load_tokenizer

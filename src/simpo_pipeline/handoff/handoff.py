@@ -113,8 +113,9 @@ def _move(leaf: jax.Array, held: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStr
             array = jax.lax.with_sharding_constraint(array, stop)
         return array
 
+    travels = sharding.mesh.size > 1
     is_stack = leaf.ndim >= 3 and _spec_by_axis(held)[0] is None and _spec_by_axis(wanted)[0] is None
-    return jax.lax.map(lambda layer: move(layer, 1), leaf) if is_stack else move(leaf)
+    return jax.lax.map(lambda layer: move(layer, 1), leaf) if travels and is_stack else move(leaf)
 
 
 def _route(held: Spec, wanted: Spec, sharding: NamedSharding) -> list[Spec]:

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -123,3 +124,15 @@ def test_no_file_pickles_or_builds_shell_strings():
         modules = {module.split(".")[0] for module, _ in imported_modules(path)}
         wrong += [f"{path.relative_to(ROOT)}: imports {m}" for m in modules & {"pickle", "cloudpickle", "dill"}]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_test_that_the_architecture_page_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "ARCHITECTURE.md").read_text()))
+    defined = {
+        node.name
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 10
+    assert named <= defined, sorted(named - defined)

@@ -1,13 +1,16 @@
 """Programs are compiled ahead, named, kept, and the only way to a device once strays are forbidden."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
-from simpo_pipeline.distributed.programs import Programs, allow_strays, forbid_strays
+from simpo_pipeline.distributed.mesh import global_mesh, hosts_mesh, local_mesh, training_mesh
+from simpo_pipeline.distributed.programs import Programs, allow_strays, first_difference, forbid_strays
+from simpo_pipeline.errors import ConfigError
 
 VECTOR = jax.ShapeDtypeStruct((4,), np.float32)
 
@@ -70,3 +73,34 @@ def test_the_meshes_cover_all_devices_and_this_process_devices():
     assert training_mesh().axis_names == ("data", "model")
     assert list(training_mesh().devices.flat) == jax.devices()
     assert list(local_mesh().devices.flat) == jax.local_devices()
+    assert list(global_mesh().devices.flat) == jax.devices()
+    assert hosts_mesh().devices.tolist() == [jax.local_devices()]
+
+
+def devices_of(*process_indices: int):
+    return [SimpleNamespace(process_index=process, id=number) for number, process in enumerate(process_indices)]
+
+
+def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    unequal = devices_of(0, 0, 1)
+    monkeypatch.setattr(jax, "devices", lambda: unequal)
+    with pytest.raises(ConfigError, match=r"the processes have \[2, 1\] devices; a job needs the same number in each"):
+        hosts_mesh()
+    equal = devices_of(0, 0, 1, 1)
+    monkeypatch.setattr(jax, "devices", lambda: equal)
+    monkeypatch.setattr(jax, "local_devices", lambda: equal[:1:-1])
+    with pytest.raises(ConfigError, match="jax lists the devices of this process as"):
+        hosts_mesh()
+
+
+def test_what_differs_between_two_programs_is_told_by_its_first_line():
+    ours = {"jax": "1", "XLA_FLAGS": "", "StableHLO": "a\nb\nc"}
+    assert first_difference(ours, {**ours, "XLA_FLAGS": "--x"}).startswith(
+        "XLA_FLAGS differs at line 1, '' in process 0"
+    )
+    assert first_difference(ours, {**ours, "StableHLO": "a\nB\nC"}) == (
+        "StableHLO differs at line 2, 'b' in process 0 and 'B' there"
+    )
+    assert "'c' in process 0 and 'nothing' there" in first_difference(ours, {**ours, "StableHLO": "a\nb"})

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simpo_pipeline.distributed.config import WatchConfig
 from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
@@ -22,6 +21,7 @@ from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import FSDP_RULES, TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from steps.joined_job import joined_job
+from steps.session import JobFlags
 
 ROUNDS = 5
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce-scatter")
@@ -37,7 +37,7 @@ def bytes_per_device(tree: Any) -> int:
 def main() -> None:
     model_path = sys.argv[1]
     figures: dict[str, Any] = {}
-    with joined_job(WatchConfig()) as job:
+    with joined_job(JobFlags()) as job:
         programs = Programs(job.group)
         model = load_config(model_path)
         source = with_shardings(abstract_llama(model, jnp.float32), training_mesh(), FSDP_RULES)

@@ -209,7 +209,7 @@ class M11Args(JobFlags):
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
     open_tracker = tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")
-    with joined_job(args.watch) as job:
+    with joined_job(args) as job:
         executor_main(
             args,
             steps=interleave(PRESETS[args.preset]),

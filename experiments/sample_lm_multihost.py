@@ -64,7 +64,7 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST)
-    with joined_job(flags.watch) as job:
+    with joined_job(flags) as job:
         executor_main(
             flags,
             steps=sampler_steps(settings),

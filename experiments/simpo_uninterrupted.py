@@ -33,7 +33,7 @@ def uninterrupted(preset: Preset) -> list[ExecutorStep]:
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
     open_tracker = tracker_for(args.tracker, args, name=f"simpo-{args.preset}", project="simpo-pipeline")
-    with joined_job(args.watch) as job:
+    with joined_job(args) as job:
         executor_main(
             args,
             steps=uninterrupted(PRESETS[args.preset]),

@@ -69,7 +69,7 @@ def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO)
-    with joined_job(flags.watch) as job:
+    with joined_job(flags) as job:
         executor_main(
             flags,
             steps=train_simpo_steps(settings),

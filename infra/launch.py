@@ -95,7 +95,11 @@ def free_port() -> int:
 
 
 def wait_for_all(hosts: Sequence[Host], grace_seconds: float) -> Host | None:
-    """Waits until every process has ended, and ends the rest some time after one failed; returns the first to fail."""
+    """Waits until every process has ended, and ends the rest some time after one failed.
+
+    Returns one that was seen to fail when no other was: when several end together, not always the one to blame, which
+    the lines of the job name.
+    """
     first_failed: Host | None = None
     deadline = float("inf")
     while any(host.exit_code is None for host in hosts):
@@ -117,12 +121,11 @@ def end_all(hosts: Sequence[Host], signal_number: int) -> None:
 
 
 def interrupt_all(hosts: Sequence[Host]) -> None:
-    """Asks every process to end, and then ends those that do not: one may be stuck in a collective, or frozen."""
+    """Asks every process to end, and waits a little: one may be stuck in a collective, or frozen."""
     end_all(hosts, signal.SIGINT)
     deadline = time.monotonic() + INTERRUPT_SECONDS
     while any(host.exit_code is None for host in hosts) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    end_all(hosts, signal.SIGKILL)
 
 
 def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: float = GRACE_SECONDS) -> int:
@@ -133,12 +136,14 @@ def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: f
         for index in range(count):
             hosts.append(Host(index, command, host_environment(os.environ, index, count, port, devices)))
         first_failed = wait_for_all(hosts, grace_seconds)
-    except BaseException as error:
-        interrupt_all(hosts)
-        if not isinstance(error, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):  # asked again: then without waiting
+            interrupt_all(hosts)
         print("Job interrupted.", file=sys.stderr)
         return 130
+    finally:
+        for host in hosts:
+            host.send(signal.SIGKILL)  # also what an ended process left behind in its session
     for host in hosts:
         host.finish_reading()
     if first_failed is None:
@@ -152,8 +157,8 @@ def tell_failure(host: Host, count: int) -> None:
     """Says which process failed first, with the last that it wrote."""
     lines = "\n".join(f"    {line}" for line in host.last_lines)
     print(
-        f"Job failed: host {host.index} of {count} was the first to end with an error, exit code {host.exit_code}. "
-        f"Its last lines:\n{lines}",
+        f"Job failed: host {host.index} of {count} ended with exit code {host.exit_code}, and no other did before. Its "
+        f"last lines:\n{lines}",
         file=sys.stderr,
         flush=True,
     )
@@ -186,13 +191,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def end_on_termination(signal_number: int, frame: object) -> NoReturn:
-    """SIGTERM is to leave no process behind either."""
+    """A closed terminal, or a scheduler's SIGTERM, is to leave no process behind either."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
     flags = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, end_on_termination)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_on_termination)
     return run_local(flags.command, flags.local, flags.devices_per_host)
 
 

@@ -4,20 +4,19 @@ import collections
 import dataclasses
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts, prompt_shard
-from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
+from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.storage.files import list_files, remove_tree, write_json
-from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
+from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
+from steps.rows import host_file, merge_rows, merged_file, remove_other_rows, write_rows
 from steps.session import session_of
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ MODES = ("host_data_parallel", "global_mesh")
 # Rows that a tracker gets to show; all rows are in the step's own files.
 MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
-_ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_(?P<count>\d{4})\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +177,7 @@ def _generate(
     # A host that cannot serve its shard fails here, and the others follow it before any device is touched.
     processes.gather("every request can be served")
     engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
+    processes.watch.check_peers()
     wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
     weights, cost = _weights(config, programs, wanted)
     log_progress = _log_progress()
@@ -245,55 +244,6 @@ def _row(tokenizer: "Tokenizer", prompt: str, completion: "Completion") -> dict[
         "generated_token_count": len(tokens),
         "finish_reason": completion.finish_reason,
     }
-
-
-def host_file(process_index: int, process_count: int) -> str:
-    """The name of the file with one host's rows."""
-    return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
-
-
-def merged_file(process_count: int) -> str:
-    """The name of the file with the rows of all hosts."""
-    return f"all_hosts_merged_of_{process_count:04d}.jsonl"
-
-
-def remove_other_rows(output_path: str, process_count: int) -> None:
-    """Removes the rows that an earlier attempt by another number of hosts left behind."""
-    for entry in list_files(output_path):
-        match = _ROWS_FILE.fullmatch(entry.relative_path)
-        if match is not None and int(match["count"]) != process_count:
-            remove_tree(join(output_path, entry.relative_path))
-
-
-def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes the rows as JSON lines, in order."""
-    with JsonlWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
-
-
-def merge_rows(
-    output_path: str, num_prompts: int, samples_per_prompt: int, process_count: int
-) -> Iterator[dict[str, Any]]:
-    """The rows in the files of all hosts, by prompt and sample: hosts serve contiguous shards, each in order.
-
-    Raises:
-        DataError: a host's rows are not those of its shard, each once.
-    """
-    for host in range(process_count):
-        shard = prompt_shard(num_prompts, host, process_count)
-        wanted = [(host, prompt, sample) for prompt in shard for sample in range(samples_per_prompt)]
-        path = join(output_path, host_file(host, process_count))
-        count = 0
-        for row in read_jsonl(path):
-            place = (row["process_index"], row["global_prompt_index"], row["sample_index"])
-            if count >= len(wanted) or place != wanted[count]:
-                expected = wanted[count] if count < len(wanted) else "no more"
-                raise DataError(f"{path}: row {count} is (process, prompt, sample) {place}, expected {expected}")
-            count += 1
-            yield row
-        if count < len(wanted):
-            raise DataError(f"{path}: expected {len(wanted)} sequences but got {count}")
 
 
 def _merge(

@@ -4,21 +4,26 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 import traceback
 from collections.abc import Generator
 from typing import TYPE_CHECKING, NoReturn
 
-from simpo_pipeline.distributed.config import WatchConfig, find_membership
+from simpo_pipeline.distributed.config import find_membership
 from simpo_pipeline.errors import ConfigError, CoordinationError
 from simpo_pipeline.executor.processes import Processes
+from steps.session import JobFlags
 
 if TYPE_CHECKING:
-    from simpo_pipeline.distributed.coordination import Coordination
     from simpo_pipeline.distributed.group import ProcessGroup
     from simpo_pipeline.distributed.monitor import Monitor
 
-# How long a process that fails waits for the others to fail alike before it accuses itself.
+# How long a process that fails by itself waits for the others to fail alike before it accuses itself.
 _COMMON_EXIT_SECONDS = 3.0
+# The executor ends all processes alike; the leader then closes its tracker, which may have much to upload.
+_ORDERLY_EXIT_SECONDS = 120.0
+# The leader's process is the coordination service, so it outlives the others a little.
+_FAREWELL_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +35,19 @@ class JoinedJob:
 
 
 @contextlib.contextmanager
-def joined_job(watch: WatchConfig) -> Generator[JoinedJob]:
+def joined_job(flags: JobFlags) -> Generator[JoinedJob]:
     """Joins the job that the environment names, for as long as the block runs.
 
     From then on a process of many may only launch `Program`s, and all of them end together: when the block raises, or
-    a process is killed, frozen or stuck, the job is ended in every process, past jax's shutdown barrier.
+    a process is killed, frozen or stuck, the job is ended in every process, past jax's shutdown barrier. A dry run on
+    one machine of a cluster does not wait for the others.
     """
     try:
         membership = find_membership(os.environ)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if membership is None:
+    if membership is None or (flags.dry_run and membership.coordinator_address is None):
         yield JoinedJob(Processes())
         return
     # Imported here because planning in a job of one process must not import jax.
@@ -52,41 +58,52 @@ def joined_job(watch: WatchConfig) -> Generator[JoinedJob]:
 
     index, count = join(membership)
     coordination = JaxCoordination()
-    group = ProcessGroup(coordination, index, count, watch)
-    monitor = Monitor(group, coordination, watch)
+    group = ProcessGroup(coordination, index, count, flags.watch)
+    monitor = Monitor(group, coordination, flags.watch)
     forbid_strays()
     monitor.start()
     processes = Processes(index, count, agree=group.agree, gather=group.gather, watch=group)
     try:
         yield JoinedJob(processes, group)
-        group.gather("done")
+        group.step_ended("the end of the job")
     except BaseException as error:
-        _leave_with(error, coordination, monitor, is_leader=index == 0)
+        _leave_with(error, group, monitor)
     monitor.stop()
     leave()
 
 
-def _leave_with(error: BaseException, coordination: "Coordination", monitor: "Monitor", *, is_leader: bool) -> NoReturn:
+def _leave_with(error: BaseException, group: "ProcessGroup", monitor: "Monitor") -> NoReturn:
     """Ends this process with the others if they end alike, else tells them of it first."""
     from simpo_pipeline.distributed.monitor import end_process
 
-    code = 1
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-    elif isinstance(error, KeyboardInterrupt):
-        code = 130
-    else:
+    orderly = isinstance(error, SystemExit)
+    if not orderly:
         traceback.print_exception(error)
-    if not _all_leave(coordination):
-        monitor.leave(f"{type(error).__name__}: {error}")
-    elif not is_leader:
-        end_process(code)
-    monitor.stop()  # the leader's process is the coordination service, so it goes last
-    end_process(code)
+    if _all_leave(group, _ORDERLY_EXIT_SECONDS if orderly else _COMMON_EXIT_SECONDS):
+        monitor.stop()
+        if group.index == 0:
+            time.sleep(_FAREWELL_SECONDS)
+    else:
+        monitor.leave(f"{type(error).__name__}: {error.__cause__ or error}")
+        monitor.stop()
+    end_process(exit_code_of(error))
 
 
-def _all_leave(coordination: "Coordination") -> bool:
+def exit_code_of(error: BaseException) -> int:
+    """What Python would exit with after this error."""
+    match error:
+        case SystemExit(code=None):
+            return 0
+        case SystemExit(code=int(code)):
+            return code
+        case KeyboardInterrupt():
+            return 130
+        case _:
+            return 1
+
+
+def _all_leave(group: "ProcessGroup", timeout_seconds: float) -> bool:
     try:
-        return coordination.barrier("leaving", _COMMON_EXIT_SECONDS)
+        return group.barrier("leaving", timeout_seconds)
     except CoordinationError:
         return False

@@ -34,7 +34,7 @@ class MemoryCoordination:
 
     def delete(self, key: str) -> None:
         with self._changed:
-            for known in [known for known in self._values if known == key or known.startswith(key)]:
+            for known in [known for known in self._values if known == key or known.startswith(key.rstrip("/") + "/")]:
                 del self._values[known]
 
     def barrier(self, name: str, timeout_seconds: float) -> bool:

@@ -23,13 +23,21 @@ def test_a_slice_on_gke_and_a_tpu_vm_leave_it_to_jax(tmp_path):
     assert find_membership({"TPU_WORKER_HOSTNAMES": "a"}, tmp_path) is None
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "accel0").touch()
-    assert find_membership({}, tmp_path) == Membership()
+    assert find_membership({}, tmp_path, lambda: True) == Membership()
+    # On a machine without the TPU's library the device is some other card; a job on CPU does not look at it.
+    assert find_membership({}, tmp_path, lambda: False) is None
+    assert find_membership({"JAX_PLATFORMS": "cpu"}, tmp_path, lambda: True) is None
 
 
 def test_explicit_settings_win_over_a_tpu(tmp_path: pathlib.Path):
     (tmp_path / "dev" / "vfio").mkdir(parents=True)
     (tmp_path / "dev" / "vfio" / "0").touch()
-    assert find_membership(EXPLICIT, tmp_path) == Membership("10.0.0.1:8476", 4, 3)
+    assert find_membership(EXPLICIT, tmp_path, lambda: True) == Membership("10.0.0.1:8476", 4, 3)
+
+
+def test_a_silence_that_jax_would_not_wait_for_is_refused():
+    with pytest.raises(ConfigError, match=r"watch\.silence_seconds is 20\.0; at most 18\.0"):
+        WatchConfig(silence_seconds=20.0)
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,6 @@ def toy_steps(flags: ToyFlags) -> list[ExecutorStep]:
 if __name__ == "__main__":
     flags = parse_main_config(ToyFlags)
     open_tracker = DeviceTracker if flags.fault == "device_tracker" else NoTracker
-    with joined_job(flags.watch) as job:
+    with joined_job(flags) as job:
         session = JobSession(open_tracker, job.group, check_launches=flags.check_launches)
         executor_main(flags, steps=toy_steps(flags), session=session, processes=job.processes)

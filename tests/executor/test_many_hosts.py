@@ -177,8 +177,9 @@ def test_hosts_that_do_not_share_the_prefix_are_named_before_any_step_runs(prefi
     monkeypatch.setattr(executor_module, "exists", lambda path: threading.current_thread().name not in blind)
     errors = on_all_hosts(prefix, lambda index: interleave(calls))
     assert all(isinstance(error, PlanError) for error in errors)
-    assert all("process 1, 3 does not see that" in str(error) for error in errors)
+    assert all("process 1, 3 does not see it" in str(error) for error in errors)
     assert calls == []
+    assert list_files(prefix) == []
 
 
 def test_a_job_that_is_ended_from_outside_records_the_step_as_failed(prefix):

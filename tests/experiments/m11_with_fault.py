@@ -58,6 +58,6 @@ if __name__ == "__main__":
     if os.environ["JAX_PROCESS_ID"] == victim:
         plant(fault, step)
     args = parse_main_config(m11.M11Args)
-    with joined_job(args.watch) as job:
+    with joined_job(args) as job:
         session = JobSession(group=job.group)
         executor_main(args, steps=m11.interleave(m11.PRESETS["tiny"]), session=session, processes=job.processes)

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from jax._src.array import ArrayImpl
 
-from simpo_pipeline.distributed.config import WatchConfig
 from simpo_pipeline.distributed.mesh import local_mesh, place, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
@@ -29,6 +28,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import FSDP_RULES, TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from steps.joined_job import joined_job
+from steps.session import JobFlags
 
 # 134 million parameters, 537 MB in float32; the bound on memory has to be far above what an allocator rounds.
 MODEL = LlamaConfig(1024, 4096, 8, 16, 8, 64, 8192, 64, tie_word_embeddings=True)
@@ -90,7 +90,7 @@ def numpy_refused() -> Generator[None]:
 
 
 def main() -> None:
-    with joined_job(WatchConfig()) as job:
+    with joined_job(JobFlags()) as job:
         programs = Programs(job.group)
         source = with_shardings(abstract_llama(MODEL, np.float32), training_mesh(), FSDP_RULES)
         target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), local_mesh(), TENSOR_PARALLEL_RULES)

@@ -11,7 +11,8 @@ from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
-from steps.infer import InferConfig, check_same_tokens, host_file, infer, merge_rows, merged_file, write_rows
+from steps.infer import InferConfig, check_same_tokens, infer
+from steps.rows import host_file, merge_rows, merged_file, write_rows
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")

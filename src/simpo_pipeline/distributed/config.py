@@ -5,9 +5,10 @@ A process learns of its job from its environment: explicit settings (`JAX_COORDI
 """
 
 import dataclasses
+import importlib.util
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from simpo_pipeline.errors import ConfigError
 
@@ -16,6 +17,8 @@ _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _GKE_WORKERS = "TPU_WORKER_HOSTNAMES"
 # What the TPU driver of a TPU VM shows: v2 to v4, and v5 onwards.
 _TPU_DEVICES = ("dev/accel0", "dev/vfio/0")
+# What jax's own detection of a dead process waits for (`coordination.HEARTBEAT_SECONDS`), less the time to record why.
+_LONGEST_SILENCE_SECONDS = 18.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class WatchConfig:
         silence_seconds: A process that was not heard of for so long is taken to be killed or frozen.
         grace_seconds: How long the others have, when a process fails, to come to the end of the step by themselves.
         stall_seconds: A step on devices may go so long without launching or compiling anything.
-        file_stall_seconds: A step that only reads and writes files may take so long.
+        file_stall_seconds: A step that only reads and writes files, or planning and recording, may take so long.
     """
 
     silence_seconds: float = 15.0
@@ -39,6 +42,11 @@ class WatchConfig:
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"watch.{field.name} must be a finite number of seconds above 0, got {value}")
+        if self.silence_seconds > _LONGEST_SILENCE_SECONDS:
+            raise ConfigError(
+                f"watch.silence_seconds is {self.silence_seconds}; at most {_LONGEST_SILENCE_SECONDS}, or jax ends the "
+                "processes before anything can be recorded"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +58,15 @@ class Membership:
     process_index: int | None = None
 
 
-def find_membership(environment: Mapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> Membership | None:
+def _is_libtpu_installed() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def find_membership(
+    environment: Mapping[str, str],
+    root: pathlib.Path = pathlib.Path("/"),
+    has_libtpu: Callable[[], bool] = _is_libtpu_installed,
+) -> Membership | None:
     """The job that this process belongs to; None when it is a job of its own.
 
     Raises:
@@ -60,9 +76,10 @@ def find_membership(environment: Mapping[str, str], root: pathlib.Path = pathlib
     if given:
         return _explicit_membership(given)
     workers = [name for name in environment.get(_GKE_WORKERS, "").split(",") if name]
-    if len(workers) > 1 or any((root / device).exists() for device in _TPU_DEVICES):
-        return Membership()
-    return None
+    # Such a device alone may be any card that is passed through to a guest.
+    has_tpu = any((root / device).exists() for device in _TPU_DEVICES) and has_libtpu()
+    wants_tpu = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+    return Membership() if wants_tpu and (len(workers) > 1 or has_tpu) else None
 
 
 def _explicit_membership(given: Mapping[str, str]) -> Membership:

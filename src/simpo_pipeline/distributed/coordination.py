@@ -14,7 +14,7 @@ from simpo_pipeline.errors import ConfigError, CoordinationError
 
 # jax's own detection of dead processes, behind ours (`WatchConfig.silence_seconds`): it ends a process from a thread
 # in C++, without a word from Python.
-_HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 20
 # A slice's hosts start minutes apart.
 _GATHERING_SECONDS = 600
@@ -117,7 +117,7 @@ def join(membership: Membership) -> tuple[int, int]:
         jax.distributed.initialize(
             **given,
             initialization_timeout=_GATHERING_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except ValueError as error:

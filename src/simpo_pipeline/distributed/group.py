@@ -16,6 +16,9 @@ from simpo_pipeline.distributed.ledger import Event, Ledger, call_site, end_of_s
 from simpo_pipeline.distributed.standing import Failure, OnAbort, Phase, Standing
 from simpo_pipeline.errors import CoordinationError, PeerFailedError, ProgramError
 
+# So many keys a process leaves in the store before all meet to delete them: a job that waits for another one's step
+# agrees every few seconds that it still waits, for hours.
+_MOST_OWN_KEYS = 100
 # A wait is made of waits of this length, so that Ctrl-C gets through. Who waits in vain is ended by the monitor.
 _LONGEST_WAIT_SECONDS = 1.0
 
@@ -65,7 +68,17 @@ class ProcessGroup:
         contributions = self._meet("agree", value if self.index == 0 else None, whom)
         if contributions[0].about != contributions[-1].about:
             raise self._parted(dict(zip(whom, contributions, strict=True)))
+        if len(self._own_keys) >= _MOST_OWN_KEYS:  # in every process at once, since all meet in the same order
+            self.gather(None)
         return contributions[0].value
+
+    def barrier(self, name: str, timeout_seconds: float) -> bool:
+        """Waits until every process has come to the barrier of that name; False when they do not in time.
+
+        Raises:
+            CoordinationError: the coordination service is lost.
+        """
+        return self._coordination.barrier(name, timeout_seconds)
 
     @contextlib.contextmanager
     def phase(self, name: str, *, files_only: bool, on_abort: OnAbort | None) -> Generator[None]:
@@ -80,7 +93,7 @@ class ProcessGroup:
 
     def failed(self, failure: Failure) -> None:
         """Tells the others that this process failed in its phase, before it meets them at the phase's end."""
-        self.standing.failure = failure
+        self.standing.failure = self.ledger.page.number, failure
 
     def check_peers(self) -> None:
         """Raises PeerFailedError when another process is known to have failed in the current step.
@@ -108,8 +121,8 @@ class ProcessGroup:
         if len(launches) > 1 or (len(whole) > 1 and not anyone_failed):
             self.ledger.close(f"the processes parted in step {name!r}; start the job again")
         message = self._describe_parting(name) if len(whole) > 1 and not anyone_failed else None
+        self.ledger.turn_page()  # first: the monitor must not see this page without its failure
         self.standing.failure = None
-        self.ledger.turn_page()
         if message is not None:
             raise ProgramError(f"{message}.")
 
@@ -122,7 +135,8 @@ class ProcessGroup:
     def _meet(self, kind: str, value: Any, whom: Sequence[int]) -> list[_Contribution]:
         """Brings `value`, and returns what each of `whom` brought to the same meeting."""
         about, text = self._announce(kind)
-        own = _Contribution(about, text, value, self.standing.failure)
+        failure = self.standing.failure
+        own = _Contribution(about, text, value, failure[1] if failure is not None else None)
         key = f"meeting/{self._num_meetings}/{self.index}"
         self._coordination.put(key, json.dumps(dataclasses.asdict(own)).encode())
         self._own_keys.append(key)

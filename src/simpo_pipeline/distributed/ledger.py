@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from simpo_pipeline.errors import ProgramError
 
+_LAUNCH = "launch "
 # Frames of these are not where something was launched from, but how.
 _PLUMBING = (
     "simpo_pipeline.distributed",
@@ -25,9 +26,6 @@ _PLUMBING = (
     "contextlib",
     "functools",
 )
-
-
-_LAUNCH = "launch "
 
 
 @dataclasses.dataclass(frozen=True)

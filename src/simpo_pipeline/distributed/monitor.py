@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from simpo_pipeline.distributed.config import WatchConfig
@@ -44,12 +45,27 @@ class _Peer:
     failed: float | None = None
     page: int = -1
     events: list[Event] = dataclasses.field(default_factory=list)
+    """Of that page, but for its first `num_equal`, which all processes were found to share."""
+    num_equal: int = 0
+
+    @property
+    def num_heard(self) -> int:
+        """Events of the page that were read."""
+        return self.num_equal + len(self.events)
 
 
 class Monitor:
-    """Watches one process and, in the leader, the whole job; runs while the `with` block does."""
+    """Watches one process and, in the leader, the whole job, from `start` to `stop`."""
 
-    def __init__(self, group: ProcessGroup, coordination: Coordination, watch: WatchConfig) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        coordination: Coordination,
+        watch: WatchConfig,
+        end: Callable[[int], None] | None = None,
+    ) -> None:
+        """`end` ends the process with an exit code; None: `end_process`."""
+        self._end = end or end_process
         self._group = group
         self._coordination = coordination
         self._watch = watch
@@ -91,6 +107,9 @@ class Monitor:
             except CoordinationError as error:
                 if not self._stopped.is_set():
                     self._abort(self._leader_is_gone(str(error)))
+            except Exception as error:  # a job without a watch must not go on as if it had one
+                logger.exception("the monitor failed")
+                self._abort(Verdict(self._group.index, f"the monitor of this process failed: {error!r}", True))
 
     def _guard_until_stopped(self) -> None:
         """Ends a process whose monitor is stuck in a call to a frozen leader."""
@@ -113,6 +132,8 @@ class Monitor:
         self._published = (page.number, start + len(events))
         self._beat += 1
         report = self._group.standing.report(self._beat, *self._published)
+        if self._group.ledger.page is not page:
+            return  # the page was turned meanwhile; the next beat tells of the new one
         self._coordination.put(f"standing/{self._group.index}", json.dumps(dataclasses.asdict(report)).encode())
 
     def _watch_over_all(self) -> None:
@@ -125,12 +146,15 @@ class Monitor:
                 silent_seconds=now - peer.heard,
                 failed_seconds=None if peer.failed is None else now - peer.failed,
                 events=peer.events,
+                num_equal=peer.num_equal,
             )
             for peer in self._peers
         ]
         self._tell_of_failure()
         verdict = judge(known, self._watch)
-        if verdict is not None:
+        if verdict is None:
+            self._forget_what_is_equal()
+        else:
             self._coordination.put(_VERDICT_KEY, json.dumps(dataclasses.asdict(verdict)).encode())
             self._abort(verdict)
 
@@ -145,15 +169,24 @@ class Monitor:
             peer.failed = now
         if peer.page != report.page:
             self._coordination.delete(f"events/{index}/{peer.page}/")
-            peer.page, peer.events = report.page, []
-        while len(peer.events) < report.num_events:
-            key = f"events/{index}/{report.page}/{len(peer.events)}"
+            peer.page, peer.events, peer.num_equal = report.page, [], 0
+        while peer.num_heard < report.num_events:
+            key = f"events/{index}/{report.page}/{peer.num_heard}"
             data = self._coordination.get_now(key)
             if data is None:
                 break
             peer.events += [Event(identity, text) for identity, text in json.loads(data)]
             self._coordination.delete(key)
         peer.report = report
+
+    def _forget_what_is_equal(self) -> None:
+        """Nothing was found to part, so what all have told of one page is equal and need not be compared again."""
+        if len({peer.page for peer in self._peers}) > 1 or any(peer.failed is not None for peer in self._peers):
+            return
+        num_equal = min(len(peer.events) for peer in self._peers)
+        for peer in self._peers:
+            del peer.events[:num_equal]
+            peer.num_equal += num_equal
 
     def _tell_of_failure(self) -> None:
         """Lets work on the devices of one process alone end early when another process has failed."""
@@ -172,7 +205,7 @@ class Monitor:
         if verdict is not None:
             self._abort(Verdict(**json.loads(verdict)))
 
-    def _abort(self, verdict: Verdict) -> NoReturn:
+    def _abort(self, verdict: Verdict) -> None:
         """Ends this process; its main thread may be stuck in a collective, so nothing waits for it."""
         self._last_word = float("inf")  # the guard need not look any more
         # Whatever the rest hangs on (a full pipe, a lock of the main thread), the process goes.
@@ -185,7 +218,8 @@ class Monitor:
         if self._group.index == 0:
             self._record(verdict)
             time.sleep(_FAREWELL_SECONDS)
-        end_process(1)
+        self._end(1)
+        self._stopped.set()
 
     def _record(self, verdict: Verdict) -> None:
         """Lets the current phase record why it ends; storage may be out of reach, so not for ever."""

@@ -58,7 +58,8 @@ class Standing:
         self._last_progress = clock()
         self.phase = Phase("between steps", deadline_seconds)
         self.waiting: str | None = None
-        self.failure: Failure | None = None
+        # The page of the ledger in which this process failed, and how.
+        self.failure: tuple[int, Failure] | None = None
         self.leaving: str | None = None
         # The page of the ledger in which a peer failed, and what is known of it.
         self.peer_failure: tuple[int, str] | None = None
@@ -86,6 +87,6 @@ class Standing:
             idle_seconds=idle_seconds,
             stalled=self.waiting is None and deadline is not None and idle_seconds > deadline,
             waiting=self.waiting,
-            failure=self.failure,
+            failure=self.failure[1] if self.failure is not None and self.failure[0] == page else None,
             leaving=self.leaving,
         )

@@ -43,13 +43,15 @@ class Known:
         report: Its last report; None before the first.
         silent_seconds: Since that report, or since the start.
         failed_seconds: Since it was first seen to have failed in the current step.
-        events: Of the current page.
+        events: Of the current page, without its first `num_equal`, in which all processes agree.
+        num_equal: So many were compared before.
     """
 
     report: Report | None
     silent_seconds: float
     failed_seconds: float | None
     events: Sequence[Event]
+    num_equal: int = 0
 
 
 def judge(known: Sequence[Known], config: WatchConfig) -> Verdict | None:
@@ -99,7 +101,7 @@ def _failed(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     return Verdict(
         index,
         f"{report.describe(index, count)} failed in {report.phase!r}: {report.failure['exception']}{at}. The others "
-        f"did not come to the end of the step within {config.grace_seconds:.0f} s; they wait for it in a collective",
+        f"did not come to the end of the step within {config.grace_seconds:.0f} s",
         False,
         report.failure,
     )
@@ -117,7 +119,7 @@ def _parted(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     identities = [event.identity for event in events if event is not None]
     rarest = min(identities, key=identities.count)
     culprit = next(index for index, event in enumerate(events) if event is not None and event.identity == rarest)
-    message = describe_parting(reports[culprit].phase, position, events)
+    message = describe_parting(reports[culprit].phase, known[0].num_equal + position, events)
     # Of two halves one cannot tell which is right.
     if identities.count(rarest) * 2 < len(identities):
         message = f"{reports[culprit].describe(culprit, count)} is alone with what it did: {message}"

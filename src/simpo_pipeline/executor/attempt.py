@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import logging
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
@@ -118,6 +119,8 @@ class Attempt:
         self._own_error: Exception | None = None
         self._failures: list[dict[str, Any]] = []
         self.error: SimpoPipelineError | None = None
+        self._outcome = threading.Lock()
+        self._past_phase = False
         self.seconds = 0.0
 
     def execute(self) -> Ending:
@@ -174,6 +177,7 @@ class Attempt:
                 watch.failed({name: report[name] for name in _FAILURE_FIELDS})
             reports: list[dict[str, Any]] = processes.gather(report)
             watch.step_ended(self._step.name)
+        self._leave_phase()
         failures = [report for report in reports if report["exception"] is not None]
         # Who merely stopped because another failed is not the first to be named.
         self._failures = sorted(failures, key=lambda failure: failure["followed"])
@@ -268,14 +272,25 @@ class Attempt:
                 "that depend on it."
             )
 
+    def _leave_phase(self) -> None:
+        """From here on the outcome is recorded by this thread alone."""
+        with self._outcome:
+            self._past_phase = True
+        if self.error is not None:
+            raise self.error  # the watch ends the process in a moment
+
     def _record_abort(self, failure: Mapping[str, Any]) -> None:
         """In the leader, from another thread: the job ends while this step is stuck."""
-        self._failures = [dict(failure)]
-        self.error = self._failed()
-        self._record_failure()
+        with self._outcome:
+            if not self._past_phase:
+                self._failures = [dict(failure)]
+                self.error = self._failed()
+                self._record_failure()
 
     def _record_failure(self) -> None:
-        error = {"step": self._step.name, "error": str(self.error), "failures": self._failures}
+        # Processes that parted, or a commit that failed, are no process's own failure.
+        common = {"process_index": None, "host": None, "exception": str(self.error), "traceback": None}
+        error = {"step": self._step.name, "error": str(self.error), "failures": self._failures or [common]}
         self._record(Status.FAILED, error)
 
     def _record(self, token: Status, error: dict[str, Any] | None = None) -> None:

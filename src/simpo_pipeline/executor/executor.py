@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simpo_pipeline.errors import ConfigError, PlanError
+from simpo_pipeline.errors import ConfigError, PlanError, StorageError
 from simpo_pipeline.executor.attempt import Job
 from simpo_pipeline.executor.graph import Graph, Step, build_graph
 from simpo_pipeline.executor.identity import EdgeKind
@@ -29,7 +29,7 @@ from simpo_pipeline.executor.rounds import Rounds, StepResult
 from simpo_pipeline.executor.run import PlanRow
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
-from simpo_pipeline.storage.files import exists, write_json
+from simpo_pipeline.storage.files import exists, remove_tree, write_json, write_text
 from simpo_pipeline.storage.paths import absolute, join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
@@ -103,6 +103,7 @@ class Executor:
             self.plan = planner.rows(planner.decide({}, ()))
             return ()
         run_id: str = self._processes.leader_decides(lambda: uuid.uuid4().hex[:12])
+        self._check_shared_prefix(run_id)
         with LeaseKeeper(run_id, self._lease, planner.watch) as leases:
             job = Job(
                 graph=graph,
@@ -121,7 +122,6 @@ class Executor:
     def _follow(self, rounds: Rounds, job: Job) -> None:
         def on_plan(rows: tuple[PlanRow, ...]) -> None:
             self.executor_info_path = self._processes.leader_decides(lambda: self._write_run_record(job))
-            self._check_shared_prefix(self.executor_info_path)
             if self._processes.is_leader:
                 _logger.info("the plan:\n%s", plan_table(rows))
 
@@ -131,20 +131,24 @@ class Executor:
             job.live.free_all()
             self.plan, self.results = rounds.rows(), rounds.results()
 
-    def _check_shared_prefix(self, run_record: str | None) -> None:
-        """Make sure that every process sees what the leader just wrote, below the prefix that it writes to itself.
+    def _check_shared_prefix(self, run_id: str) -> None:
+        """Make sure that every process sees what the leader writes below the prefix.
 
         Raises:
             PlanError: in every process, naming those that do not.
         """
-        assert run_record is not None
-        told: list[list[Any]] = self._processes.gather([self.prefix, exists(run_record)])
+        if self._processes.process_count == 1:
+            return
+        probe = join(self.prefix, f".shared-{run_id}")
+        self._processes.leader_decides(lambda: write_text(probe, run_id))
+        told: list[list[Any]] = self._processes.gather([self.prefix, _sees(probe)])
+        self._processes.leader_decides(lambda: remove_tree(probe))
         blind = [str(index) for index, (prefix, sees) in enumerate(told) if prefix != told[0][0] or not sees]
         if blind:
             raise PlanError(
-                f"The leader writes below {told[0][0]!r} and wrote {run_record!r}; process {', '.join(blind)} does not "
-                "see that, or has another prefix. All hosts of a job write below one prefix: give --prefix the "
-                "absolute path of a folder that they share, or gs://bucket/path."
+                f"The leader wrote a file below {told[0][0]!r}, and process {', '.join(blind)} does not see it, or has "
+                "another prefix. All hosts of a job write below one prefix: give --prefix the absolute path of a "
+                "folder that they share, or gs://bucket/path."
             )
 
     def _publish(self, graph: Graph) -> None:
@@ -173,6 +177,13 @@ class Executor:
         }
         write_json(path, record)
         return path
+
+
+def _sees(path: str) -> bool:
+    try:
+        return exists(path)
+    except StorageError:
+        return False
 
 
 def _wanted(order: Order, run_only: Sequence[str] | None) -> frozenset[Step]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from simpo_pipeline import errors
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StepError
 
 
@@ -102,8 +103,8 @@ class Processes:
         """What `decide()` gave in the leader; it is called nowhere else, and its failure is everyone's failure.
 
         Raises:
-            SimpoPipelineError: in the leader, what `decide()` raised, made a StepError if it is not one of ours.
-            StepError: in the other processes, then.
+            SimpoPipelineError: what `decide()` raised, of the same class in every process; a StepError if it is not
+                one of ours.
         """
         failure: Exception | None = None
         outcome: dict[str, Any] | None = None
@@ -112,10 +113,11 @@ class Processes:
                 outcome = {"value": decide(), "error": None}
             except Exception as error:
                 failure = error
-                outcome = {"value": None, "error": f"{type(error).__name__}: {error}"}
+                outcome = {"value": None, "error": str(error), "kind": type(error).__name__}
         agreed: dict[str, Any] = self.agree(outcome)
         if isinstance(failure, SimpoPipelineError):
             raise failure
         if agreed["error"] is not None:
-            raise StepError(f"The leader (process 0) could not decide: {agreed['error']}") from failure
+            kind = getattr(errors, agreed["kind"], StepError)
+            raise kind(f"The leader (process 0) could not decide: {agreed['kind']}: {agreed['error']}") from failure
         return agreed["value"]

@@ -58,7 +58,8 @@ class Handoff:
         """Borrows `params` (a pytree of device arrays, left alive and unchanged) and returns inference weights."""
         if self.program is None:
             return InferenceWeights(tree=params, shared=True, num_bytes=self.num_bytes)
-        # From device to device alone: a way through host memory raises where the backend can tell (GPU and TPU).
+        # The program alone moves anything: transfers beside it, through host memory too, raise where the backend can
+        # tell (GPU and TPU).
         with jax.transfer_guard("disallow_explicit"):
             laid_out = self.program(params)
             # Both views share their buffers, so that of the whole job is forgotten at once.

@@ -1,0 +1,62 @@
+"""The files of generated rows: one a host, and one of all hosts, merged in the order of the prompts."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from simpo_pipeline.data.prompts import prompt_shard
+from simpo_pipeline.errors import DataError
+from simpo_pipeline.storage.files import list_files, remove_tree
+from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
+from simpo_pipeline.storage.paths import join
+
+_ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_(?P<count>\d{4})\.jsonl")
+
+
+def host_file(process_index: int, process_count: int) -> str:
+    """The name of the file with one host's rows."""
+    return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
+
+
+def merged_file(process_count: int) -> str:
+    """The name of the file with the rows of all hosts."""
+    return f"all_hosts_merged_of_{process_count:04d}.jsonl"
+
+
+def remove_other_rows(output_path: str, process_count: int) -> None:
+    """Removes the rows that an earlier attempt by another number of hosts left behind."""
+    for entry in list_files(output_path):
+        match = _ROWS_FILE.fullmatch(entry.relative_path)
+        if match is not None and int(match["count"]) != process_count:
+            remove_tree(join(output_path, entry.relative_path))
+
+
+def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes the rows as JSON lines, in order."""
+    with JsonlWriter(path) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def merge_rows(
+    output_path: str, num_prompts: int, samples_per_prompt: int, process_count: int
+) -> Iterator[dict[str, Any]]:
+    """The rows in the files of all hosts, by prompt and sample: hosts serve contiguous shards, each in order.
+
+    Raises:
+        DataError: a host's rows are not those of its shard, each once.
+    """
+    for host in range(process_count):
+        shard = prompt_shard(num_prompts, host, process_count)
+        wanted = [(host, prompt, sample) for prompt in shard for sample in range(samples_per_prompt)]
+        path = join(output_path, host_file(host, process_count))
+        count = 0
+        for row in read_jsonl(path):
+            place = (row["process_index"], row["global_prompt_index"], row["sample_index"])
+            if count >= len(wanted) or place != wanted[count]:
+                expected = wanted[count] if count < len(wanted) else "no more"
+                raise DataError(f"{path}: row {count} is (process, prompt, sample) {place}, expected {expected}")
+            count += 1
+            yield row
+        if count < len(wanted):
+            raise DataError(f"{path}: expected {len(wanted)} sequences but got {count}")

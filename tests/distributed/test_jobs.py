@@ -94,14 +94,33 @@ def test_launches_can_be_compared_before_they_are_made(launch, tmp_path):
     assert "Nothing was launched" in job.text
 
 
+@pytest.mark.slow
+def test_when_all_fail_alike_the_leader_has_time_to_close_its_tracker(launch, tmp_path):
+    words = ("--fault", "raise_with_slow_tracker", "--fault_step", "infer", "--victim", 1)
+    job = launch(2, TOY, "--prefix", tmp_path, *words)
+    assert job.exit_code == 1
+    assert "UPLOADED" in job.lines(0), job.text
+    assert "left the job" not in job.text
+    assert all(any("The job failed." in line for line in job.lines(host)) for host in (0, 1))
+
+
+@pytest.mark.slow
+def test_a_host_that_leaves_alone_is_named_and_ends_all(launch, tmp_path):
+    job = launch(2, TOY, "--prefix", tmp_path, "--fault", "interrupt", "--victim", 1)
+    assert job.exit_code in (1, 130)
+    assert job.ended - first_fault(job) < LOSS_SECONDS
+    assert re.search(r"process 1 of 2, pid \d+\) left the job: KeyboardInterrupt", "\n".join(job.lines(0))), job.text
+    assert status(tmp_path, "train-5") == "FAILED"
+
+
 @pytest.mark.parametrize(
     ("fault", "step", "victim", "flags"),
     [
         ("raise", "infer", 1, ()),
-        ("raise", "train-5", 0, ()),
         ("kill", "infer", 0, ()),
         ("hang", "infer", 1, ("--watch.stall_seconds", "4")),
         pytest.param("raise", "infer", 0, (), marks=pytest.mark.slow),
+        pytest.param("raise", "train-5", 0, (), marks=pytest.mark.slow),
         pytest.param("raise", "train-5", 1, (), marks=pytest.mark.slow),
         pytest.param("kill", "train-5", 1, (), marks=pytest.mark.slow),
         pytest.param("kill", "train-5", 0, (), marks=pytest.mark.slow),

@@ -133,6 +133,17 @@ class DeviceTracker(NoTracker):
             jnp.zeros(())
 
 
+class SlowTracker(NoTracker):
+    """A tracker that has much to upload at the end."""
+
+    def finish(self, error: BaseException | None = None) -> None:
+        time.sleep(5)
+        print("UPLOADED", flush=True)
+
+
+TRACKERS = {"device_tracker": DeviceTracker, "raise_with_slow_tracker": SlowTracker}
+
+
 def say(what: str) -> None:
     """Tells the test that the fault comes now."""
     print(f"FAULT {time.time():.3f} {what}", flush=True)
@@ -162,6 +173,11 @@ def raise_error(run: StepRun, toy: Toy) -> None:
     raise FloatingPointError("a planted error")
 
 
+def interrupt(run: StepRun, toy: Toy) -> None:
+    """Ctrl-C that reaches one host alone."""
+    raise KeyboardInterrupt
+
+
 def hang(run: StepRun, toy: Toy) -> None:
     """A host that neither goes on nor gives up."""
     while True:
@@ -182,6 +198,8 @@ AT_ONCE = {
     "ambient_zeros": ambient_zeros,
     "eager_op": eager_op,
     "raise": raise_error,
+    "raise_with_slow_tracker": raise_error,
+    "interrupt": interrupt,
     "hang": hang,
     "kill": kill,
     "freeze": freeze,
@@ -225,7 +243,7 @@ def toy_steps(flags: ToyFlags) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     flags = parse_main_config(ToyFlags)
-    open_tracker = DeviceTracker if flags.fault == "device_tracker" else NoTracker
+    open_tracker = TRACKERS.get(flags.fault, NoTracker)
     with joined_job(flags) as job:
         session = JobSession(open_tracker, job.group, check_launches=flags.check_launches)
         executor_main(flags, steps=toy_steps(flags), session=session, processes=job.processes)

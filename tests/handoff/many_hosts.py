@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax._src.array import ArrayImpl
 
-from simpo_pipeline.distributed.mesh import local_mesh, place, training_mesh
+from simpo_pipeline.distributed.mesh import global_mesh, local_mesh, place, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
 from simpo_pipeline.model.config import LlamaConfig
@@ -138,9 +138,33 @@ def main() -> None:
             )
         ]
         weights.free()
+        found["global"] = hand_over_to_all(programs, source, trainer[0])
         found["cast_exactly"] = all(cast)
         found["trainer_untouched"] = digest(trainer) == before and pointers(trainer) == where
         print("FOUND " + json.dumps(found), flush=True)
+
+
+def hand_over_to_all(programs: Programs, source: Any, params: Any) -> dict[str, Any]:
+    """The same for one engine over all devices of the job."""
+    target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), global_mesh(), TENSOR_PARALLEL_RULES)
+    handoff = build_handoff(programs, source, target)
+    assert handoff.program is not None
+    with numpy_refused():
+        weights = handoff(params)
+        jax.block_until_ready(weights.tree)
+    references = jax.tree.leaves(reference_values(source))
+    cast = [
+        np.asarray(shard.data).tobytes() == reference[shard.index].astype(jax.numpy.bfloat16).tobytes()
+        for leaf, reference in zip(jax.tree.leaves(weights.tree), references, strict=True)
+        for shard in leaf.addressable_shards
+    ]
+    memory = handoff.program.memory_bytes
+    weights.free()
+    return {
+        "cast_exactly": all(cast),
+        "copy_bytes_per_device": memory.outputs,
+        "temporary_bytes_per_device": memory.temporary,
+    }
 
 
 def reference_values(abstract: Any) -> Any:

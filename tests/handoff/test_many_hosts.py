@@ -31,6 +31,14 @@ def test_memory_stays_below_trainer_and_one_copy_and_a_tenth(found):
         print({name: process[name] for name in ("trainer_bytes", "copy_bytes", "extra_resident_bytes")}, program)
 
 
+def test_one_engine_over_all_devices_gets_its_weights_the_same_way(found):
+    for process in found:
+        everywhere, trainer = process["global"], process["trainer_bytes"] / 2
+        assert everywhere["cast_exactly"]
+        copy = everywhere["copy_bytes_per_device"]
+        assert trainer + copy + everywhere["temporary_bytes_per_device"] < 1.1 * (trainer + copy)
+
+
 def test_parts_are_traded_within_hosts_and_gathered_over_hosts_and_nothing_is_summed(found):
     for process in found:
         collectives = process["collectives"]

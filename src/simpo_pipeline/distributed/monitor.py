@@ -72,6 +72,7 @@ class Monitor:
         self._beat = 0
         self._published = (0, 0)  # page, and how many of its events
         self._last_word = time.monotonic()
+        self._aborting = False
         self._stopped = threading.Event()
         now = time.monotonic()
         self._peers = [_Peer(heard=now) for _ in range(group.count)]
@@ -207,7 +208,9 @@ class Monitor:
 
     def _abort(self, verdict: Verdict) -> None:
         """Ends this process; its main thread may be stuck in a collective, so nothing waits for it."""
-        self._last_word = float("inf")  # the guard need not look any more
+        if self._aborting:
+            return
+        self._aborting = True
         # Whatever the rest hangs on (a full pipe, a lock of the main thread), the process goes.
         last_resort = threading.Timer(_RECORD_SECONDS + 2 * _FAREWELL_SECONDS, os._exit, [1])
         last_resort.daemon = True
@@ -219,6 +222,7 @@ class Monitor:
             self._record(verdict)
             time.sleep(_FAREWELL_SECONDS)
         self._end(1)
+        last_resort.cancel()
         self._stopped.set()
 
     def _record(self, verdict: Verdict) -> None:

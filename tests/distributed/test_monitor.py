@@ -1,0 +1,130 @@
+"""The monitor passes the verdict on, tells of failures, and never dies in silence. Processes are threads here."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from simpo_pipeline.distributed.config import WatchConfig
+from simpo_pipeline.distributed.group import ProcessGroup
+from simpo_pipeline.distributed.ledger import Launch
+from simpo_pipeline.distributed.monitor import BEAT_SECONDS, Monitor
+from simpo_pipeline.errors import CoordinationError
+
+WATCH = WatchConfig(grace_seconds=0.5, stall_seconds=1.0, silence_seconds=2.0)
+
+
+class Job:
+    """Two watched processes that share a store; their ends are recorded instead of happening."""
+
+    def __init__(self, coordination: Any) -> None:
+        self.coordination = coordination
+        self.groups = [ProcessGroup(coordination, index, 2, WATCH) for index in (0, 1)]
+        self.ended: dict[int, int] = {}
+        self.recorded: list[Any] = []
+        self.monitors = [
+            Monitor(group, coordination, WATCH, functools.partial(self.ended.__setitem__, group.index))
+            for group in self.groups
+        ]
+
+    def start(self) -> None:
+        for monitor in self.monitors:
+            monitor.start()
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 8.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def job(make_coordination):
+    made = Job(make_coordination(2))
+    made.start()
+    yield made
+    for monitor in made.monitors:
+        monitor.stop()
+
+
+def launch(group: ProcessGroup, name: str) -> None:
+    group.ledger.record(Launch(name, name, 4, 2))
+
+
+def test_equal_records_are_forgotten_in_the_store_and_the_job_goes_on(job):
+    for number in range(300):
+        for group in job.groups:
+            launch(group, f"program {number}")
+    job.wait_for(lambda: not job.coordination.list("events/"))
+    time.sleep(4 * BEAT_SECONDS)
+    assert job.ended == {}
+
+
+def test_processes_that_part_are_ended_and_the_step_is_recorded_by_the_leader(job):
+    for name in ("a", "b"):
+        launch(job.groups[0], name)
+        launch(job.groups[1], name if name == "a" else "zeros")
+    with job.groups[0].phase("train-2", files_only=False, on_abort=job.recorded.append):
+        job.wait_for(lambda: set(job.ended) == {0, 1})
+    (failure,) = job.recorded
+    assert "at number 1 of what they do together" in failure["exception"]
+    assert "process 1 launched 'zeros'" in failure["exception"]
+
+
+def test_a_failure_is_told_to_the_others_and_forgotten_when_the_step_has_ended(job):
+    failing, other = job.groups[1], job.groups[0]
+    failing.failed({"exception": "ValueError: bad", "at": None})
+    job.wait_for(lambda: other.standing.peer_failure is not None)
+    with pytest.raises(CoordinationError, match=r"process 1 of 2 failed: ValueError: bad"):
+        other.check_peers()
+    failing.ledger.turn_page()
+    failing.standing.failure = None
+    other.ledger.turn_page()
+    other.check_peers()
+    time.sleep(WATCH.grace_seconds + 4 * BEAT_SECONDS)
+    assert job.ended == {}
+
+
+def test_a_process_that_leaves_takes_the_others_along(job):
+    job.monitors[1].leave("KeyboardInterrupt: ")
+    job.wait_for(lambda: set(job.ended) == {0, 1})
+
+
+def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):
+    job.groups[0].standing.waiting = "came to gather (x:1)"
+    with job.groups[1].phase("infer", files_only=False, on_abort=None):
+        time.sleep(WATCH.stall_seconds / 2)
+        job.groups[1].standing.progress()
+        time.sleep(WATCH.stall_seconds / 2)
+        assert job.ended == {}
+        job.wait_for(lambda: set(job.ended) == {0, 1})
+
+
+def test_a_process_that_cannot_reach_the_leader_ends_itself(make_coordination):
+    coordination = make_coordination(2)
+    job = Job(coordination)
+
+    def lost(*_: Any) -> None:
+        raise CoordinationError("the coordination service in process 0 does not answer")
+
+    coordination.put = lost
+    job.monitors[1].start()
+    job.wait_for(lambda: job.ended == {1: 1})
+
+
+def test_a_frozen_leader_whose_service_hangs_is_noticed_by_the_guard(make_coordination):
+    coordination = make_coordination(2)
+    job = Job(coordination)
+    coordination.put = lambda *_: time.sleep(60)
+    job.monitors[1].start()
+    job.wait_for(lambda: job.ended == {1: 1})
+
+
+def test_a_monitor_that_breaks_ends_its_process_instead_of_dying_in_silence(make_coordination):
+    coordination = make_coordination(2)
+    job = Job(coordination)
+    coordination.put = lambda *_: 1 / 0
+    job.monitors[1].start()
+    job.wait_for(lambda: job.ended == {1: 1})

@@ -21,6 +21,7 @@ def test_explicit_settings_name_the_job(tmp_path):
 def test_a_slice_on_gke_and_a_tpu_vm_leave_it_to_jax(tmp_path):
     assert find_membership({"TPU_WORKER_HOSTNAMES": "a,b"}, tmp_path) == Membership()
     assert find_membership({"TPU_WORKER_HOSTNAMES": "a"}, tmp_path) is None
+    assert find_membership({"MEGASCALE_COORDINATOR_ADDRESS": "a:8080"}, tmp_path) == Membership()
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "accel0").touch()
     assert find_membership({}, tmp_path, lambda: True) == Membership()

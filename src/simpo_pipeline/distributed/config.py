@@ -15,6 +15,8 @@ from simpo_pipeline.errors import ConfigError
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Set by GKE in every container of a TPU slice.
 _GKE_WORKERS = "TPU_WORKER_HOSTNAMES"
+# Set where several slices make one job, which may have one host each.
+_MULTISLICE = "MEGASCALE_COORDINATOR_ADDRESS"
 # What the TPU driver of a TPU VM shows: v2 to v4, and v5 onwards.
 _TPU_DEVICES = ("dev/accel0", "dev/vfio/0")
 # What jax's own detection of a dead process waits for (`coordination.HEARTBEAT_SECONDS`), less the time to record why.
@@ -79,7 +81,8 @@ def find_membership(
     # Such a device alone may be any card that is passed through to a guest.
     has_tpu = any((root / device).exists() for device in _TPU_DEVICES) and has_libtpu()
     wants_tpu = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
-    return Membership() if wants_tpu and (len(workers) > 1 or has_tpu) else None
+    is_pod = len(workers) > 1 or _MULTISLICE in environment
+    return Membership() if wants_tpu and (is_pod or has_tpu) else None
 
 
 def _explicit_membership(given: Mapping[str, str]) -> Membership:

@@ -191,13 +191,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def end_on_termination(signal_number: int, frame: object) -> NoReturn:
-    """A closed terminal, or a scheduler's SIGTERM, is to leave no process behind either."""
+    """Neither Ctrl-C, nor a closed terminal, nor a scheduler's SIGTERM is to leave a process behind."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
     flags = parse(sys.argv[1:])
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell starts background commands with SIGINT ignored, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_on_termination)
     return run_local(flags.command, flags.local, flags.devices_per_host)
 

@@ -118,8 +118,8 @@ def test_a_host_that_leaves_alone_is_named_and_ends_all(launch, tmp_path):
     [
         ("raise", "infer", 1, ()),
         ("kill", "infer", 0, ()),
-        ("hang", "infer", 1, ("--watch.stall_seconds", "4")),
         pytest.param("raise", "infer", 0, (), marks=pytest.mark.slow),
+        pytest.param("hang", "infer", 1, ("--watch.stall_seconds", "4"), marks=pytest.mark.slow),
         pytest.param("raise", "train-5", 0, (), marks=pytest.mark.slow),
         pytest.param("raise", "train-5", 1, (), marks=pytest.mark.slow),
         pytest.param("kill", "train-5", 1, (), marks=pytest.mark.slow),

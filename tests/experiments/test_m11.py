@@ -132,6 +132,7 @@ def test_a_lost_train_5_is_made_again_by_replaying_train_2(prefix):
     assert (outputs(prefix, "infer-128") / "host_0000_of_0001.jsonl").stat().st_mtime_ns == rows
 
 
+@pytest.mark.slow
 def test_a_job_killed_in_train_5_resumes_to_the_same_digest(finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
     job = subprocess.Popen(command("m11_interleave.py", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

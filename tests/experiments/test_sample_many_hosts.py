@@ -88,7 +88,8 @@ def test_uneven_and_empty_shards_are_served_whole_and_in_order(rows, count):
     assert tokens(found) == tokens(rows(1, "host_data_parallel", count=count))
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_one_engine_over_all_hosts_takes_the_same_tokens_but_for_ties(rows, model, processes):
     alone = rows(1, "host_data_parallel", temperature=0.0)
     together = rows(processes, "global_mesh", temperature=0.0)

@@ -1,13 +1,12 @@
 """Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from another step."""
 
 import dataclasses
-import hashlib
 import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.live import Live, joint_digest
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.storage.files import write_json
@@ -81,19 +80,13 @@ def train(config: TrainConfig, run: StepRun) -> Live:
             )
 
         trainer.train_until(config.stop_step, loader, record)
-    digest = digest_of_all(run.processes.gather(trainer.digest()))
+    # Its parts lie in several processes, and each hashes its own.
+    digest = joint_digest(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
     if is_leader:
         write_json(join(config.output_path, "summary.json"), summary)
     tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
-
-
-def digest_of_all(digests: list[str]) -> str:
-    """One digest of a state whose parts lie in several processes, from that of each; of one alone, its own."""
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _start(config: TrainConfig, session: JobSession) -> "Trainer":

@@ -90,6 +90,7 @@ def test_a_failure_is_told_to_the_others_and_forgotten_when_the_step_has_ended(j
 def test_a_process_that_leaves_takes_the_others_along(job):
     job.monitors[1].leave("KeyboardInterrupt: ")
     job.wait_for(lambda: set(job.ended) == {0, 1})
+    assert set(job.ended.values()) == {1}
 
 
 def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):

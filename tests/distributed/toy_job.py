@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.live import Live, joint_digest
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, ExecutorStep, borrow, take, versioned
@@ -24,7 +24,6 @@ from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker
 from steps.joined_job import joined_job
 from steps.session import JobFlags, JobSession, session_of
-from steps.train import digest_of_all
 
 SIZE = 48
 
@@ -95,7 +94,7 @@ def train(config: ToyConfig, run: StepRun) -> Live:
         toy.array.block_until_ready()
         toy.num_updates += 1
         tracker.log({"updates": toy.num_updates}, step=toy.num_updates)
-    digest = digest_of_all(run.processes.gather(toy.digest()))
+    digest = joint_digest(run.processes.gather(toy.digest()))
     if run.processes.is_leader:
         write_json(join(config.output_path, "summary.json"), {"state_digest": digest, "step": toy.num_updates})
     return Live(toy, digest=digest)

@@ -7,7 +7,6 @@ A RUN begins on whatever an earlier attempt left in the output path (a step may 
 is there at the end. A REPLAY happens in a scratch path and never touches what is recorded.
 """
 
-import hashlib
 import inspect
 import logging
 import socket
@@ -31,7 +30,7 @@ from simpo_pipeline.executor import status
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.info import Ended, now, read_info, write_info
 from simpo_pipeline.executor.lease import LeaseKeeper, LeaseWatch
-from simpo_pipeline.executor.live import Live, LiveStore
+from simpo_pipeline.executor.live import Live, LiveStore, joint_digest
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.resolve import Resolver
 from simpo_pipeline.executor.run import PlanRow, StepRun
@@ -183,7 +182,7 @@ class Attempt:
         self._failures = sorted(failures, key=lambda failure: failure["followed"])
         if self._failures:
             raise self._failed()
-        return live, _joint_digest([report["live_digest"] for report in reports])
+        return live, joint_digest([report["live_digest"] for report in reports])
 
     def _report(self, live: Live | None) -> dict[str, Any]:
         report = {
@@ -318,13 +317,6 @@ def _line_of(error: BaseException) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
     return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else None
-
-
-def _joint_digest(digests: list[str | None]) -> str | None:
-    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
-    if len(set(digests)) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()
 
 
 def record_dep_failed(job: Job, step: Step) -> None:

@@ -4,14 +4,16 @@ A store holds each value from the end of its producer to the end of its last con
 it back; a taker becomes its owner, and the store forgets it.
 """
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from simpo_pipeline.errors import LiveEdgeError
 from simpo_pipeline.executor.step import ExecutorStep, LiveUse
 
 Step = ExecutorStep[Any]
+DigestT = TypeVar("DigestT", str, str | None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,13 @@ class LiveStore:
     def _free_if_unneeded(self, producer: Step) -> None:
         if not self._held[producer].waiting:
             _free(self._held.pop(producer).live)
+
+
+def joint_digest(digests: Sequence[DigestT]) -> DigestT | str:
+    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
+    if len(set(digests)) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()
 
 
 def _free(live: Live) -> None:

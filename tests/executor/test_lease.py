@@ -11,12 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError
-from simpo_pipeline.executor.lease import Holder, LeaseConfig, LeaseKeeper, LeaseWatch, parse_holder
-from simpo_pipeline.storage.conditional import replace_if_same
-from simpo_pipeline.storage.files import exists, read_bytes, write_bytes
+from simpo_pipeline.executor import lease
+from simpo_pipeline.executor.holder import Holder, parse_holder
+from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
+from simpo_pipeline.storage.conditional import ConditionalFiles
+from simpo_pipeline.storage.files import exists, read_bytes, remove_tree, write_bytes
 from simpo_pipeline.storage.paths import join
 
 CONFIG = LeaseConfig(heartbeat_seconds=0.02, expiry_seconds=0.1, poll_seconds=0.01)
+FILES = ConditionalFiles()
 ELSEWHERE = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
 
 
@@ -32,13 +35,18 @@ class Clock:
 
 def keeper(run_id: str, clock: Clock | None = None) -> LeaseKeeper:
     """A keeper whose heartbeat has not been started: as if its process were frozen."""
-    return LeaseKeeper(run_id, CONFIG, LeaseWatch(CONFIG, clock or Clock()))
+    return LeaseKeeper(run_id, CONFIG, LeaseWatch(CONFIG, clock or Clock()), FILES)
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def dead_holder() -> Holder:
+    """A process of this machine that has ended."""
+    program = (
+        "from simpo_pipeline.executor.holder import Holder\nprint(Holder.of_this_process('dead-run').encode().decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    holder = parse_holder(done.stdout.encode())
+    assert holder is not None
+    return holder
 
 
 def test_a_lease_is_had_by_one_until_it_is_given_up(prefix):
@@ -62,9 +70,18 @@ def test_the_file_names_its_holder(prefix):
 
 def test_the_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(prefix):
     path = join(prefix, "lock")
-    gone = replace(ELSEWHERE, host_name=socket.gethostname(), pid=dead_pid())
-    write_bytes(path, gone.encode())
+    write_bytes(path, dead_holder().encode())
     assert keeper("second").acquire(path)
+
+
+def test_only_a_pid_that_means_something_here_tells_that_its_process_is_gone():
+    dead = dead_holder()
+    assert dead.is_gone()
+    assert not replace(dead, pid_space="another container's").is_gone()  # though its host name and pid are the same
+    assert not replace(dead, pid_space="").is_gone()
+    alive = Holder.of_this_process("run")
+    assert not alive.is_gone()
+    assert replace(alive, started="1").is_gone()  # the pid was given again
 
 
 def test_the_lease_of_another_host_is_taken_over_when_it_was_not_seen_to_change(prefix):
@@ -99,25 +116,56 @@ def test_a_holder_that_lost_its_lease_is_told_who_has_it_and_leaves_it_there(pre
     assert read_bytes(path) == ELSEWHERE.encode()
 
 
-def test_a_lease_whose_file_is_gone_is_lost(prefix):
+def test_a_lease_whose_file_was_removed_or_damaged_is_lost(prefix):
+    for number, damage in enumerate((remove_tree, lambda path: write_bytes(path, b""))):
+        path = join(prefix, f"lock-{number}")
+        first = keeper("first")
+        assert first.acquire(path)
+        damage(path)
+        with pytest.raises(LeaseLostError, match="nobody we can read"):
+            first.confirm(path)
+        with pytest.raises(LeaseLostError):
+            first.check(path)
+
+
+def test_a_recent_heartbeat_is_believed_and_an_old_one_is_checked(prefix, monkeypatch):
     path = join(prefix, "lock")
-    first, second = keeper("first"), keeper("second")
+    first = keeper("first")
+    now = 0.0
+    monkeypatch.setattr(lease, "_now", lambda: now)
     assert first.acquire(path)
-    second_holder = parse_holder(read_bytes(path))
-    assert second_holder is not None
-    first_data = read_bytes(path)
-    write_bytes(path, b"")
-    with pytest.raises(LeaseLostError, match="nobody we can read"):
-        first.confirm(path)
-    write_bytes(path, first_data)
-    with pytest.raises(LeaseLostError):
-        first.confirm(path)
-    assert not second.holds(path)
+    write_bytes(path, ELSEWHERE.encode())
+    now = 0.9 * CONFIG.expiry_seconds  # nobody can have taken it by the rules
+    first.check(path)
+    now = CONFIG.expiry_seconds
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
+        first.check(path)
+
+
+def test_a_late_holder_whose_lease_nobody_took_goes_on(prefix, monkeypatch):
+    path = join(prefix, "lock")
+    first = keeper("first")
+    now = 0.0
+    monkeypatch.setattr(lease, "_now", lambda: now)
+    assert first.acquire(path)
+    now = 10 * CONFIG.expiry_seconds
+    first.check(path)
+
+
+def test_the_holder_hears_of_its_loss_within_a_heartbeat(prefix):
+    path = join(prefix, "lock")
+    lost = threading.Event()
+    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
+        assert first.acquire(path)
+        first.when_lost(path, lost.set)
+        write_bytes(path, ELSEWHERE.encode())
+        assert lost.wait(20)
+    assert read_bytes(path) == ELSEWHERE.encode()
 
 
 def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
     path = join(prefix, "lock")
-    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG)) as first:
+    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
         assert first.acquire(path)
         beats: set[int] = set()
         wait = threading.Event()
@@ -130,21 +178,9 @@ def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
     assert not exists(path)
 
 
-def test_a_lost_lease_is_noticed_by_the_heartbeat_and_not_written_over(tmp_path):
-    path = str(tmp_path / "lock")
-    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG)) as first:
-        assert first.acquire(path)
-        while not replace_if_same(path, read_bytes(path), ELSEWHERE.encode()):
-            pass  # a heartbeat came between
-        wait = threading.Event()
-        for _ in range(10):
-            wait.wait(CONFIG.heartbeat_seconds)
-    assert read_bytes(path) == ELSEWHERE.encode()
-
-
 def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
     path = str(tmp_path / "lock")
-    write_bytes(path, replace(ELSEWHERE, host_name=socket.gethostname(), pid=dead_pid()).encode())
+    write_bytes(path, dead_holder().encode())
     start = threading.Barrier(8)
     winners: list[str] = []
 

@@ -8,7 +8,8 @@ from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.executor import status
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.status import Status
-from simpo_pipeline.storage.files import FileEntry, remove_tree, write_bytes, write_json, write_text
+from simpo_pipeline.storage.entry import FileEntry
+from simpo_pipeline.storage.files import remove_tree, write_bytes, write_json, write_text
 from simpo_pipeline.storage.paths import join
 
 
@@ -20,25 +21,29 @@ def test_a_place_where_nothing_ran_has_an_empty_record(prefix):
     assert read(join(prefix, "step")) == status.StepRecord()
 
 
+def commit_here(path: str) -> None:
+    write_bytes(join(path, status.MANIFEST_FILE), status.manifest_bytes(status.find_outputs(path)))
+    write_text(join(path, status.STATUS_FILE), "SUCCESS")
+
+
 @pytest.mark.parametrize("token", list(Status))
 def test_every_token_is_read_back(prefix, token):
-    status.write_status(prefix, token)
+    write_text(join(prefix, status.STATUS_FILE), token.value)
     assert read(prefix).status is token
 
 
 def test_only_success_with_a_manifest_is_done(prefix):
-    status.write_status(prefix, Status.SUCCESS)
+    write_text(join(prefix, status.STATUS_FILE), "SUCCESS")
     assert not read(prefix).done
-    status.write_manifest(prefix)
+    commit_here(prefix)
     assert read(prefix).done
-    status.write_status(prefix, Status.RUNNING)
+    write_text(join(prefix, status.STATUS_FILE), "RUNNING")
     assert not read(prefix).done
 
 
 def test_outputs_that_are_not_what_the_manifest_lists_are_not_believed(prefix):
     write_text(join(prefix, "rows.jsonl"), "123")
-    status.write_manifest(prefix)
-    status.write_status(prefix, Status.SUCCESS)
+    commit_here(prefix)
     write_text(join(prefix, "rows.jsonl"), "12")
     assert read(prefix).manifest == "lists rows.jsonl with 3 bytes, and it has 2"
     remove_tree(join(prefix, "rows.jsonl"))
@@ -48,9 +53,16 @@ def test_outputs_that_are_not_what_the_manifest_lists_are_not_believed(prefix):
     assert not read(prefix).done
 
 
+def test_a_file_beside_the_outputs_does_not_spoil_them(prefix):
+    write_text(join(prefix, "rows.jsonl"), "123")
+    commit_here(prefix)
+    write_text(join(prefix, "notes.txt"), "mine")
+    assert read(prefix).done
+
+
 def test_a_manifest_is_read_back(prefix):
     write_text(join(prefix, "a/b.txt"), "123456789")
-    status.write_manifest(prefix)
+    commit_here(prefix)
     assert status.read_manifest(prefix) == [FileEntry("a/b.txt", 9, "e3069283")]
 
 
@@ -61,13 +73,6 @@ def test_a_manifest_that_is_missing_or_damaged_is_an_error_naming_it(prefix):
         write_json(join(prefix, "manifest.json"), damaged)
         with pytest.raises(StorageError, match=r"manifest\.json"):
             status.read_manifest(prefix)
-
-
-def test_an_error_is_seen_and_removed(prefix):
-    status.write_error(prefix, {"step": "x"})
-    assert read(prefix).has_error
-    status.remove_error(prefix)
-    assert not read(prefix).has_error
 
 
 @settings(max_examples=50)

@@ -2,17 +2,19 @@
 
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from simpo_pipeline.errors import LeaseLostError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.lease import Holder, LeaseConfig
+from simpo_pipeline.executor.holder import Holder
+from simpo_pipeline.executor.lease import LeaseConfig
 from simpo_pipeline.executor.live import Live
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path
-from simpo_pipeline.storage.files import exists, list_names, read_text, remove_tree, write_bytes, write_text
+from simpo_pipeline.storage.files import exists, read_bytes, read_text, remove_tree, write_bytes, write_text
 from simpo_pipeline.storage.paths import join
 
 LEASE = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=60.0, poll_seconds=0.01)
@@ -132,6 +134,7 @@ def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
     def lose(config: list[str]):
         write_text(join(config[0], "x"), "x")
         write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
+        write_text(join(config[0], ".executor_status"), "RUNNING")  # as the other job begins
 
     step = ExecutorStep("lose", lose, [this_output_path()])
     after = ExecutorStep("after", lambda config: None, output_path_of(step))
@@ -139,5 +142,26 @@ def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
         job.run([after])
     path = job.output_paths[step]
     assert read_text(join(path, ".executor_status")) == "RUNNING"
-    assert sorted(list_names(path)) == [".executor_info", ".executor_status", ".executor_status.lock", "x"]
-    assert not exists(join(path, "manifest.json"))
+    assert read_bytes(join(path, ".executor_status.lock")) == OTHER.encode()
+    assert not exists(join(path, "error.json"))
+
+
+def test_a_step_whose_lease_is_lost_is_stopped_and_its_writes_are_refused(prefix):
+    wrote: list[str] = []
+
+    def go_on(config: list[str]):
+        write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
+        try:
+            while True:
+                time.sleep(0.001)
+        finally:
+            write_text(join(config[0], "late"), "x")
+            wrote.append("late")
+
+    step = ExecutorStep("step", go_on, [this_output_path()])
+    job = executor(prefix)
+    with pytest.raises(LeaseLostError):
+        job.run([step])
+    assert wrote == []
+    assert read_text(join(job.output_paths[step], ".executor_status")) == "RUNNING"
+    assert not exists(join(job.output_paths[step], "late"))

@@ -1,34 +1,87 @@
+"""Conditional writes on a local folder, in memory and on a Google Cloud Storage server over HTTP."""
+
 import errno
 import os
 import threading
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from simpo_pipeline.errors import StorageError
-from simpo_pipeline.storage.conditional import create_only, remove_if_same, replace_if_same
+from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.storage import local_versions
+from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, list_files, read_bytes, write_bytes
 from simpo_pipeline.storage.paths import join
 
-
-def test_only_the_first_creation_succeeds(folder):
-    assert create_only(join(folder, "deep/x"), b"first")
-    assert not create_only(join(folder, "deep/x"), b"second")
-    assert read_bytes(join(folder, "deep/x")) == b"first"
-    assert [entry.relative_path for entry in list_files(folder)] == ["deep/x"]
+FILES = ConditionalFiles()
 
 
-def test_of_many_threads_creating_one_file_exactly_one_wins(tmp_path: Path):
-    path = str(tmp_path / "x")
-    start = threading.Barrier(16)
+def test_only_the_first_creation_succeeds(any_folder):
+    path = join(any_folder, "deep/x")
+    assert FILES.create(path, b"first") is not None
+    assert FILES.create(path, b"second") is None
+    assert read_bytes(path) == b"first"
+    assert [entry.relative_path for entry in list_files(any_folder)] == ["deep/x"]
+
+
+def test_a_file_is_replaced_only_while_it_is_as_expected(any_folder):
+    path = join(any_folder, "x")
+    assert FILES.replace(path, "123", b"b") is None
+    first = FILES.create(path, b"a")
+    second = FILES.replace(path, first, b"a")  # the same content is another version
+    assert second is not None
+    assert second != first
+    assert FILES.replace(path, first, b"c") is None
+    assert FILES.read(path) == (b"a", second)
+    third = FILES.replace(path, second, b"c")
+    assert FILES.read(path) == (b"c", third)
+
+
+def test_a_write_without_conditions_makes_another_version(any_folder):
+    path = join(any_folder, "x")
+    first = FILES.create(path, b"a")
+    write_bytes(path, b"a")
+    assert FILES.replace(path, first, b"c") is None
+
+
+def test_a_file_is_removed_only_while_it_is_as_expected(any_folder):
+    path = join(any_folder, "x")
+    first = FILES.create(path, b"a")
+    assert first is not None
+    second = FILES.replace(path, first, b"b")
+    assert second is not None
+    assert not FILES.remove(path, first)
+    assert exists(path)
+    assert FILES.remove(path, second)
+    assert not exists(path)
+    assert FILES.remove(path, second)  # gone is gone, whoever did it
+
+
+def test_a_listing_tells_the_versions(any_folder):
+    version = FILES.create(join(any_folder, "x"), b"a")
+    assert [entry.version for entry in list_files(any_folder)] == [version]
+    assert FILES.version_of(join(any_folder, "x")) == version
+    assert FILES.version_of(join(any_folder, "y")) is None
+    with pytest.raises(PathNotFoundError):
+        FILES.read(join(any_folder, "y"))
+
+
+@pytest.mark.parametrize("expected_is_there", [False, True])
+def test_of_many_threads_at_one_version_exactly_one_wins(any_folder, expected_is_there):
+    path = join(any_folder, "x")
+    expected = FILES.create(path, b"old") if expected_is_there else None
+    start = threading.Barrier(8)
     winners: list[int] = []
 
-    def create(number: int):
+    def write(number: int):
         start.wait()
-        if create_only(path, str(number).encode()):
+        if FILES.replace(path, expected, str(number).encode()) is not None:
             winners.append(number)
 
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -41,49 +94,44 @@ def test_creation_is_exclusive_where_there_are_no_hard_links(tmp_path: Path, mon
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    assert create_only(str(tmp_path / "x"), b"first")
-    assert not create_only(str(tmp_path / "x"), b"second")
-    assert read_bytes(str(tmp_path / "x")) == b"first"
-
-
-def test_a_file_is_replaced_only_while_it_is_as_expected(folder):
-    path = join(folder, "x")
-    assert not replace_if_same(path, b"a", b"b")
-    write_bytes(path, b"a")
-    assert replace_if_same(path, b"a", b"b")
-    assert not replace_if_same(path, b"a", b"c")
-    assert read_bytes(path) == b"b"
-
-
-def test_a_file_is_removed_only_while_it_is_as_expected(folder):
-    path = join(folder, "x")
-    write_bytes(path, b"a")
-    assert not remove_if_same(path, b"b")
-    assert exists(path)
-    assert remove_if_same(path, b"a")
-    assert not exists(path)
-    assert not remove_if_same(path, b"a")
-
-
-def test_of_many_threads_replacing_one_content_exactly_one_wins(tmp_path: Path):
     path = str(tmp_path / "x")
-    write_bytes(path, b"old")
-    start = threading.Barrier(8)
-    winners: list[int] = []
-
-    def replace(number: int):
-        start.wait()
-        if replace_if_same(path, b"old", str(number).encode()):
-            winners.append(number)
-
-    threads = [threading.Thread(target=replace, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [read_bytes(path)] == [str(number).encode() for number in winners]
+    version = FILES.create(path, b"first")
+    assert FILES.create(path, b"second") is None
+    assert FILES.read(path) == (b"first", version)
+    assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_file_system_without_create_only_writes_is_refused():
-    with pytest.raises(StorageError, match="no create-only write"):
-        create_only("http://host/x", b"")
+def test_a_lock_that_is_never_given_up_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = str(tmp_path / "x")
+    version = FILES.create(path, b"old")
+    monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
+    with local_versions._held_still(path), pytest.raises(StorageError, match="Is that process stopped"):
+        FILES.replace(path, version, b"new")
+    assert FILES.replace(path, version, b"new") is not None
+
+
+def test_a_file_system_without_conditional_writes_is_refused_unless_told_otherwise():
+    with pytest.raises(StorageError, match="pass --unsafe_locks"):
+        FILES.create("ftp://host/x", b"")
+    ConditionalFiles(unsafe_locks=True).check("ftp://host/x")
+
+
+class Plain(MemoryFileSystem):
+    """A file system that offers nothing but reading and writing."""
+
+    protocol = "plain"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+
+def test_without_locks_it_still_compares():
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    files = ConditionalFiles(unsafe_locks=True)
+    first = files.create("plain://x", b"a")
+    assert files.create("plain://x", b"b") is None
+    second = files.replace("plain://x", first, b"b")
+    assert files.replace("plain://x", first, b"c") is None
+    assert files.read("plain://x") == (b"b", second)
+    assert second is not None
+    assert files.remove("plain://x", second)
+    assert files.version_of("plain://x") is None

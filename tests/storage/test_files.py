@@ -7,7 +7,7 @@ import pytest
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.storage import files
-from simpo_pipeline.storage.files import FileEntry
+from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.paths import join
 
 
@@ -190,12 +190,3 @@ def test_a_stored_name_that_would_leave_its_folder_is_not_copied():
     with pytest.raises(StorageError, match="outside its folder"), files.local_copy("memory://copies"):
         pass
     files.remove_tree("memory://copies")
-
-
-def test_a_checksum_that_the_store_keeps_is_in_the_listing(monkeypatch: pytest.MonkeyPatch):
-    """As Google Cloud Storage lists an object; its in-memory stand-in keeps none."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    listing = {"/bucket/x": {"name": "/bucket/x", "size": 9, "type": "file", "crc32c": "4waSgw=="}}
-    monkeypatch.setattr(MemoryFileSystem, "find", lambda self, path, detail: listing)
-    assert files.list_files("memory://bucket") == [FileEntry("x", 9, "e3069283")]

@@ -19,6 +19,7 @@ from enum import Enum, auto
 from typing import Any
 
 from simpo_pipeline.errors import (
+    LeaseLostError,
     PeerFailedError,
     ReplayMismatchError,
     SimpoPipelineError,
@@ -26,22 +27,28 @@ from simpo_pipeline.errors import (
     StepFailedError,
     StorageError,
 )
-from simpo_pipeline.executor import status
+from simpo_pipeline.executor.commit import StepFiles
 from simpo_pipeline.executor.graph import Graph, Step
-from simpo_pipeline.executor.info import Ended, now, read_info, write_info
-from simpo_pipeline.executor.lease import LeaseKeeper, LeaseWatch
+from simpo_pipeline.executor.holder import utc_now
+from simpo_pipeline.executor.info import Ended, info_record, read_info
+from simpo_pipeline.executor.lease import LeaseKeeper
 from simpo_pipeline.executor.live import Live, LiveStore, joint_digest
 from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.provenance import Provenance
 from simpo_pipeline.executor.resolve import Resolver
 from simpo_pipeline.executor.run import PlanRow, StepRun
-from simpo_pipeline.executor.status import Status
+from simpo_pipeline.executor.status import ERROR_FILE, LEASE_FILE, Status, read_record
 from simpo_pipeline.executor.step import LiveInput
-from simpo_pipeline.storage.files import remove_tree
+from simpo_pipeline.executor.stopping import StoppableCall
+from simpo_pipeline.storage.conditional import ConditionalFiles
+from simpo_pipeline.storage.fence import fenced
+from simpo_pipeline.storage.files import remove_tree, write_json
 from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 
 
+REPLAY_FOLDER = ".replay"
 _FAILURE_FIELDS = ("process_index", "host", "exception", "at", "traceback")
 
 
@@ -58,7 +65,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """What every attempt of one run shares; only the leader uses `leases` and `watch`."""
+    """What every attempt of one run shares; only the leader uses `leases`, `files` and `provenance`."""
 
     graph: Graph
     infos: dict[Step, dict[str, Any]]
@@ -67,17 +74,24 @@ class Job:
     processes: Processes
     session: Any
     leases: LeaseKeeper
-    watch: LeaseWatch
+    files: ConditionalFiles
     live: LiveStore
+    provenance: Provenance | None
+    heartbeat_seconds: float
 
     def lease_path(self, step: Step) -> str:
         """The lease of a step's output path."""
-        return join(self.graph.output_paths[step], status.LEASE_FILE)
+        return join(self.graph.output_paths[step], LEASE_FILE)
+
+    @property
+    def scratch_folder(self) -> str:
+        """Where the replays of this run write."""
+        return join(self.prefix, REPLAY_FOLDER, self.run_id)
 
     def scratch_path(self, step: Step) -> str:
         """Where a replay of a step writes."""
         name = f"{step.name}-{self.graph.identities[step].short_hash}"
-        return join(self.prefix, ".replay", self.run_id, name)
+        return join(self.scratch_folder, name)
 
 
 def wants_run(step: Step) -> bool:
@@ -94,7 +108,7 @@ class Attempt:
     """One attempt at one step, by all processes.
 
     `consumers` are the steps that will use its live value. Unless `everywhere`, the step's function is called in the
-    leader alone, and the other processes wait for it.
+    leader alone, and the other processes wait for it. A `forced` step runs also if it is done.
     """
 
     def __init__(
@@ -106,6 +120,7 @@ class Attempt:
         *,
         replaying: bool,
         everywhere: bool,
+        forced: bool,
     ):
         self._job = job
         self._step = step
@@ -113,8 +128,10 @@ class Attempt:
         self._consumers = tuple(consumers)
         self._replaying = replaying
         self._everywhere = everywhere
-        self._started = now()
+        self._forced = forced
+        self._started = utc_now()
         self._output_path = job.scratch_path(step) if replaying else job.graph.output_paths[step]
+        self._files = StepFiles(self._output_path, job.files, job.leases)
         self._own_error: Exception | None = None
         self._failures: list[dict[str, Any]] = []
         self.error: SimpoPipelineError | None = None
@@ -127,7 +144,7 @@ class Attempt:
         decide = self._job.processes.leader_decides
         clock = time.monotonic()
         try:
-            if not self._replaying and not decide(self._begin):
+            if not decide(self._begin_replay if self._replaying else self._begin):
                 return Ending.POSTPONED
             live, digest = self._call_everywhere()
             self.seconds = time.monotonic() - clock
@@ -148,22 +165,32 @@ class Attempt:
 
     def _begin(self) -> bool:
         """Take the lease and say so; False when another job has the step, or has done it since the plan was made."""
-        path = self._job.lease_path(self._step)
-        if not self._job.leases.acquire(path):
+        lease, leases = self._job.lease_path(self._step), self._job.leases
+        if not leases.acquire(lease):
             return False
-        record = status.read_record(self._output_path, self._job.watch)
-        if record.done:
-            self._job.leases.release(path)
-            return False
+        while True:
+            record = read_record(self._output_path, None)
+            if record.done and not self._forced:
+                leases.release(lease)
+                return False
+            self._files.adopt(record)
+            if self._files.try_status(Status.RUNNING):
+                break
+            leases.confirm(lease)  # a former holder's last word came between, perhaps that it is done
         if record.has_error:
-            status.remove_error(self._output_path)
+            self._files.remove_error()
         self._write_info(None)
-        status.write_status(self._output_path, Status.RUNNING)
         return True
+
+    def _begin_replay(self) -> bool:
+        """Show by a lease that the scratch of this run is in use."""
+        lease = join(self._job.scratch_folder, LEASE_FILE)
+        return self._job.leases.holds(lease) or self._job.leases.acquire(lease)
 
     def _write_info(self, ended: Ended | None) -> None:
         job = self._job
-        write_info(job.infos[self._step], job.run_id, job.processes.process_count, self._started, ended)
+        assert job.provenance is not None, "only the leader writes"
+        self._files.put_info(info_record(job.infos[self._step], job.run_id, job.provenance, self._started, ended))
 
     def _call_everywhere(self) -> tuple[Live | None, str | None]:
         """Call the function wherever it belongs, and learn how it went in every process."""
@@ -203,12 +230,26 @@ class Attempt:
 
     def _call_here(self) -> Live | None:
         try:
-            return self._call()
+            return self._call_with_lease() if self._job.leases.holds(self._lease_path) else self._call()
         except Exception as error:
             self._own_error = error
         except SystemExit as error:
             self._own_error = StepError(f"the step called sys.exit({error.code!r}); let it raise an error instead")
         return None
+
+    @property
+    def _lease_path(self) -> str:
+        return join(self._output_path, LEASE_FILE)
+
+    def _call_with_lease(self) -> Live | None:
+        """In the process that holds the lease: should it be lost, writes are refused and the call is stopped."""
+        leases, call = self._job.leases, StoppableCall(self._job.heartbeat_seconds)
+        leases.when_lost(self._lease_path, call.stop)
+        try:
+            with fenced(self._output_path, lambda: leases.check(self._lease_path)):
+                return call.call(self._call)
+        finally:
+            leases.when_lost(self._lease_path, None)
 
     def _call(self) -> Live | None:
         job, step = self._job, self._step
@@ -231,14 +272,15 @@ class Attempt:
     def _live_value(self, marker: LiveInput) -> Any:
         return self._job.live.give(self._job.graph.canonical[marker.step], self._step, marker.use)
 
-    def _failed(self) -> StepFailedError:
+    def _failed(self) -> StepError:
         first = self._failures[0]
         count = self._job.processes.process_count
         where = f"host {first['host']} (process {first['process_index']} of {count})"
         at = f" (at {first['at']})" if first.get("at") else ""
-        error = StepFailedError(
+        kind = LeaseLostError if isinstance(self._own_error, LeaseLostError) else StepFailedError
+        error = kind(
             f"Step {self._step.name!r} failed on {where}: {first['exception']}{at}\n"
-            f"What it wrote and {status.ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
+            f"What it wrote and {ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
         )
         if self._own_error is None and first["traceback"]:
             error.add_note(f"On {where}:\n{first['traceback']}")
@@ -251,12 +293,9 @@ class Attempt:
             self._check_replay(digest)
             remove_tree(self._output_path)
             return
-        lease = self._job.lease_path(self._step)
-        self._job.leases.confirm(lease)
-        status.write_manifest(self._output_path)
+        self._files.put_manifest()
         self._write_info(Ended(round(self.seconds, 3), digest))
-        self._job.leases.confirm(lease)
-        status.write_status(self._output_path, Status.SUCCESS)
+        self._files.put_status(Status.SUCCESS)
 
     def _check_replay(self, digest: str | None) -> None:
         recorded = read_info(self._job.graph.output_paths[self._step]).get("live_digest")
@@ -297,12 +336,12 @@ class Attempt:
         lease = self._job.lease_path(self._step)
         try:
             if self._replaying and error is not None:
-                status.write_error(self._output_path, error)
+                write_json(join(self._output_path, ERROR_FILE), error)
             elif self._job.leases.holds(lease):
                 self._job.leases.confirm(lease)
                 if error is not None:
-                    status.write_error(self._output_path, error)
-                status.write_status(self._output_path, token)
+                    self._files.put_error(error)
+                self._files.put_status(token)
                 self._release()
         except (StorageError, StepError) as second:
             _logger.error("%s: could not record that it %s: %s", self._step.name, token, second)
@@ -321,9 +360,11 @@ def _line_of(error: BaseException) -> str | None:
 
 def record_dep_failed(job: Job, step: Step) -> None:
     """Record that a step did not run because one it needs failed, unless another job has it or has done it."""
-    lease = job.lease_path(step)
+    lease, output_path = job.lease_path(step), job.graph.output_paths[step]
     if not job.leases.acquire(lease):
         return
-    if not status.read_record(job.graph.output_paths[step], job.watch).done:
-        status.write_status(job.graph.output_paths[step], Status.DEP_FAILED)
+    record, files = read_record(output_path, None), StepFiles(output_path, job.files, job.leases)
+    files.adopt(record)
+    if not record.done:
+        files.try_status(Status.DEP_FAILED)
     job.leases.release(lease)

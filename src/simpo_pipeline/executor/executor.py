@@ -9,29 +9,34 @@ something was postponed. The leader alone reads and writes storage; every proces
 """
 
 import logging
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError, PlanError, StorageError
 from simpo_pipeline.executor.attempt import Job
+from simpo_pipeline.executor.explanation import Explanation, explain_step
 from simpo_pipeline.executor.graph import Graph, Step, build_graph
+from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.identity import EdgeKind
-from simpo_pipeline.executor.info import now, run_record_path, script_name, step_info
+from simpo_pipeline.executor.info import run_record_path, script_name, step_info
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper
 from simpo_pipeline.executor.live import LiveStore
 from simpo_pipeline.executor.order import Order, live_order
 from simpo_pipeline.executor.planner import Planner
 from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.provenance import find_provenance
 from simpo_pipeline.executor.resolve import Resolver
 from simpo_pipeline.executor.rounds import Rounds, StepResult
 from simpo_pipeline.executor.run import PlanRow
+from simpo_pipeline.executor.selection import named, select_steps
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
-from simpo_pipeline.storage.files import exists, remove_tree, write_json, write_text
+from simpo_pipeline.storage.conditional import ConditionalFiles
+from simpo_pipeline.storage.files import exists, write_json
 from simpo_pipeline.storage.paths import absolute, join
 
+PROBE_PREFIX = ".shared-"
 _logger = logging.getLogger("simpo_pipeline.executor")
 
 
@@ -47,6 +52,7 @@ class Executor:
         session: Any = None,
         processes: Processes | None = None,
         lease: LeaseConfig | None = None,
+        unsafe_locks: bool = False,
     ):
         self.prefix = absolute(prefix)
         self.executor_info_base_path = absolute(executor_info_base_path or join(self.prefix, "experiments"))
@@ -65,6 +71,9 @@ class Executor:
         self._session = session
         self._processes = processes or Processes()
         self._lease = lease or LeaseConfig()
+        self._files = ConditionalFiles(unsafe_locks)
+        self._graph: Graph | None = None
+        self._order: Order | None = None
 
     def run(
         self,
@@ -74,6 +83,8 @@ class Executor:
         run_only: Sequence[str] | None = None,
         force_run_failed: bool = True,
         max_concurrent: int | None = None,
+        until: Sequence[str] | None = None,
+        force: Sequence[str] | None = None,
     ) -> tuple[StepResult, ...]:
         """Bring the steps, and all they need, to SUCCESS.
 
@@ -83,11 +94,13 @@ class Executor:
         Args:
             dry_run: only make the plan; nothing is written, no lease is taken, the session is not touched.
             run_only: regular expressions searched in step names; only matching steps and what they need are run.
+            until: names of steps; only they and what comes before them are run.
+            force: names of steps to run also if they are done. Steps that used them keep their version and stay done.
             max_concurrent: how many steps that use neither live values nor the session may run at once; 1 runs every
                 step in the caller's thread, None sets no limit.
 
         Raises:
-            PlanError: the DAG or `run_only` is wrong; nothing has run.
+            PlanError: the DAG, or a name in `run_only`, `until` or `force`, is wrong; nothing has run.
             StepFailedError: a step failed; the first is named and its own error chained. Independent steps have run.
             StepError, StorageError: what else went wrong at the first step that did not succeed.
         """
@@ -96,15 +109,21 @@ class Executor:
         graph = build_graph(steps, self.prefix)
         order = live_order(graph)
         self._publish(graph)
-        wanted = _wanted(order, run_only)
-        planner = Planner(graph, order, wanted, self._processes, self._lease, force_run_failed)
+        self._graph, self._order = graph, order
+        request = select_steps(
+            graph, order, run_only=run_only, until=until, force=force, force_run_failed=force_run_failed
+        )
+        planner = Planner(graph, order, request, self._processes, self._lease)
         planner.check_same_steps()
         if dry_run:
             self.plan = planner.rows(planner.decide({}, ()))
             return ()
+        for step in order.steps:
+            self._files.check(graph.output_paths[step])
         run_id: str = self._processes.leader_decides(lambda: uuid.uuid4().hex[:12])
-        self._check_shared_prefix(run_id)
-        with LeaseKeeper(run_id, self._lease, planner.watch) as leases:
+        self._check_prefix(run_id)
+        is_leader, process_count = self._processes.is_leader, self._processes.process_count
+        with LeaseKeeper(run_id, self._lease, planner.watch, self._files) as leases:
             job = Job(
                 graph=graph,
                 infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
@@ -113,15 +132,32 @@ class Executor:
                 processes=self._processes,
                 session=self._session,
                 leases=leases,
-                watch=planner.watch,
+                files=self._files,
                 live=LiveStore(),
+                provenance=find_provenance(process_count) if is_leader else None,
+                heartbeat_seconds=self._lease.heartbeat_seconds,
             )
             self._follow(Rounds(job, order, planner, max_concurrent, self._lease.poll_seconds), job)
         return self.results
 
+    def explain(self, name: str) -> list[Explanation]:
+        """All that is known about the steps of a name, after `run` made a plan.
+
+        Raises:
+            PlanError: there is no step of that name.
+        """
+        assert self._graph is not None and self._order is not None, "run() makes the plan"
+        graph, order = self._graph, self._order
+        rows = {row.output_path: row for row in self.plan}
+        steps = named(graph, order, name, "explain")
+        return [explain_step(graph, order, step, rows.get(graph.output_paths[step])) for step in steps]
+
     def _follow(self, rounds: Rounds, job: Job) -> None:
+        started = utc_now()
+
         def on_plan(rows: tuple[PlanRow, ...]) -> None:
-            self.executor_info_path = self._processes.leader_decides(lambda: self._write_run_record(job))
+            write = self._processes.leader_decides
+            self.executor_info_path = write(lambda: self._write_run_record(job, started, None))
             if self._processes.is_leader:
                 _logger.info("the plan:\n%s", plan_table(rows))
 
@@ -130,19 +166,27 @@ class Executor:
         finally:
             job.live.free_all()
             self.plan, self.results = rounds.rows(), rounds.results()
+            if self._processes.is_leader and self.executor_info_path is not None:
+                self._end_run_record(job, started)
 
-    def _check_shared_prefix(self, run_id: str) -> None:
-        """Make sure that every process sees what the leader writes below the prefix.
+    def _end_run_record(self, job: Job, started: str) -> None:
+        """Not worth failing for: by now every step has recorded its own end."""
+        try:
+            self._write_run_record(job, started, utc_now())
+        except StorageError as error:
+            _logger.warning("the record of this run lacks its end: %s", error)
+
+    def _check_prefix(self, run_id: str) -> None:
+        """Make sure that the leader can write below the prefix, and that every process sees what it writes there.
 
         Raises:
-            PlanError: in every process, naming those that do not.
+            StorageError: the leader cannot write.
+            PlanError: in every process, naming those that do not see it.
         """
-        if self._processes.process_count == 1:
-            return
-        probe = join(self.prefix, f".shared-{run_id}")
-        self._processes.leader_decides(lambda: write_text(probe, run_id))
+        probe = join(self.prefix, f"{PROBE_PREFIX}{run_id}")
+        version: str | None = self._processes.leader_decides(lambda: self._files.create(probe, run_id.encode()))
         told: list[list[Any]] = self._processes.gather([self.prefix, _sees(probe)])
-        self._processes.leader_decides(lambda: remove_tree(probe))
+        self._processes.leader_decides(lambda: self._files.remove(probe, version or ""))
         blind = [str(index) for index, (prefix, sees) in enumerate(told) if prefix != told[0][0] or not sees]
         if blind:
             raise PlanError(
@@ -163,16 +207,20 @@ class Executor:
             resolver = Resolver(self.prefix, graph.output_paths[step], graph.output_paths, lambda marker: marker)
             self.configs[step] = resolver.resolve(step.config)
 
-    def _write_run_record(self, job: Job) -> str:
+    def _write_run_record(self, job: Job, started: str, finished: str | None) -> str:
+        assert job.provenance is not None, "only the leader writes"
         infos = [job.infos[step] for step in self.steps]
+        results = {result.output_path: result.action for result in self.results}
         path = run_record_path(self.executor_info_base_path, infos)
         record = {
             "caller_path": script_name(),
-            "created_date": now(),
             "run_id": job.run_id,
-            "process_count": self._processes.process_count,
+            **job.provenance.as_json(),
             "prefix": self.prefix,
             "description": self.description,
+            "created_date": started,
+            "finished_date": finished,
+            "actions": results,
             "steps": infos,
         }
         write_json(path, record)
@@ -184,20 +232,3 @@ def _sees(path: str) -> bool:
         return exists(path)
     except StorageError:
         return False
-
-
-def _wanted(order: Order, run_only: Sequence[str] | None) -> frozenset[Step]:
-    if run_only is None:
-        return frozenset(order.steps)
-    wanted: set[Step] = set()
-    for text in run_only:
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            raise PlanError(f"run_only got {text!r}, which is no regular expression: {error}.") from error
-        matching = [step for step in order.steps if pattern.search(step.name)]
-        if not matching:
-            names = ", ".join(step.name for step in order.steps[:20])
-            raise PlanError(f"run_only got {text!r}, which matches no step. The steps are: {names}.")
-        wanted.update(matching)
-    return frozenset(wanted)

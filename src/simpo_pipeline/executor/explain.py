@@ -1,17 +1,33 @@
 """Why is a step new? Compares its identity with those that steps of the same name left beside it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from simpo_pipeline.errors import StorageError
 from simpo_pipeline.executor.identity import SHORT_HASH_LENGTH
 from simpo_pipeline.executor.info import read_info
-from simpo_pipeline.storage.paths import base_name
+from simpo_pipeline.executor.parallel import in_parallel
+from simpo_pipeline.storage.paths import base_name, join, parent
 
 _MAX_SIBLINGS = 20
+_MAX_RECORDS_READ = 200
+"""Of all steps together: a plan of thousands of new steps must not read thousands of records."""
 _MAX_SHOWN = 3
 _MAX_VALUE_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One versioned value or dependency that is another one now."""
+
+    field_path: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.field_path}: {self.old} -> {self.new}"
 
 
 def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
@@ -21,7 +37,7 @@ def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
         suffix = name.rpartition("-")[2]
         if len(suffix) == SHORT_HASH_LENGTH and all(character in "0123456789abcdef" for character in suffix):
             siblings = stems.setdefault(stem_of(name), [])
-            if len(siblings) < _MAX_SIBLINGS:
+            if len(siblings) <= _MAX_SIBLINGS:
                 siblings.append(name)
     return stems
 
@@ -29,6 +45,42 @@ def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 def stem_of(output_path: str) -> str:
     """The last part of an output path without its hash."""
     return base_name(output_path).rpartition("-")[0]
+
+
+def explain_new_steps(
+    configs: Mapping[str, Mapping[str, Any]], names_beside: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """How steps that never ran differ from the nearest of their name that did.
+
+    Args:
+        configs: by output path, the versioned config of each new step; the first ones matter most.
+        names_beside: by folder, the names in it.
+
+    Returns:
+        A sentence by output path, for those that have siblings.
+    """
+    stems = {folder: siblings_by_stem(names) for folder, names in names_beside.items()}
+    siblings = {path: _siblings(path, stems[parent(path)]) for path in configs}
+    limit = max(1, _MAX_RECORDS_READ // max(1, sum(bool(found) for found in siblings.values())))
+    chosen = [found[:limit] for found in siblings.values() if found][:_MAX_RECORDS_READ]
+    read = list(dict.fromkeys(path for found in chosen for path in found))
+    recorded = dict(zip(read, in_parallel(recorded_config, read), strict=True))
+    return {path: _explanation(config, siblings[path], recorded) for path, config in configs.items() if siblings[path]}
+
+
+def _siblings(output_path: str, stems: Mapping[str, list[str]]) -> list[str]:
+    folder, own = parent(output_path), base_name(output_path)
+    return [join(folder, name) for name in stems.get(stem_of(output_path), []) if name != own]
+
+
+def _explanation(
+    config: Mapping[str, Any], siblings: Sequence[str], recorded: Mapping[str, dict[str, Any] | None]
+) -> str:
+    known = {base_name(path): old for path in siblings if (old := recorded.get(path)) is not None}
+    if not known:
+        return "never ran under this version; --explain says what is new"
+    nearest = nearest_sibling(config, known)
+    return summarized(*nearest) if nearest is not None else "never ran"
 
 
 def recorded_config(output_path: str) -> dict[str, Any] | None:
@@ -41,32 +93,38 @@ def recorded_config(output_path: str) -> dict[str, Any] | None:
     return cast(dict[str, Any], config) if isinstance(config, dict) else None
 
 
-def what_changed(config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """How a step's versioned config differs from the most similar of its siblings'; None when there is none."""
-    nearest: tuple[str, list[str]] | None = None
-    for sibling, old in siblings.items():
-        differences = _differences(old, config)
-        if differences and (nearest is None or len(differences) < len(nearest[1])):
-            nearest = (sibling, differences)
-    if nearest is None:
+def nearest_sibling(
+    config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, list[Difference]] | None:
+    """The sibling with the fewest differences from `config`, and these; None when no sibling differs."""
+    found = {sibling: differences(old, config) for sibling, old in siblings.items()}
+    differing = {sibling: changes for sibling, changes in found.items() if changes}
+    if not differing:
         return None
-    sibling, differences = nearest
-    more = f"; and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
-    return f"new since {sibling}: {'; '.join(differences[:_MAX_SHOWN])}{more}"
+    nearest = min(differing, key=lambda sibling: len(differing[sibling]))
+    return nearest, differing[nearest]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def summarized(sibling: str, changes: Sequence[Difference]) -> str:
+    """The first few differences, for a table."""
+    more = f"; and {len(changes) - _MAX_SHOWN} more" if len(changes) > _MAX_SHOWN else ""
+    return f"new since {sibling}: {'; '.join(str(change) for change in changes[:_MAX_SHOWN])}{more}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """What is not the same in two versioned configs, by field path."""
     absent = object()
-    found: list[str] = []
+    found: list[Difference] = []
     for path in sorted({*old, *new}):
         before, after = old.get(path, absent), new.get(path, absent)
         if before != after:
-            shown = ("absent" if value is absent else _shown(value) for value in (before, after))
-            found.append(f"{path}: {' -> '.join(shown)}")
+            shown = ["absent" if value is absent else shown_value(value) for value in (before, after)]
+            found.append(Difference(path, shown[0], shown[1]))
     return found
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A versioned value or a dependency on one line."""
     if isinstance(value, dict) and "!step" in value:
         use = cast(dict[str, Any], value)
         label = str(use["!step"])

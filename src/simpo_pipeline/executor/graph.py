@@ -9,7 +9,7 @@ from typing import Any
 
 from simpo_pipeline.errors import PlanError
 from simpo_pipeline.executor.identity import Edge, EdgeKind, Identity, Markers, find_markers, identify
-from simpo_pipeline.executor.step import ExecutorStep, InputName
+from simpo_pipeline.executor.step import ExecutorStep, InputName, get_executor_step
 from simpo_pipeline.storage.paths import absolute, is_relative, join
 
 Step = ExecutorStep[Any]
@@ -46,7 +46,7 @@ def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
         IdentityError: a versioned value has no canonical form.
         PlanError: a cycle, two different steps with one output path, or a request that names no step.
     """
-    roots = [_requested_step(request) for request in requested]
+    roots = [get_executor_step(request) for request in requested]
     markers = _reach(roots)
     identities: dict[Step, Identity] = {}
     output_paths: dict[Step, str] = {}
@@ -61,13 +61,6 @@ def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
     _check_output_paths({step: output_paths[step] for step in steps}, identities)
     runnable = _runnable({canonical[root] for root in roots}, edges)
     return Graph(steps, canonical, identities, output_paths, edges, runnable)
-
-
-def _requested_step(request: Step | InputName) -> Step:
-    step = request.step if isinstance(request, InputName) else request
-    if step is None:
-        raise PlanError(f"Asked to run {request!r}, which no step makes. Ask for ExecutorSteps or paths of theirs.")
-    return step
 
 
 def _reach(roots: Iterable[Step]) -> dict[Step, Markers]:

@@ -7,18 +7,18 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
 from simpo_pipeline.errors import StorageError
 from simpo_pipeline.executor.graph import Graph, Step
+from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.identity import EdgeKind
+from simpo_pipeline.executor.provenance import Provenance
 from simpo_pipeline.executor.resolve import json_text, to_json
-from simpo_pipeline.storage.files import read_json, write_json
+from simpo_pipeline.executor.status import INFO_FILE
+from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.paths import join
-
-INFO_FILE = ".executor_info"
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,20 @@ def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
         "config": to_json(config),
         "dependencies": [graph.output_paths[need] for need in needs],
         "override_output_path": step.override_output_path,
+        "pip_dependency_groups": step.pip_dependency_groups,
+        "resources": to_json(step.resources),
         "output_path": graph.output_paths[step],
     }
 
 
-def write_info(info: Mapping[str, Any], run_id: str, process_count: int, started: str, ended: Ended | None) -> None:
-    """Record what runs at an output path; once more when it has ended."""
-    record: dict[str, Any] = {**info, "run_id": run_id, "process_count": process_count, "created_date": started}
+def info_record(
+    info: Mapping[str, Any], run_id: str, provenance: Provenance, started: str, ended: Ended | None
+) -> dict[str, Any]:
+    """What `.executor_info` holds while a step runs; more when it has ended."""
+    record: dict[str, Any] = {**info, "run_id": run_id, **provenance.as_json(), "created_date": started}
     if ended is not None:
-        record |= {"finished_date": now(), "seconds": ended.seconds, "live_digest": ended.live_digest}
-    write_json(join(info["output_path"], INFO_FILE), record)
+        record |= {"finished_date": utc_now(), "seconds": ended.seconds, "live_digest": ended.live_digest}
+    return record
 
 
 def read_info(output_path: str) -> dict[str, Any]:
@@ -84,8 +88,3 @@ def run_record_path(base_path: str, infos: list[dict[str, Any]]) -> str:
     semantics = [{key: value for key, value in info.items() if key != "description"} for info in infos]
     digest = hashlib.sha256(json_text(semantics).encode()).hexdigest()
     return join(base_path, f"{script_name()}-{digest[:6]}.json")
-
-
-def now() -> str:
-    """The time in UTC, for people to read."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

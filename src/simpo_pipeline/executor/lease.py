@@ -1,25 +1,25 @@
 """The lease: one job's renewable claim on one output path, a small file that only one job can create.
 
-A lease is over when its holder is a process of this very machine that no longer exists, or when its file was not seen
-to change for `expiry_seconds` by the observer's own clock: clocks of different machines are never compared.
+A lease is over when its holder is known to have died, or when its file was not seen to change for `expiry_seconds` by
+the observer's own clock: clocks of different machines are never compared. Whoever takes it over replaces exactly the
+version that was seen; so does the holder at each heartbeat, and learns in this way that it lost the lease.
 """
 
-import json
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError, PathNotFoundError, StorageError
-from simpo_pipeline.storage.conditional import create_only, remove_if_same, replace_if_same
-from simpo_pipeline.storage.files import read_bytes
+from simpo_pipeline.executor.holder import Holder, parse_holder, utc_now
+from simpo_pipeline.storage.conditional import ConditionalFiles
 
 _logger = logging.getLogger("simpo_pipeline.executor")
+_RENEWERS = 8
+# CLOCK_BOOTTIME goes on while the machine sleeps, as the clocks of others do.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True)
@@ -39,50 +39,6 @@ class LeaseConfig:
                 f"lease.heartbeat_seconds is {self.heartbeat_seconds} and lease.expiry_seconds {self.expiry_seconds}; "
                 "the heartbeat must be more than 0 and at most half of the expiry."
             )
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lease, as its file says."""
-
-    run_id: str
-    host_name: str
-    pid: int
-    time: str
-    """UTC of the last heartbeat, for people to read."""
-    beat: int = 0
-    """Makes each renewal change the file."""
-
-    def encode(self) -> bytes:
-        """The content of the lease file."""
-        return json.dumps(self.__dict__, sort_keys=True).encode("ascii")
-
-    def describe(self) -> str:
-        """The holder, in words."""
-        return f"pid {self.pid} on host {self.host_name} (run {self.run_id}, last heartbeat {self.time})"
-
-    def is_gone(self) -> bool:
-        """Whether the holder is known to have died: a process of this machine that does not exist."""
-        if self.host_name != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, OverflowError):
-            return False
-        return False
-
-
-def parse_holder(data: bytes) -> Holder | None:
-    """The holder in a lease file; None when the content is no lease (then only its age counts)."""
-    try:
-        fields = cast(dict[str, Any], json.loads(data))
-        run_id, host_name, written = (str(fields[name]) for name in ("run_id", "host_name", "time"))
-        pid, beat = int(fields["pid"]), int(fields["beat"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return None
-    return Holder(run_id, host_name, pid, written, beat) if pid > 0 else None
 
 
 class LeaseWatch:
@@ -110,18 +66,22 @@ class LeaseWatch:
 class _Lease:
     path: str
     holder: Holder
+    version: str
     renewed: float
-    lost: bool
-    lock: threading.Lock
+    """When the last successful renewal was begun, by this machine's clock."""
+    lost: bool = False
+    on_lost: Callable[[], None] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class LeaseKeeper:
     """The leases this job holds, renewed by a thread that lives as long as the `with` block."""
 
-    def __init__(self, run_id: str, config: LeaseConfig, watch: LeaseWatch):
+    def __init__(self, run_id: str, config: LeaseConfig, watch: LeaseWatch, files: ConditionalFiles):
         self._config = config
         self._watch = watch
-        self._holder = Holder(run_id, socket.gethostname(), os.getpid(), _now())
+        self._files = files
+        self._holder = Holder.of_this_process(run_id)
         self._leases: dict[str, _Lease] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease-heartbeat", daemon=True)
@@ -138,78 +98,108 @@ class LeaseKeeper:
 
     def acquire(self, path: str) -> bool:
         """Take the lease, also from a holder that is gone; False while someone else holds it."""
-        mine = replace(self._holder, time=_now())
         while True:
-            if create_only(path, mine.encode()):
-                return self._hold(path, mine)
-            try:
-                theirs = read_bytes(path)
-            except PathNotFoundError:
-                continue
-            holder = parse_holder(theirs)
-            if holder is not None and holder.run_id == mine.run_id and path not in self._leases:
-                return self._hold(path, holder)  # created by us, though the store's answer was lost on its way
-            if self._watch.is_fresh(path, theirs):
-                return False
-            if replace_if_same(path, theirs, mine.encode()):
-                _logger.info("took over %s from %s", path, holder.describe() if holder else "an unreadable lease")
-                return self._hold(path, mine)
-
-    def _hold(self, path: str, holder: Holder) -> bool:
-        self._leases[path] = _Lease(path, holder, time.monotonic(), False, threading.Lock())
-        return True
+            began, mine = _now(), replace(self._holder, time=utc_now())
+            version = self._files.create(path, mine.encode())
+            if version is None:
+                try:
+                    theirs, seen = self._files.read(path)
+                except PathNotFoundError:
+                    continue
+                holder = parse_holder(theirs)
+                ours = holder is not None and holder.run_id == mine.run_id and path not in self._leases
+                if not ours and self._watch.is_fresh(path, theirs):
+                    return False
+                version = self._files.replace(path, seen, mine.encode())
+                if version is not None and not ours:
+                    _logger.info("took over %s from %s", path, holder.describe() if holder else "an unreadable lease")
+            if version is not None:
+                self._leases[path] = _Lease(path, mine, version, began)
+                return True
 
     def holds(self, path: str) -> bool:
         """Whether this job took the lease and did not give it up."""
         return path in self._leases
 
+    def when_lost(self, path: str, tell: Callable[[], None] | None) -> None:
+        """Have `tell` called, from the heartbeat's thread, should the lease be lost."""
+        if path in self._leases:
+            self._leases[path].on_lost = tell
+
+    def check(self, path: str) -> None:
+        """Make sure that the lease is ours, asking storage only if the last heartbeat is so old that it may not be.
+
+        Raises:
+            LeaseLostError: someone else took it, after we failed to renew it in time.
+        """
+        lease = self._leases.get(path)
+        if lease is None:
+            raise LeaseLostError(f"This job gave its lease {path!r} up; nothing more is written there.")
+        if lease.lost or _now() - lease.renewed >= self._config.expiry_seconds:
+            self.confirm(path)
+
     def confirm(self, path: str) -> None:
-        """Make sure, by looking, that the lease is still ours; called before what only a holder may write.
+        """Make sure, by renewing it, that the lease is still ours.
 
         Raises:
             LeaseLostError: someone else took it, after we failed to renew it in time.
         """
         lease = self._leases[path]
-        try:
-            holder = parse_holder(read_bytes(path))
-        except PathNotFoundError:
-            holder = None
-        if lease.lost or holder is None or holder.run_id != lease.holder.run_id:
-            lease.lost = True
-            owner = holder.describe() if holder is not None else "nobody we can read"
+        with lease.lock:
+            if not lease.lost:
+                self._renew(lease)
+        if lease.lost:
             raise LeaseLostError(
-                f"This job lost its lease {path!r}, now held by {owner}; nothing more is written there. It was not "
-                f"renewed within {self._config.expiry_seconds} s: was this job frozen, or storage out of reach?"
+                f"This job lost its lease {path!r}, now held by {self._owner(path)}; nothing more is written there. "
+                f"It was not renewed within {self._config.expiry_seconds} s: was this job frozen, or storage out of "
+                "reach?"
             )
+
+    def _owner(self, path: str) -> str:
+        try:
+            holder = parse_holder(self._files.read(path)[0])
+        except StorageError:
+            holder = None
+        return holder.describe() if holder is not None else "nobody we can read"
 
     def release(self, path: str) -> None:
         """Give the lease up; nothing happens to it if it was lost, and what cannot be removed expires by itself."""
         lease = self._leases.pop(path)
         with lease.lock:
+            if lease.lost:
+                return
             try:
-                remove_if_same(path, lease.holder.encode())
+                self._files.remove(path, lease.version)
             except StorageError as error:
                 _logger.warning("could not remove the lease %s, it will expire: %s", path, error)
 
     def _renew_until_stopped(self) -> None:
-        while not self._stop.wait(self._config.heartbeat_seconds):
-            for path, lease in list(self._leases.items()):
-                with lease.lock:
-                    if path in self._leases and not lease.lost:
-                        self._renew(lease)
+        with ThreadPoolExecutor(_RENEWERS, thread_name_prefix="lease-renewal") as pool:
+            while not self._stop.wait(self._config.heartbeat_seconds):
+                list(pool.map(self._beat, list(self._leases.values())))
+
+    def _beat(self, lease: _Lease) -> None:
+        with lease.lock:
+            if lease.path not in self._leases or lease.lost:
+                return
+            try:
+                self._renew(lease)
+            except StorageError as error:
+                # Whether someone took it over in the meantime, the next renewal will tell.
+                _logger.warning("could not renew the lease %s, will try again: %s", lease.path, error)
+        if lease.lost and lease.on_lost is not None:
+            lease.on_lost()
 
     def _renew(self, lease: _Lease) -> None:
-        renewed = replace(lease.holder, time=_now(), beat=lease.holder.beat + 1)
-        try:
-            if replace_if_same(lease.path, lease.holder.encode(), renewed.encode()):
-                lease.holder, lease.renewed = renewed, time.monotonic()
-            else:
-                lease.lost = True
-                _logger.error("lost the lease %s", lease.path)
-        except StorageError as error:
-            _logger.warning("could not renew the lease %s, will try again: %s", lease.path, error)
-            lease.lost = time.monotonic() - lease.renewed > self._config.expiry_seconds
+        began = _now()
+        renewed = replace(lease.holder, time=utc_now(), beat=lease.holder.beat + 1)
+        version = self._files.replace(lease.path, lease.version, renewed.encode())
+        if version is None:
+            lease.lost = True
+            _logger.error("lost the lease %s", lease.path)
+        else:
+            lease.holder, lease.version, lease.renewed = renewed, version, began
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)

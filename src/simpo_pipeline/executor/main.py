@@ -2,7 +2,8 @@
 
 exit 0   done; the last line is "Job finished with no error."
 exit 1   something failed while the DAG ran
-exit 2   a flag, the config or the DAG is wrong; nothing has run
+exit 2   a flag, the config or the DAG is wrong, or the prefix cannot be used; nothing has run
+exit 3   --dry_run --exit_code: the plan has work to do
 """
 
 import logging
@@ -11,23 +12,20 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
-from simpo_pipeline.errors import ConfigError, PathNotFoundError, PlanError, SimpoPipelineError, StepError, StorageError
+from simpo_pipeline.errors import ConfigError, PlanError, SimpoPipelineError, StepError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.lease import LeaseConfig
+from simpo_pipeline.executor.output import SummaryColumns, explanations_text, plan_text, results_text
 from simpo_pipeline.executor.processes import Processes
-from simpo_pipeline.executor.rounds import StepResult
+from simpo_pipeline.executor.run import Action
 from simpo_pipeline.executor.step import ExecutorStep, InputName
-from simpo_pipeline.executor.table import format_table, plan_table
-from simpo_pipeline.storage.files import read_json
-from simpo_pipeline.storage.paths import join
 
 ConfigT = TypeVar("ConfigT")
 _logger = logging.getLogger("simpo_pipeline")
-SummaryColumns = Sequence[tuple[str, str]]
-"""Pairs of a column's header and the key of its value in each step's summary.json."""
+FAILED, BAD_USAGE, PENDING = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,26 @@ class ExecutorMainConfig:
     """Run steps again that failed before; false blocks them."""
     run_only: list[str] | None = None
     """Run only the steps whose names match these regular expressions, and what they need."""
+    until: list[str] | None = None
+    """Run only these steps, by name, and what comes before them."""
+    force: list[str] | None = None
+    """Run these steps, by name, also if they are done."""
+    explain: list[str] | None = None
+    """Print what these steps, by name, are made of and why they are new, and exit; nothing is written."""
     max_concurrent: int | None = None
     """How many steps without live values may run at once."""
+    json: bool = False
+    """Print the plan, or what came of it, as one JSON object on standard output; log lines go to standard error."""
+    exit_code: bool = False
+    """With --dry_run: exit with 3 if the plan has work to do, with 0 if all is done."""
+    unsafe_locks: bool = False
+    """Use a prefix whose file system has no conditional writes, where two jobs may run one step at once."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     """How this job claims the steps it runs."""
+
+    def __post_init__(self) -> None:
+        if self.exit_code and not self.dry_run:
+            raise ConfigError("--exit_code tells whether a plan has work to do. Give it together with --dry_run.")
 
     @property
     def effective_prefix(self) -> str:
@@ -79,41 +93,78 @@ def executor_main(
     """
     config = config if config is not None else parse_main_config(ExecutorMainConfig)
     processes = processes or Processes()
-    with _log_to_stdout():
+    with _log_lines(to_stderr=config.json):
         executor = _executor(config, description, session, processes)
         try:
-            if config.dry_run:
-                _run(executor, config, steps)
-                _print_in_leader(processes, plan_table(executor.plan))
+            if config.dry_run or config.explain:
+                _show_plan(executor, config, steps, processes)
                 return
             _run_and_close(executor, config, steps, session)
         except (ConfigError, PlanError) as error:
             _exit_with_usage_error(error)
         except SimpoPipelineError as error:
             if isinstance(error, StorageError) and not executor.results:
-                _exit_with_usage_error(error)  # the prefix could not be read, so nothing was planned
-            _print_results(executor.results, summary_columns, processes)
+                _exit_with_usage_error(error)  # the prefix could not be used, so nothing has run
+            _show_results(executor, config, processes, summary_columns, error)
             _logger.error("The job failed.", exc_info=error)
-            raise SystemExit(1) from error
-        _print_results(executor.results, summary_columns, processes)
-        _print_in_leader(processes, "Job finished with no error.")
+            raise SystemExit(FAILED) from error
+        _show_results(executor, config, processes, summary_columns, None)
+
+
+def _show_plan(
+    executor: Executor,
+    config: ExecutorMainConfig,
+    steps: Sequence[ExecutorStep[Any] | InputName],
+    processes: Processes,
+) -> None:
+    _run(executor, config, steps, dry_run=True)
+    if processes.is_leader and config.explain:
+        explanations = [found for name in config.explain for found in executor.explain(name)]
+        print(explanations_text(explanations, as_json=config.json), flush=True)
+    elif processes.is_leader:
+        print(plan_text(executor.plan, as_json=config.json), flush=True)
+    if config.exit_code and any(row.action is not Action.SKIP for row in executor.plan):
+        raise SystemExit(PENDING)
+
+
+def _show_results(
+    executor: Executor,
+    config: ExecutorMainConfig,
+    processes: Processes,
+    columns: SummaryColumns,
+    error: SimpoPipelineError | None,
+) -> None:
+    if processes.is_leader:
+        print(results_text(executor.results, columns, error, as_json=config.json), flush=True)
 
 
 def _executor(config: ExecutorMainConfig, description: str | None, session: Any, processes: Processes) -> Executor:
     prefix, info_path = config.effective_prefix, config.executor_info_base_path
     try:
-        return Executor(prefix, info_path, description, session=session, processes=processes, lease=config.lease)
+        return Executor(
+            prefix,
+            info_path,
+            description,
+            session=session,
+            processes=processes,
+            lease=config.lease,
+            unsafe_locks=config.unsafe_locks,
+        )
     except ConfigError as error:
         _exit_with_usage_error(error)
 
 
-def _run(executor: Executor, config: ExecutorMainConfig, steps: Sequence[ExecutorStep[Any] | InputName]) -> None:
+def _run(
+    executor: Executor, config: ExecutorMainConfig, steps: Sequence[ExecutorStep[Any] | InputName], *, dry_run: bool
+) -> None:
     executor.run(
         steps,
-        dry_run=config.dry_run,
+        dry_run=dry_run,
         run_only=config.run_only,
         force_run_failed=config.force_run_failed,
         max_concurrent=config.max_concurrent,
+        until=config.until,
+        force=config.force,
     )
 
 
@@ -122,7 +173,7 @@ def _run_and_close(
 ) -> None:
     close = getattr(session, "close", _close_nothing)
     try:
-        _run(executor, config, steps)
+        _run(executor, config, steps, dry_run=False)
     except BaseException as error:
         try:
             close(error)
@@ -141,13 +192,13 @@ def _close_nothing(error: BaseException | None) -> None:
 
 def _exit_with_usage_error(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from None
+    raise SystemExit(BAD_USAGE) from None
 
 
 @contextmanager
-def _log_to_stdout() -> Generator[None]:
+def _log_lines(*, to_stderr: bool) -> Generator[None]:
     """Show INFO and above with the time, while the block runs."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     level = _logger.level
     _logger.addHandler(handler)
@@ -157,46 +208,3 @@ def _log_to_stdout() -> Generator[None]:
     finally:
         _logger.removeHandler(handler)
         _logger.setLevel(level)
-
-
-def _print_in_leader(processes: Processes, text: str) -> None:
-    if processes.is_leader:
-        print(text, flush=True)
-
-
-def _print_results(results: Sequence[StepResult], columns: SummaryColumns, processes: Processes) -> None:
-    """The table at the end; what a step wrote into summary.json fills the columns of that key."""
-    if not processes.is_leader or not results:
-        return
-    rows: list[list[str]] = []
-    for result in results:
-        summary = _read_summary(result.output_path)
-        cells = [_shown(summary.get(key)) for _, key in columns]
-        seconds = f"{result.seconds:.1f}" if result.seconds is not None else ""
-        rows.append([result.step_name, result.action, seconds, *cells, result.output_path])
-    print(format_table(["step", "action", "seconds", *(name for name, _ in columns), "output path"], rows), flush=True)
-
-
-def _read_summary(output_path: str) -> dict[str, Any]:
-    try:
-        summary = read_json(join(output_path, "summary.json"))
-    except PathNotFoundError:
-        return {}
-    except StorageError as error:
-        _logger.warning("the table lacks a step's summary: %s", error)
-        return {}
-    return cast(dict[str, Any], summary) if isinstance(summary, dict) else {}
-
-
-def _shown(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case bool() | str():
-            return str(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        case _:
-            return ""

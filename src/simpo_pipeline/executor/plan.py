@@ -2,7 +2,7 @@
 
 done        = SUCCESS is recorded and a manifest lists the outputs
 demanded(p) = a step that will RUN or REPLAY uses the live value of p
-SKIP        done and not (demanded and not held by this process)
+SKIP        done, not forced, and not (demanded and not held by this process)
 REPLAY      done, demanded and not held; then its own live inputs are demanded too
 WAIT        not done, and another job holds a fresh lease
 BLOCKED     failed in this job, failed before (when that counts), or needs what is BLOCKED
@@ -38,6 +38,8 @@ class Situation:
     ended: Mapping[Step, str] = field(default_factory=dict[Step, str])
     """The steps that failed in this job, with a word on how."""
     force_run_failed: bool = True
+    forced: frozenset[Step] = frozenset()
+    """Steps to run also if they are done."""
 
 
 def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, Decision]:
@@ -54,8 +56,8 @@ def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, De
 def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: Mapping[Step, Decision]) -> Decision:
     """The decision without regard to who uses the step."""
     record = situation.records[step]
-    if record.done:
-        return Decision(Action.SKIP, "SUCCESS is recorded")
+    if record.done and step not in situation.forced:
+        return Decision(Action.SKIP, _skip_reason(step, graph, situation))
     if step in situation.ended:
         return Decision(Action.BLOCKED, situation.ended[step])
     if record.lease is not None and record.lease.fresh:
@@ -65,7 +67,16 @@ def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: M
         return blocked
     if record.status is Status.FAILED and not situation.force_run_failed:
         return Decision(Action.BLOCKED, "it failed before, and --force_run_failed is false")
-    return Decision(Action.RUN, _run_reason(record))
+    return Decision(Action.RUN, "forced; SUCCESS is recorded" if record.done else _run_reason(record))
+
+
+def _skip_reason(step: Step, graph: Graph, situation: Situation) -> str:
+    """A forced step keeps its version, so those that used it stay done; that must not go unsaid."""
+    forced = [edge.step.name for edge in graph.needs(step) if edge.step in situation.forced]
+    if not forced:
+        return "SUCCESS is recorded"
+    names = _named(list(dict.fromkeys(forced)))
+    return f"SUCCESS is recorded, of what {names} gave before; to run it again too, force it"
 
 
 def _run_reason(record: StepRecord) -> str:
@@ -100,14 +111,19 @@ def _decide_backwards(graph: Graph, order: Order, situation: Situation, decision
     needed: set[Step] = set(situation.wanted)
     for step in reversed(order.steps):
         if decisions[step].action in (Action.SKIP, Action.REPLAY):
-            decisions[step] = _skip_or_replay(step, order, situation, decisions, needed)
+            decisions[step] = _skip_or_replay(step, graph, order, situation, decisions, needed)
         if step in needed and decisions[step].action is not Action.SKIP:
             needed.update(edge.step for edge in graph.needs(step))
     return needed
 
 
 def _skip_or_replay(
-    step: Step, order: Order, situation: Situation, decisions: Mapping[Step, Decision], needed: Collection[Step]
+    step: Step,
+    graph: Graph,
+    order: Order,
+    situation: Situation,
+    decisions: Mapping[Step, Decision],
+    needed: Collection[Step],
 ) -> Decision:
     demand = [
         consumer
@@ -115,7 +131,7 @@ def _skip_or_replay(
         if consumer in needed and decisions[consumer].action in (Action.RUN, Action.REPLAY)
     ]
     if not demand:
-        return Decision(Action.SKIP, "SUCCESS is recorded")
+        return Decision(Action.SKIP, _skip_reason(step, graph, situation))
     users = _named([f"{consumer.name} ({decisions[consumer].action})" for consumer in demand])
     if step in situation.held:
         return Decision(Action.SKIP, f"SUCCESS is recorded, and its live value is held for {users}")

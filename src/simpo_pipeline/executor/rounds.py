@@ -16,6 +16,7 @@ from simpo_pipeline.executor.plan import Decision
 from simpo_pipeline.executor.planner import Planner
 from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.executor.schedule import Schedule
+from simpo_pipeline.executor.status import LEASE_FILE
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
 
@@ -72,7 +73,7 @@ class Rounds:
         waiting = True
         while waiting:
             first = not self._decisions
-            self._decisions = self._planner.decide(self._ended_words(), self._job.live.held())
+            self._decisions = self._planner.decide(self._ended_words(), self._job.live.held(), self._attempted)
             if first:
                 on_plan(self.rows())
             self._release_live_values()
@@ -118,7 +119,10 @@ class Rounds:
         _logger.info("%s %s: %s -> %s", decision.action, step.name, decision.reason, self._job.graph.output_paths[step])
         replaying = decision.action is Action.REPLAY
         consumers, everywhere = self._future_consumers(step), step in self._everywhere
-        attempt = Attempt(self._job, step, self.rows(), consumers, replaying=replaying, everywhere=everywhere)
+        forced = self._planner.is_forced(step) and step not in self._attempted
+        attempt = Attempt(
+            self._job, step, self.rows(), consumers, replaying=replaying, everywhere=everywhere, forced=forced
+        )
         ending = attempt.execute()
         if ending is Ending.POSTPONED:
             _logger.info("%s is postponed: another job has it", step.name)
@@ -165,8 +169,11 @@ class Rounds:
             failed_need = self._bad_endings.get(step) is Ending.DEP_FAILED or decision.action is Action.BLOCKED
             if failed_need and step not in self._errors and any(self._is_bad(need) for need in self._needs[step]):
                 record_dep_failed(self._job, step)
-        if not self._errors:
-            remove_tree(join(self._job.prefix, ".replay", self._job.run_id))
+        lease = join(self._job.scratch_folder, LEASE_FILE)
+        if self._job.leases.holds(lease):
+            self._job.leases.release(lease)
+            if not self._errors:
+                remove_tree(self._job.scratch_folder)
 
     def _is_bad(self, step: Step) -> bool:
         blocked = step in self._decisions and self._decisions[step].action is Action.BLOCKED

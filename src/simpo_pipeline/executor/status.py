@@ -7,33 +7,33 @@
     error.json              host, exception and traceback of every process that failed
 
 Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with a manifest means that outputs are there.
+Status, manifest and info are written conditionally on the version their writer knows (see commit.py).
 """
 
+import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
+
+import google_crc32c
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
-from simpo_pipeline.executor.lease import Holder, LeaseWatch, parse_holder
+from simpo_pipeline.executor.holder import Holder, parse_holder
+from simpo_pipeline.executor.lease import LeaseWatch
 from simpo_pipeline.storage.checksum import crc32c_of
-from simpo_pipeline.storage.files import (
-    FileEntry,
-    list_files,
-    read_bytes,
-    read_json,
-    remove_tree,
-    write_json,
-    write_text,
-)
+from simpo_pipeline.storage.entry import FileEntry
+from simpo_pipeline.storage.files import list_files, read_bytes, read_json
 from simpo_pipeline.storage.paths import join
 
 STATUS_FILE = ".executor_status"
 LEASE_FILE = ".executor_status.lock"
+INFO_FILE = ".executor_info"
 MANIFEST_FILE = "manifest.json"
 ERROR_FILE = "error.json"
+OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, MANIFEST_FILE, ERROR_FILE)
 _MAX_TOKEN_BYTES = 64
 
 
@@ -72,6 +72,8 @@ class StepRecord:
     lease: LeaseSight | None = None
     what_changed: str | None = None
     """For a step that never ran: how it differs from the nearest step of its name that did."""
+    versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    """The version of each file of the executor's own that is there, by name; None where the listing does not tell."""
 
     @property
     def done(self) -> bool:
@@ -79,34 +81,64 @@ class StepRecord:
         return self.status is Status.SUCCESS and self.manifest is None
 
 
-def read_record(output_path: str, watch: LeaseWatch) -> StepRecord:
-    """What storage says about the step at an output path: one listing, and a read of each of its small files found."""
-    sizes = {entry.relative_path: entry.num_bytes for entry in list_files(output_path)}
-    token = _read_if_there(join(output_path, STATUS_FILE)) if STATUS_FILE in sizes else None
+def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
+    """What storage says about the step at an output path; without a watch, the lease is left out.
+
+    One listing. Where it tells checksums, a step that is done is known from it alone; else the small files that are
+    there are read.
+    """
+    entries = {entry.relative_path: entry for entry in list_files(output_path)}
+    token = _read_token(output_path, entries[STATUS_FILE]) if STATUS_FILE in entries else None
     status, unreadable = _parse_status(token) if token is not None else (None, None)
     lease: LeaseSight | None = None
-    if LEASE_FILE in sizes:
+    if LEASE_FILE in entries and watch is not None:
         path = join(output_path, LEASE_FILE)
         data = _read_if_there(path)
         lease = LeaseSight(parse_holder(data), watch.is_fresh(path, data)) if data is not None else None
     manifest = "is missing"
-    if MANIFEST_FILE in sizes:
-        manifest = _find_damage(output_path, sizes)
-    return StepRecord(status, unreadable, manifest, ERROR_FILE in sizes, lease)
+    if MANIFEST_FILE in entries:
+        manifest = _find_damage(output_path, entries)
+    own = {name: entry.version for name, entry in entries.items() if name in OWN_FILES}
+    return StepRecord(status, unreadable, manifest, ERROR_FILE in entries, lease, versions=own)
 
 
-def _find_damage(output_path: str, sizes: Mapping[str, int]) -> str | None:
-    """What keeps a reader from believing the outputs, by names and sizes; checksums would mean reading it all."""
+def _crc32c(data: bytes) -> str:
+    return f"{cast(Any, google_crc32c).value(data):08x}"
+
+
+_TOKENS = {(len(token), _crc32c(token)): token for token in (status.value.encode() for status in Status)}
+
+
+def _read_token(output_path: str, entry: FileEntry) -> bytes | None:
+    """The content of the status file: told by its size and checksum if the listing has them."""
+    known = _TOKENS.get((entry.num_bytes, entry.crc32c or ""))
+    return known if known is not None else _read_if_there(join(output_path, STATUS_FILE))
+
+
+def _find_damage(output_path: str, found: Mapping[str, FileEntry]) -> str | None:
+    """What keeps a reader from believing the outputs.
+
+    If the listing tells checksums, the manifest that it amounts to is compared with the one that is there. If they
+    differ, or no checksums are told, names and sizes are compared: checksums would mean reading all outputs.
+    """
+    outputs = [entry for name, entry in found.items() if is_output(name)]
+    there = found[MANIFEST_FILE]
+    if there.crc32c is not None and all(entry.crc32c for entry in outputs):
+        expected = manifest_bytes(outputs)
+        if (there.num_bytes, there.crc32c) == (len(expected), _crc32c(expected)):
+            return None
     try:
-        entries = read_manifest(output_path)
+        listed = read_manifest(output_path)
     except StorageError:
         return "cannot be read"
-    for entry in entries:
-        found = sizes.get(entry.relative_path)
-        if found is None:
+    for entry in listed:
+        other = found.get(entry.relative_path)
+        if other is None:
             return f"lists {entry.relative_path}, which is gone"
-        if found != entry.num_bytes:
-            return f"lists {entry.relative_path} with {entry.num_bytes} bytes, and it has {found}"
+        if other.num_bytes != entry.num_bytes:
+            return f"lists {entry.relative_path} with {entry.num_bytes} bytes, and it has {other.num_bytes}"
+        if other.crc32c is not None and other.crc32c != entry.crc32c:
+            return f"lists {entry.relative_path} with CRC32C {entry.crc32c}, and it has {other.crc32c}"
     return None
 
 
@@ -123,35 +155,24 @@ def _parse_status(data: bytes) -> tuple[Status | None, str | None]:
     return (known[token], None) if token in known and len(data) <= _MAX_TOKEN_BYTES else (None, token)
 
 
-def write_status(output_path: str, status: Status) -> None:
-    """Record the token."""
-    write_text(join(output_path, STATUS_FILE), status.value)
-
-
-def write_error(output_path: str, error: dict[str, Any]) -> None:
-    """Record who failed, and how."""
-    write_json(join(output_path, ERROR_FILE), error)
-
-
-def remove_error(output_path: str) -> None:
-    """Remove the error of an earlier attempt."""
-    remove_tree(join(output_path, ERROR_FILE))
-
-
-def write_manifest(output_path: str) -> None:
-    """List every output file with its size and checksum."""
-
-    def checksum_of(entry: FileEntry) -> str:
-        return entry.crc32c or crc32c_of(join(output_path, entry.relative_path))
-
-    entries = [entry for entry in list_files(output_path) if _is_output(entry.relative_path)]
-    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 2)) as pool:
-        checksums = list(pool.map(checksum_of, entries))
+def manifest_bytes(outputs: list[FileEntry]) -> bytes:
+    """The manifest of outputs whose checksums are known: the same bytes for the same outputs."""
     files = [
-        {"path": entry.relative_path, "bytes": entry.num_bytes, "crc32c": checksum}
-        for entry, checksum in zip(entries, checksums, strict=True)
+        {"path": entry.relative_path, "bytes": entry.num_bytes, "crc32c": entry.crc32c} for entry in sorted(outputs)
     ]
-    write_json(join(output_path, MANIFEST_FILE), {"files": files})
+    return (json.dumps({"files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def find_outputs(output_path: str) -> list[FileEntry]:
+    """Every output that is there now, with its checksum."""
+
+    def with_checksum(entry: FileEntry) -> FileEntry:
+        checksum = entry.crc32c or crc32c_of(join(output_path, entry.relative_path))
+        return FileEntry(entry.relative_path, entry.num_bytes, checksum)
+
+    entries = [entry for entry in list_files(output_path) if is_output(entry.relative_path)]
+    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 2)) as pool:
+        return list(pool.map(with_checksum, entries))
 
 
 def read_manifest(output_path: str) -> list[FileEntry]:
@@ -164,11 +185,13 @@ def read_manifest(output_path: str) -> list[FileEntry]:
     path = join(output_path, MANIFEST_FILE)
     manifest = read_json(path)
     try:
-        return [FileEntry(str(file["path"]), int(file["bytes"]), str(file["crc32c"])) for file in manifest["files"]]
-    except (KeyError, TypeError, ValueError) as error:
+        files = [FileEntry(str(file["path"]), int(file["bytes"]), str(file["crc32c"])) for file in manifest["files"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StorageError(f"{path!r} is no manifest ({error!r}). Remove the step's status to run it again.") from error
+    return files
 
 
-def _is_output(relative_path: str) -> bool:
+def is_output(relative_path: str) -> bool:
+    """Whether a file below an output path is the step's and not the executor's."""
     hidden = any(part.startswith(".") for part in relative_path.split("/"))
     return not hidden and relative_path not in (MANIFEST_FILE, ERROR_FILE)

@@ -14,7 +14,7 @@ read (`str`, `float`), not with what an experiment may write there.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar, cast
 
@@ -38,9 +38,13 @@ class ExecutorStep(Generic[ConfigT]):
     """Begins the output path, so slashes make folders; the other half of the identity of what `fn` does."""
     fn: StepFunction | None
     config: ConfigT
-    description: str | None = field(default=None, kw_only=True)
-    override_output_path: str | None = field(default=None, kw_only=True)
+    description: str | None = None
+    override_output_path: str | None = None
     """Used in place of `{prefix}/{name}-{hash}`; relative paths are below the prefix."""
+    pip_dependency_groups: list[str] | None = None
+    """Marin's, for jobs of their own; recorded, and without effect here: all steps run in this one job."""
+    resources: Any = None
+    """Marin's, as `pip_dependency_groups`."""
 
     def __post_init__(self) -> None:
         if any(part in ("", ".", "..") or part.startswith(".") for part in self.name.split("/")):
@@ -142,8 +146,33 @@ def ensure_versioned(value: Any) -> Any:
 
 
 def unwrap_versioned_value(value: Any) -> Any:
-    """The value itself, versioned or not."""
-    return cast(Any, value).value if isinstance(value, VersionedValue) else value
+    """The value with nothing versioned in it, however deep in dataclasses, dicts, lists and tuples."""
+    if isinstance(value, VersionedValue):
+        return unwrap_versioned_value(cast(Any, value).value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, ExecutorStep | InputName | OutputName | LiveInput):
+            return cast(Any, value)
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: unwrap_versioned_value(inner) for name, inner in fields.items()})
+    if isinstance(value, dict):
+        return {key: unwrap_versioned_value(inner) for key, inner in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        members: list[Any] = [unwrap_versioned_value(inner) for inner in cast(list[Any], value)]
+        kind: Any = type(cast(object, value))
+        return kind(*members) if hasattr(kind, "_fields") else kind(members)
+    return value
+
+
+def get_executor_step(run: "ExecutorStep[Any] | InputName") -> "ExecutorStep[Any]":
+    """The step behind a step or a path of it.
+
+    Raises:
+        PlanError: no step makes that path, or what was passed is neither.
+    """
+    step = run.step if isinstance(run, InputName) else run
+    if not isinstance(cast(object, step), ExecutorStep):
+        raise PlanError(f"No step makes {run!r}. Pass an ExecutorStep or a path of one.")
+    return cast(ExecutorStep[Any], step)
 
 
 class LiveUse(StrEnum):

@@ -1,119 +1,155 @@
-"""Writes that happen only if the file is as expected: what leases are made of.
+"""Writes that happen only if the file is as expected: what leases and commits are made of.
 
-`create_only` is atomic everywhere it is allowed. `replace_if_same` and `remove_if_same` are atomic between processes
-of one machine (a lock on the folder, which the kernel drops when its holder dies); on object stores they compare and
-then write, so a loser may notice only at its next look.
+A version names one content of one file. `replace` and `remove` succeed only on the version they are told, `create` only
+where nothing is, and of two processes that try at once one succeeds:
+
+    gs://       generation preconditions, checked by the store
+    local       hard links (fail if the name exists) and renames under a lock on the file itself
+    memory://   a lock of this process, beyond which that store does not reach
+    others      refused, unless `unsafe_locks`: they compare, then write, and two processes may both succeed
+
+Fences (fence.py) do not stand in their way: they are what fences are made of.
 """
 
-import errno
-import fcntl
-import os
-import uuid
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import google_crc32c
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
-from simpo_pipeline.storage.files import make_parent, read_bytes, remove_tree, write_bytes
+from simpo_pipeline.storage import gcs, local_versions
+from simpo_pipeline.storage.files import read_bytes
 from simpo_pipeline.storage.filesystem import filesystem_of, storage_border
-from simpo_pipeline.storage.paths import base_name, is_local, parent, strip_file_scheme
-
-_CREATE_ONLY_SCHEMES = ("gs", "gcs", "memory")
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+from simpo_pipeline.storage.paths import is_local
 
 
-def create_only(path: str, data: bytes) -> bool:
-    """Put `data` at `path` unless something is there; False when something is.
-
-    Raises:
-        StorageError: this file system cannot promise that only one of two writers succeeds.
-    """
-    if is_local(path):
-        return _create_locally(strip_file_scheme(path), data)
-    scheme = path.split("://", 1)[0]
-    if scheme not in _CREATE_ONLY_SCHEMES:
-        allowed = ", ".join(f"{known}://" for known in _CREATE_ONLY_SCHEMES)
-        raise StorageError(
-            f"{scheme}:// has no create-only write. Use a local folder or one of {allowed} for {path!r}."
-        )
-    filesystem, inner_path = filesystem_of(path)
-    try:
-        with storage_border("create", path):
-            filesystem.pipe_file(inner_path, data, mode="create")
-    except StorageError as error:
-        if isinstance(error.__cause__, FileExistsError):
-            return False
-        raise
-    return True
+@runtime_checkable
+class _Store(Protocol):
+    def read(self, path: str) -> tuple[bytes, str]: ...
+    def write(self, path: str, data: bytes, expected: str | None) -> str | None: ...
+    def remove(self, path: str, expected: str) -> bool: ...
 
 
-def _create_locally(path: str, data: bytes) -> bool:
-    """Create with the content complete: written aside and hard-linked into place, which fails if the name exists."""
-    make_parent(path)
-    aside = os.path.join(parent(os.path.abspath(path)), f".{base_name(path)}.{uuid.uuid4().hex}.tmp")
-    with storage_border("create", path):
+class _Gcs:
+    """Generations."""
+
+    read = staticmethod(gcs.read_object)
+    write = staticmethod(gcs.write_object)
+    remove = staticmethod(gcs.remove_object)
+
+
+class _Local:
+    """Inode and time of the last change."""
+
+    read = staticmethod(local_versions.read_version)
+    write = staticmethod(local_versions.write_version)
+    remove = staticmethod(local_versions.remove_version)
+
+
+class _Compared:
+    """Compare, then write: as safe as `lock` makes it."""
+
+    def __init__(self, lock: Any):
+        self._lock = lock
+
+    def read(self, path: str) -> tuple[bytes, str]:
+        data = read_bytes(path)
+        return data, self._version(path, data)
+
+    def _version(self, path: str, data: bytes) -> str:
+        checksum = cast(Any, google_crc32c).value(data)
+        return f"{checksum:08x}-{len(data)}"
+
+    def _current(self, path: str) -> str | None:
         try:
-            Path(aside).write_bytes(data)
-            os.link(aside, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            return _create_exclusively(path, data)
-        finally:
-            Path(aside).unlink(missing_ok=True)
-    return True
+            return self.read(path)[1]
+        except PathNotFoundError:
+            return None
+
+    def write(self, path: str, data: bytes, expected: str | None) -> str | None:
+        with self._lock:
+            if self._current(path) != expected:
+                return None
+            filesystem, inner_path = filesystem_of(path)
+            with storage_border("write", path):
+                filesystem.pipe_file(inner_path, data)
+            return self._version(path, data)
+
+    def remove(self, path: str, expected: str) -> bool:
+        with self._lock:
+            current = self._current(path)
+            if current == expected:
+                filesystem, inner_path = filesystem_of(path)
+                with storage_border("remove", path):
+                    filesystem.rm(inner_path)
+            return current in (None, expected)
 
 
-def _create_exclusively(path: str, data: bytes) -> bool:
-    """For file systems without hard links (gcsfuse): exclusive creation, readers may glimpse an empty file."""
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True
+class _Memory(_Compared):
+    """fsspec's in-memory store: each write makes a new file with its own time."""
+
+    def _version(self, path: str, data: bytes) -> str:
+        filesystem, inner_path = filesystem_of(path)
+        with storage_border("look up", path):
+            return repr(cast(Any, filesystem).created(inner_path).timestamp())
 
 
-def replace_if_same(path: str, expected: bytes, data: bytes) -> bool:
-    """Put `data` at `path` if it holds `expected`; False when it holds something else or nothing."""
-    with _folder_lock(path):
-        if not _holds(path, expected):
-            return False
-        write_bytes(path, data)
-        return True
+_STORES: dict[str, _Store] = {"gs": _Gcs(), "gcs": _Gcs(), "memory": _Memory(threading.RLock())}
+_LOCAL = _Local()
+_UNSAFE = _Compared(threading.RLock())
 
 
-def remove_if_same(path: str, expected: bytes) -> bool:
-    """Remove `path` if it holds `expected`; False when it holds something else or nothing."""
-    with _folder_lock(path):
-        if not _holds(path, expected):
-            return False
-        remove_tree(path)
-        return True
+@dataclass(frozen=True)
+class ConditionalFiles:
+    """Conditional reads and writes on every file system that has them."""
 
+    unsafe_locks: bool = False
+    """Also on those that have none: two jobs may then run one step at once."""
 
-def _holds(path: str, expected: bytes) -> bool:
-    try:
-        return read_bytes(path) == expected
-    except PathNotFoundError:
-        return False
+    def check(self, path: str) -> None:
+        """Make sure that the file system of `path` can serve.
 
+        Raises:
+            StorageError: it has no conditional writes.
+        """
+        self._store(path)
 
-@contextmanager
-def _folder_lock(path: str) -> Generator[None]:
-    """Exclude other processes of this machine while the block runs; nothing on object stores."""
-    if not is_local(path):
-        yield
-        return
-    folder = parent(os.path.abspath(strip_file_scheme(path)))
-    with storage_border("lock the folder of", path):
-        make_parent(path)
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with storage_border("lock the folder of", path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    def create(self, path: str, data: bytes) -> str | None:
+        """Put `data` where nothing is; the version made, or None when something is there."""
+        return self._store(path).write(path, data, None)
+
+    def read(self, path: str) -> tuple[bytes, str]:
+        """The content and its version.
+
+        Raises:
+            PathNotFoundError: there is no such file.
+        """
+        return self._store(path).read(path)
+
+    def replace(self, path: str, expected: str | None, data: bytes) -> str | None:
+        """Put `data` over the version `expected` (None: nothing); the version made, or None when it is not there."""
+        return self._store(path).write(path, data, expected)
+
+    def remove(self, path: str, expected: str) -> bool:
+        """Remove the version `expected`; False when another one is there."""
+        return self._store(path).remove(path, expected)
+
+    def version_of(self, path: str) -> str | None:
+        """The version that is there now; None when there is nothing."""
+        try:
+            return self.read(path)[1]
+        except PathNotFoundError:
+            return None
+
+    def _store(self, path: str) -> _Store:
+        if is_local(path):
+            return _LOCAL
+        scheme = path.split("://", 1)[0]
+        store = _STORES.get(scheme, _UNSAFE if self.unsafe_locks else None)
+        if store is None:
+            raise StorageError(
+                f"{scheme}:// has no conditional writes, so two jobs could run one step of {path!r} at once. Use gs:// "
+                "or a local folder; or pass --unsafe_locks if no other job will ever use this prefix."
+            )
+        return store

@@ -4,32 +4,24 @@ Locally a write goes to a dot file beside its place, is synced and renamed; remo
 stores publish at its end. Parent folders are made. Every failure is a StorageError.
 """
 
-import base64
 import io
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.storage.entry import FileEntry
+from simpo_pipeline.storage.fence import check_fences
 from simpo_pipeline.storage.filesystem import FileSystem, filesystem_of, storage_border
+from simpo_pipeline.storage.gcs import is_gcs, list_object_names, list_objects
+from simpo_pipeline.storage.local_versions import version_of_stat
 from simpo_pipeline.storage.paths import base_name, is_local, join, parent, strip_file_scheme
-
-
-@dataclass(frozen=True, order=True)
-class FileEntry:
-    """One file of a listing."""
-
-    relative_path: str
-    num_bytes: int
-    crc32c: str | None = None
-    """8 hex digits, when the store keeps it (Google Cloud Storage does)."""
 
 
 def read_bytes(path: str) -> bytes:
@@ -71,6 +63,7 @@ def write_bytes(path: str, data: bytes) -> None:
         with storage_border("write", path), open_write(path) as file:
             file.write(data)
         return
+    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
     with storage_border("write", path):
         filesystem.pipe_file(inner_path, data)
@@ -89,14 +82,17 @@ def write_json(path: str, value: Any) -> None:
 @contextmanager
 def open_write(path: str) -> Generator[BinaryIO]:
     """A binary file to stream into; it appears at `path` when the block ends well, and not at all when it raises."""
+    check_fences(path)
     if is_local(path):
         with _local_replacement(strip_file_scheme(path)) as file:
             yield file
+            check_fences(path)
         return
     with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as folder:
         spool = Path(folder, "spool")
         with spool.open("wb") as file:
             yield file
+        check_fences(path)
         filesystem, inner_path = filesystem_of(path)
         with storage_border("write", path):
             filesystem.put_file(str(spool), inner_path)
@@ -139,25 +135,50 @@ def exists(path: str) -> bool:
 
 def list_files(path: str) -> list[FileEntry]:
     """All files below a folder, at any depth, sorted by relative path; none when the folder does not exist."""
+    if is_gcs(path):
+        return sorted(list_objects(path))
+    if is_local(path):
+        with storage_border("list", path):
+            return sorted(_local_entries(strip_file_scheme(path).rstrip("/") or "/", ""))
     filesystem, inner_path = filesystem_of(path)
     with storage_border("list", path):
         found = filesystem.find(inner_path, detail=True)
     start = inner_path.rstrip("/") + "/"
-    return sorted(
-        FileEntry(name[len(start) :], int(info["size"]), _kept_checksum(info))
-        for name, info in found.items()
-        if name.startswith(start)
-    )
+    return sorted(_listed(name[len(start) :], info, path) for name, info in found.items() if name.startswith(start))
 
 
-def _kept_checksum(info: Mapping[str, Any]) -> str | None:
-    """The CRC32C in a listing of Google Cloud Storage: base64 of 4 bytes, the highest first."""
-    encoded = info.get("crc32c")
-    return base64.b64decode(encoded).hex() if isinstance(encoded, str) else None
+def _local_entries(folder: str, below: str) -> Iterator[FileEntry]:
+    """Links to folders are not followed: they may lead in a circle."""
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _local_entries(entry.path, f"{below}{entry.name}/")
+            elif entry.is_file():
+                found = entry.stat()
+                version = version_of_stat(found)
+                yield FileEntry(f"{below}{entry.name}", found.st_size, None, version, found.st_mtime)
+
+
+def _listed(relative_path: str, info: dict[str, Any], path: str) -> FileEntry:
+    """An entry of a listing by fsspec. The in-memory store tells when a file was made, and makes one at each write."""
+    version = repr(info["created"]) if path.startswith("memory://") else None
+    return FileEntry(relative_path, int(info["size"]), None, version, info.get("created"))
 
 
 def list_names(path: str) -> list[str]:
     """The names of what lies directly inside a folder, sorted; none when the folder does not exist."""
+    if is_gcs(path):
+        return sorted(list_object_names(path))
+    if is_local(path):
+        try:
+            with storage_border("list", path):
+                return sorted(os.listdir(strip_file_scheme(path)))
+        except PathNotFoundError:
+            return []
     filesystem, inner_path = filesystem_of(path)
     try:
         with storage_border("list", path):
@@ -169,6 +190,7 @@ def list_names(path: str) -> list[str]:
 
 def remove_tree(path: str) -> None:
     """Remove a file or a folder with all below it; nothing happens when nothing is there."""
+    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
     try:
         with storage_border("remove", path):
@@ -197,6 +219,7 @@ def upload(local_path: Path, path: str) -> None:
         with storage_border("read", str(local_path)), open_write(path) as target, local_path.open("rb") as source:
             shutil.copyfileobj(source, target, 1 << 20)
         return
+    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
     with storage_border("write", path):
         filesystem.put_file(str(local_path), inner_path)

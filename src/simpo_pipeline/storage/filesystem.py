@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import fsspec.core  # pyright: ignore[reportMissingTypeStubs]
 
-from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.errors import PathNotFoundError, SimpoPipelineError, StorageError
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ def storage_border(action: str, path: str) -> Generator[None]:
     """
     try:
         yield
-    except StorageError:
+    except SimpoPipelineError:
         raise
     except FileNotFoundError as error:
         raise PathNotFoundError(f"Cannot {action} {path!r}: nothing is stored there.") from error

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from simpo_pipeline.errors import DataError
+from simpo_pipeline.storage.fence import check_fences
 from simpo_pipeline.storage.files import make_parent, open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
 from simpo_pipeline.storage.paths import is_local, strip_file_scheme
@@ -23,6 +24,7 @@ class JsonlWriter:
         self._lines: list[bytes] = []
         self._file: BinaryIO | None = None
         self._closed = False
+        check_fences(path)
         if is_local(path):
             make_parent(path)
             with storage_border("write", path):
@@ -41,6 +43,7 @@ class JsonlWriter:
             raise DataError(
                 f"A row for {self.path!r} is not JSON: {error}. Give str, int, float, bool, list, dict."
             ) from error
+        check_fences(self.path)
         with storage_border("write", self.path):
             if self._closed:
                 raise ValueError("the writer is closed")

@@ -1,0 +1,90 @@
+"""Which steps of a DAG a run is asked for, by name: run_only, until, force."""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+from simpo_pipeline.errors import PlanError
+from simpo_pipeline.executor.graph import Graph, Step
+from simpo_pipeline.executor.order import Order
+from simpo_pipeline.executor.planner import Request
+
+_MAX_NAMES_SHOWN = 20
+
+
+def select_steps(
+    graph: Graph,
+    order: Order,
+    *,
+    run_only: Sequence[str] | None,
+    until: Sequence[str] | None,
+    force: Sequence[str] | None,
+    force_run_failed: bool,
+) -> Request:
+    """What is asked for: all steps, or those that `run_only` and `until` leave, and the forced ones.
+
+    Args:
+        run_only: regular expressions searched in step names.
+        until: names of steps; they and what comes before them are left, with the borrowers that a taker waits for.
+        force: names of steps to run also if they are done.
+
+    Raises:
+        PlanError: a name or an expression matches no step.
+    """
+    wanted = set(order.steps)
+    if run_only is not None:
+        wanted &= {step for text in run_only for step in _matching(order, text)}
+    if until is not None:
+        wanted &= _with_all_before(
+            graph, order, [step for name in until for step in named(graph, order, name, "until")]
+        )
+    forced = frozenset(step for name in force or () for step in named(graph, order, name, "force"))
+    return Request(frozenset(wanted) | forced, forced, force_run_failed)
+
+
+def _matching(order: Order, text: str) -> list[Step]:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise PlanError(f"run_only got {text!r}, which is no regular expression: {error}.") from error
+    matching = [step for step in order.steps if pattern.search(step.name)]
+    if not matching:
+        raise PlanError(f"run_only got {text!r}, which matches no step. The steps are: {_names(order)}.")
+    return matching
+
+
+def named(graph: Graph, order: Order, name: str, flag: str) -> list[Step]:
+    """The steps of a name, or the one of `name-hash` as in its output path.
+
+    Raises:
+        PlanError: there is none; the nearest name is named.
+    """
+    labels: list[Callable[[Step], str]] = [
+        lambda step: step.name,
+        lambda step: f"{step.name}-{graph.identities[step].short_hash}",
+    ]
+    for label in labels:
+        found = [step for step in order.steps if label(step) == name]
+        if found:
+            return found
+    nearest = difflib.get_close_matches(name, [step.name for step in order.steps], n=1)
+    advice = f"Did you mean {nearest[0]!r}?" if nearest else f"The steps are: {_names(order)}."
+    raise PlanError(f"--{flag} got {name!r}, which is the name of no step. {advice}")
+
+
+def _names(order: Order) -> str:
+    names = list(dict.fromkeys(step.name for step in order.steps))
+    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + more
+
+
+def _with_all_before(graph: Graph, order: Order, last: Sequence[Step]) -> set[Step]:
+    found: set[Step] = set()
+    waiting = list(last)
+    while waiting:
+        step = waiting.pop()
+        if step not in found:
+            found.add(step)
+            waiting.extend(edge.step for edge in graph.needs(step))
+            waiting.extend(order.implied.get(step, ()))
+    return found

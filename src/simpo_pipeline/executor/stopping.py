@@ -1,0 +1,78 @@
+"""Stops a step function from another thread, for when its job lost the right to go on."""
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from simpo_pipeline.errors import LeaseLostError
+
+_logger = logging.getLogger("simpo_pipeline.executor")
+ResultT = TypeVar("ResultT")
+LOST_EXIT_CODE = 1
+
+
+class _Stopped(BaseException):
+    """Raised inside the function; no Exception, so that `except Exception` does not swallow it."""
+
+
+class StoppableCall:
+    """One call of a function that `stop` ends with an error, wherever it is in Python code.
+
+    A function that sits in native code (a long device program) does not hear of it; it is given `grace_seconds`, and
+    then the process ends: the lease is another job's, and what this one does is of no use to anyone.
+    """
+
+    def __init__(self, grace_seconds: float):
+        self._grace_seconds = grace_seconds
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._ended = threading.Event()
+
+    def call(self, function: Callable[[], ResultT]) -> ResultT:
+        """What the function returns.
+
+        Raises:
+            LeaseLostError: `stop` was called meanwhile.
+        """
+        with self._lock:
+            self._thread = threading.get_ident()
+        try:
+            try:
+                return function()
+            finally:
+                self._forget_thread()
+        except _Stopped as stopped:
+            self._forget_thread()  # the first call may have been what was interrupted
+            raise LeaseLostError("The step was stopped, because this job lost its lease to another one.") from stopped
+
+    def _forget_thread(self) -> None:
+        """From here on nothing is raised in this thread, also not what `stop` raised and was not yet delivered."""
+        with self._lock:
+            self._thread = None
+            self._ended.set()
+            _raise_in(threading.get_ident(), None)
+
+    def stop(self) -> None:
+        """End the call, from another thread; returns at once."""
+        with self._lock:
+            if self._thread is None:
+                return
+            _raise_in(self._thread, _Stopped)
+        threading.Thread(target=self._end_process_if_deaf, name="stop-step", daemon=True).start()
+
+    def _end_process_if_deaf(self) -> None:
+        if not self._ended.wait(self._grace_seconds):
+            _logger.critical(
+                "the step did not stop within %.1f s of losing its lease; this process ends", self._grace_seconds
+            )
+            os._exit(LOST_EXIT_CODE)
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Python's own way to raise in another thread; None takes back what was not delivered yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(kind) if kind is not None else None
+    )

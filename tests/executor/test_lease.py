@@ -14,6 +14,7 @@ from simpo_pipeline.errors import ConfigError, LeaseLostError
 from simpo_pipeline.executor import lease
 from simpo_pipeline.executor.holder import Holder, parse_holder
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
+from simpo_pipeline.storage import local_versions
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, read_bytes, remove_tree, write_bytes
 from simpo_pipeline.storage.paths import join
@@ -176,6 +177,29 @@ def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
             wait.wait(0.005)
         first.confirm(path)
     assert not exists(path)
+
+
+def test_a_dead_lease_that_a_stopped_process_keeps_locked_is_tried_again_later(tmp_path, monkeypatch):
+    path = str(tmp_path / "lock")
+    write_bytes(path, dead_holder().encode())
+    monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
+    with local_versions.held_still(path):
+        assert not keeper("second").acquire(path)
+    assert keeper("second").acquire(path)
+
+
+def test_while_a_lease_is_held_still_nobody_takes_it_over(tmp_path, monkeypatch):
+    path = str(tmp_path / "lock")
+    first, second = keeper("first"), keeper("second", clock := Clock())
+    monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
+    assert first.acquire(path)
+    assert not second.acquire(path)
+    clock.now += 2 * CONFIG.expiry_seconds
+    with first.hold(path):
+        assert not second.acquire(path)
+    assert second.acquire(path)
+    with pytest.raises(LeaseLostError, match="run second"), first.hold(path):
+        pass
 
 
 def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):

@@ -4,7 +4,6 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import ClassVar
 
 import fsspec
 import pytest
@@ -105,7 +104,7 @@ def test_a_lock_that_is_never_given_up_is_an_error_that_says_so(tmp_path: Path, 
     path = str(tmp_path / "x")
     version = FILES.create(path, b"old")
     monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
-    with local_versions._held_still(path), pytest.raises(StorageError, match="Is that process stopped"):
+    with local_versions.held_still(path), pytest.raises(StorageError, match="Is that process stopped"):
         FILES.replace(path, version, b"new")
     assert FILES.replace(path, version, b"new") is not None
 
@@ -120,8 +119,6 @@ class Plain(MemoryFileSystem):
     """A file system that offers nothing but reading and writing."""
 
     protocol = "plain"
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
 
 
 def test_without_locks_it_still_compares():

@@ -31,7 +31,7 @@ from simpo_pipeline.executor.commit import StepFiles
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.info import Ended, info_record, read_info
-from simpo_pipeline.executor.lease import LeaseKeeper
+from simpo_pipeline.executor.lease import LeaseFence, LeaseKeeper
 from simpo_pipeline.executor.live import Live, LiveStore, joint_digest
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.provenance import Provenance
@@ -246,7 +246,7 @@ class Attempt:
         leases, call = self._job.leases, StoppableCall(self._job.heartbeat_seconds)
         leases.when_lost(self._lease_path, call.stop)
         try:
-            with fenced(self._output_path, lambda: leases.check(self._lease_path)):
+            with fenced(self._output_path, LeaseFence(leases, self._lease_path)):
                 return call.call(self._call)
         finally:
             leases.when_lost(self._lease_path, None)

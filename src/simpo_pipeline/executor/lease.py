@@ -8,8 +8,9 @@ version that was seen; so does the holder at each heartbeat, and learns in this 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError, PathNotFoundError, StorageError
@@ -110,7 +111,11 @@ class LeaseKeeper:
                 ours = holder is not None and holder.run_id == mine.run_id and path not in self._leases
                 if not ours and self._watch.is_fresh(path, theirs):
                     return False
-                version = self._files.replace(path, seen, mine.encode())
+                try:
+                    version = self._files.replace(path, seen, mine.encode())
+                except StorageError as error:  # a holder stopped in the very moment of a write keeps a local lock
+                    _logger.warning("could not take over the lease %s, will try again: %s", path, error)
+                    return False
                 if version is not None and not ours:
                     _logger.info("took over %s from %s", path, holder.describe() if holder else "an unreadable lease")
             if version is not None:
@@ -137,6 +142,22 @@ class LeaseKeeper:
             raise LeaseLostError(f"This job gave its lease {path!r} up; nothing more is written there.")
         if lease.lost or _now() - lease.renewed >= self._config.expiry_seconds:
             self.confirm(path)
+
+    @contextmanager
+    def hold(self, path: str) -> Generator[None]:
+        """Make sure that the lease is ours; on a local disk nobody can take it over while the block runs.
+
+        Raises:
+            LeaseLostError: as `check`.
+        """
+        self.check(path)
+        lease = self._leases[path]
+        with lease.lock, self._files.held(path, lease.version) as ours:
+            if ours:
+                yield
+                return
+        lease.lost = True
+        self.confirm(path)
 
     def confirm(self, path: str) -> None:
         """Make sure, by renewing it, that the lease is still ours.
@@ -199,6 +220,22 @@ class LeaseKeeper:
             _logger.error("lost the lease %s", lease.path)
         else:
             lease.holder, lease.version, lease.renewed = renewed, version, began
+
+
+@dataclass(frozen=True)
+class LeaseFence:
+    """Lets this process write as long as it holds a lease."""
+
+    leases: LeaseKeeper
+    path: str
+
+    def check(self) -> None:
+        """See Fence.check."""
+        self.leases.check(self.path)
+
+    def hold(self) -> AbstractContextManager[None]:
+        """See Fence.hold."""
+        return self.leases.hold(self.path)
 
 
 def _now() -> float:

@@ -12,6 +12,8 @@ Fences (fence.py) do not stand in their way: they are what fences are made of.
 """
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -21,7 +23,7 @@ from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.storage import gcs, local_versions
 from simpo_pipeline.storage.files import read_bytes
 from simpo_pipeline.storage.filesystem import filesystem_of, storage_border
-from simpo_pipeline.storage.paths import is_local
+from simpo_pipeline.storage.paths import is_local, strip_file_scheme
 
 
 @runtime_checkable
@@ -134,6 +136,18 @@ class ConditionalFiles:
     def remove(self, path: str, expected: str) -> bool:
         """Remove the version `expected`; False when another one is there."""
         return self._store(path).remove(path, expected)
+
+    @contextmanager
+    def held(self, path: str, expected: str) -> Generator[bool]:
+        """Whether the version `expected` is there, and on a local disk it stays while the block runs.
+
+        Elsewhere nobody can be kept from replacing it, so nothing is asked: True.
+        """
+        if not is_local(path):
+            yield True
+            return
+        with local_versions.held_still(strip_file_scheme(path)) as current:
+            yield current == expected
 
     def version_of(self, path: str) -> str | None:
         """The version that is there now; None when there is nothing."""

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Generator, Iterator
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.storage.entry import FileEntry
-from simpo_pipeline.storage.fence import check_fences
+from simpo_pipeline.storage.fence import check_fences, held_fences
 from simpo_pipeline.storage.filesystem import FileSystem, filesystem_of, storage_border
 from simpo_pipeline.storage.gcs import is_gcs, list_object_names, list_objects
 from simpo_pipeline.storage.local_versions import version_of_stat
@@ -30,6 +31,9 @@ def read_bytes(path: str) -> bytes:
     Raises:
         PathNotFoundError: there is no such file.
     """
+    if is_local(path):
+        with storage_border("read", path), open(strip_file_scheme(path), "rb") as file:
+            return file.read()
     filesystem, inner_path = filesystem_of(path)
     with storage_border("read", path):
         return filesystem.cat_file(inner_path)
@@ -63,9 +67,8 @@ def write_bytes(path: str, data: bytes) -> None:
         with storage_border("write", path), open_write(path) as file:
             file.write(data)
         return
-    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
-    with storage_border("write", path):
+    with storage_border("write", path), held_fences(path):
         filesystem.pipe_file(inner_path, data)
 
 
@@ -86,15 +89,13 @@ def open_write(path: str) -> Generator[BinaryIO]:
     if is_local(path):
         with _local_replacement(strip_file_scheme(path)) as file:
             yield file
-            check_fences(path)
         return
     with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as folder:
         spool = Path(folder, "spool")
         with spool.open("wb") as file:
             yield file
-        check_fences(path)
         filesystem, inner_path = filesystem_of(path)
-        with storage_border("write", path):
+        with storage_border("write", path), held_fences(path):
             filesystem.put_file(str(spool), inner_path)
 
 
@@ -111,8 +112,9 @@ def _local_replacement(path: str) -> Generator[BinaryIO]:
             with storage_border("write", path):
                 file.flush()
                 os.fsync(file.fileno())
-        with storage_border("write", path):
+        with storage_border("write", path), held_fences(path):
             os.replace(temporary, path)
+        with storage_border("write", path):
             _sync_folder(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -157,8 +159,12 @@ def _local_entries(folder: str, below: str) -> Iterator[FileEntry]:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _local_entries(entry.path, f"{below}{entry.name}/")
-            elif entry.is_file():
+                continue
+            try:
                 found = entry.stat()
+            except FileNotFoundError:
+                continue  # another process removed it since, or it is a link to nothing
+            if stat.S_ISREG(found.st_mode):
                 version = version_of_stat(found)
                 yield FileEntry(f"{below}{entry.name}", found.st_size, None, version, found.st_mtime)
 
@@ -190,10 +196,9 @@ def list_names(path: str) -> list[str]:
 
 def remove_tree(path: str) -> None:
     """Remove a file or a folder with all below it; nothing happens when nothing is there."""
-    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
     try:
-        with storage_border("remove", path):
+        with storage_border("remove", path), held_fences(path):
             filesystem.rm(inner_path, recursive=True)
     except PathNotFoundError:
         return
@@ -219,9 +224,8 @@ def upload(local_path: Path, path: str) -> None:
         with storage_border("read", str(local_path)), open_write(path) as target, local_path.open("rb") as source:
             shutil.copyfileobj(source, target, 1 << 20)
         return
-    check_fences(path)
     filesystem, inner_path = filesystem_of(path)
-    with storage_border("write", path):
+    with storage_border("write", path), held_fences(path):
         filesystem.put_file(str(local_path), inner_path)
 
 

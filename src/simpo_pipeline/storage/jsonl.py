@@ -6,11 +6,12 @@ are held and the whole object is written at `flush()` and at the end.
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from simpo_pipeline.errors import DataError
-from simpo_pipeline.storage.fence import check_fences
+from simpo_pipeline.storage.fence import held_fences
 from simpo_pipeline.storage.files import make_parent, open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
 from simpo_pipeline.storage.paths import is_local, strip_file_scheme
@@ -24,11 +25,12 @@ class JsonlWriter:
         self._lines: list[bytes] = []
         self._file: BinaryIO | None = None
         self._closed = False
-        check_fences(path)
         if is_local(path):
             make_parent(path)
-            with storage_border("write", path):
-                self._file = open(strip_file_scheme(path), "wb")
+            with storage_border("write", path), held_fences(path):
+                # A new file, not the old one emptied: whoever still has that open writes into nothing.
+                Path(strip_file_scheme(path)).unlink(missing_ok=True)
+                self._file = open(strip_file_scheme(path), "xb")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row.
@@ -43,8 +45,7 @@ class JsonlWriter:
             raise DataError(
                 f"A row for {self.path!r} is not JSON: {error}. Give str, int, float, bool, list, dict."
             ) from error
-        check_fences(self.path)
-        with storage_border("write", self.path):
+        with storage_border("write", self.path), held_fences(self.path):
             if self._closed:
                 raise ValueError("the writer is closed")
             if self._file is None:

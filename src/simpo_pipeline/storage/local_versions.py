@@ -39,7 +39,7 @@ def write_version(path: str, data: bytes, expected: str | None) -> str | None:
         made = version_of_stat(os.stat(aside))
         if expected is None:
             return made if _link(aside, place) else None
-        with _held_still(place) as current:
+        with held_still(place) as current:
             if current != expected:
                 return None
             os.replace(aside, place)
@@ -49,7 +49,7 @@ def write_version(path: str, data: bytes, expected: str | None) -> str | None:
 def remove_version(path: str, expected: str) -> bool:
     """Remove the version `expected`; False when another one is there."""
     place = strip_file_scheme(path)
-    with storage_border("remove", path), _held_still(place) as current:
+    with storage_border("remove", path), held_still(place) as current:
         if current == expected:
             os.remove(place)
         return current in (None, expected)
@@ -95,7 +95,7 @@ def _move_exclusively(aside: str, place: str) -> bool:
 
 
 @contextmanager
-def _held_still(place: str) -> Generator[str | None]:
+def held_still(place: str) -> Generator[str | None]:
     """Keep others from replacing or removing the file while the block runs; gives its version, None if it is absent.
 
     The lock is on the file itself. Whoever waited for it finds out that the name leads to another file now.

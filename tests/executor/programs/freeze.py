@@ -1,0 +1,73 @@
+"""A program for test_freeze.py: runs one step, and stops itself (SIGSTOP) before a chosen change of storage.
+
+python freeze.py PREFIX NAME POINT
+
+A step of POINT 0 never stops itself, and works until it is stopped from outside. Prints how the run ended, as JSON.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from simpo_pipeline.errors import SimpoPipelineError
+from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
+from simpo_pipeline.executor.lease import LeaseConfig
+from simpo_pipeline.storage.conditional import ConditionalFiles
+from simpo_pipeline.storage.files import write_text
+from simpo_pipeline.storage.paths import join
+
+LEASE = LeaseConfig(heartbeat_seconds=0.25, expiry_seconds=0.5, poll_seconds=0.02)
+changes = 0
+
+
+def stop_before(change: Callable[..., Any], point: int) -> Callable[..., Any]:
+    """The change, made only after a stop and a continuation if it is the chosen one."""
+
+    def changed(*arguments: Any) -> Any:
+        global changes
+        changes += 1
+        if changes == point:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.2)  # the signal is for the process: this thread may run on for a moment before it stops
+        return change(*arguments)
+
+    return changed
+
+
+def work(config: list[Any]) -> None:
+    """Two outputs that must be of one process, or work without end."""
+    output_path, name, endless = config
+    write(join(output_path, "first.txt"), name)
+    while endless:
+        write(join(output_path, "endless.txt"), name)
+        time.sleep(0.01)
+    write(join(output_path, "second.txt"), name)
+
+
+write = write_text
+
+
+def run(prefix: str, name: str, point: int) -> dict[str, Any]:
+    """The run of one process, and how it ended."""
+    global write
+    write = stop_before(write_text, point)
+    ConditionalFiles.create = stop_before(ConditionalFiles.create, point)
+    ConditionalFiles.replace = stop_before(ConditionalFiles.replace, point)
+    ConditionalFiles.remove = stop_before(ConditionalFiles.remove, point)
+    executor = Executor(prefix, lease=LEASE)
+    step = ExecutorStep("shared", work, [this_output_path(), name, point == 0])
+    try:
+        executor.run([step])
+        error = None
+    except SimpoPipelineError as failure:
+        error = type(failure).__name__
+    actions = [result.action for result in executor.results]
+    return {"error": error, "actions": actions, "changes": changes, "path": executor.output_paths[step]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

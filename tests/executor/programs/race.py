@@ -1,0 +1,147 @@
+"""A program for test_race.py: 8 processes race for one step, round after round, and some of them are killed.
+
+python race.py PREFIX LOG_FOLDER ROUNDS SEED HOSTS
+
+HOSTS "one": all processes are on this machine, so that the death of a holder is known at once. "many": each claims to
+be on a machine of its own, so that a dead holder's lease must expire. Prints what was seen, as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
+from simpo_pipeline.executor import holder as holder_module
+from simpo_pipeline.executor.lease import LeaseConfig
+from simpo_pipeline.executor.status import find_outputs, manifest_bytes
+from simpo_pipeline.storage.files import read_bytes, read_text, write_text
+from simpo_pipeline.storage.paths import join
+
+PROCESSES = 8
+LEASE = LeaseConfig(heartbeat_seconds=0.25, expiry_seconds=1.0, poll_seconds=0.05)
+
+
+def say(log: Path, word: str) -> None:
+    """Append a line that no kill can tear or lose."""
+    with log.open("a") as file:
+        file.write(f"{word} {os.getpid()}\n")
+
+
+def work(config: list[Any]) -> None:
+    """Count up, without any lock of its own, and leave two files that must be of one process."""
+    output_path, log = config[0], Path(config[1])
+    say(log, "begin")
+    write_text(join(output_path, "first.txt"), str(os.getpid()))
+    time.sleep(0.03 * random.random())
+    write_text(join(output_path, "second.txt"), str(os.getpid()))
+    say(log, "end")
+
+
+def contend(prefix: str, log: Path, hosts: str) -> None:
+    """One process of a round."""
+    if hosts == "many":
+        space = f"machine of {os.getpid()}"
+        holder_module._pid_space = lambda: space
+    executor = Executor(prefix, lease=LEASE)
+    executor.run([ExecutorStep("shared", work, [this_output_path(), str(log)])])
+    say(log, f"done-{executor.results[0].action}")
+
+
+def fork(prefix: str, log: Path, hosts: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        contend(prefix, log, hosts)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def race(prefix: str, log: Path, choose: random.Random, hosts: str) -> dict[str, Any]:
+    """One round: who was killed, who ended how, and what was left."""
+    pids = [fork(prefix, log, hosts) for _ in range(PROCESSES)]
+    victims: set[int] = set()
+    for _ in range(choose.randrange(4)):
+        time.sleep(choose.random() * 0.08)
+        victims.add(kill_one(log, [pid for pid in pids if pid not in victims], choose))
+    codes = {pid: os.waitpid(pid, 0)[1] for pid in pids}
+    survivors = {pid: code for pid, code in codes.items() if pid not in victims}
+    words = [line.split() for line in log.read_text().splitlines()]
+    ran = [int(pid) for word, pid in words if word == "done-RUN"]
+    return {
+        "killed": sum(os.WIFSIGNALED(code) for code in codes.values()),
+        "failed": [pid for pid, code in survivors.items() if code != 0],
+        "ran": ran,
+        "begun": sum(word == "begin" for word, _ in words),
+        "overlaps": overlaps(words, {pid for pid, code in codes.items() if os.WIFSIGNALED(code)}),
+        "wrong": find_wrong(prefix, ran),
+    }
+
+
+def kill_one(log: Path, living: list[int], choose: random.Random) -> int:
+    """Rather the one that is just in the step, when there is one."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    begun = int(lines[-1].split()[1]) if lines and lines[-1].startswith("begin") else None
+    victim = begun if begun in living and choose.random() < 0.8 else choose.choice(living)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    return victim
+
+
+def overlaps(words: list[list[str]], killed: set[int]) -> int:
+    """How often one attempt began while another, that was not killed, had not ended."""
+    inside: set[int] = set()
+    count = 0
+    for word, text in words:
+        pid = int(text)
+        if word == "begin":
+            count += len(inside - killed)
+            inside.add(pid)
+        elif word == "end":
+            inside.discard(pid)
+    return count
+
+
+def find_wrong(prefix: str, ran: list[int]) -> str | None:
+    """What is wrong with the outputs at the end of a round."""
+    planned = Executor(prefix)
+    step = ExecutorStep("shared", work, [this_output_path(), ""])
+    planned.run([step], dry_run=True)
+    path = planned.output_paths[step]
+    first, second = read_text(join(path, "first.txt")), read_text(join(path, "second.txt"))
+    if read_text(join(path, ".executor_status")) != "SUCCESS":
+        return "no SUCCESS"
+    if first != second or (ran and str(ran[0]) != first) or len(ran) > 1:
+        return f"outputs of {first} and {second}, runs of {ran}"
+    if read_bytes(join(path, "manifest.json")) != manifest_bytes(find_outputs(path)):
+        return "the manifest does not match"
+    return None
+
+
+def main() -> None:
+    """All rounds; each in a child, because a process that used the network should not fork."""
+    prefix, logs, rounds, seed, hosts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    choose = random.Random(seed)
+    seen: list[dict[str, Any]] = []
+    for number in range(rounds):
+        report = logs / f"{number}.json"
+        round_seed = choose.random()
+        if os.fork() == 0:
+            outcome = race(f"{prefix}/{number}", logs / f"{number}.log", random.Random(round_seed), hosts)
+            report.write_text(json.dumps(outcome))
+            os._exit(0)
+        os.wait()
+        seen.append(json.loads(report.read_text()))
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

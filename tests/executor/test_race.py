@@ -1,0 +1,40 @@
+"""8 real processes race for one step, 200 times, and some are killed: one effective run each time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "programs" / "race.py"
+
+
+def race(prefix: str, logs: Path, rounds: int, hosts: str, environment: dict[str, str] | None) -> list[dict[str, Any]]:
+    logs.mkdir()
+    command = [sys.executable, str(PROGRAM), prefix, str(logs), str(rounds), "1", hosts]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(seen: list[dict[str, Any]], rounds: int) -> None:
+    assert len(seen) == rounds
+    assert [outcome["wrong"] for outcome in seen] == [None] * rounds
+    assert [outcome["failed"] for outcome in seen] == [[]] * rounds
+    assert sum(outcome["overlaps"] for outcome in seen) == 0
+    assert sum(outcome["killed"] for outcome in seen) >= rounds / 2
+    assert sum(outcome["begun"] > 1 for outcome in seen) >= rounds / 10  # takeovers of a step in its midst
+
+
+def test_ten_races(tmp_path):
+    check(race(str(tmp_path / "runs"), tmp_path / "logs", 10, "one", None), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", ["one", "many"])
+@pytest.mark.parametrize("place", ["local", "gcs"])
+def test_two_hundred_races(tmp_path, gcs, place, hosts):
+    prefix = str(tmp_path / "runs") if place == "local" else f"gs://bucket/race-{hosts}"
+    check(race(prefix, tmp_path / "logs", 200, hosts, gcs.environment()), 200)

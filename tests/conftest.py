@@ -1,16 +1,20 @@
 """Strict JAX for every test: no silent dtype promotion, no silent broadcasting across ranks, CPU only."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import uuid
+from types import ModuleType
 
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import fsspec
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -57,3 +61,35 @@ def launch():
         return FinishedJob(done.returncode, done.stdout, time.time())
 
     return run
+
+
+def _load(path: pathlib.Path) -> ModuleType:
+    """A module beside the tests, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"tests_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """A server of Google Cloud Storage with the bucket `bucket`, shared by all tests: each uses a prefix of its own."""
+    with _load(ROOT / "tests" / "gcs" / "client.py").GcsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs_here(gcs, monkeypatch: pytest.MonkeyPatch):
+    """Lets gs:// paths of this process lead to that server; a prefix of one test's own there."""
+    import gcsfs
+
+    for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"):
+        monkeypatch.setenv(name, gcs.environment()[name])
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield f"gs://bucket/{uuid.uuid4().hex}"
+    gcs.no_faults()
+    filesystem = fsspec.filesystem("gs", use_listings_cache=False)
+    if filesystem._session is not None:
+        filesystem.close_session(filesystem.loop, filesystem._session)
+    gcsfs.GCSFileSystem.clear_instance_cache()

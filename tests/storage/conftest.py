@@ -18,3 +18,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path):
     filesystem = fsspec.filesystem("memory")
     if filesystem.exists(url):
         filesystem.rm(url, recursive=True)
+
+
+@pytest.fixture(params=["local", "memory", "gcs"])
+def any_folder(request: pytest.FixtureRequest, tmp_path: Path):
+    """As `folder`, and on a server of Google Cloud Storage over HTTP."""
+    if request.param == "local":
+        return str(tmp_path / "store")
+    return request.getfixturevalue("gcs_here") if request.param == "gcs" else f"memory://{uuid.uuid4().hex}"

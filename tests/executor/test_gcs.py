@@ -1,0 +1,144 @@
+"""The executor on Google Cloud Storage, over HTTP: what it asks of it, and what faults and kills may do to it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
+from simpo_pipeline.executor.step import ExecutorStep, this_output_path, versioned
+from simpo_pipeline.storage.files import write_text
+from simpo_pipeline.storage.paths import join
+
+PROGRAM = Path(__file__).parent / "programs" / "bucket_job.py"
+CHANGES = ["POST", "PUT", "PATCH", "DELETE"]
+MAX_OPERATIONS = 12
+
+
+def write(config: list[Any]) -> None:
+    write_text(join(config[0], "data/out.txt"), "x")
+
+
+def chain(length: int) -> list[ExecutorStep]:
+    steps: list[ExecutorStep] = []
+    for number in range(length):
+        before = steps[-1] / "data" if steps else None
+        steps.append(ExecutorStep(f"step-{number}", write, [this_output_path(), versioned(number), before]))
+    return steps
+
+
+def operations(gcs: Any, prefix: str, length: int) -> Counter[str]:
+    """What a job of so many steps asked of the store, apart from the data."""
+    gcs.reset_log()
+    executor_main(ExecutorMainConfig(prefix=prefix), steps=chain(length))
+    return Counter(entry["kind"] for entry in gcs.log() if not entry["path"].endswith("data/out.txt"))
+
+
+def test_a_step_costs_at_most_twelve_operations(gcs, gcs_here):
+    few, many = operations(gcs, f"{gcs_here}/few", 4), operations(gcs, f"{gcs_here}/many", 14)
+    of_each_step = {kind: (many[kind] - few[kind]) / 10 for kind in many}
+    print(of_each_step)
+    assert sum(of_each_step.values()) <= MAX_OPERATIONS
+    assert sum(few.values()) <= 4 * MAX_OPERATIONS + 10  # of the job itself: its plan, its record, its probe
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_plan_asks_for_each_step_once_at_most(gcs, gcs_here, length):
+    steps = chain(length)
+    gcs.reset_log()
+    Executor(gcs_here).run(steps, dry_run=True)
+    assert len(gcs.log()) <= length + 1  # 1 for the names in the prefix, by which new steps are explained
+    Executor(gcs_here).run(steps)
+    gcs.reset_log()
+    planned = Executor(gcs_here)
+    planned.run(steps, dry_run=True)
+    assert {row.action for row in planned.plan} == {"SKIP"}
+    asked = Counter(entry["path"] for entry in gcs.log())
+    assert {entry["kind"] for entry in gcs.log()} == {"list"}
+    assert max(asked.values()) == 1
+    assert sum(asked.values()) <= length + 1
+
+
+def test_an_output_that_is_not_what_was_committed_is_noticed_from_the_listing(gcs, gcs_here):
+    step = chain(1)
+    job = Executor(gcs_here)
+    job.run(step)
+    write_text(join(job.output_paths[step[0]], "data/out.txt"), "y")  # of the same size
+    planned = Executor(gcs_here)
+    planned.run(step, dry_run=True)
+    assert [row.action for row in planned.plan] == ["RUN"]
+    assert "lists data/out.txt with CRC32C" in planned.plan[0].reason
+
+
+def run_job(gcs: Any, prefix: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(PROGRAM), prefix]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=gcs.environment())
+
+
+def check_outputs(gcs: Any, name: str, *, all_done: bool) -> None:
+    """What says SUCCESS is whole, by the store's own checksums; all of it says so."""
+    objects = gcs.objects(name)
+    statuses = [path for path in objects if path.endswith("/.executor_status")]
+    assert len(statuses) == 3 or not all_done
+    for path in statuses:
+        token, folder = gcs.read(path).decode(), path.removesuffix("/.executor_status")
+        assert token in ("RUNNING", "SUCCESS") and (token == "SUCCESS" or not all_done)
+        if token == "SUCCESS":
+            listed = json.loads(gcs.read(f"{folder}/manifest.json"))["files"]
+            assert [file["path"] for file in listed] == ["deep/more.txt", "out.txt"]
+            assert [objects[f"{folder}/{file['path']}"]["crc32c"] for file in listed] == [
+                file["crc32c"] for file in listed
+            ]
+    assert not (all_done and any(path.endswith(".lock") for path in objects))
+
+
+def kill_at_every_change(gcs: Any, name: str, when: str) -> int:
+    """Kill the job at change 1, 2, ... until it makes no more, and run it again after each; gives their number."""
+    point = 0
+    while True:
+        point += 1
+        prefix = f"{name}/{point}"
+        job = run_job(gcs, f"gs://bucket/{prefix}")
+        gcs.stop_at(pid=job.pid, request=point, when=when, signal="KILL", methods=CHANGES, match=f"^{prefix}/")
+        _, errors = job.communicate(timeout=120)
+        fired = gcs.stop_state()["fired"]
+        gcs.stop_at()
+        check_outputs(gcs, f"{prefix}/", all_done=False)
+        if not fired:
+            assert job.returncode == 0, errors
+            return point - 1
+        assert job.returncode == -signal.SIGKILL
+        again = run_job(gcs, f"gs://bucket/{prefix}")
+        _, errors = again.communicate(timeout=120)
+        assert again.returncode == 0, errors
+        check_outputs(gcs, f"{prefix}/", all_done=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_after_a_kill_at_any_change_of_the_bucket_the_next_run_finishes(gcs, when):
+    """Each step makes 9 changes: lease, RUNNING, info, two outputs, manifest, info, SUCCESS, lease."""
+    assert kill_at_every_change(gcs, f"kill-{when}-{os.getpid()}", when) >= 3 * 9
+
+
+@pytest.mark.parametrize("kind", ["429", "500", "503", "cut_before", "cut_after", "delete_lost"])
+def test_any_one_request_may_fail_and_nothing_is_done_twice_or_lost(gcs, gcs_here, kind):
+    name = gcs_here.removeprefix("gs://bucket/")
+    gcs.faults(kinds=[kind], rate=0.25, seed=3, times=2, match=name)
+    job = Executor(gcs_here)
+    steps = chain(1)
+    job.run(steps)
+    gcs.no_faults()
+    assert [result.action for result in job.results] == ["RUN"]
+    objects = gcs.objects(f"{name}/step-0-")
+    assert not [path for path in objects if path.endswith(".lock")]
+    again = Executor(gcs_here)
+    again.run(steps, dry_run=True)
+    assert [row.action for row in again.plan] == ["SKIP"]

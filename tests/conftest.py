@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import fsspec
 import jax
@@ -84,11 +86,11 @@ def gcs_here(gcs, monkeypatch: pytest.MonkeyPatch):
     """Lets gs:// paths of this process lead to that server; a prefix of one test's own there."""
     import gcsfs
 
-    for name in ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"):
-        monkeypatch.setenv(name, gcs.environment()[name])
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield f"gs://bucket/{uuid.uuid4().hex}"
     gcs.no_faults()
+    gcs.stop_at()
     filesystem = fsspec.filesystem("gs", use_listings_cache=False)
     if filesystem._session is not None:
         filesystem.close_session(filesystem.loop, filesystem._session)

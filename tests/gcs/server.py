@@ -6,6 +6,7 @@ there is counted or ever fails. It prints `ready` when it listens. tests/gcs/cli
 
 import argparse
 import base64
+import contextlib
 import functools
 import json
 import logging
@@ -140,7 +141,8 @@ class Handler(RequestHandler):
         if answer is not None and answer.body:
             self._send(answer, len(answer.body) // 2)
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # a killed client has ended it already
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _control(self, body: bytes) -> Answer:
         url = urlsplit(self.path)

@@ -41,6 +41,7 @@ _read_data_of_emulator = emulator._read_data
 
 
 def _read_data(connection: _Connection, query: dict[str, list[str]]) -> Any:
+    """The body for the emulator's handlers, which else misread an object that is JSON or empty."""
     call = connection.call
     if call.parts is not None:
         return call.parts

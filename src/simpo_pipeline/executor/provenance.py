@@ -31,7 +31,7 @@ _PACKAGES = (
     "draccus",
 )
 _SECRET_FLAG = re.compile(
-    r"(?:^|[._-])(?:token|secret|password|passwd|credentials?|api_?key|access_?key)s?$", re.IGNORECASE
+    r"(?:^|[._-])(?:token|secrets?|password|passwd|credentials?|(?:api|access)[_-]?key)$", re.IGNORECASE
 )
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _BLOT = "***"

@@ -1,0 +1,108 @@
+"""Where a run came from, and what must never be told of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simpo_pipeline.executor import provenance
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.provenance import blotted, find_provenance
+from simpo_pipeline.executor.step import ExecutorStep, this_output_path
+from simpo_pipeline.storage.files import list_files, read_json, read_text, write_text
+from simpo_pipeline.storage.paths import join
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script in a repository of its own, as if it had been started."""
+    path = tmp_path / "repository" / "experiment.py"
+    path.parent.mkdir()
+    path.write_text("first")
+    git(path.parent, "init", "-q")
+    git(path.parent, "add", "experiment.py")
+    git(path.parent, "commit", "-qm", "first")
+    monkeypatch.setattr(sys, "argv", [str(path), "--prefix", "gs://b/p"])
+    return path
+
+
+def test_the_commit_of_the_script_is_told_and_whether_it_was_changed(script):
+    found = find_provenance(4)
+    assert found.git_commit == git(script.parent, "rev-parse", "HEAD").strip()
+    assert found.git_dirty is False
+    (script.parent / "untracked").write_text("")
+    assert find_provenance(4).git_dirty is False
+    script.write_text("second")
+    assert find_provenance(4).git_dirty is True
+
+
+def test_outside_of_a_repository_or_without_git_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "experiment.py")])
+    monkeypatch.chdir(tmp_path)
+    assert find_provenance(1).git_commit is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_provenance(1).git_dirty is None
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["a.py", "--hf_token", "hf_x", "--prefix", "p"], ["a.py", "--hf_token", "***", "--prefix", "p"]),
+        (["a.py", "--hf_token=hf_x"], ["a.py", "--hf_token=***"]),
+        (["a.py", "--wandb.api_key", "x", "y", "-v"], ["a.py", "--wandb.api_key", "***", "***", "-v"]),
+        (["a.py", "--db.password=x", "--access-key", "x"], ["a.py", "--db.password=***", "--access-key", "***"]),
+        (["a.py", "https://me:secret@host/x"], ["a.py", "https://***@host/x"]),
+        (["a.py", "--max_tokens", "64", "--tokenizer", "t"], ["a.py", "--max_tokens", "64", "--tokenizer", "t"]),
+    ],
+)
+def test_secrets_in_the_command_line_are_blotted_out(words, shown):
+    assert blotted(words) == shown
+
+
+def test_records_tell_who_ran_what_when_and_no_environment_variable(prefix, script, monkeypatch):
+    monkeypatch.setenv("SOME_SECRET", "do-not-tell-7461")
+    step = ExecutorStep("step", lambda config: write_text(join(config[0], "x"), "x"), [this_output_path()])
+    job = Executor(prefix)
+    job.run([step])
+    assert job.executor_info_path is not None
+    for record in (read_json(join(job.output_paths[step], ".executor_info")), read_json(job.executor_info_path)):
+        assert record["argv"] == [str(script), "--prefix", "gs://b/p"]
+        assert record["git_commit"] == git(script.parent, "rev-parse", "HEAD").strip()
+        assert record["user"] and record["host_name"] and record["python_version"]
+        assert record["process_count"] == 1
+        assert {"jax", "fsspec", "simpo-pipeline"} <= set(record["packages"])
+        assert record["created_date"] <= record["finished_date"]
+    assert read_json(job.executor_info_path)["actions"] == {job.output_paths[step]: "RUN"}
+    texts = [read_text(join(prefix, entry.relative_path)) for entry in list_files(prefix)]
+    assert not any("do-not-tell-7461" in text for text in texts)
+
+
+def test_the_record_of_a_run_that_failed_has_its_end_too(prefix):
+    def fail(config: None) -> None:
+        raise ValueError("no")
+
+    job = Executor(prefix)
+    with pytest.raises(Exception, match="no"):
+        job.run([ExecutorStep("step", fail, None)])
+    assert job.executor_info_path is not None
+    record = read_json(job.executor_info_path)
+    assert record["finished_date"] is not None
+    assert list(record["actions"].values()) == ["FAILED"]
+
+
+def test_a_git_that_hangs_is_not_waited_for(script, monkeypatch):
+    slow = script.parent / "bin" / "git"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:/bin:/usr/bin")
+    monkeypatch.setattr(provenance, "_GIT_SECONDS", 0.1)
+    assert find_provenance(1).git_commit is None

@@ -1,0 +1,86 @@
+"""A step function is stopped from another thread, wherever it is in Python code."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from simpo_pipeline.errors import LeaseLostError
+from simpo_pipeline.executor.stopping import LOST_EXIT_CODE, StoppableCall
+
+
+def stop_when(call: StoppableCall, begun: threading.Event) -> threading.Thread:
+    def stop() -> None:
+        assert begun.wait(20)
+        call.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    return thread
+
+
+def test_what_a_function_returns_or_raises_passes_through():
+    assert StoppableCall(60.0).call(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        StoppableCall(60.0).call(lambda: 1 // 0)
+
+
+def test_a_function_that_never_ends_is_stopped_also_if_it_swallows_exceptions():
+    call, begun, cleaned = StoppableCall(60.0), threading.Event(), threading.Event()
+
+    def endless() -> None:
+        try:
+            while True:
+                begun.set()
+                try:
+                    time.sleep(0.001)
+                except Exception:
+                    continue
+        finally:
+            cleaned.set()
+
+    thread = stop_when(call, begun)
+    with pytest.raises(LeaseLostError, match="lost its lease"):
+        call.call(endless)
+    thread.join()
+    assert cleaned.is_set()
+
+
+def test_a_stop_that_comes_when_the_function_has_ended_does_nothing():
+    call = StoppableCall(60.0)
+    assert call.call(lambda: 7) == 7
+    call.stop()
+    assert sum(range(10_000)) == 49_995_000  # nothing is raised later either
+
+
+def test_a_stop_at_any_moment_hits_the_call_or_nothing_else():
+    """Many short calls, each stopped at a random moment around its end: the error never escapes into what follows."""
+    for number in range(300):
+        call, begun = StoppableCall(60.0), threading.Event()
+
+        def short(begun: threading.Event = begun, turns: int = 10 * (number % 30)) -> int:
+            begun.set()
+            return sum(range(turns))
+
+        thread = stop_when(call, begun)
+        try:
+            call.call(short)
+        except LeaseLostError:
+            pass
+        thread.join()
+        assert call._thread is None and call._ended.is_set()
+
+
+def test_a_function_that_is_deaf_in_native_code_ends_with_its_process():
+    program = (
+        "import ctypes, threading\n"
+        "from simpo_pipeline.executor.stopping import StoppableCall\n"
+        "call = StoppableCall(0.2)\n"
+        "threading.Timer(0.1, call.stop).start()\n"
+        "call.call(lambda: ctypes.CDLL(None).sleep(600))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == LOST_EXIT_CODE
+    assert "did not stop within 0.2 s" in done.stderr

@@ -23,7 +23,7 @@ def check(seen: list[dict[str, Any]], rounds: int) -> None:
     assert len(seen) == rounds
     assert [outcome["wrong"] for outcome in seen] == [None] * rounds
     assert [outcome["failed"] for outcome in seen] == [[]] * rounds
-    assert sum(outcome["overlaps"] for outcome in seen) == 0
+    assert sum(outcome["lost"] for outcome in seen) <= rounds / 10
     assert sum(outcome["killed"] for outcome in seen) >= rounds / 2
     assert sum(outcome["begun"] > 1 for outcome in seen) >= rounds / 10  # takeovers of a step in its midst
 

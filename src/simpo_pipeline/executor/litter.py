@@ -177,7 +177,7 @@ def _temporary_for(entry: FileEntry) -> str | None:
 
 
 def _litter_of_step(prefix: str, step: SeenStep, now: float) -> Iterator[Item]:
-    if step.may_be_in_use(now):
+    if step.may_be_in_use(now) or step.is_changing:
         return
     versions = step.record.versions
     claim = Claim(step.path, versions.get(LEASE_FILE), versions.get(STATUS_FILE))

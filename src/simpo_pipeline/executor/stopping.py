@@ -12,6 +12,7 @@ from simpo_pipeline.errors import LeaseLostError
 _logger = logging.getLogger("simpo_pipeline.executor")
 ResultT = TypeVar("ResultT")
 LOST_EXIT_CODE = 1
+_JUMPS = 100
 
 
 class _Stopped(BaseException):
@@ -29,6 +30,7 @@ class StoppableCall:
         self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
         self._thread: int | None = None
+        self._raised = False
         self._ended = threading.Event()
 
     def call(self, function: Callable[[], ResultT]) -> ResultT:
@@ -43,23 +45,28 @@ class StoppableCall:
             try:
                 return function()
             finally:
-                self._forget_thread()
+                self._settle()
         except _Stopped as stopped:
-            self._forget_thread()  # the first call may have been what was interrupted
+            self._settle()  # the first time it may have been interrupted itself
             raise LeaseLostError("The step was stopped, because this job lost its lease to another one.") from stopped
 
-    def _forget_thread(self) -> None:
-        """From here on nothing is raised in this thread, also not what `stop` raised and was not yet delivered."""
+    def _settle(self) -> None:
+        """From here on nothing is raised in this thread; what was raised and not yet delivered arrives here."""
         with self._lock:
             self._thread = None
             self._ended.set()
-            _raise_in(threading.get_ident(), None)
+        if self._raised:
+            # Python delivers it at a jump backwards. To take it back instead would leave the interpreter, 3.11 at
+            # least, looking for it for ever: slowly, and without end under a profiler.
+            for _ in range(_JUMPS):
+                pass
 
     def stop(self) -> None:
         """End the call, from another thread; returns at once."""
         with self._lock:
             if self._thread is None:
                 return
+            self._raised = True
             _raise_in(self._thread, _Stopped)
         threading.Thread(target=self._end_process_if_deaf, name="stop-step", daemon=True).start()
 
@@ -71,8 +78,6 @@ class StoppableCall:
             os._exit(LOST_EXIT_CODE)
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Python's own way to raise in another thread; None takes back what was not delivered yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread), ctypes.py_object(kind) if kind is not None else None
-    )
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Python's own way to raise in another thread."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))

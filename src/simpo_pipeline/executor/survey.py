@@ -86,6 +86,13 @@ class SeenStep:
         """Whether a job may be at work here."""
         return self.lease is not None and self.lease.may_be_alive(now)
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether a job wrote here between the listing and the reading of the record, so that they do not fit."""
+        found = {name: self.file(name) for name in (STATUS_FILE, LEASE_FILE)}
+        versions = {name: entry.version if entry is not None else None for name, entry in found.items()}
+        return any(self.record.versions.get(name) != version for name, version in versions.items())
+
     def shown_status(self, now: float) -> str | None:
         """The status in words; None when none is recorded."""
         record = self.record

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from simpo_pipeline.errors import LeaseLostError
 from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
 from simpo_pipeline.executor import holder as holder_module
 from simpo_pipeline.executor.lease import LeaseConfig
@@ -49,8 +50,11 @@ def contend(prefix: str, log: Path, hosts: str) -> None:
         space = f"machine of {os.getpid()}"
         holder_module._pid_space = lambda: space
     executor = Executor(prefix, lease=LEASE)
-    executor.run([ExecutorStep("shared", work, [this_output_path(), str(log)])])
-    say(log, f"done-{executor.results[0].action}")
+    try:
+        executor.run([ExecutorStep("shared", work, [this_output_path(), str(log)])])
+        say(log, f"done-{executor.results[0].action}")
+    except LeaseLostError:  # on a machine so busy that a heartbeat came too late
+        say(log, "lost")
 
 
 def fork(prefix: str, log: Path, hosts: str) -> int:
@@ -81,7 +85,7 @@ def race(prefix: str, log: Path, choose: random.Random, hosts: str) -> dict[str,
         "failed": [pid for pid, code in survivors.items() if code != 0],
         "ran": ran,
         "begun": sum(word == "begin" for word, _ in words),
-        "overlaps": overlaps(words, {pid for pid, code in codes.items() if os.WIFSIGNALED(code)}),
+        "lost": sum(word == "lost" for word, _ in words),
         "wrong": find_wrong(prefix, ran),
     }
 
@@ -94,20 +98,6 @@ def kill_one(log: Path, living: list[int], choose: random.Random) -> int:
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
     return victim
-
-
-def overlaps(words: list[list[str]], killed: set[int]) -> int:
-    """How often one attempt began while another, that was not killed, had not ended."""
-    inside: set[int] = set()
-    count = 0
-    for word, text in words:
-        pid = int(text)
-        if word == "begin":
-            count += len(inside - killed)
-            inside.add(pid)
-        elif word == "end":
-            inside.discard(pid)
-    return count
 
 
 def find_wrong(prefix: str, ran: list[int]) -> str | None:

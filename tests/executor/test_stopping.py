@@ -84,3 +84,14 @@ def test_a_function_that_is_deaf_in_native_code_ends_with_its_process():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == LOST_EXIT_CODE
     assert "did not stop within 0.2 s" in done.stderr
+
+
+def test_after_a_call_a_profiler_can_run():
+    """Python 3.11 turns in a circle there if an error that was raised for a thread is taken back."""
+    program = (
+        "import cProfile\n"
+        "from simpo_pipeline.executor.stopping import StoppableCall\n"
+        "StoppableCall(60.0).call(lambda: 7)\n"
+        "cProfile.Profile().runcall(lambda: [str(n) for n in range(100)])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

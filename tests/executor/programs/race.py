@@ -6,6 +6,7 @@ HOSTS "one": all processes are on this machine, so that the death of a holder is
 be on a machine of its own, so that a dead holder's lease must expire. Prints what was seen, as JSON.
 """
 
+import importlib
 import json
 import os
 import random
@@ -73,8 +74,11 @@ def race(prefix: str, log: Path, choose: random.Random, hosts: str) -> dict[str,
     """One round: who was killed, who ended how, and what was left."""
     pids = [fork(prefix, log, hosts) for _ in range(PROCESSES)]
     victims: set[int] = set()
+    begun_first = choose.random() < 0.6
+    while begun_first and not log.exists():
+        time.sleep(0.002)  # until one has begun, to kill that one too; or not, to kill while they compete
     for _ in range(choose.randrange(4)):
-        time.sleep(choose.random() * 0.08)
+        time.sleep(choose.random() * 0.06)
         victims.add(kill_one(log, [pid for pid in pids if pid not in victims], choose))
     codes = {pid: os.waitpid(pid, 0)[1] for pid in pids}
     survivors = {pid: code for pid, code in codes.items() if pid not in victims}
@@ -119,6 +123,8 @@ def find_wrong(prefix: str, ran: list[int]) -> str | None:
 def main() -> None:
     """All rounds; each in a child, because a process that used the network should not fork."""
     prefix, logs, rounds, seed, hosts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    if prefix.startswith("gs://"):
+        importlib.import_module("gcsfs")  # once, not in each child: it takes a second
     choose = random.Random(seed)
     seen: list[dict[str, Any]] = []
     for number in range(rounds):

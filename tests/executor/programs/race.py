@@ -40,7 +40,7 @@ def work(config: list[Any]) -> None:
     output_path, log = config[0], Path(config[1])
     say(log, "begin")
     write_text(join(output_path, "first.txt"), str(os.getpid()))
-    time.sleep(0.03 * random.random())
+    time.sleep(0.02 + 0.06 * random.random())
     write_text(join(output_path, "second.txt"), str(os.getpid()))
     say(log, "end")
 

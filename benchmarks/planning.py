@@ -1,0 +1,99 @@
+"""Planning of 10,000 steps: what a dry run costs before anything runs, and what importing the executor costs.
+
+    uv run python benchmarks/planning.py           # about 40 seconds on 2 cores
+
+A chain, a fan-out with a join, and a ladder of diamonds, each planned on a local prefix where nothing ever ran, and on
+one where every step is done (status, manifest, record and one output each). Medians of `ROUNDS`, all in one run. Prints
+a table and one JSON line.
+"""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path, versioned
+from simpo_pipeline.executor.status import find_outputs, manifest_bytes
+
+STEPS = 10_000
+ROUNDS = 5
+IMPORT = "import time; start = time.perf_counter(); import simpo_pipeline.executor; print(time.perf_counter() - start)"
+
+
+def step(name: str, *uses: Any) -> ExecutorStep:
+    """A step with a versioned value, its own output path and the paths of others in its config."""
+    return ExecutorStep(name, None, {"value": versioned(name), "out": this_output_path(), "uses": uses})
+
+
+def chain() -> ExecutorStep:
+    """Each step uses the one before."""
+    last = step("chain-0")
+    for number in range(1, STEPS):
+        last = step(f"chain-{number}", last / "data")
+    return last
+
+
+def fan_out() -> ExecutorStep:
+    """One step, used by all others, which one step joins."""
+    root = step("root")
+    return step("join", *(step(f"fan-{number}", root) for number in range(STEPS - 2)))
+
+
+def diamonds() -> ExecutorStep:
+    """Two steps use each joint, and the next joint uses both."""
+    joint = step("joint-0")
+    for number in range(1, (STEPS + 2) // 3):
+        joint = step(f"joint-{number}", step(f"left-{number}", joint), step(f"right-{number}", joint))
+    return joint
+
+
+def plan_seconds(prefix: str, last: ExecutorStep) -> tuple[float, Executor]:
+    """Wall seconds of one dry run."""
+    start = time.perf_counter()
+    executor = Executor(prefix)
+    executor.run([last], dry_run=True)
+    return time.perf_counter() - start, executor
+
+
+def leave_outputs(executor: Executor) -> None:
+    """Make every step of the plan look as a run leaves it."""
+    for path in map(pathlib.Path, set(executor.output_paths.values())):
+        path.mkdir(parents=True)
+        (path / "rows.jsonl").write_text("{}\n")
+        (path / "manifest.json").write_bytes(manifest_bytes(find_outputs(str(path))))
+        (path / ".executor_info").write_text("{}")
+        (path / ".executor_status").write_text("SUCCESS")
+
+
+def import_seconds() -> float:
+    """In a fresh process."""
+    return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    """Measures, then prints."""
+    figures = {"import simpo_pipeline.executor": statistics.median(import_seconds() for _ in range(ROUNDS))}
+    for make in (chain, fan_out, diamonds):
+        last = make()
+        with tempfile.TemporaryDirectory() as prefix:
+            for state in ("nothing ran", "all done"):
+                runs = [plan_seconds(prefix, last) for _ in range(ROUNDS)]
+                executor = runs[-1][1]
+                figures[f"{make.__name__}, {state}"] = statistics.median(seconds for seconds, _ in runs)
+                actions = {row.action.value for row in executor.plan}
+                assert actions == ({"RUN"} if state == "nothing ran" else {"SKIP"}), actions
+                if state == "nothing ran":
+                    assert len(executor.plan) in range(STEPS - 2, STEPS + 1), len(executor.plan)
+                    leave_outputs(executor)
+    print("| seconds, median of", ROUNDS, "| |\n|---|---|")
+    for name, seconds in figures.items():
+        print(f"| {name} | {seconds:.2f} |")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

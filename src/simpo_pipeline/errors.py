@@ -15,7 +15,9 @@
     │   ├── StepFailedError                 a step function raised
     │   ├── ReplayMismatchError             a replayed step gave another live value than its first run
     │   └── LeaseLostError                  another job holds the output path now
-    └── ProgramError (RuntimeError)         device programs differ between hosts, or one was launched outside the ledger
+    ├── ProgramError (RuntimeError)         device programs differ between hosts, or one was launched outside the ledger
+    └── CoordinationError (RuntimeError)    the processes of one job lost each other, or do different things
+        └── PeerFailedError                 another process failed, and this one stopped to follow it
 
 Every message says what was got, what is allowed, and what to do. Classes also inherit the standard type a caller
 would expect, so `except ValueError` works without importing this module.

@@ -579,9 +579,12 @@ def test_max_concurrent_below_one_is_refused(prefix, count):
         run(prefix, interleave(), max_concurrent=count)
 
 
-def test_a_step_without_a_function_fails_with_a_sentence(prefix):
+def test_a_step_without_a_function_is_blocked_and_nothing_is_written_where_its_outputs_were_expected(prefix):
+    made_elsewhere = ExecutorStep("made-elsewhere", None, None, override_output_path="mine")
+    write_text(join(prefix, "mine/data.txt"), "x")
     with pytest.raises(StepFailedError, match="has no function"):
-        run(prefix, [ExecutorStep("made-elsewhere", None, None)])
+        run(prefix, [made_elsewhere])
+    assert [entry.relative_path for entry in list_files(join(prefix, "mine"))] == ["data.txt"]
 
 
 def test_a_chain_of_five_thousand_steps_is_planned(tmp_path):

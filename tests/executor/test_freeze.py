@@ -79,6 +79,7 @@ def check(other: dict[str, Any], end: dict[str, Any]) -> None:
     assert end["actions"] == (["RUN"] if ran == "frozen" else ["SKIP"] if end["error"] is None else ["FAILED"])
 
 
+@pytest.mark.slow
 def test_wherever_a_holder_is_frozen_its_later_writes_are_refused(tmp_path):
     ends = freeze_at_every_point(str(tmp_path), dict(os.environ))
     assert len(ends) >= 11

@@ -213,3 +213,10 @@ def test_a_cycle_is_an_error_that_names_its_steps():
 
 def test_a_step_shows_its_name_and_not_its_whole_past():
     assert repr(ExecutorStep("train", None, dataclasses.replace(Config(), a=1))) == "ExecutorStep(name='train')"
+
+
+@pytest.mark.parametrize("place", [lambda marker: {"deep": {marker}}, lambda marker: {"deep": {marker: 1}}])
+def test_a_marker_where_it_would_be_overlooked_is_refused(place):
+    step = ExecutorStep("first", None, None)
+    with pytest.raises(IdentityError, match="'deep' hold a step or a marker"):
+        find_markers(place(step))

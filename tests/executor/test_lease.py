@@ -250,3 +250,8 @@ def test_a_holder_survives_its_file():
 def test_a_heartbeat_that_cannot_keep_a_lease_is_refused(wrong):
     with pytest.raises(ConfigError, match="must be more than 0"):
         LeaseConfig(**wrong)
+
+
+def test_an_expiry_beyond_what_gc_waits_for_is_refused():
+    with pytest.raises(ConfigError, match="at most 1800"):
+        LeaseConfig(expiry_seconds=3600.0)

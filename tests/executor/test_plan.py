@@ -21,12 +21,16 @@ LEFT = StepRecord(Status.RUNNING, lease=LeaseSight(HOLDER, fresh=False))
 FAILED = StepRecord(Status.FAILED)
 
 
+def do_nothing(config: Any) -> None:
+    """Never called."""
+
+
 def interleave() -> dict[str, ExecutorStep]:
     """train-2 ==> infer (borrows) ==> train-5 (takes) -> report"""
-    first = ExecutorStep("train-2", None, [])
-    middle = ExecutorStep("infer", None, [borrow(first)])
-    last = ExecutorStep("train-5", None, [take(first)])
-    report = ExecutorStep("report", None, [output_path_of(middle), output_path_of(last)])
+    first = ExecutorStep("train-2", do_nothing, [])
+    middle = ExecutorStep("infer", do_nothing, [borrow(first)])
+    last = ExecutorStep("train-5", do_nothing, [take(first)])
+    report = ExecutorStep("report", do_nothing, [output_path_of(middle), output_path_of(last)])
     return {step.name: step for step in (first, middle, last, report)}
 
 
@@ -118,8 +122,8 @@ def test_every_reason_says_what_was_found(record, words):
 
 
 def test_many_users_of_one_value_are_not_all_named():
-    made = ExecutorStep("made", None, [])
-    users = [ExecutorStep(f"user-{number}", None, [borrow(made)]) for number in range(9)]
+    made = ExecutorStep("made", do_nothing, [])
+    users = [ExecutorStep(f"user-{number}", do_nothing, [borrow(made)]) for number in range(9)]
     graph = build_graph(users, "/p")
     records = {step: DONE if step is made else NEW for step in graph.steps}
     decisions = make_plan(graph, live_order(graph), Situation(records, frozenset(users)))
@@ -142,7 +146,7 @@ def test_every_plan_serves_every_live_value_and_runs_nothing_that_is_done(seed, 
                 uses.append(take(before))
             else:
                 uses.append(choose.choice([before, output_path_of(before, "x")]))
-        steps.append(ExecutorStep(f"s{number}", None, uses))
+        steps.append(ExecutorStep(f"s{number}", do_nothing, uses))
         free.add(steps[-1])
     graph = build_graph(steps, "/p")
     order = live_order(graph)

@@ -20,6 +20,7 @@ from typing import Any
 
 from simpo_pipeline.errors import (
     LeaseLostError,
+    PathNotFoundError,
     PeerFailedError,
     ReplayMismatchError,
     SimpoPipelineError,
@@ -298,7 +299,12 @@ class Attempt:
         self._files.put_status(Status.SUCCESS)
 
     def _check_replay(self, digest: str | None) -> None:
-        recorded = read_info(self._job.graph.output_paths[self._step]).get("live_digest")
+        try:
+            recorded = read_info(self._job.graph.output_paths[self._step]).get("live_digest")
+        except PathNotFoundError as error:
+            raise StorageError(
+                f"{error} The replay needs it to compare with. Remove the step's status to run it again."
+            ) from error
         if recorded is None:
             _logger.warning("%s: its first run recorded no digest, so the replay is not compared", self._step.name)
         elif recorded != digest:

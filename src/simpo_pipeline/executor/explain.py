@@ -15,6 +15,8 @@ _MAX_SIBLINGS = 20
 _MAX_RECORDS_READ = 200
 """Of all steps together: a plan of thousands of new steps must not read thousands of records."""
 _MAX_SHOWN = 3
+_MAX_DEPTH = 100
+"""Of a recorded value that is compared; deeper ones may not fit the stack of the caller."""
 _MAX_VALUE_CHARACTERS = 60
 
 
@@ -90,7 +92,23 @@ def recorded_config(output_path: str) -> dict[str, Any] | None:
     except StorageError:
         return None
     config = cast(dict[str, Any], version).get("config") if isinstance(version, dict) else None
-    return cast(dict[str, Any], config) if isinstance(config, dict) else None
+    return cast(dict[str, Any], config) if isinstance(config, dict) and _is_shallow(config) else None
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether the value can be compared and shown however deep in calls this happens."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _members(outer)]
+        if not level:
+            return True
+    return False
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return cast(dict[str, Any], value).values()
+    return cast(list[Any], value) if isinstance(value, list) else ()
 
 
 def nearest_sibling(

@@ -62,7 +62,8 @@ def find_markers(config: Any) -> Markers:
     """
     versioned: dict[str, Any] = {}
     edges: list[Edge] = []
-    for path, marker in _walk(config, ""):
+    for place, marker in _places(config):
+        path = _path_of(place)
         match marker:
             case VersionedValue():
                 versioned[path] = canonical(cast(Any, marker).value, path)
@@ -80,31 +81,51 @@ def find_markers(config: Any) -> Markers:
     return Markers(versioned, tuple(edges))
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _places(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    try:
+        return list(_walk(config, ()))
+    except RecursionError as error:
+        raise IdentityError("A config contains itself, or is nested too deeply. Make it flat.") from error
+
+
+def _walk(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The markers and where they are: field names, keys and indices. Only keys that lead to a marker need a form."""
     if isinstance(value, _MARKERS):
-        yield path, value
+        yield place, value
         return
-    for name, inner in _children(value, path):
-        yield from _walk(inner, name)
+    if isinstance(value, set | frozenset | dict) and any(isinstance(key, _MARKERS) for key in cast(set[Any], value)):
+        where = _path_of(place) or "the config itself"
+        raise IdentityError(f"A set or the keys of a dict at {where!r} hold a step or a marker. Use a list, or values.")
+    for key, inner in _children(value):
+        yield from _walk(inner, (*place, key))
 
 
-def _children(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield _below(path, field.name), getattr(value, field.name)
+            yield field.name, getattr(value, field.name)
     elif isinstance(value, list | tuple):
-        for index, inner in enumerate(cast(list[Any], value)):
-            yield f"{path}[{index}]", inner
+        yield from enumerate(cast(list[Any], value))
     elif isinstance(value, dict):
-        for key, inner in cast(dict[Any, Any], value).items():
-            yield _below(path, key), inner
+        yield from cast(dict[Any, Any], value).items()
+
+
+def _path_of(place: tuple[Any, ...]) -> str:
+    path = ""
+    for key in place:
+        path = _below(path, key)
+    return path
 
 
 def _below(path: str, key: Any) -> str:
     """Keys that are not names are quoted, so that no two places share a path."""
-    if not (isinstance(key, str) and key.isidentifier()):
-        return f"{path}[{key!r}]"
-    return f"{path}.{key}" if path else key
+    if isinstance(key, str):
+        name = str.__str__(key)
+        if not name.isidentifier():
+            return f"{path}[{name!r}]"
+        return f"{path}.{name}" if path else name
+    shown = repr(key) if key is None or isinstance(key, bool | int | float) else _json(canonical(key, path))
+    return f"{path}[{shown}]"
 
 
 def canonical(value: Any, path: str) -> Any:
@@ -113,6 +134,16 @@ def canonical(value: Any, path: str) -> Any:
     Raises:
         IdentityError: there is no such form; `path` and the cure are named.
     """
+    try:
+        return _canonical(value, path)
+    except RecursionError as error:
+        raise IdentityError(
+            f"The versioned value at {path or 'the config itself'!r} contains itself, or is nested too deeply. "
+            "Make it flat."
+        ) from error
+
+
+def _canonical(value: Any, path: str) -> Any:
     if isinstance(value, _MARKERS):
         raise _no_form(value, path, "versioned(...) must not contain steps, paths of steps or other markers.")
     if isinstance(value, Enum):
@@ -134,9 +165,9 @@ def canonical(value: Any, path: str) -> Any:
 
 def _canonical_container(value: Any, path: str) -> Any:
     if isinstance(value, list | tuple):
-        return [canonical(inner, name) for name, inner in _children(value, path)]
+        return [_canonical(inner, _below(path, index)) for index, inner in _children(value)]
     if isinstance(value, set | frozenset):
-        members = [canonical(member, f"{path}{{}}") for member in cast(frozenset[Any], value)]
+        members = [_canonical(member, f"{path}{{}}") for member in cast(frozenset[Any], value)]
         return {"!set": sorted(members, key=_json)}
     if isinstance(value, dict):
         return _canonical_dict(cast(dict[Any, Any], value), path)
@@ -149,7 +180,7 @@ def _canonical_dict(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
         if not isinstance(key, str):
             raise _no_form(key, path, "dict keys must be str. Turn the keys into text.")
     return {
-        f"!{key}" if key.startswith("!") else key: canonical(value[key], _below(path, key)) for key in sorted(value)
+        f"!{key}" if key.startswith("!") else key: _canonical(value[key], _below(path, key)) for key in sorted(value)
     }
 
 
@@ -160,6 +191,8 @@ def _canonical_text(value: Any, path: str) -> str:
         return value.as_posix()
     if isinstance(value, date | datetime | time):
         return value.isoformat()
+    if isinstance(value, re.Pattern):
+        return repr((cast(Any, value).pattern, cast(Any, value).flags))  # its own repr ends after 200 characters
     if isinstance(value, timedelta):
         return repr(value.total_seconds())
     if hasattr(value, "__array__") and getattr(value, "shape", ()) != ():
@@ -207,8 +240,19 @@ def identify(name: str, markers: Markers, identities: Mapping[ExecutorStep[Any],
         "dependencies": sorted(used[False]),
         "pseudo_dependencies": sorted(used[True]),
     }
-    version_str = _json(version)
+    version_str = _version_str(name, version)
     return Identity(version, version_str, hashlib.sha256(version_str.encode("ascii")).hexdigest())
+
+
+def _version_str(name: str, version: Mapping[str, Any]) -> str:
+    try:
+        json.dumps(version, ensure_ascii=False).encode()  # as the records hold it
+        return _json(version)
+    except ValueError as error:
+        raise IdentityError(
+            f"What makes step {name!r} the same step cannot be written as JSON: {error}. Shorten the number, or repair "
+            "the text."
+        ) from error
 
 
 def _json(value: Any) -> str:

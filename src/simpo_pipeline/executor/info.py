@@ -4,6 +4,7 @@ Never in them: environment variables, or anything else that may hold a secret.
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from simpo_pipeline.executor.identity import EdgeKind
 from simpo_pipeline.executor.provenance import Provenance
 from simpo_pipeline.executor.resolve import json_text, to_json
 from simpo_pipeline.executor.status import INFO_FILE
-from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.storage.files import read_bytes
 from simpo_pipeline.storage.paths import join
 
 
@@ -66,7 +67,11 @@ def read_info(output_path: str) -> dict[str, Any]:
         StorageError: the record is damaged.
     """
     path = join(output_path, INFO_FILE)
-    info = read_json(path)
+    data = read_bytes(path)
+    try:
+        info = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path!r} is no JSON ({error}). Remove the step's status to run it again.") from error
     if not isinstance(info, dict):
         raise StorageError(f"{path!r} is no JSON object. Remove the step's status to run it again.")
     return cast(dict[str, Any], info)

@@ -19,6 +19,7 @@ from simpo_pipeline.storage.conditional import ConditionalFiles
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 _RENEWERS = 8
+MAX_EXPIRY_SECONDS = 1800.0
 # CLOCK_BOOTTIME goes on while the machine sleeps, as the clocks of others do.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -39,6 +40,11 @@ class LeaseConfig:
             raise ConfigError(
                 f"lease.heartbeat_seconds is {self.heartbeat_seconds} and lease.expiry_seconds {self.expiry_seconds}; "
                 "the heartbeat must be more than 0 and at most half of the expiry."
+            )
+        if self.expiry_seconds > MAX_EXPIRY_SECONDS:
+            raise ConfigError(
+                f"lease.expiry_seconds is {self.expiry_seconds}; it must be at most {MAX_EXPIRY_SECONDS:.0f}: after an "
+                "hour without a heartbeat `gc` takes every holder for dead."
             )
 
 

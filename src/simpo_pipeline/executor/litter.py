@@ -27,7 +27,6 @@ from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
 from simpo_pipeline.executor.output import json_document
 from simpo_pipeline.executor.parallel import in_parallel
 from simpo_pipeline.executor.status import (
-    INFO_FILE,
     LEASE_FILE,
     MANIFEST_FILE,
     OWN_FILES,
@@ -221,11 +220,9 @@ def _unnamed(prefix: str, step: SeenStep) -> list[FileEntry]:
 def _is_of_an_attempt(prefix: str, step: SeenStep) -> bool:
     """Whether an attempt wrote what lies here.
 
-    Before a step's function is called, its info is written. And an output path that the experiment chose itself may
-    have held somebody's files before.
+    Before a step's function is called, its info is written. An output path that the experiment chose itself may have
+    held somebody's files before.
     """
-    if step.file(INFO_FILE) is None:
-        return False
     try:
         return read_info(join(prefix, step.path)).get("override_output_path", "") is None
     except PathNotFoundError:

@@ -6,11 +6,12 @@ exit 2   a flag, the config or the DAG is wrong, or the prefix cannot be used; n
 exit 3   --dry_run --exit_code: the plan has work to do
 """
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -93,17 +94,19 @@ def executor_main(
     """
     config = config if config is not None else parse_main_config(ExecutorMainConfig)
     processes = processes or Processes()
+    _show_any_text()
     with _log_lines(to_stderr=config.json):
         executor = _executor(config, description, session, processes)
         try:
             if config.dry_run or config.explain:
                 _show_plan(executor, config, steps, processes)
                 return
-            _run_and_close(executor, config, steps, session)
+            with redirect_stdout(sys.stderr) if config.json else nullcontext():  # what steps print is no result
+                _run_and_close(executor, config, steps, session)
         except (ConfigError, PlanError) as error:
             _exit_with_usage_error(error)
         except SimpoPipelineError as error:
-            if isinstance(error, StorageError) and not executor.results:
+            if isinstance(error, StorageError) and all(result.seconds is None for result in executor.results):
                 _exit_with_usage_error(error)  # the prefix could not be used, so nothing has run
             _show_results(executor, config, processes, summary_columns, error)
             _logger.error("The job failed.", exc_info=error)
@@ -193,6 +196,13 @@ def _close_nothing(error: BaseException | None) -> None:
 def _exit_with_usage_error(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(BAD_USAGE) from None
+
+
+def _show_any_text() -> None:
+    """A character that the terminal cannot show must not end a job."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -69,7 +70,20 @@ def results_text(
 
 def json_document(value: Any) -> str:
     """One JSON object, indented."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinities as text: JSON has no such numbers."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case dict():
+            return {key: _without_nan(inner) for key, inner in cast(dict[str, Any], value).items()}
+        case list() | tuple():
+            return [_without_nan(inner) for inner in cast(list[Any], value)]
+        case _:
+            return value
 
 
 def _result_row(result: StepResult, summary: dict[str, Any], columns: SummaryColumns) -> list[str]:

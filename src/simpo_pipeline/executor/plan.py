@@ -5,7 +5,7 @@ demanded(p) = a step that will RUN or REPLAY uses the live value of p
 SKIP        done, not forced, and not (demanded and not held by this process)
 REPLAY      done, demanded and not held; then its own live inputs are demanded too
 WAIT        not done, and another job holds a fresh lease
-BLOCKED     failed in this job, failed before (when that counts), or needs what is BLOCKED
+BLOCKED     failed in this job, failed before (when that counts), has no function, or needs what is BLOCKED
 RUN         otherwise
 """
 
@@ -60,6 +60,8 @@ def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: M
         return Decision(Action.SKIP, _skip_reason(step, graph, situation))
     if step in situation.ended:
         return Decision(Action.BLOCKED, situation.ended[step])
+    if step.fn is None:
+        return Decision(Action.BLOCKED, "it has no function, and no SUCCESS is recorded: its outputs were expected")
     if record.lease is not None and record.lease.fresh:
         return Decision(Action.WAIT, f"held by {record.lease.describe()}")
     blocked = _blocked_need(step, graph, decisions)

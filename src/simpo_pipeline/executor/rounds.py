@@ -82,7 +82,12 @@ class Rounds:
             waiting = bool(waited_for) or Ending.POSTPONED in endings.values()
             if waited_for and not {Ending.DONE, Ending.FAILED} & set(endings.values()):
                 self._wait(waited_for)
-        self._job.processes.leader_decides(self._tidy)
+        try:
+            self._job.processes.leader_decides(self._tidy)
+        except SimpoPipelineError as error:
+            if not self._errors:
+                raise
+            _logger.error("what is left could not be tidied: %s", error)  # must not hide what went wrong before
         self._raise_first_error()
 
     def _ended_words(self) -> dict[Step, str]:

@@ -184,11 +184,21 @@ def read_manifest(output_path: str) -> list[FileEntry]:
     """
     path = join(output_path, MANIFEST_FILE)
     manifest = read_json(path)
-    try:
-        files = [FileEntry(str(file["path"]), int(file["bytes"]), str(file["crc32c"])) for file in manifest["files"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise StorageError(f"{path!r} is no manifest ({error!r}). Remove the step's status to run it again.") from error
-    return files
+    listed: Any = cast(dict[str, Any], manifest).get("files") if isinstance(manifest, dict) else None
+    if not isinstance(listed, list):
+        raise StorageError(f"{path!r} is no manifest: it lists no files. Remove the step's status to run it again.")
+    return [_listed_file(path, file) for file in cast(list[Any], listed)]
+
+
+def _listed_file(manifest_path: str, file: Any) -> FileEntry:
+    fields = cast(dict[str, Any], file) if isinstance(file, dict) else {}
+    match fields.get("path"), fields.get("bytes"), fields.get("crc32c"):
+        case str(relative_path), int(num_bytes), str(crc32c) if not isinstance(num_bytes, bool):
+            return FileEntry(relative_path, num_bytes, crc32c)
+        case _:
+            raise StorageError(
+                f"{manifest_path!r} is no manifest: it lists {file!r}. Remove the step's status to run it again."
+            )
 
 
 def is_output(relative_path: str) -> bool:

@@ -171,8 +171,9 @@ def _local_entries(folder: str, below: str) -> Iterator[FileEntry]:
 
 def _listed(relative_path: str, info: dict[str, Any], path: str) -> FileEntry:
     """An entry of a listing by fsspec. The in-memory store tells when a file was made, and makes one at each write."""
-    version = repr(info["created"]) if path.startswith("memory://") else None
-    return FileEntry(relative_path, int(info["size"]), None, version, info.get("created"))
+    created = info.get("created")
+    version = repr(created) if path.startswith("memory://") else None
+    return FileEntry(relative_path, int(info["size"]), None, version, created if isinstance(created, float) else None)
 
 
 def list_names(path: str) -> list[str]:

@@ -111,7 +111,7 @@ def held_still(place: str) -> Generator[str | None]:
 def _open_locked(place: str) -> int | None:
     while True:
         try:
-            descriptor = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = _open(place)
         except FileNotFoundError:
             return None
         try:
@@ -124,6 +124,14 @@ def _open_locked(place: str) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _open(place: str) -> int:
+    """For writing if that is allowed, because a lock over NFS asks for it."""
+    try:
+        return os.open(place, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _lock(descriptor: int, place: str) -> None:

@@ -57,7 +57,10 @@ def absolute(path: str) -> str:
         raise ConfigError(f"{path!r} is a URL that lost a slash. Write {fixed!r} (do not pass URLs through pathlib).")
     if is_local(path):
         return os.path.abspath(strip_file_scheme(path))
-    return path.rstrip("/") if path.split("://", 1)[1].strip("/") else path
+    rest = path.split("://", 1)[1]
+    if path.startswith(("gs://", "gcs://")) and (not rest or rest.startswith("/")):
+        raise ConfigError(f"{path!r} names no bucket. Write gs://bucket/path.")
+    return path.rstrip("/") if rest.strip("/") else path
 
 
 def parent(path: str) -> str:

@@ -1,0 +1,205 @@
+"""What each flag of `executor_main` does, on a script that interleaves training and generation."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.main import executor_main
+from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
+from simpo_pipeline.storage.files import write_json, write_text
+from simpo_pipeline.storage.paths import join
+
+Main = Callable[..., tuple[int, str, str]]
+DAG = ["train-2", "infer-128", "train-5", "report"]
+
+
+def train(config: list[Any]) -> Live:
+    write_text(join(config[0], "log.txt"), str(config[1]))
+    return Live([config[1]], digest=str(config[1]))
+
+
+def infer(config: list[Any]):
+    write_text(join(config[0], "rows.txt"), "a row")
+
+
+def interleave(stop: int = 7, report: Callable[[list[Any]], Any] = infer) -> list[ExecutorStep]:
+    """train-2 ==> infer-128 (borrows) ==> train-5 (takes) -> report"""
+    first = ExecutorStep("train-2", train, [this_output_path(), versioned(2)])
+    middle = ExecutorStep("infer-128", infer, [this_output_path(), borrow(first)])
+    last = ExecutorStep("train-5", train, [this_output_path(), versioned(stop), take(first)])
+    return [ExecutorStep("report", report, [this_output_path(), last]), middle]
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """A script's `executor_main` in a folder of its own: steps and flags to exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MARIN_PREFIX", raising=False)
+
+    def run(steps: list[ExecutorStep], *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
+        code: Any = 0
+        try:
+            executor_main(steps=steps)
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All that is below a folder; None for folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def no_number(text: str) -> NoReturn:
+    raise AssertionError(f"{text} is no JSON")
+
+
+def parsed(out: str) -> dict[str, Any]:
+    """Standard output, which is one JSON object and nothing else."""
+    document = json.loads(out, parse_constant=no_number)
+    assert isinstance(document, dict)
+    return document
+
+
+def actions(out: str) -> dict[str, str]:
+    return {row["step"]: row["action"] for row in parsed(out)["steps"]}
+
+
+def test_json_alone_is_on_standard_output_and_log_lines_are_on_standard_error(main: Main):
+    code, out, err = main(interleave(), "--dry_run", "--json")
+    assert (code, err) == (0, "")
+    assert parsed(out)["pending"] == 4
+    assert sorted(actions(out)) == sorted(DAG)
+    code, out, err = main(interleave(), "--json")
+    assert (code, parsed(out)["error"]) == (0, None)
+    assert actions(out) == dict.fromkeys(DAG, "RUN")
+    assert re.search(r"^\d\d:\d\d:\d\d INFO train-5 ended well", err, re.MULTILINE)
+    code, out, err = main(interleave(), "--json", "--dry_run")
+    assert (code, parsed(out)["pending"]) == (0, 0)
+    code, out, err = main(interleave(), "--json", "--explain", "report")
+    assert (code, [step["step_name"] for step in parsed(out)["steps"]]) == (0, ["report"])
+
+
+def test_what_a_step_prints_does_not_mix_with_the_object(main: Main):
+    code, out, err = main(interleave(report=lambda config: print("epoch 1")), "--json")
+    assert (code, actions(out)) == (0, dict.fromkeys(DAG, "RUN"))
+    assert "epoch 1" in err
+
+
+def test_a_failed_run_with_json_tells_its_error_in_the_object(main: Main):
+    def fail(config: list[Any]):
+        raise FloatingPointError("the loss is NaN")
+
+    code, out, err = main(interleave(report=fail), "--json")
+    assert code == 1
+    assert "FloatingPointError: the loss is NaN" in parsed(out)["error"]
+    assert actions(out) == {**dict.fromkeys(DAG, "RUN"), "report": "FAILED"}
+    assert "Traceback" in err
+
+
+def test_numbers_that_json_lacks_do_not_spoil_the_object(main: Main):
+    def diverge(config: list[Any]):
+        write_json(join(config[0], "summary.json"), {"loss": float("nan"), "all": [float("inf"), 1.5]})
+
+    code, out, _ = main(interleave(report=diverge), "--json")
+    assert code == 0
+    (summary,) = [row["summary"] for row in parsed(out)["steps"] if row["step"] == "report"]
+    assert summary["all"][1] == 1.5
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_the_exit_code_of_a_dry_run_tells_whether_there_is_work(main: Main, flags: tuple[str, ...]):
+    assert main(interleave(), "--dry_run", "--exit_code", *flags)[0] == 3
+    assert main(interleave(), "--dry_run", *flags)[0] == 0
+    assert main(interleave())[0] == 0
+    assert main(interleave(), "--dry_run", "--exit_code", *flags)[0] == 0
+    assert main(interleave(stop=8), "--dry_run", "--exit_code", *flags)[0] == 3
+    assert main(interleave(stop=8), "--dry_run", "--exit_code", "--until", "infer-128", *flags)[0] == 0
+    assert main(interleave(), "--dry_run", "--exit_code", "--force", "report", *flags)[0] == 3
+
+
+def test_a_forced_step_runs_again_and_its_users_stay_and_say_so(main: Main, tmp_path: Path):
+    assert main(interleave())[0] == 0
+    before = contents(tmp_path)
+    expected = {**dict.fromkeys(DAG, "SKIP"), "train-5": "RUN", "train-2": "REPLAY"}
+    code, out, _ = main(interleave(), "--force", "train-5", "--dry_run", "--json")
+    reasons = {row["step"]: row["reason"] for row in parsed(out)["steps"]}
+    assert (code, actions(out)) == (0, expected)
+    assert "forced" in reasons["train-5"]
+    assert "train-5" in reasons["report"] and "force it" in reasons["report"]
+    assert contents(tmp_path) == before
+    code, out, _ = main(interleave(), "--force", "train-5", "--json")
+    assert (code, actions(out)) == (0, expected)
+    changed = {name for name, data in contents(tmp_path).items() if data is not None and data != before.get(name)}
+    assert {re.sub("-[^/]*", "", name) for name in changed if "train-5" not in name} == {"runs/experiments/experiment"}
+    assert any("train-5" in name for name in changed)
+    code, out, _ = main(interleave(), "--json")
+    assert (code, actions(out)) == (0, dict.fromkeys(DAG, "SKIP"))
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (["infer-128"], ["train-2", "infer-128"]),
+        (["train-5"], ["train-2", "infer-128", "train-5"]),
+        (["train-2"], ["train-2"]),
+        (["train-2", "report"], DAG),
+    ],
+)
+def test_until_runs_a_step_and_all_before_it_and_the_borrowers_that_a_taker_waits_for(
+    main: Main, last: list[str], expected: list[str]
+):
+    code, out, _ = main(interleave(), "--json", "--until", *last)
+    assert (code, actions(out)) == (0, dict.fromkeys(expected, "RUN"))
+    code, out, _ = main(interleave(), "--json", "--dry_run")
+    done = {step for step, action in actions(out).items() if action in ("SKIP", "REPLAY")}
+    assert (code, done) == (0, set(expected))
+
+
+def test_until_and_run_only_together_leave_what_both_leave(main: Main):
+    _, out, _ = main(interleave(), "--json", "--until", "train-5", "--run_only", "infer|report")
+    assert actions(out) == {"train-2": "RUN", "infer-128": "RUN"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_explain_prints_old_and_new_values_and_writes_nothing(main: Main, tmp_path: Path, flags: tuple[str, ...]):
+    assert main(interleave())[0] == 0
+    before = contents(tmp_path)
+    code, out, err = main(interleave(stop=8), "--explain", "train-5", "infer-128", *flags)
+    assert (code, err) == (0, "")
+    assert re.search(r"^train-5  RUN: new since train-5-[0-9a-f]{8}: \[1\]: 7 -> 8$", out, re.MULTILINE)
+    assert re.search(r"^Since train-5-[0-9a-f]{8}:$", out, re.MULTILINE)
+    assert re.search(r"^\[1\] +7 +8$", out, re.MULTILINE)
+    assert re.search(r"^infer-128  SKIP: ", out, re.MULTILINE)
+    assert "No other version of it lies beside it." in out
+    assert contents(tmp_path) == before
+
+
+def test_explain_says_of_a_step_that_is_left_out_that_it_is(main: Main):
+    code, out, _ = main(interleave(), "--explain", "report", "--until", "infer-128")
+    assert code == 0
+    assert "report  NONE: " in out
+
+
+def test_a_relative_prefix_means_a_place_that_does_not_move(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def move(config: list[Any]):
+        monkeypatch.chdir(Path(config[0]).anchor)
+
+    code, out, _ = main(interleave(report=move), "--prefix", "some/../here", "--json")
+    assert code == 0
+    paths = [row["output_path"] for row in parsed(out)["steps"]]
+    assert {str(Path(path).parent) for path in paths} == {str(tmp_path / "here")}
+    assert all(Path(path, ".executor_status").read_text() == "SUCCESS" for path in paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

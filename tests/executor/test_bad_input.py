@@ -15,7 +15,6 @@ import pytest
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.live import Live
-from simpo_pipeline.executor.main import executor_main
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
 from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join
@@ -38,25 +37,6 @@ def interleave() -> dict[str, ExecutorStep]:
     middle = ExecutorStep("infer-128", infer, [this_output_path(), borrow(first)])
     last = ExecutorStep("train-5", train, [this_output_path(), versioned(7), take(first)])
     return {step.name: step for step in (first, middle, last)}
-
-
-@pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """A script's `executor_main` in a folder of its own: steps and flags to exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MARIN_PREFIX", raising=False)
-
-    def run(steps: dict[str, ExecutorStep], *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
-        code: Any = 0
-        try:
-            executor_main(steps=list(steps.values()))
-        except SystemExit as ended:
-            code = ended.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -110,9 +90,9 @@ def test_a_bad_flag_is_refused_and_nothing_done_before_is_touched(
     main: Main, tmp_path: Path, flags: list[str], words: list[str]
 ):
     (tmp_path / "file").write_text("in the way")
-    assert main(interleave())[0] == 0
+    assert main([*interleave().values()])[0] == 0
     before = contents(tmp_path / "runs")
-    check_refused(main(interleave(), *flags), *words)
+    check_refused(main([*interleave().values()], *flags), *words)
     assert contents(tmp_path / "runs") == before
 
 
@@ -179,12 +159,12 @@ BAD_DAGS: dict[str, tuple[Callable[[dict[str, ExecutorStep]], None], list[str]]]
 def test_a_bad_dag_is_refused_and_nothing_done_before_is_touched(
     main: Main, tmp_path: Path, spoil: Callable[[dict[str, ExecutorStep]], None], words: list[str]
 ):
-    assert main(interleave())[0] == 0
+    assert main([*interleave().values()])[0] == 0
     before = contents(tmp_path)
     steps = interleave()
     spoil(steps)
     for flags in ([], ["--dry_run"]):
-        check_refused(main(steps, *flags), *words)
+        check_refused(main([*steps.values()], *flags), *words)
     assert contents(tmp_path) == before
 
 
@@ -320,7 +300,7 @@ def test_a_record_that_cannot_be_written_does_not_hide_which_step_failed(main: M
 
     broken = ExecutorStep("broken", fail, [this_output_path()], override_output_path="broken-0")
     user = ExecutorStep("user", infer, [this_output_path(), broken], override_output_path="x-0")
-    code, out, err = main({"broken": broken, "user": user}, "--json")
+    code, out, err = main([broken, user], "--json")
     assert code == 1
     assert "the cause" in err
     assert "Step 'broken' failed" in json.loads(out)["error"]
@@ -330,11 +310,11 @@ def test_a_record_that_cannot_be_written_does_not_hide_which_step_failed(main: M
 def test_a_replay_without_a_readable_record_to_compare_with_says_what_to_do(
     main: Main, tmp_path: Path, info: bytes | None
 ):
-    assert main(interleave(), "--until", "infer-128")[0] == 0
+    assert main([*interleave().values()], "--until", "infer-128")[0] == 0
     (path,) = tmp_path.glob("runs/train-2-*/.executor_info")
     path.unlink() if info is None else path.write_bytes(info)
     before = contents(tmp_path)
-    code, out, err = main(interleave(), "--json")
+    code, out, err = main([*interleave().values()], "--json")
     assert (code, err.count("error: ")) == (1, 0)
     assert str(path) in json.loads(out)["error"]
     assert "Remove" in json.loads(out)["error"]
@@ -344,13 +324,13 @@ def test_a_replay_without_a_readable_record_to_compare_with_says_what_to_do(
 
 @pytest.mark.parametrize("status", [b"", b"SUCCES", b"\xff\x00", b"SUCCESS" * 20, b"[" * 1000])
 def test_a_corrupt_status_is_shown_in_the_plan_and_the_step_runs_again(main: Main, tmp_path: Path, status: bytes):
-    assert main(interleave())[0] == 0
+    assert main([*interleave().values()])[0] == 0
     before = contents(tmp_path)
     (path,) = tmp_path.glob("runs/infer-128-*/.executor_status")
     path.write_bytes(status)
-    code, out, err = main(interleave(), "--dry_run")
+    code, out, err = main([*interleave().values()], "--dry_run")
     assert (code, err) == (0, "")
     assert "which is no status" in out
-    assert main(interleave())[0] == 0
+    assert main([*interleave().values()])[0] == 0
     kept = {name: data for name, data in before.items() if "experiments" not in name and not name.endswith("_info")}
     assert kept.items() <= contents(tmp_path).items()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +9,6 @@ from typing import Any, NoReturn
 import pytest
 
 from simpo_pipeline.executor.live import Live
-from simpo_pipeline.executor.main import executor_main
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
 from simpo_pipeline.storage.files import write_json, write_text
 from simpo_pipeline.storage.paths import join
@@ -34,25 +32,6 @@ def interleave(stop: int = 7, report: Callable[[list[Any]], Any] = infer) -> lis
     middle = ExecutorStep("infer-128", infer, [this_output_path(), borrow(first)])
     last = ExecutorStep("train-5", train, [this_output_path(), versioned(stop), take(first)])
     return [ExecutorStep("report", report, [this_output_path(), last]), middle]
-
-
-@pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """A script's `executor_main` in a folder of its own: steps and flags to exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MARIN_PREFIX", raising=False)
-
-    def run(steps: list[ExecutorStep], *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
-        code: Any = 0
-        try:
-            executor_main(steps=steps)
-        except SystemExit as ended:
-            code = ended.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

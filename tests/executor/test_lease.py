@@ -202,6 +202,17 @@ def test_while_a_lease_is_held_still_nobody_takes_it_over(tmp_path, monkeypatch)
         pass
 
 
+def test_heartbeats_go_on_during_a_long_upload():
+    path = "memory://long-upload/lock"
+    with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
+        assert first.acquire(path)
+        with first.hold(path):
+            wait = threading.Event()
+            while (holder := parse_holder(read_bytes(path))) is not None and holder.beat < 3:
+                wait.wait(0.005)
+        first.confirm(path)
+
+
 def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
     path = str(tmp_path / "lock")
     write_bytes(path, dead_holder().encode())

@@ -157,6 +157,9 @@ class LeaseKeeper:
             LeaseLostError: as `check`.
         """
         self.check(path)
+        if not self._files.can_hold(path):
+            yield  # an upload may take longer than the expiry, and heartbeats must go on
+            return
         lease = self._leases[path]
         with lease.lock, self._files.held(path, lease.version) as ours:
             if ours:

@@ -137,15 +137,13 @@ class ConditionalFiles:
         """Remove the version `expected`; False when another one is there."""
         return self._store(path).remove(path, expected)
 
+    def can_hold(self, path: str) -> bool:
+        """Whether `held` keeps others out: on a local disk."""
+        return is_local(path)
+
     @contextmanager
     def held(self, path: str, expected: str) -> Generator[bool]:
-        """Whether the version `expected` is there, and on a local disk it stays while the block runs.
-
-        Elsewhere nobody can be kept from replacing it, so nothing is asked: True.
-        """
-        if not is_local(path):
-            yield True
-            return
+        """Whether the version `expected` is there; if so it stays while the block runs, which should be short."""
         with local_versions.held_still(strip_file_scheme(path)) as current:
             yield current == expected
 

@@ -31,7 +31,7 @@ class StepResult:
 
     step_name: str
     action: str
-    """RUN, SKIP or REPLAY when that went well; else FAILED, DEP_FAILED, BLOCKED or WAIT."""
+    """RUN, SKIP or REPLAY when that went well; else FAILED, DEP_FAILED, BLOCKED, WAIT, or NOT_RUN if the job ended."""
     seconds: float | None
     """Spent in the step's function; None when it was not called."""
     output_path: str
@@ -201,12 +201,18 @@ class Rounds:
         return tuple(
             StepResult(
                 step.name,
-                self._bad_endings[step].name if step in self._bad_endings else row.action.value,
+                self._result_of(step, row.action),
                 self._seconds.get(step),
                 row.output_path,
             )
             for step, row in zip(self._decisions, self.rows(), strict=True)
         )
+
+    def _result_of(self, step: Step, planned: Action) -> str:
+        if step in self._bad_endings:
+            return self._bad_endings[step].name
+        attempted = step in self._seconds or planned not in (Action.RUN, Action.REPLAY)
+        return planned.value if attempted else "NOT_RUN"
 
 
 def _first_line(error: Exception) -> str:

@@ -122,23 +122,26 @@ class Executor:
             self._files.check(graph.output_paths[step])
         run_id: str = self._processes.leader_decides(lambda: uuid.uuid4().hex[:12])
         self._check_prefix(run_id)
-        is_leader, process_count = self._processes.is_leader, self._processes.process_count
         with LeaseKeeper(run_id, self._lease, planner.watch, self._files) as leases:
-            job = Job(
-                graph=graph,
-                infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
-                prefix=self.prefix,
-                run_id=run_id,
-                processes=self._processes,
-                session=self._session,
-                leases=leases,
-                files=self._files,
-                live=LiveStore(),
-                provenance=find_provenance(process_count) if is_leader else None,
-                heartbeat_seconds=self._lease.heartbeat_seconds,
-            )
+            job = self._job(graph, run_id, leases)
             self._follow(Rounds(job, order, planner, max_concurrent, self._lease.poll_seconds), job)
         return self.results
+
+    def _job(self, graph: Graph, run_id: str, leases: LeaseKeeper) -> Job:
+        processes = self._processes
+        return Job(
+            graph=graph,
+            infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
+            prefix=self.prefix,
+            run_id=run_id,
+            processes=processes,
+            session=self._session,
+            leases=leases,
+            files=self._files,
+            live=LiveStore(),
+            provenance=find_provenance(processes.process_count) if processes.is_leader else None,
+            heartbeat_seconds=self._lease.heartbeat_seconds,
+        )
 
     def explain(self, name: str) -> list[Explanation]:
         """All that is known about the steps of a name, after `run` made a plan.

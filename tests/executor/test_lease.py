@@ -118,12 +118,13 @@ def test_a_holder_that_lost_its_lease_is_told_who_has_it_and_leaves_it_there(pre
 
 
 def test_a_lease_whose_file_was_removed_or_damaged_is_lost(prefix):
-    for number, damage in enumerate((remove_tree, lambda path: write_bytes(path, b""))):
+    damages = {"nobody: whoever took it": remove_tree, "nobody we can read": lambda path: write_bytes(path, b"")}
+    for number, (owner, damage) in enumerate(damages.items()):
         path = join(prefix, f"lock-{number}")
         first = keeper("first")
         assert first.acquire(path)
         damage(path)
-        with pytest.raises(LeaseLostError, match="nobody we can read"):
+        with pytest.raises(LeaseLostError, match=owner):
             first.confirm(path)
         with pytest.raises(LeaseLostError):
             first.check(path)

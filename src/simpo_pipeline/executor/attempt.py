@@ -278,11 +278,14 @@ class Attempt:
         count = self._job.processes.process_count
         where = f"host {first['host']} (process {first['process_index']} of {count})"
         at = f" (at {first['at']})" if first.get("at") else ""
-        kind = LeaseLostError if isinstance(self._own_error, LeaseLostError) else StepFailedError
-        error = kind(
-            f"Step {self._step.name!r} failed on {where}: {first['exception']}{at}\n"
-            f"What it wrote and {ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
+        lost = isinstance(self._own_error, LeaseLostError)
+        advice = (
+            "Another job has the step now; start again to use what that one makes."
+            if lost
+            else f"What it wrote and {ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
         )
+        kind = LeaseLostError if lost else StepFailedError
+        error = kind(f"Step {self._step.name!r} failed on {where}: {first['exception']}{at}\n{advice}")
         if self._own_error is None and first["traceback"]:
             error.add_note(f"On {where}:\n{first['traceback']}")
         error.__cause__ = self._own_error

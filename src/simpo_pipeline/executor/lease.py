@@ -188,6 +188,8 @@ class LeaseKeeper:
     def _owner(self, path: str) -> str:
         try:
             holder = parse_holder(self._files.read(path)[0])
+        except PathNotFoundError:
+            return "nobody: whoever took it has given it up"
         except StorageError:
             holder = None
         return holder.describe() if holder is not None else "nobody we can read"

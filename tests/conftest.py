@@ -16,7 +16,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
-import fsspec
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -91,7 +90,7 @@ def gcs_here(gcs, monkeypatch: pytest.MonkeyPatch):
     yield f"gs://bucket/{uuid.uuid4().hex}"
     gcs.no_faults()
     gcs.stop_at()
-    filesystem = fsspec.filesystem("gs", use_listings_cache=False)
-    if filesystem._session is not None:
-        filesystem.close_session(filesystem.loop, filesystem._session)
+    for filesystem in list(gcsfs.GCSFileSystem._cache.values()):
+        if filesystem._session is not None:
+            filesystem.close_session(filesystem.loop, filesystem._session)
     gcsfs.GCSFileSystem.clear_instance_cache()

@@ -6,7 +6,8 @@
     ├── ModelError (ValueError)             weights or a model config that we do not support
     ├── CapacityError (ValueError)          a request that the engine's pages or lengths cannot hold
     ├── StorageError (OSError)              a path could not be read or written
-    │   └── PathNotFoundError (FileNotFoundError)   nothing is stored at the path
+    │   ├── PathNotFoundError (FileNotFoundError)   nothing is stored at the path
+    │   └── FileLockedError                 another process of this machine keeps the file locked
     ├── PlanError (ValueError)              the DAG itself is wrong; nothing has run
     │   ├── IdentityError                   a config value has no canonical form
     │   └── LiveEdgeError                   borrow/take edges that cannot be served
@@ -14,7 +15,8 @@
     ├── StepError (RuntimeError)            something failed while the DAG ran
     │   ├── StepFailedError                 a step function raised
     │   ├── ReplayMismatchError             a replayed step gave another live value than its first run
-    │   └── LeaseLostError                  another job holds the output path now
+    │   ├── LeaseLostError                  another job holds the output path now
+    │   └── StepCancelledError              the job was interrupted while the step ran
     ├── ProgramError (RuntimeError)         device programs differ between hosts, or one was launched outside the ledger
     └── CoordinationError (RuntimeError)    the processes of one job lost each other, or do different things
         └── PeerFailedError                 another process failed, and this one stopped to follow it
@@ -52,6 +54,10 @@ class PathNotFoundError(StorageError, FileNotFoundError):
     """Nothing is stored at the path."""
 
 
+class FileLockedError(StorageError):
+    """Another process of this machine keeps the file locked."""
+
+
 class PlanError(SimpoPipelineError, ValueError):
     """The DAG itself is wrong; nothing has run."""
 
@@ -82,6 +88,10 @@ class ReplayMismatchError(StepError):
 
 class LeaseLostError(StepError):
     """Another job holds the output path now."""
+
+
+class StepCancelledError(StepError):
+    """The job was interrupted while the step ran."""
 
 
 class ProgramError(SimpoPipelineError, RuntimeError):

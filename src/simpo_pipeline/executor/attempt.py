@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -24,6 +24,7 @@ from simpo_pipeline.errors import (
     PeerFailedError,
     ReplayMismatchError,
     SimpoPipelineError,
+    StepCancelledError,
     StepError,
     StepFailedError,
     StorageError,
@@ -32,7 +33,7 @@ from simpo_pipeline.executor.commit import StepFiles
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.info import Ended, info_record, read_info
-from simpo_pipeline.executor.lease import LeaseFence, LeaseKeeper
+from simpo_pipeline.executor.lease import LeaseFence, LeaseKeeper, LeaseReader
 from simpo_pipeline.executor.live import Live, LiveStore, joint_digest
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.provenance import Provenance
@@ -79,6 +80,8 @@ class Job:
     live: LiveStore
     provenance: Provenance | None
     heartbeat_seconds: float
+    calls: list[StoppableCall] = field(default_factory=list[StoppableCall])
+    """The step functions that run just now in this process and hold a lease."""
 
     def lease_path(self, step: Step) -> str:
         """The lease of a step's output path."""
@@ -138,6 +141,7 @@ class Attempt:
         self.error: SimpoPipelineError | None = None
         self._outcome = threading.Lock()
         self._past_phase = False
+        self._committed = False
         self.seconds = 0.0
 
     def execute(self) -> Ending:
@@ -231,7 +235,9 @@ class Attempt:
 
     def _call_here(self) -> Live | None:
         try:
-            return self._call_with_lease() if self._job.leases.holds(self._lease_path) else self._call()
+            if self._job.leases.holds(self._lease_path):
+                return self._call_with_lease()
+            return self._call() if self._replaying else self._call_beside_the_leader()
         except Exception as error:
             self._own_error = error
         except SystemExit as error:
@@ -246,11 +252,19 @@ class Attempt:
         """In the process that holds the lease: should it be lost, writes are refused and the call is stopped."""
         leases, call = self._job.leases, StoppableCall(self._job.heartbeat_seconds)
         leases.when_lost(self._lease_path, call.stop)
+        self._job.calls.append(call)
         try:
             with fenced(self._output_path, LeaseFence(leases, self._lease_path)):
                 return call.call(self._call)
         finally:
+            self._job.calls.remove(call)
             leases.when_lost(self._lease_path, None)
+
+    def _call_beside_the_leader(self) -> Live | None:
+        """In the other processes: they look whether their leader still holds the lease before they write."""
+        job = self._job
+        with fenced(self._output_path, LeaseReader(self._lease_path, job.run_id, job.files, job.heartbeat_seconds)):
+            return self._call()
 
     def _call(self) -> Live | None:
         job, step = self._job, self._step
@@ -300,6 +314,7 @@ class Attempt:
         self._files.put_manifest()
         self._write_info(Ended(round(self.seconds, 3), digest))
         self._files.put_status(Status.SUCCESS)
+        self._committed = True
 
     def _check_replay(self, digest: str | None) -> None:
         try:
@@ -338,19 +353,23 @@ class Attempt:
         # Processes that parted, or a commit that failed, are no process's own failure.
         common = {"process_index": None, "host": None, "exception": str(self.error), "traceback": None}
         error = {"step": self._step.name, "error": str(self.error), "failures": self._failures or [common]}
-        self._record(Status.FAILED, error)
+        cancelled = isinstance(self._own_error, StepCancelledError)
+        self._record(Status.CANCELLED if cancelled else Status.FAILED, None if cancelled else error)
 
     def _record(self, token: Status, error: dict[str, Any] | None = None) -> None:
-        """Record a bad end and give the lease up; what goes wrong here must not hide what went wrong before."""
+        """Record a bad end and give the lease up; what goes wrong here must not hide what went wrong before.
+
+        A status that is not as this attempt left it stays: it may be a SUCCESS, another job's, or this one's whose
+        answer was lost.
+        """
         lease = self._job.lease_path(self._step)
         try:
             if self._replaying and error is not None:
                 write_json(join(self._output_path, ERROR_FILE), error)
             elif self._job.leases.holds(lease):
                 self._job.leases.confirm(lease)
-                if error is not None:
+                if not self._committed and self._files.try_status(token) and error is not None:
                     self._files.put_error(error)
-                self._files.put_status(token)
                 self._release()
         except (StorageError, StepError) as second:
             _logger.error("%s: could not record that it %s: %s", self._step.name, token, second)
@@ -372,8 +391,10 @@ def record_dep_failed(job: Job, step: Step) -> None:
     lease, output_path = job.lease_path(step), job.graph.output_paths[step]
     if not job.leases.acquire(lease):
         return
-    record, files = read_record(output_path, None), StepFiles(output_path, job.files, job.leases)
-    files.adopt(record)
-    if not record.done:
-        files.try_status(Status.DEP_FAILED)
-    job.leases.release(lease)
+    try:
+        record, files = read_record(output_path, None), StepFiles(output_path, job.files, job.leases)
+        files.adopt(record)
+        if not record.done:
+            files.try_status(Status.DEP_FAILED)
+    finally:
+        job.leases.release(lease)

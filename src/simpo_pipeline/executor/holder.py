@@ -46,7 +46,8 @@ class Holder:
         """Whether the holder is known to have died: its pid means something here, and is nobody's or another's now."""
         if not self.pid_space or self.pid_space != _pid_space():
             return False
-        return _start_time(self.pid) != self.started
+        started = _start_time(self.pid)
+        return started != self.started if started is not None else not _exists(self.pid)
 
 
 def parse_holder(data: bytes) -> Holder | None:
@@ -73,13 +74,26 @@ def _pid_space() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this pid namespace started; None when there is none, or only its unread exit status."""
+    """When a process of this pid namespace started; None when that cannot be read: /proc may hide those of others.
+
+    Of a process that has ended, and whose exit status nobody has read, "ended".
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (OSError, ValueError):
         return None
     after_name = text.rpartition(")")[2].split()  # the name may hold spaces and brackets
-    return None if after_name[0] in "ZX" else after_name[_START_TIME_FIELD - 3]
+    return "ended" if after_name[0] in "ZX" else after_name[_START_TIME_FIELD - 3]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def utc_now() -> str:

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
-from simpo_pipeline.errors import ConfigError, LeaseLostError, PathNotFoundError, StorageError
+from simpo_pipeline.errors import ConfigError, FileLockedError, LeaseLostError, PathNotFoundError, StorageError
 from simpo_pipeline.executor.holder import Holder, parse_holder, utc_now
 from simpo_pipeline.storage.conditional import ConditionalFiles
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 _RENEWERS = 8
+_RENEWALS = 3
 MAX_EXPIRY_SECONDS = 1800.0
 # CLOCK_BOOTTIME goes on while the machine sleeps, as the clocks of others do.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -34,12 +35,15 @@ class LeaseConfig:
     """How often a job looks again at a step that another job runs."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.poll_seconds:
-            raise ConfigError(f"lease.poll_seconds is {self.poll_seconds}; it must be more than 0.")
         if not 0 < 2 * self.heartbeat_seconds <= self.expiry_seconds:
             raise ConfigError(
                 f"lease.heartbeat_seconds is {self.heartbeat_seconds} and lease.expiry_seconds {self.expiry_seconds}; "
                 "the heartbeat must be more than 0 and at most half of the expiry."
+            )
+        if not 0 < self.poll_seconds <= self.expiry_seconds:
+            raise ConfigError(
+                f"lease.poll_seconds is {self.poll_seconds}; it must be more than 0 and at most lease.expiry_seconds, "
+                f"{self.expiry_seconds}."
             )
         if self.expiry_seconds > MAX_EXPIRY_SECONDS:
             raise ConfigError(
@@ -78,6 +82,7 @@ class _Lease:
     """When the last successful renewal was begun, by this machine's clock."""
     lost: bool = False
     on_lost: Callable[[], None] | None = None
+    """Called once; then None."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -119,7 +124,7 @@ class LeaseKeeper:
                     return False
                 try:
                     version = self._files.replace(path, seen, mine.encode())
-                except StorageError as error:  # a holder stopped in the very moment of a write keeps a local lock
+                except FileLockedError as error:  # by a holder that was stopped in the very moment of a write
                     _logger.warning("could not take over the lease %s, will try again: %s", path, error)
                     return False
                 if version is not None and not ours:
@@ -133,9 +138,10 @@ class LeaseKeeper:
         return path in self._leases
 
     def when_lost(self, path: str, tell: Callable[[], None] | None) -> None:
-        """Have `tell` called, from the heartbeat's thread, should the lease be lost."""
-        if path in self._leases:
-            self._leases[path].on_lost = tell
+        """Have `tell` called, from the heartbeat's thread, should the lease be lost; None: nobody."""
+        lease = self._leases.get(path)
+        if lease is not None:
+            lease.on_lost = tell
 
     def check(self, path: str) -> None:
         """Make sure that the lease is ours, asking storage only if the last heartbeat is so old that it may not be.
@@ -143,9 +149,7 @@ class LeaseKeeper:
         Raises:
             LeaseLostError: someone else took it, after we failed to renew it in time.
         """
-        lease = self._leases.get(path)
-        if lease is None:
-            raise LeaseLostError(f"This job gave its lease {path!r} up; nothing more is written there.")
+        lease = self._held(path)
         if lease.lost or _now() - lease.renewed >= self._config.expiry_seconds:
             self.confirm(path)
 
@@ -160,7 +164,7 @@ class LeaseKeeper:
         if not self._files.can_hold(path):
             yield  # an upload may take longer than the expiry, and heartbeats must go on
             return
-        lease = self._leases[path]
+        lease = self._held(path)
         with lease.lock, self._files.held(path, lease.version) as ours:
             if ours:
                 yield
@@ -174,7 +178,7 @@ class LeaseKeeper:
         Raises:
             LeaseLostError: someone else took it, after we failed to renew it in time.
         """
-        lease = self._leases[path]
+        lease = self._held(path)
         with lease.lock:
             if not lease.lost:
                 self._renew(lease)
@@ -184,6 +188,12 @@ class LeaseKeeper:
                 f"It was not renewed within {self._config.expiry_seconds} s: was this job frozen, or storage out of "
                 "reach?"
             )
+
+    def _held(self, path: str) -> _Lease:
+        lease = self._leases.get(path)
+        if lease is None:
+            raise LeaseLostError(f"This job gave its lease {path!r} up; nothing more is written there.")
+        return lease
 
     def _owner(self, path: str) -> str:
         try:
@@ -201,36 +211,57 @@ class LeaseKeeper:
             if lease.lost:
                 return
             try:
-                self._files.remove(path, lease.version)
+                if not self._files.remove(path, lease.version) and self._adopt(lease):
+                    self._files.remove(path, lease.version)
             except StorageError as error:
                 _logger.warning("could not remove the lease %s, it will expire: %s", path, error)
 
     def _renew_until_stopped(self) -> None:
         with ThreadPoolExecutor(_RENEWERS, thread_name_prefix="lease-renewal") as pool:
             while not self._stop.wait(self._config.heartbeat_seconds):
-                list(pool.map(self._beat, list(self._leases.values())))
+                for lease in list(self._leases.values()):
+                    pool.submit(self._beat, lease)
 
     def _beat(self, lease: _Lease) -> None:
-        with lease.lock:
-            if lease.path not in self._leases or lease.lost:
-                return
-            try:
+        if not lease.lock.acquire(blocking=False):
+            return  # it is being renewed, or held for the moment of a write
+        try:
+            if lease.path in self._leases and not lease.lost:
                 self._renew(lease)
-            except StorageError as error:
-                # Whether someone took it over in the meantime, the next renewal will tell.
-                _logger.warning("could not renew the lease %s, will try again: %s", lease.path, error)
+        except StorageError as error:
+            # Whether someone took it over in the meantime, the next renewal will tell.
+            _logger.warning("could not renew the lease %s, will try again: %s", lease.path, error)
+        finally:
+            lease.lock.release()
         if lease.lost and lease.on_lost is not None:
-            lease.on_lost()
+            tell, lease.on_lost = lease.on_lost, None
+            tell()
 
     def _renew(self, lease: _Lease) -> None:
-        began = _now()
-        renewed = replace(lease.holder, time=utc_now(), beat=lease.holder.beat + 1)
-        version = self._files.replace(lease.path, lease.version, renewed.encode())
-        if version is None:
-            lease.lost = True
-            _logger.error("lost the lease %s", lease.path)
-        else:
-            lease.holder, lease.version, lease.renewed = renewed, version, began
+        for _ in range(_RENEWALS):
+            began = _now()
+            renewed = replace(lease.holder, time=utc_now(), beat=lease.holder.beat + 1)
+            version = self._files.replace(lease.path, lease.version, renewed.encode())
+            if version is not None:
+                lease.holder, lease.version, lease.renewed = renewed, version, began
+                return
+            if not self._adopt(lease):
+                lease.lost = True
+                _logger.error("lost the lease %s", lease.path)
+                return
+        raise StorageError(f"The lease {lease.path!r} is this job's, and yet it could not be renewed.")
+
+    def _adopt(self, lease: _Lease) -> bool:
+        """Whether what is there is ours all the same: written by a renewal that failed only because of its answer."""
+        try:
+            data, version = self._files.read(lease.path)
+        except PathNotFoundError:
+            return False
+        holder = parse_holder(data)
+        if holder is None or holder.run_id != lease.holder.run_id:
+            return False
+        lease.holder, lease.version = holder, version
+        return True
 
 
 @dataclass(frozen=True)
@@ -247,6 +278,38 @@ class LeaseFence:
     def hold(self) -> AbstractContextManager[None]:
         """See Fence.hold."""
         return self.leases.hold(self.path)
+
+
+class LeaseReader:
+    """Lets a process write whose leader holds the lease: looks at the file, once a heartbeat at most."""
+
+    def __init__(self, path: str, run_id: str, files: ConditionalFiles, heartbeat_seconds: float):
+        self._path = path
+        self._run_id = run_id
+        self._files = files
+        self._heartbeat_seconds = heartbeat_seconds
+        self._looked = -heartbeat_seconds
+
+    def check(self) -> None:
+        """See Fence.check."""
+        if _now() - self._looked < self._heartbeat_seconds:
+            return
+        try:
+            holder = parse_holder(self._files.read(self._path)[0])
+        except PathNotFoundError:
+            holder = None
+        if holder is None or holder.run_id != self._run_id:
+            owner = holder.describe() if holder is not None else "nobody we can read"
+            raise LeaseLostError(
+                f"This job lost its lease {self._path!r}, now held by {owner}; nothing more is written."
+            )
+        self._looked = _now()
+
+    @contextmanager
+    def hold(self) -> Generator[None]:
+        """See Fence.hold; only the leader can keep others out."""
+        self.check()
+        yield
 
 
 def _now() -> float:

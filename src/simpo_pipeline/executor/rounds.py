@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simpo_pipeline.errors import SimpoPipelineError, StepFailedError
+from simpo_pipeline.errors import SimpoPipelineError, StepCancelledError, StepFailedError
 from simpo_pipeline.executor.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
 from simpo_pipeline.executor.graph import Step
 from simpo_pipeline.executor.order import Order
@@ -82,6 +82,8 @@ class Rounds:
             waiting = bool(waited_for) or Ending.POSTPONED in endings.values()
             if waited_for and not {Ending.DONE, Ending.FAILED} & set(endings.values()):
                 self._wait(waited_for)
+            elif set(endings.values()) == {Ending.POSTPONED} and self._job.processes.is_leader:
+                time.sleep(self._poll_seconds)  # another job has it, or is just giving it up
         try:
             self._job.processes.leader_decides(self._tidy)
         except SimpoPipelineError as error:
@@ -101,7 +103,11 @@ class Rounds:
     def _round(self) -> dict[Step, Ending]:
         steps = self._attemptable()
         schedule = Schedule(steps, self._needs, self._order.implied, self._in_caller, self._attempt)
-        return schedule.run(self._pass_over, self._pool_size)
+        return schedule.run(self._pass_over, self._pool_size, self._cancel)
+
+    def _cancel(self) -> None:
+        for call in list(self._job.calls):
+            call.stop(StepCancelledError("The step was stopped, because its job was interrupted."))
 
     def _attemptable(self) -> list[Step]:
         """What can be attempted without waiting for another job; a replay only if a step attempted here uses it."""

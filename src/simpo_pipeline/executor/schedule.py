@@ -45,8 +45,14 @@ class Schedule:
         self._changed = threading.Condition()
         self._crash: BaseException | None = None
 
-    def run(self, on_passed_over: Callable[[Step, Ending], None], pool_size: int) -> dict[Step, Ending]:
-        """Attempt every step that can be; `on_passed_over` hears, in this thread, of those that cannot."""
+    def run(
+        self, on_passed_over: Callable[[Step, Ending], None], pool_size: int, on_interrupt: Callable[[], None]
+    ) -> dict[Step, Ending]:
+        """Attempt every step that can be.
+
+        `on_passed_over` hears, in this thread, of those that cannot; `on_interrupt` when this thread is interrupted, to
+        end what runs in the pool.
+        """
         with ThreadPoolExecutor(pool_size, thread_name_prefix="step") as pool:
             try:
                 with self._changed:
@@ -57,6 +63,7 @@ class Schedule:
                     self._end(step, self._attempt(step), pool)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                on_interrupt()
                 raise
         return {step: self._endings[step] for step in self._steps}
 

@@ -26,10 +26,10 @@ def select_steps(
     Args:
         run_only: regular expressions searched in step names.
         until: names of steps; they and what comes before them are left, with the borrowers that a taker waits for.
-        force: names of steps to run also if they are done.
+        force: names of steps to run also if they are done; they are asked for whatever the others say.
 
     Raises:
-        PlanError: a name or an expression matches no step.
+        PlanError: a name or an expression matches no step, or nothing is left.
     """
     wanted = set(order.steps)
     if run_only is not None:
@@ -39,6 +39,11 @@ def select_steps(
             graph, order, [step for name in until for step in named(graph, order, name, "until")]
         )
     forced = frozenset(step for name in force or () for step in named(graph, order, name, "force"))
+    if order.steps and not wanted | forced:
+        raise PlanError(
+            f"run_only {list(run_only or ())} and until {list(until or ())} together leave no step. The steps are: "
+            f"{_names(order)}."
+        )
     return Request(frozenset(wanted) | forced, forced, force_run_failed)
 
 

@@ -1,4 +1,4 @@
-"""Stops a step function from another thread, for when its job lost the right to go on."""
+"""Stops a step function from another thread, for when its job lost the right to go on, or is interrupted."""
 
 import ctypes
 import logging
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from simpo_pipeline.errors import LeaseLostError
+from simpo_pipeline.errors import LeaseLostError, StepError
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 ResultT = TypeVar("ResultT")
@@ -23,7 +23,7 @@ class StoppableCall:
     """One call of a function that `stop` ends with an error, wherever it is in Python code.
 
     A function that sits in native code (a long device program) does not hear of it; it is given `grace_seconds`, and
-    then the process ends: the lease is another job's, and what this one does is of no use to anyone.
+    then the process ends: what it does is of no use to anyone.
     """
 
     def __init__(self, grace_seconds: float):
@@ -31,13 +31,16 @@ class StoppableCall:
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._raised = False
+        self._reason: StepError = LeaseLostError(
+            "The step was stopped, because this job lost its lease to another one."
+        )
         self._ended = threading.Event()
 
     def call(self, function: Callable[[], ResultT]) -> ResultT:
         """What the function returns.
 
         Raises:
-            LeaseLostError: `stop` was called meanwhile.
+            StepError: the one that `stop` was called with meanwhile.
         """
         with self._lock:
             self._thread = threading.get_ident()
@@ -48,7 +51,7 @@ class StoppableCall:
                 self._settle()
         except _Stopped as stopped:
             self._settle()  # the first time it may have been interrupted itself
-            raise LeaseLostError("The step was stopped, because this job lost its lease to another one.") from stopped
+            raise self._reason from stopped
 
     def _settle(self) -> None:
         """From here on nothing is raised in this thread; what was raised and not yet delivered arrives here."""
@@ -61,19 +64,22 @@ class StoppableCall:
             for _ in range(_JUMPS):
                 pass
 
-    def stop(self) -> None:
-        """End the call, from another thread; returns at once."""
+    def stop(self, reason: StepError | None = None) -> None:
+        """End the call, from another thread; returns at once. Without a reason, the lease was lost."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or self._raised:
                 return
             self._raised = True
+            self._reason = reason or self._reason
             _raise_in(self._thread, _Stopped)
         threading.Thread(target=self._end_process_if_deaf, name="stop-step", daemon=True).start()
 
     def _end_process_if_deaf(self) -> None:
         if not self._ended.wait(self._grace_seconds):
             _logger.critical(
-                "the step did not stop within %.1f s of losing its lease; this process ends", self._grace_seconds
+                "the step did not stop within %.1f s of being told to (%s); this process ends",
+                self._grace_seconds,
+                self._reason,
             )
             os._exit(LOST_EXIT_CODE)
 

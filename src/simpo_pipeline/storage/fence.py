@@ -28,17 +28,19 @@ class Fence(Protocol):
         ...
 
 
-_fences: dict[str, Fence] = {}
+_fences: list[tuple[str, Fence]] = []
+"""Of this process; writers are called with a path alone, from any thread of a step."""
 
 
 @contextmanager
 def fenced(folder: str, fence: Fence) -> Generator[None]:
     """While the block runs, writes of this process below `folder` ask the fence first; what it raises, they raise."""
-    _fences[folder] = fence
+    entry = (folder, fence)
+    _fences.append(entry)
     try:
         yield
     finally:
-        del _fences[folder]
+        _fences.remove(entry)
 
 
 def check_fences(path: str) -> None:
@@ -60,4 +62,4 @@ def _around(path: str) -> list[Fence]:
     if not _fences:
         return []
     place = strip_file_scheme(path) if is_local(path) else path
-    return [fence for folder, fence in list(_fences.items()) if place == folder or place.startswith(f"{folder}/")]
+    return [fence for folder, fence in list(_fences) if place == folder or place.startswith(f"{folder}/")]

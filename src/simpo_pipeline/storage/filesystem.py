@@ -48,15 +48,15 @@ def storage_border(action: str, path: str) -> Generator[None]:
         raise StorageError(f"Cannot {action} {path!r}: {detail}. Check the path and your permissions.") from error
 
 
-def filesystem_of(path: str) -> tuple[FileSystem, str]:
+def filesystem_of(path: str, **options: Any) -> tuple[FileSystem, str]:
     """The file system that serves `path`, and the path as that file system spells it.
 
-    Listings are never cached: other hosts write to the same place.
+    Listings are never cached: other hosts write to the same place. `options` are the file system's own.
 
     Raises:
         StorageError: no file system of that scheme is installed.
     """
     with storage_border("reach", path):
         url_to_fs = cast(Any, fsspec.core).url_to_fs
-        filesystem, inner_path = url_to_fs(path, use_listings_cache=False)
+        filesystem, inner_path = url_to_fs(path, use_listings_cache=False, **options)
         return cast(FileSystem, filesystem), cast(str, inner_path)

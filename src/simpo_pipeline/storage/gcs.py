@@ -20,6 +20,8 @@ _SCHEMES = ("gs", "gcs")
 _LISTED = "nextPageToken,prefixes,items(name,size,crc32c,generation,updated)"
 _WRITE_ID = "write-id"
 _ABSENT = "0"
+_REQUEST_SECONDS = 30.0
+"""These requests are small. Without a limit, a connection that is half open would keep a heartbeat waiting for ever."""
 
 
 class _Place(NamedTuple):
@@ -34,7 +36,7 @@ def is_gcs(path: str) -> bool:
 
 
 def _place(path: str) -> _Place:
-    filesystem, inner_path = filesystem_of(path)
+    filesystem, inner_path = filesystem_of(path, requests_timeout=_REQUEST_SECONDS)
     bucket, key, _ = cast(Any, filesystem).split_path(inner_path)
     return _Place(cast(Any, filesystem), bucket, key)
 
@@ -117,7 +119,8 @@ def write_object(path: str, data: bytes, expected: str | None) -> str | None:
     """
     place = _place(path)
     write_id = uuid.uuid4().hex
-    resource = json.dumps({"name": place.key, "metadata": {_WRITE_ID: write_id}})
+    # Of publicly readable objects caches may else show an old version for an hour.
+    resource = json.dumps({"name": place.key, "metadata": {_WRITE_ID: write_id}, "cacheControl": "no-store"})
     body = (
         f"--{write_id}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{resource}\r\n"
         f"--{write_id}\r\nContent-Type: application/octet-stream\r\n\r\n"

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from simpo_pipeline.errors import StorageError
+from simpo_pipeline.errors import FileLockedError
 from simpo_pipeline.storage.filesystem import storage_border
 from simpo_pipeline.storage.paths import base_name, strip_file_scheme
 
@@ -143,7 +143,7 @@ def _lock(descriptor: int, place: str) -> None:
             return
         except BlockingIOError:
             if time.monotonic() - waited_since > _LOCK_WAIT_SECONDS:
-                raise StorageError(
+                raise FileLockedError(
                     f"{base_name(place)!r} in {os.path.dirname(place)!r} is locked by another process of this machine "
                     f"for more than {_LOCK_WAIT_SECONDS:.0f} s. Is that process stopped? Continue or end it."
                 ) from None

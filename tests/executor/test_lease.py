@@ -5,15 +5,17 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simpo_pipeline.errors import ConfigError, LeaseLostError
+from simpo_pipeline.errors import ConfigError, LeaseLostError, StorageError
+from simpo_pipeline.executor import holder as holder_module
 from simpo_pipeline.executor import lease
 from simpo_pipeline.executor.holder import Holder, parse_holder
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
+from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseReader, LeaseWatch
 from simpo_pipeline.storage import local_versions
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, read_bytes, remove_tree, write_bytes
@@ -214,6 +216,49 @@ def test_heartbeats_go_on_during_a_long_upload():
         first.confirm(path)
 
 
+def test_a_renewal_whose_answer_was_lost_does_not_lose_the_lease(prefix, monkeypatch):
+    path = join(prefix, "lock")
+    first = keeper("first")
+    assert first.acquire(path)
+    write = ConditionalFiles.replace
+
+    def replace_and_lose(self: ConditionalFiles, *arguments: Any) -> str | None:
+        monkeypatch.undo()
+        write(self, *arguments)
+        raise StorageError("the answer was lost")
+
+    for _ in range(2):
+        monkeypatch.setattr(ConditionalFiles, "replace", replace_and_lose)
+        with pytest.raises(StorageError, match="answer was lost"):
+            first.confirm(path)
+        first.confirm(path)
+    monkeypatch.setattr(ConditionalFiles, "replace", replace_and_lose)
+    with pytest.raises(StorageError, match="answer was lost"):
+        first.confirm(path)
+    first.release(path)
+    assert not exists(path)
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_gone(monkeypatch):
+    monkeypatch.setattr(holder_module, "_start_time", lambda pid: None)
+    assert not Holder.of_this_process("run").is_gone()
+    assert replace(Holder.of_this_process("run"), pid=2**22 + 1).is_gone()
+
+
+def test_a_process_beside_the_leader_looks_once_a_heartbeat(prefix, monkeypatch):
+    path = join(prefix, "lock")
+    now = 0.0
+    monkeypatch.setattr(lease, "_now", lambda: now)
+    assert keeper("first").acquire(path)
+    reader = LeaseReader(path, "first", FILES, CONFIG.heartbeat_seconds)
+    reader.check()
+    write_bytes(path, ELSEWHERE.encode())
+    reader.check()
+    now = CONFIG.heartbeat_seconds
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"), reader.hold():
+        pass
+
+
 def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
     path = str(tmp_path / "lock")
     write_bytes(path, dead_holder().encode())
@@ -257,7 +302,13 @@ def test_a_holder_survives_its_file():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"heartbeat_seconds": 0.0}, {"heartbeat_seconds": 61.0}, {"expiry_seconds": 29.0}, {"poll_seconds": 0.0}],
+    [
+        {"poll_seconds": float("inf")},
+        {"heartbeat_seconds": 0.0},
+        {"heartbeat_seconds": 61.0},
+        {"expiry_seconds": 29.0},
+        {"poll_seconds": 0.0},
+    ],
 )
 def test_a_heartbeat_that_cannot_keep_a_lease_is_refused(wrong):
     with pytest.raises(ConfigError, match="must be more than 0"):

@@ -7,13 +7,23 @@ from typing import Any
 import pytest
 
 import simpo_pipeline.executor.executor as executor_module
-from simpo_pipeline.errors import ConfigError, PeerFailedError, PlanError, SimpoPipelineError, StepFailedError
+from simpo_pipeline.errors import (
+    ConfigError,
+    LeaseLostError,
+    PeerFailedError,
+    PlanError,
+    SimpoPipelineError,
+    StepError,
+    StepFailedError,
+)
 from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.holder import Holder
+from simpo_pipeline.executor.lease import LeaseConfig
 from simpo_pipeline.executor.live import Live
 from simpo_pipeline.executor.processes import NoWatch, Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
-from simpo_pipeline.storage.files import exists, list_files, read_json, read_text, remove_tree, write_text
+from simpo_pipeline.storage.files import exists, list_files, read_json, read_text, remove_tree, write_bytes, write_text
 from simpo_pipeline.storage.paths import join
 
 COUNT = 4
@@ -42,13 +52,15 @@ class Meeting:
         )
 
 
-def on_all_hosts(prefix: str, make_steps: Callable[[int], list[ExecutorStep]], **options: Any) -> list[Any]:
+def on_all_hosts(
+    prefix: str, make_steps: Callable[[int], list[ExecutorStep]], *, lease: LeaseConfig | None = None, **options: Any
+) -> list[Any]:
     """The executor of each process, or the error that left it."""
     meeting = Meeting(COUNT)
     ended: list[Any] = [None] * COUNT
 
     def work(index: int):
-        executor = Executor(prefix, processes=meeting.process(index))
+        executor = Executor(prefix, processes=meeting.process(index), lease=lease)
         try:
             executor.run(make_steps(index), **options)
             ended[index] = executor
@@ -218,3 +230,24 @@ def test_a_dry_run_on_many_hosts_is_one_plan(prefix):
 def test_a_process_outside_its_job_is_refused():
     with pytest.raises(ConfigError, match="process_index is 4 of 4"):
         Processes(4, 4)
+
+
+def test_when_the_lease_is_lost_no_process_goes_on_writing(prefix):
+    other = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
+    lease = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=60.0, poll_seconds=0.01)
+    refused: list[str] = []
+
+    def lose(config: list[str], run: StepRun):
+        if run.processes.is_leader:
+            write_bytes(join(config[0], ".executor_status.lock"), other.encode())
+        run.processes.gather("the lease is another's")
+        try:
+            while True:
+                write_text(join(config[0], f"host_{run.processes.process_index}.txt"), "late")
+        except LeaseLostError as error:
+            refused.append(str(error))
+            raise
+
+    ended = on_all_hosts(prefix, lambda index: [ExecutorStep("lose", lose, [this_output_path()])], lease=lease)
+    assert len(refused) >= COUNT - 1  # the leader may be stopped between two writes
+    assert all(isinstance(error, StepError) for error in ended)

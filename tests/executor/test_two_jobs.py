@@ -3,17 +3,20 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from simpo_pipeline.errors import LeaseLostError
+from simpo_pipeline.errors import LeaseLostError, StorageError
+from simpo_pipeline.executor import attempt
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.holder import Holder
-from simpo_pipeline.executor.lease import LeaseConfig
+from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper
 from simpo_pipeline.executor.live import Live
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path
+from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, read_bytes, read_text, remove_tree, write_bytes, write_text
 from simpo_pipeline.storage.paths import join
 
@@ -165,3 +168,144 @@ def test_a_step_whose_lease_is_lost_is_stopped_and_its_writes_are_refused(prefix
     assert wrote == []
     assert read_text(join(job.output_paths[step], ".executor_status")) == "RUNNING"
     assert not exists(join(job.output_paths[step], "late"))
+
+
+def one_step(calls: list[str], name: str) -> ExecutorStep:
+    def work(config: list[str]):
+        calls.append(name)
+        write_text(join(config[0], "x"), name)
+
+    return ExecutorStep("step", work, [this_output_path()])
+
+
+def test_a_step_that_another_job_did_between_the_plan_and_the_lease_is_not_done_again(prefix, monkeypatch):
+    calls: list[str] = []
+    acquire = LeaseKeeper.acquire
+
+    def after_the_other(self: LeaseKeeper, path: str) -> bool:
+        monkeypatch.setattr(LeaseKeeper, "acquire", acquire)
+        executor(prefix).run([one_step(calls, "other")])
+        return self.acquire(path)
+
+    monkeypatch.setattr(LeaseKeeper, "acquire", after_the_other)
+    job = executor(prefix)
+    job.run([one_step(calls, "mine")])
+    assert calls == ["other"]
+    assert [result.action for result in job.results] == ["SKIP"]
+
+
+def test_a_success_that_a_former_holder_writes_as_its_last_word_is_kept(prefix, monkeypatch):
+    """It lands after we took the lease and looked, and before we say RUNNING."""
+    calls: list[str] = []
+    step = one_step(calls, "mine")
+    done = executor(prefix)
+    done.run([step])
+    calls.clear()
+    status = join(done.output_paths[step], ".executor_status")
+    write_text(status, "RUNNING")
+    look = attempt.read_record
+
+    def look_then_success(output_path: str, watch: Any) -> Any:
+        record = look(output_path, watch)
+        monkeypatch.setattr(attempt, "read_record", look)
+        write_text(status, "SUCCESS")
+        return record
+
+    monkeypatch.setattr(attempt, "read_record", look_then_success)
+    job = executor(prefix)
+    job.run([step])
+    assert calls == []
+    assert [result.action for result in job.results] == ["SKIP"]
+    assert read_text(status) == "SUCCESS"
+
+
+def test_a_step_that_is_forced_while_another_job_runs_it_is_waited_for_and_then_run(prefix):
+    calls: list[str] = []
+    step = one_step(calls, "mine")
+    first = executor(prefix)
+    first.run([step])
+    lock = join(first.output_paths[step], ".executor_status.lock")
+    write_bytes(lock, OTHER.encode())
+    job = executor(prefix)
+    planned = executor(prefix)
+    planned.run([step], dry_run=True, force=["step"])
+    assert [row.action for row in planned.plan] == ["WAIT"]
+    thread = threading.Thread(target=job.run, args=([step],), kwargs={"force": ["step"]})
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()  # though SUCCESS is recorded
+    remove_tree(lock)
+    thread.join()
+    assert calls == ["mine", "mine"]
+    assert [result.action for result in job.results] == ["RUN"]
+
+
+@pytest.mark.parametrize("when", ["listing", "success"])
+def test_a_bad_end_never_covers_a_success(prefix, monkeypatch, when):
+    """Storage fails just after another job committed the step, or while the answer to our own SUCCESS is awaited."""
+    calls: list[str] = []
+    step = one_step(calls, "mine")
+    job = executor(prefix)
+
+    def lost(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        raise StorageError("storage is out of reach")
+
+    if when == "listing":
+        acquire = LeaseKeeper.acquire
+
+        def after_the_other(self: LeaseKeeper, path: str) -> bool:
+            monkeypatch.undo()
+            executor(prefix).run([one_step(calls, "other")])
+            monkeypatch.setattr(attempt, "read_record", lost)
+            return acquire(self, path)
+
+        monkeypatch.setattr(LeaseKeeper, "acquire", after_the_other)
+    else:
+        write = ConditionalFiles.replace
+
+        def replace_and_lose(self: ConditionalFiles, path: str, expected: str | None, data: bytes) -> str | None:
+            version = write(self, path, expected, data)
+            return lost() if data == b"SUCCESS" else version
+
+        monkeypatch.setattr(ConditionalFiles, "replace", replace_and_lose)
+    with pytest.raises(StorageError, match="out of reach"):
+        job.run([step])
+    path = job.output_paths[step]
+    assert read_text(join(path, ".executor_status")) == "SUCCESS"
+    assert not exists(join(path, "error.json"))
+    assert not exists(join(path, ".executor_status.lock"))
+
+
+def test_a_step_that_swallows_refused_writes_is_stopped_all_the_same(prefix):
+    refused: list[str] = []
+
+    def go_on(config: list[str]):
+        write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
+        while True:
+            try:
+                write_text(join(config[0], "x"), "x")
+                time.sleep(0.001)
+            except LeaseLostError as error:
+                refused.append(str(error))
+
+    config = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=0.1, poll_seconds=0.01)
+    with pytest.raises(LeaseLostError):
+        Executor(prefix, lease=config).run([ExecutorStep("step", go_on, [this_output_path()])])
+
+
+def test_a_lease_that_cannot_be_taken_over_is_an_error_and_not_a_circle(prefix, monkeypatch):
+    calls: list[str] = []
+    step = one_step(calls, "mine")
+    job = executor(prefix)
+    job.run([step], dry_run=True)
+    gone = replace(Holder.of_this_process("gone"), started="1")
+    write_bytes(join(job.output_paths[step], ".executor_status.lock"), gone.encode())
+
+    def refuse(*arguments: Any) -> Any:
+        raise StorageError("403")
+
+    monkeypatch.setattr(ConditionalFiles, "replace", refuse)
+    with pytest.raises(StorageError, match="403"):
+        job.run([step])
+    assert calls == []

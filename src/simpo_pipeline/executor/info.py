@@ -17,6 +17,7 @@ from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.identity import EdgeKind
 from simpo_pipeline.executor.provenance import Provenance
 from simpo_pipeline.executor.resolve import json_text, to_json
+from simpo_pipeline.executor.secrets import blotted_values
 from simpo_pipeline.executor.status import INFO_FILE
 from simpo_pipeline.storage.files import read_bytes
 from simpo_pipeline.storage.paths import join
@@ -40,7 +41,7 @@ def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
         "description": step.description,
         "version": identity.version,
         "version_str": identity.version_str,
-        "config": to_json(config),
+        "config": blotted_values(to_json(config)),
         "dependencies": [graph.output_paths[need] for need in needs],
         "override_output_path": step.override_output_path,
         "pip_dependency_groups": step.pip_dependency_groups,

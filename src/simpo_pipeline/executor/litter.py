@@ -195,7 +195,8 @@ def _litter_of_step(prefix: str, step: SeenStep, now: float) -> Iterator[Item]:
 def _strays(prefix: str, step: SeenStep) -> list[FileEntry]:
     """The outputs that nobody may believe, with the manifest that named them once."""
     if step.record.status is Status.SUCCESS:
-        return _unnamed(prefix, step) if step.record.done else []
+        unnamed = _unnamed(prefix, step) if step.record.done else []
+        return unnamed if unnamed and _is_of_an_attempt(prefix, step) else []
     manifest = step.file(MANIFEST_FILE)
     strays = [*step.outputs, *([manifest] if manifest is not None else [])]
     return strays if strays and _is_of_an_attempt(prefix, step) else []

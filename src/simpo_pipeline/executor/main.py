@@ -27,6 +27,7 @@ from simpo_pipeline.executor.step import ExecutorStep, InputName
 ConfigT = TypeVar("ConfigT")
 _logger = logging.getLogger("simpo_pipeline")
 FAILED, BAD_USAGE, PENDING = 1, 2, 3
+_STDOUT, _STDERR = 1, 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def executor_main(
             if config.dry_run or config.explain:
                 _show_plan(executor, config, steps, processes)
                 return
-            with redirect_stdout(sys.stderr) if config.json else nullcontext():  # what steps print is no result
+            with _results_alone_on_stdout() if config.json else nullcontext():
                 _run_and_close(executor, config, steps, session)
         except (ConfigError, PlanError) as error:
             _exit_with_usage_error(error)
@@ -206,6 +207,20 @@ def _show_any_text() -> None:
 
 
 @contextmanager
+def _results_alone_on_stdout() -> Generator[None]:
+    """What steps and the programs they start print goes to standard error while the block runs."""
+    sys.stdout.flush()
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
+@contextmanager
 def _log_lines(*, to_stderr: bool) -> Generator[None]:
     """Show INFO and above with the time, while the block runs."""
     handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
@@ -213,6 +228,7 @@ def _log_lines(*, to_stderr: bool) -> Generator[None]:
     level = _logger.level
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks; what it raises is told as a StorageError
     try:
         yield
     finally:

@@ -1,20 +1,20 @@
 """Where a run came from: code, command, user, hosts and package versions.
 
-Never in it: environment variables. What follows a flag whose name sounds like a secret is blotted out.
+Never in it: environment variables. What looks like a secret in the command is blotted out (see secrets.py).
 """
 
 import dataclasses
 import getpass
 import platform
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from simpo_pipeline.executor.secrets import blotted_words
 
 _PACKAGES = (
     "simpo-pipeline",
@@ -30,11 +30,6 @@ _PACKAGES = (
     "gcsfs",
     "draccus",
 )
-_SECRET_FLAG = re.compile(
-    r"(?:^|[._-])(?:token|secrets?|password|passwd|credentials?|(?:api|access)[_-]?key)$", re.IGNORECASE
-)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_BLOT = "***"
 _GIT_SECONDS = 10.0
 
 
@@ -62,7 +57,7 @@ def find_provenance(process_count: int) -> Provenance:
     """Of this process and its job; what cannot be found out is None."""
     commit, dirty = _git_state(_script_folder())
     return Provenance(
-        argv=tuple(blotted(sys.argv)),
+        argv=tuple(blotted_words(sys.argv)),
         user=_user(),
         host_name=socket.gethostname(),
         process_count=process_count,
@@ -71,24 +66,6 @@ def find_provenance(process_count: int) -> Provenance:
         python_version=platform.python_version(),
         packages=_package_versions(),
     )
-
-
-def blotted(words: Sequence[str]) -> list[str]:
-    """A command line with its secrets blotted out: values of flags like --hf_token, and passwords in URLs."""
-    shown: list[str] = []
-    follows_secret = False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        is_flag = word.startswith("-")
-        if follows_secret and not is_flag:
-            shown.append(_BLOT)
-            continue
-        follows_secret = is_flag and not equals and bool(_SECRET_FLAG.search(flag))
-        if is_flag and equals and _SECRET_FLAG.search(flag):
-            shown.append(f"{flag}={_BLOT}")
-        else:
-            shown.append(_URL_PASSWORD.sub(_BLOT, word))
-    return shown
 
 
 def _script_folder() -> Path:

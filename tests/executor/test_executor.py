@@ -9,9 +9,11 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from simpo_pipeline.errors import ConfigError, PlanError, ReplayMismatchError, StepFailedError
+from simpo_pipeline.errors import ConfigError, PlanError, ReplayMismatchError, StepFailedError, StorageError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.live import Live
 from simpo_pipeline.executor.run import StepRun
@@ -620,3 +622,45 @@ def test_a_step_is_told_the_plan(prefix):
     first = ExecutorStep("prepare", prepare, PrepareConfig("x"))
     run(prefix, [ExecutorStep("look", look, output_path_of(first))])
     assert plans == [[("prepare", "RUN"), ("look", "RUN")]]
+
+
+def test_while_a_replay_runs_its_scratch_shows_by_a_lease_that_it_is_in_use(prefix):
+    seen: list[bool] = []
+
+    def publish(config: Any, run: StepRun) -> Live:
+        scratch = run.output_path.rsplit("/", 1)[0]
+        seen.append(exists(join(scratch, ".executor_status.lock")))
+        return Live(1, digest="1")
+
+    first = ExecutorStep("first", publish, None)
+    run(prefix, [first])
+    run(prefix, [ExecutorStep("second", lambda config: None, [take(first)])])
+    assert seen == [False, True]
+    assert list_files(join(prefix, ".replay")) == []
+
+
+class Plain(MemoryFileSystem):
+    """A file system that has no conditional writes."""
+
+    protocol = "plain"
+
+
+def test_a_prefix_without_conditional_writes_is_used_only_when_told_to():
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    failing = [True]
+
+    def work(config: list[str]):
+        if failing:
+            raise ValueError("once")
+        write_text(join(config[0], "x"), "x")
+
+    step = ExecutorStep("step", work, [this_output_path()])
+    with pytest.raises(StorageError, match="--unsafe_locks"):
+        Executor("plain://bucket").run([step])
+    for expected in ("FAILED", "RUN", "SKIP"):
+        executor = Executor("plain://bucket", unsafe_locks=True)
+        try:
+            executor.run([step])
+        except StepFailedError:
+            failing.clear()
+        assert [result.action for result in executor.results] == [expected]

@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -182,3 +186,51 @@ def test_a_relative_prefix_means_a_place_that_does_not_move(
     assert {str(Path(path).parent) for path in paths} == {str(tmp_path / "here")}
     assert all(Path(path, ".executor_status").read_text() == "SUCCESS" for path in paths)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_what_a_program_that_a_step_starts_prints_does_not_mix_with_the_object(tmp_path: Path):
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "import subprocess\n"
+        "from simpo_pipeline.executor import ExecutorStep, executor_main\n"
+        "def work(config):\n"
+        "    subprocess.run(['echo', 'from a child'], check=True)\n"
+        "step = ExecutorStep('step', work, None)\n"
+        "executor_main(steps=[step])\n"
+    )
+    command = [sys.executable, str(script), "--prefix", str(tmp_path / "runs"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"][0]["action"] == "RUN"
+    assert "from a child" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("--run_only", "b", "--until", "a"), ("--until", "[]")])
+def test_flags_that_leave_no_step_are_refused(main: Main, flags: tuple[str, ...]):
+    steps = [ExecutorStep(name, lambda config: None, {"x": versioned(name)}) for name in ("a", "b")]
+    code, out, err = main(steps, *flags)
+    assert (code, out) == (2, "")
+    assert "leave no step" in err
+
+
+def test_ctrl_c_stops_what_runs_in_the_pool_and_records_it_as_cancelled(tmp_path: Path):
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "import sys, time\n"
+        "from simpo_pipeline.executor import ExecutorStep, executor_main, this_output_path\n"
+        "from simpo_pipeline.storage.files import write_text\n"
+        "def work(config):\n"
+        "    write_text(config[0], 'begun')\n"
+        "    while True:\n"
+        "        time.sleep(0.01)\n"
+        "executor_main(steps=[ExecutorStep('endless', work, [this_output_path('begun')])])\n"
+    )
+    runs = tmp_path / "runs"
+    job = subprocess.Popen([sys.executable, str(script), "--prefix", str(runs)], stderr=subprocess.PIPE)
+    while not list(runs.glob("endless-*/begun")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert [path.read_text() for path in runs.glob("endless-*/.executor_status")] == ["CANCELLED"]
+    assert not list(runs.glob("endless-*/.executor_status.lock"))

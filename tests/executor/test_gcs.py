@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.lease import LeaseConfig
 from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
 from simpo_pipeline.executor.step import ExecutorStep, this_output_path, versioned
 from simpo_pipeline.storage.files import write_text
@@ -141,3 +143,39 @@ def test_any_one_request_may_fail_and_nothing_is_done_twice_or_lost(gcs, gcs_her
     again = Executor(gcs_here)
     again.run(steps, dry_run=True)
     assert [row.action for row in again.plan] == ["SKIP"]
+
+
+def test_during_an_upload_that_takes_longer_than_the_expiry_nobody_takes_the_step_over(gcs, gcs_here):
+    lease = LeaseConfig(heartbeat_seconds=0.1, expiry_seconds=0.5, poll_seconds=0.05)
+    calls: list[str] = []
+    begun = threading.Event()
+
+    def upload_slowly(config: list[str]) -> None:
+        calls.append("upload")
+        begun.set()
+        write_text(join(config[0], "large.bin"), "x")
+
+    def run(results: list[str]) -> None:
+        job = Executor(gcs_here, lease=lease)
+        job.run([ExecutorStep("step", upload_slowly, [this_output_path()])])
+        results.extend(result.action for result in job.results)
+
+    gcs.faults(kinds=["slow"], slow_seconds=2.0, match="large.bin", methods=["POST"])
+    first: list[str] = []
+    thread = threading.Thread(target=run, args=(first,))
+    thread.start()
+    assert begun.wait(20)
+    second: list[str] = []
+    run(second)
+    thread.join()
+    assert (first, second, calls) == (["RUN"], ["SKIP"], ["upload"])
+
+
+def test_the_commit_is_made_in_its_order(gcs, gcs_here):
+    gcs.reset_log()
+    Executor(gcs_here).run(chain(1))
+    changed = [entry["path"].rsplit("/", 1)[1] for entry in gcs.log() if entry["kind"] in ("insert", "delete")]
+    own = changed[changed.index(".executor_status.lock") :]
+    expected = [".executor_status.lock", ".executor_status", ".executor_info", "out.txt"]
+    expected += ["manifest.json", ".executor_info", ".executor_status", ".executor_status.lock"]
+    assert own[: len(expected)] == expected

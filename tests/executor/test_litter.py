@@ -455,3 +455,12 @@ def test_the_json_object_has_plain_numbers():
         "bytes": 13 << 19,
         "left": [{"kind": "attempt", "path": "train-2-77f45492", "reason": "no disk", "storage_failed": True}],
     }
+
+
+def test_files_beside_the_outputs_in_a_path_that_the_experiment_chose_are_left_alone(prefix):
+    chosen = replace(GOOD, override_output_path="shared")
+    run(prefix, chosen)
+    write_text(join(prefix, "shared/somebodys.txt"), "mine")
+    write_text(join(run(prefix, GOOD), "stray.txt"), "left by an earlier attempt")
+    items = find_litter(read_survey(prefix), time.time() + LATER)
+    assert [[base_name(entry.relative_path) for entry in item.files] for item in items] == [["stray.txt"]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.errors import LeaseLostError, StorageError
-from simpo_pipeline.executor import attempt
+from simpo_pipeline.executor import attempt, lease
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.holder import Holder
 from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper
@@ -309,3 +309,50 @@ def test_a_lease_that_cannot_be_taken_over_is_an_error_and_not_a_circle(prefix, 
     with pytest.raises(StorageError, match="403"):
         job.run([step])
     assert calls == []
+
+
+def take_over(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another job does, and the time that passes, while this one is frozen."""
+    write_bytes(join(output_path, ".executor_status.lock"), OTHER.encode())
+    write_text(join(output_path, ".executor_status"), "RUNNING")
+    write_text(join(output_path, ".executor_info"), "{}")
+    later = lease._now() + 2 * LEASE.expiry_seconds
+    monkeypatch.setattr(lease, "_now", lambda: later)
+
+
+def test_a_job_that_was_frozen_between_lease_and_look_goes_over_nothing_of_the_next_holder(prefix, monkeypatch):
+    calls: list[str] = []
+    step = one_step(calls, "mine")
+    look = attempt.read_record
+
+    def look_after_the_freeze(output_path: str, watch: Any) -> Any:
+        take_over(output_path, monkeypatch)
+        return look(output_path, watch)
+
+    monkeypatch.setattr(attempt, "read_record", look_after_the_freeze)
+    job = executor(prefix)
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
+        job.run([step])
+    path = job.output_paths[step]
+    assert calls == []
+    assert [read_text(join(path, name)) for name in (".executor_status", ".executor_info")] == ["RUNNING", "{}"]
+
+
+def test_a_job_that_was_frozen_while_it_wrote_again_goes_over_nothing_of_the_next_holder(prefix, monkeypatch):
+    """Its SUCCESS met a former holder's last word; it saw that the lease is its own, froze, and goes on."""
+    confirm = LeaseKeeper.confirm
+
+    def confirm_and_freeze(self: LeaseKeeper, path: str) -> None:
+        confirm(self, path)
+        monkeypatch.setattr(LeaseKeeper, "confirm", confirm)
+        take_over(path.rsplit("/", 1)[0], monkeypatch)
+
+    def work(config: list[str]):
+        write_text(join(config[0], ".executor_status"), "RUNNING")  # a former holder's
+        monkeypatch.setattr(LeaseKeeper, "confirm", confirm_and_freeze)
+
+    job = executor(prefix)
+    step = ExecutorStep("step", work, [this_output_path()])
+    with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
+        job.run([step])
+    assert read_text(join(job.output_paths[step], ".executor_status")) == "RUNNING"

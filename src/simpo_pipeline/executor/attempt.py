@@ -67,7 +67,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """What every attempt of one run shares; only the leader uses `leases`, `files` and `provenance`."""
+    """What every attempt of one run shares; only the leader holds `leases` and has a `provenance`."""
 
     graph: Graph
     infos: dict[Step, dict[str, Any]]
@@ -179,6 +179,7 @@ class Attempt:
                 leases.release(lease)
                 return False
             self._files.adopt(record)
+            leases.check(lease)  # after the look: else a holder that was frozen before it goes over the next one's
             if self._files.try_status(Status.RUNNING):
                 break
             leases.confirm(lease)  # a former holder's last word came between, perhaps that it is done
@@ -394,6 +395,7 @@ def record_dep_failed(job: Job, step: Step) -> None:
     try:
         record, files = read_record(output_path, None), StepFiles(output_path, job.files, job.leases)
         files.adopt(record)
+        job.leases.check(lease)
         if not record.done:
             files.try_status(Status.DEP_FAILED)
     finally:

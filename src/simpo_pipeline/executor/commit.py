@@ -5,7 +5,6 @@ over. The next holder begins by writing RUNNING; from then on the former one's S
 older versions, are refused by the store itself, however late they come.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from simpo_pipeline.executor.status import (
     manifest_bytes,
 )
 from simpo_pipeline.storage.conditional import ConditionalFiles
+from simpo_pipeline.storage.files import json_bytes
 from simpo_pipeline.storage.paths import join
 
 
@@ -56,7 +56,7 @@ class StepFiles:
 
     def put_info(self, info: Mapping[str, Any]) -> None:
         """Record what ran."""
-        self._put(INFO_FILE, _json(info))
+        self._put(INFO_FILE, json_bytes(info))
 
     def put_manifest(self) -> None:
         """List every output file with its size and checksum."""
@@ -64,7 +64,7 @@ class StepFiles:
 
     def put_error(self, error: Mapping[str, Any]) -> None:
         """Record who failed, and how."""
-        self._put(ERROR_FILE, _json(error))
+        self._put(ERROR_FILE, json_bytes(error))
 
     def remove_error(self) -> None:
         """Remove the error of an earlier attempt."""
@@ -75,15 +75,12 @@ class StepFiles:
     def _put(self, name: str, data: bytes) -> None:
         """Write over what is there; as long as the lease is ours, what came between is a former holder's last word."""
         while not self._try(name, data):
-            self._leases.confirm(self._lease_path)
+            # Looked up before the lease is confirmed: what the next holder writes must never be gone over.
             self._versions[name] = self._files.version_of(join(self._output_path, name))
+            self._leases.confirm(self._lease_path)
 
     def _try(self, name: str, data: bytes) -> bool:
         version = self._files.replace(join(self._output_path, name), self._versions.get(name), data)
         if version is not None:
             self._versions[name] = version
         return version is not None
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

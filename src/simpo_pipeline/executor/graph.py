@@ -142,11 +142,5 @@ def _check_output_paths(output_paths: Mapping[Step, str], identities: Mapping[St
 
 
 def _runnable(roots: Iterable[Step], edges: Mapping[Step, tuple[Edge, ...]]) -> frozenset[Step]:
-    found: set[Step] = set()
-    waiting = list(roots)
-    while waiting:
-        step = waiting.pop()
-        if step not in found:
-            found.add(step)
-            waiting.extend(edge.step for edge in edges[step] if edge.kind is not EdgeKind.PSEUDO)
-    return frozenset(found)
+    needs = {step: [edge.step for edge in found if edge.kind is not EdgeKind.PSEUDO] for step, found in edges.items()}
+    return frozenset(depth_first_order(roots, needs))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from simpo_pipeline.errors import PlanError
-from simpo_pipeline.executor.graph import Graph, Step
+from simpo_pipeline.executor.graph import Graph, Step, depth_first_order
 from simpo_pipeline.executor.order import Order
 from simpo_pipeline.executor.planner import Request
 
@@ -84,12 +84,5 @@ def _names(order: Order) -> str:
 
 
 def _with_all_before(graph: Graph, order: Order, last: Sequence[Step]) -> set[Step]:
-    found: set[Step] = set()
-    waiting = list(last)
-    while waiting:
-        step = waiting.pop()
-        if step not in found:
-            found.add(step)
-            waiting.extend(edge.step for edge in graph.needs(step))
-            waiting.extend(order.implied.get(step, ()))
-    return found
+    before = {step: [*(edge.step for edge in graph.needs(step)), *order.implied.get(step, ())] for step in order.steps}
+    return set(depth_first_order(last, before))

@@ -10,7 +10,6 @@ Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with 
 Status, manifest and info are written conditionally on the version their writer knows (see commit.py).
 """
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +17,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
-import google_crc32c
-
 from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.executor.holder import Holder, parse_holder
 from simpo_pipeline.executor.lease import LeaseWatch
-from simpo_pipeline.storage.checksum import crc32c_of
+from simpo_pipeline.storage.checksum import crc32c_of, crc32c_of_bytes
 from simpo_pipeline.storage.entry import FileEntry
-from simpo_pipeline.storage.files import list_files, read_bytes, read_json
+from simpo_pipeline.storage.files import json_bytes, list_files, read_bytes, read_json
 from simpo_pipeline.storage.paths import join
 
 STATUS_FILE = ".executor_status"
@@ -102,11 +99,7 @@ def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
     return StepRecord(status, unreadable, manifest, ERROR_FILE in entries, lease, versions=own)
 
 
-def _crc32c(data: bytes) -> str:
-    return f"{cast(Any, google_crc32c).value(data):08x}"
-
-
-_TOKENS = {(len(token), _crc32c(token)): token for token in (status.value.encode() for status in Status)}
+_TOKENS = {(len(token), crc32c_of_bytes(token)): token for token in (status.value.encode() for status in Status)}
 
 
 def _read_token(output_path: str, entry: FileEntry) -> bytes | None:
@@ -125,7 +118,7 @@ def _find_damage(output_path: str, found: Mapping[str, FileEntry]) -> str | None
     there = found[MANIFEST_FILE]
     if there.crc32c is not None and all(entry.crc32c for entry in outputs):
         expected = manifest_bytes(outputs)
-        if (there.num_bytes, there.crc32c) == (len(expected), _crc32c(expected)):
+        if (there.num_bytes, there.crc32c) == (len(expected), crc32c_of_bytes(expected)):
             return None
     try:
         listed = read_manifest(output_path)
@@ -160,7 +153,7 @@ def manifest_bytes(outputs: list[FileEntry]) -> bytes:
     files = [
         {"path": entry.relative_path, "bytes": entry.num_bytes, "crc32c": entry.crc32c} for entry in sorted(outputs)
     ]
-    return (json.dumps({"files": files}, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes({"files": files})
 
 
 def find_outputs(output_path: str) -> list[FileEntry]:

@@ -22,3 +22,8 @@ def crc32c_of(path: str) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             checksum = extend(checksum, chunk)
     return f"{checksum:08x}"
+
+
+def crc32c_of_bytes(data: bytes) -> str:
+    """The CRC32C of a file's content as 8 hex digits."""
+    return f"{cast(Any, google_crc32c).value(data):08x}"

@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
-import google_crc32c
-
 from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.storage import gcs, local_versions
+from simpo_pipeline.storage.checksum import crc32c_of_bytes
 from simpo_pipeline.storage.files import read_bytes
 from simpo_pipeline.storage.filesystem import filesystem_of, storage_border
 from simpo_pipeline.storage.paths import is_local, strip_file_scheme
@@ -60,8 +59,7 @@ class _Compared:
         return data, self._version(path, data)
 
     def _version(self, path: str, data: bytes) -> str:
-        checksum = cast(Any, google_crc32c).value(data)
-        return f"{checksum:08x}-{len(data)}"
+        return f"{crc32c_of_bytes(data)}-{len(data)}"
 
     def _current(self, path: str) -> str | None:
         try:

@@ -95,3 +95,21 @@ def test_after_a_call_a_profiler_can_run():
         "cProfile.Profile().runcall(lambda: [str(n) for n in range(100)])\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_stop_waits_until_locks_are_given_up_again():
+    """Stopped in the midst of a block that holds a lock, again and again: the lock is never left behind."""
+    lock = threading.Lock()
+    for _ in range(100):
+        call, begun = StoppableCall(60.0), threading.Event()
+
+        def endless(call: StoppableCall = call, begun: threading.Event = begun) -> None:
+            while True:
+                with call.shielded(), lock:
+                    begun.set()
+
+        thread = stop_when(call, begun)
+        with pytest.raises(LeaseLostError):
+            call.call(endless)
+        thread.join()
+        assert not lock.locked()

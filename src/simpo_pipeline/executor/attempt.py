@@ -255,7 +255,7 @@ class Attempt:
         leases.when_lost(self._lease_path, call.stop)
         self._job.calls.append(call)
         try:
-            with fenced(self._output_path, LeaseFence(leases, self._lease_path)):
+            with fenced(self._output_path, LeaseFence(leases, self._lease_path, call.shielded)):
                 return call.call(self._call)
         finally:
             self._job.calls.remove(call)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from simpo_pipeline.errors import ConfigError, FileLockedError, LeaseLostError, PathNotFoundError, StorageError
@@ -81,6 +81,8 @@ class _Lease:
     renewed: float
     """When the last successful renewal was begun, by this machine's clock."""
     lost: bool = False
+    lost_to: str | None = None
+    """Who had it when the loss was told first: a step that goes on writing asks storage no more."""
     on_lost: Callable[[], None] | None = None
     """Called once; then None."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -154,8 +156,11 @@ class LeaseKeeper:
             self.confirm(path)
 
     @contextmanager
-    def hold(self, path: str) -> Generator[None]:
+    def hold(self, path: str, shield: Callable[[], AbstractContextManager[None]] = nullcontext) -> Generator[None]:
         """Make sure that the lease is ours; on a local disk nobody can take it over while the block runs.
+
+        `shield` is entered while locks are held: an error raised from another thread in their midst would leave them
+        locked.
 
         Raises:
             LeaseLostError: as `check`.
@@ -165,7 +170,7 @@ class LeaseKeeper:
             yield  # an upload may take longer than the expiry, and heartbeats must go on
             return
         lease = self._held(path)
-        with lease.lock, self._files.held(path, lease.version) as ours:
+        with shield(), lease.lock, self._files.held(path, lease.version) as ours:
             if ours:
                 yield
                 return
@@ -183,8 +188,9 @@ class LeaseKeeper:
             if not lease.lost:
                 self._renew(lease)
         if lease.lost:
+            lease.lost_to = lease.lost_to or self._owner(path)
             raise LeaseLostError(
-                f"This job lost its lease {path!r}, now held by {self._owner(path)}; nothing more is written there. "
+                f"This job lost its lease {path!r}, now held by {lease.lost_to}; nothing more is written there. "
                 f"It was not renewed within {self._config.expiry_seconds} s: was this job frozen, or storage out of "
                 "reach?"
             )
@@ -270,6 +276,7 @@ class LeaseFence:
 
     leases: LeaseKeeper
     path: str
+    shield: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def check(self) -> None:
         """See Fence.check."""
@@ -277,7 +284,7 @@ class LeaseFence:
 
     def hold(self) -> AbstractContextManager[None]:
         """See Fence.hold."""
-        return self.leases.hold(self.path)
+        return self.leases.hold(self.path, self.shield)
 
 
 class LeaseReader:

@@ -4,7 +4,8 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from simpo_pipeline.errors import LeaseLostError, StepError
@@ -29,6 +30,7 @@ class StoppableCall:
     def __init__(self, grace_seconds: float):
         self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
+        self._shield = threading.Lock()
         self._thread: int | None = None
         self._raised = False
         self._reason: StepError = LeaseLostError(
@@ -58,15 +60,25 @@ class StoppableCall:
         with self._lock:
             self._thread = None
             self._ended.set()
+        self._await_what_was_raised()
+
+    def _await_what_was_raised(self) -> None:
         if self._raised:
             # Python delivers it at a jump backwards. To take it back instead would leave the interpreter, 3.11 at
             # least, looking for it for ever: slowly, and without end under a profiler.
             for _ in range(_JUMPS):
                 pass
 
+    @contextmanager
+    def shielded(self) -> Generator[None]:
+        """While the block runs, in the function's thread, `stop` waits; for short blocks that hold locks."""
+        with self._shield:
+            self._await_what_was_raised()
+            yield
+
     def stop(self, reason: StepError | None = None) -> None:
         """End the call, from another thread; returns at once. Without a reason, the lease was lost."""
-        with self._lock:
+        with self._shield, self._lock:
             if self._thread is None or self._raised:
                 return
             self._raised = True

@@ -94,7 +94,7 @@ def generate_after_loading(model_path: str) -> dict[str, float]:
     loaded = time.perf_counter()
     engine = Engine(load_config(model_path), ENGINE, local_mesh(), Programs(), "float32")
     compiled = time.perf_counter()
-    sampling = SamplingParams(max_new_tokens=4, temperature=0.0)
+    sampling = SamplingParams(max_tokens=4, temperature=0.0)
     engine.generate(weights, [Request(tuple(range(10, 30)), index, 0, sampling) for index in range(8)], step=0)
     return {"load": loaded - start, "compile": compiled - loaded, "first_batch": time.perf_counter() - compiled}
 

@@ -73,7 +73,7 @@ PRESETS = {
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
-        sampling=SamplingParams(max_new_tokens=16, temperature=0.7, top_p=0.95),
+        sampling=SamplingParams(max_tokens=16, temperature=0.7, top_p=0.95),
         engine=EngineConfig(max_seqs=128, max_seq_len=384),
         chat=True,
     ),
@@ -89,7 +89,7 @@ PRESETS = {
             optimizer=OptimizerConfig(learning_rate=1e-5),  # the loss moves visibly within 7 updates
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
-        sampling=SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.95),
+        sampling=SamplingParams(max_tokens=64, temperature=0.7, top_p=0.95),
         engine=EngineConfig(max_seqs=128, max_seq_len=160),  # the longest prompt has under 96 tokens
         chat=True,
     ),
@@ -115,7 +115,7 @@ PRESETS = {
             synthetic_prompt_count=128,
             synthetic_prompt_template="M11 prompt {index}: explain one practical ML idea in concise terms.",
         ),
-        sampling=SamplingParams(max_new_tokens=2048, temperature=0.7),
+        sampling=SamplingParams(max_tokens=2048, temperature=0.7),
         engine=EngineConfig(
             max_seqs=64,
             max_seq_len=4096,

@@ -9,7 +9,7 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, Sampl
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
@@ -21,7 +21,7 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, Sampl
 )
 def test_sampling_params_that_mean_nothing_are_refused_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        SamplingParams(**{"max_new_tokens": 1, **wrong})
+        SamplingParams(**{"max_tokens": 1, **wrong})
 
 
 @pytest.mark.parametrize("field", ["max_seqs", "max_seq_len", "page_size", "num_pages", "prefill_chunk_tokens"])

@@ -13,12 +13,12 @@ from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.model.transformer import Llama
 
 VOCAB = 300
-GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 # Two sizes of each program, and a cache far larger than anything else on the device.
 ROOMY = {"max_seqs": 256, "prefill_chunk_tokens": 256, "num_pages": 20_000, "decode_steps_per_call": 5}
 # Pages for a few sequences at a time.
 TIGHT = {"max_seqs": 9, "num_pages": 20, "decode_steps_per_call": 3}
-DRAWING = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+DRAWING = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
 
 
 def requests_of(count: int, sampling: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
@@ -161,22 +161,22 @@ def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None
 
 
 @pytest.mark.parametrize(
-    ("prompt", "max_new_tokens", "message"),
+    ("prompt", "max_tokens", "message"),
     [
         ((), 1, "request 1 .*empty prompt"),
         ((5, 300), 1, "request 1 .*token id 300.*0 to 299"),
         ((5, -1), 1, "request 1 .*token id -1"),
-        ((1,) * 30, 3, r"request 1 \(prompt 7, sample 2\).*30 prompt tokens.*max_new_tokens 3, 33.*max_seq_len is 32"),
-        ((1,) * 20, 12, "request 1 .*needs 4 pages of 8 tokens for 20 prompt.*max_new_tokens 12.*num_pages is 3"),
+        ((1,) * 30, 3, r"request 1 \(prompt 7, sample 2\).*30 prompt tokens.*max_tokens 3, 33.*max_seq_len is 32"),
+        ((1,) * 20, 12, "request 1 .*needs 4 pages of 8 tokens for 20 prompt.*max_tokens 12.*num_pages is 3"),
     ],
 )
 def test_what_could_never_be_served_is_refused_by_index_and_numbers(
-    prompt: tuple[int, ...], max_new_tokens: int, message: str
+    prompt: tuple[int, ...], max_tokens: int, message: str
 ) -> None:
     config = EngineConfig(max_seqs=4, max_seq_len=32, page_size=8, num_pages=3)
     fine = Request((1,), 0, 0, SamplingParams(2))
     with pytest.raises(CapacityError, match=message):
-        check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_new_tokens))], config, VOCAB)
+        check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_tokens))], config, VOCAB)
 
 
 def test_an_engine_for_longer_sequences_than_the_model_has_positions_is_refused(

@@ -13,8 +13,8 @@ from simpo_pipeline.inference.sequence import Request, Sequence
 STOP = 99
 
 
-def sequence(index: int, num_prompt: int, max_new_tokens: int) -> Sequence:
-    sampling = SamplingParams(max_new_tokens, stop_token_ids=(STOP,))
+def sequence(index: int, num_prompt: int, max_tokens: int) -> Sequence:
+    sampling = SamplingParams(max_tokens, stop_token_ids=(STOP,))
     return Sequence(Request(tuple(range(num_prompt)), index, 0, sampling), index)
 
 
@@ -110,9 +110,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.starts: list[int] = []
 
-    @rule(num_prompt=st.integers(1, 12), max_new_tokens=st.integers(1, 12))
-    def a_request_arrives(self, num_prompt: int, max_new_tokens: int) -> None:
-        self.sequences.append(sequence(len(self.sequences), num_prompt, max_new_tokens))
+    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 12))
+    def a_request_arrives(self, num_prompt: int, max_tokens: int) -> None:
+        self.sequences.append(sequence(len(self.sequences), num_prompt, max_tokens))
         self.scheduler.add(self.sequences[-1])
 
     @precondition(lambda self: self.scheduler.waiting or self.scheduler.running)

@@ -39,7 +39,7 @@ def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(s
         max_seqs=9, max_seq_len=96, page_size=4, num_pages=90, prefill_chunk_tokens=256, decode_steps_per_call=5
     )
     engine = Engine(smollm2.config, config, mesh, Programs())
-    greedy = SamplingParams(max_new_tokens=32, temperature=0.0)
+    greedy = SamplingParams(max_tokens=32, temperature=0.0)
     requests = [Request(prompt, index, 0, greedy) for index, prompt in enumerate(prompts)]
     completions, stats = engine.generate(smollm2, requests, step=0)
     assert [list(completion.tokens) for completion in completions] == expected

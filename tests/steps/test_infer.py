@@ -21,7 +21,7 @@ PROMPTS = ("one?", "two, please", "and a third prompt")
 def config_for(model_path, output_path, **options):
     fields = {
         "prompts": PromptsConfig(prompts=PROMPTS),
-        "sampling": SamplingParams(max_new_tokens=6, temperature=1.0),
+        "sampling": SamplingParams(max_tokens=6, temperature=1.0),
         "engine": EngineConfig(max_seqs=4, max_seq_len=96),
     }
     return InferConfig(model_path=model_path, output_path=str(output_path), **{**fields, **options})

@@ -82,7 +82,7 @@ def test_every_knob_reaches_the_generation_steps():
     )
     assert settings.build_generation("model") == InferConfig(
         prompts=PromptsConfig(synthetic_prompt_count=5, synthetic_prompt_template="number {index}"),
-        sampling=SamplingParams(max_new_tokens=16, temperature=0.5, top_p=0.9, seed=11),
+        sampling=SamplingParams(max_tokens=16, temperature=0.5, top_p=0.9, seed=11),
         engine=EngineConfig(
             max_seqs=2, max_seq_len=64, page_size=8, num_pages=20, prefill_chunk_tokens=32, decode_steps_per_call=4
         ),

@@ -10,41 +10,83 @@ from simpo_pipeline.errors import ConfigError
 
 # Compared with each drawn token on the device, in an array of this width.
 MAX_STOP_TOKENS = 8
+# Alternatives to each token that a program can report, as many as vLLM's default.
+MAX_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are drawn and when it ends.
+    """How the tokens of one prompt's samples are drawn and when each ends; names as in vLLM.
+
+    Filters apply in the order of Hugging Face: repetition penalty, temperature, top_k, top_p, min_p. Each keeps tokens
+    as likely as the last one it keeps.
 
     Attributes:
-        max_new_tokens: The request ends with finish reason "length" when it has this many.
+        max_tokens: A sample ends with finish reason "length" when it has this many tokens.
         temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_k: Tokens are drawn from so many likeliest ones; 0 keeps every token.
         top_p: Tokens are drawn from the smallest set of likeliest tokens with at least this probability.
-        stop_token_ids: The request ends with finish reason "stop" when it draws one of these.
+        min_p: Tokens less likely than this times the likeliest one are left out.
+        repetition_penalty: Logits of tokens in the prompt or drawn before are divided by it where positive, multiplied
+            where negative (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing.
+        n: Samples of each prompt.
         seed: 32 bits; with the step, the prompt's and the sample's index and the position, it makes each token's key.
+        stop_token_ids: A sample ends with finish reason "stop" when it draws one of these.
+        stop: A sample ends with finish reason "stop_string" when its text contains one of these strings.
+        min_tokens: Before a sample has so many tokens, stop tokens are not drawn and stop strings do not end it.
+        ignore_eos: The end of the turn and the tokenizer's EOS, which else are stop tokens too, do not end a sample.
+        logprobs: None for none; else each drawn token comes with its log-probability under the model (before penalty,
+            temperature and filters) and with those of so many likeliest tokens.
     """
 
-    max_new_tokens: int
+    max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(
                 f"temperature must be a finite number of at least 0 (0 is greedy), got {self.temperature}"
             )
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1] (1 keeps every token), got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must lie in [0, 1] (0 keeps every token), got {self.min_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(
+                f"repetition_penalty must be a finite number above 0 (1 is none), got {self.repetition_penalty}"
+            )
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+        self._check_ends()
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"logprobs must be None or lie in [0, {MAX_LOGPROBS}], got {self.logprobs}")
+
+    def _check_ends(self) -> None:
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_token_ids)}")
         if any(token < 0 for token in self.stop_token_ids):
             raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
+            raise ConfigError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ConfigError(f"min_tokens must lie in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,7 +204,7 @@ def check_requests(requests: Requests, config: EngineConfig, vocab_size: int) ->
     """
     for index, request in enumerate(requests):
         where = f"request {index} (prompt {request.global_prompt_index}, sample {request.sample_index})"
-        num_prompt, num_new = len(request.prompt_tokens), request.sampling.max_new_tokens
+        num_prompt, num_new = len(request.prompt_tokens), request.sampling.max_tokens
         if not num_prompt:
             raise CapacityError(f"{where} has an empty prompt; give it at least one token")
         unknown = [token for token in request.prompt_tokens if not 0 <= token < vocab_size]
@@ -215,14 +215,14 @@ def check_requests(requests: Requests, config: EngineConfig, vocab_size: int) ->
             )
         if num_prompt + num_new > config.max_seq_len:
             raise CapacityError(
-                f"{where} has {num_prompt} prompt tokens and max_new_tokens {num_new}, {num_prompt + num_new} in all; "
+                f"{where} has {num_prompt} prompt tokens and max_tokens {num_new}, {num_prompt + num_new} in all; "
                 f"engine.max_seq_len is {config.max_seq_len}: raise it, or ask for fewer"
             )
         num_pages = pages_for(num_prompt + num_new - 1, config.page_size)  # the last token drawn is not cached
         if num_pages > config.total_pages:
             raise CapacityError(
                 f"{where} needs {num_pages} pages of {config.page_size} tokens for {num_prompt} prompt tokens and "
-                f"max_new_tokens {num_new}; engine.num_pages is {config.total_pages}: raise it, or ask for fewer"
+                f"max_tokens {num_new}; engine.num_pages is {config.total_pages}: raise it, or ask for fewer"
             )
 
 

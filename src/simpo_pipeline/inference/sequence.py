@@ -1,11 +1,11 @@
 """One generation: what is asked for, how far it is, and what came of it. Plain Python; token ids only, no text."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from simpo_pipeline.inference.config import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "stop_string"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,32 @@ class Request:
     sampling: SamplingParams
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities under the model, before penalty, temperature and filters."""
+
+    chosen: float
+    """Of the token that was drawn."""
+    top: tuple[tuple[int, float], ...]
+    """Token ids and log-probabilities of the likeliest tokens, likeliest first; as many as were asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """A finished request.
 
     Attributes:
         request: What was asked for.
-        tokens: Every generated token id; with finish reason "stop" the last one is the stop token.
-        finish_reason: "stop" when a stop token was drawn, "length" when `max_new_tokens` was reached first.
+        tokens: Every generated token id; with finish reason "stop" the last one is the stop token, with "stop_string"
+            the one that completed the string.
+        finish_reason: "stop" when a stop token was drawn, "stop_string" when the text came to contain a stop string,
+            "length" when `max_tokens` was reached first.
+        logprobs: One entry a token; None where none were asked for.
     """
 
     request: Request
     tokens: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class Sequence:
@@ -71,7 +84,7 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens it may still draw."""
-        return self.request.sampling.max_new_tokens - len(self.generated)
+        return self.request.sampling.max_tokens - len(self.generated)
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -12,23 +12,26 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-# Nearly every nucleus lies within so many of the likeliest tokens; the others are found by bisection.
-_TOP_TOKENS = 64
+from simpo_pipeline.inference.token_filters import kept_threshold, penalised, without_stops
+
 # Width of the blocks by which the vocabulary is searched.
 _BLOCK = 256
-# Bisection over the bit patterns of floats in [0, 1].
-_ONE_AS_BITS = 0x3F800000
-_BISECTIONS = 30
 
 
 class SamplingRows(eqx.Module):
-    """How each row draws; one entry a row."""
+    """How each row draws; one entry a row. Names as in `SamplingParams`."""
 
     temperature: Float[Array | np.ndarray, " rows"]
     top_p: Float[Array | np.ndarray, " rows"]
+    top_k: Int[Array | np.ndarray, " rows"]  # 0 keeps every token
+    min_p: Float[Array | np.ndarray, " rows"]
+    repetition_penalty: Float[Array | np.ndarray, " rows"]  # 1 is none
     seed: UInt32[Array | np.ndarray, " rows"]
     prompt_index: UInt32[Array | np.ndarray, " rows"]
     sample_index: UInt32[Array | np.ndarray, " rows"]
+    first_stop: Int[Array | np.ndarray, " rows"]  # stop tokens are not drawn at positions below this
+    stop_tokens: Int[Array | np.ndarray, "rows max_stop_tokens"]  # -1 past the last one
+    logprobs: Int[Array | np.ndarray, " rows"]  # how many alternatives are wanted; -1 for no log-probability at all
 
 
 def draw_tokens(
@@ -36,25 +39,40 @@ def draw_tokens(
     sampling: SamplingRows,
     step: UInt32[Array, ""],
     positions: Int[Array, " rows"],
+    seen: UInt32[Array, "rows words"],
 ) -> Int[Array, " rows"]:
-    """The token at `positions[r]` of each row's sequence, from fp32 logits.
+    """The token (int32) at `positions[r]` of each row's sequence, from fp32 logits.
 
-    A row with temperature 0 takes the likeliest token, the first of equals. Others draw from softmax(logits /
-    temperature) cut to its nucleus: the smallest set of likeliest tokens whose probabilities sum to at least `top_p`,
-    tokens as likely as its last one included.
+    Seen tokens are penalised and early stop tokens banned first. Then a row with temperature 0 takes the likeliest
+    token, the first of equals. Others draw from softmax(logits / temperature) as top_k, top_p and min_p in this order
+    leave it, each keeping tokens as likely as the last one it keeps. A row all of whose tokens are banned takes 0.
     """
     samples = jnp.asarray(sampling.temperature) > 0
-    top_p = jnp.asarray(sampling.top_p)
+    logits = penalised(logits, jnp.asarray(sampling.repetition_penalty), seen)
+    logits = without_stops(logits, jnp.asarray(sampling.stop_tokens), positions < jnp.asarray(sampling.first_stop))
 
     def drawn() -> Int[Array, " rows"]:
         indices = jnp.stack([sampling.seed, sampling.prompt_index, sampling.sample_index])
         uniform = jax.vmap(_uniform, in_axes=(1, None, 0))(indices, step, positions)
-        temperature = jnp.where(samples, sampling.temperature, 1)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
-        weights = _nucleus(jnp.exp((logits - peak) / temperature[:, None]), top_p, samples)
-        return jnp.where(samples, _inverse_cdf(weights, uniform), _likeliest(logits))
+        return jnp.where(samples, _inverse_cdf(_weights(logits, sampling), uniform), _likeliest(logits))
 
     return lax.cond(jnp.any(samples), drawn, lambda: _likeliest(logits))
+
+
+def _weights(logits: Float[Array, "rows vocab"], sampling: SamplingRows) -> Float[Array, "rows vocab"]:
+    """What each token is drawn in proportion to: 1 for the likeliest, 0 for those that the filters leave out."""
+    samples = jnp.asarray(sampling.temperature) > 0
+    temperature = jnp.where(samples, sampling.temperature, 1)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp((logits - peak) / temperature[:, None])
+    # A row that takes the likeliest token must not cost what the others do not ask for.
+    threshold = kept_threshold(
+        weights,
+        top_k=jnp.where(samples, sampling.top_k, 0),
+        top_p=jnp.where(samples, sampling.top_p, 1),
+        min_p=jnp.where(samples, sampling.min_p, 0),
+    )
+    return jnp.where(weights >= threshold[:, None], weights, 0)
 
 
 def _uniform(
@@ -74,45 +92,6 @@ def _likeliest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
     within = jnp.argmax(_block_of_each_row(blocks, block), axis=-1)
     return (block * _BLOCK + within).astype(jnp.int32)
-
-
-def _nucleus(
-    weights: Float[Array, "rows vocab"], top_p: Float[Array, " rows"], samples: Array
-) -> Float[Array, "rows vocab"]:
-    """The weights (largest 1) of the nucleus, 0 elsewhere."""
-    cuts = samples & (top_p < 1)
-
-    def cut() -> Float[Array, "rows vocab"]:
-        wanted = top_p * jnp.sum(weights, axis=-1)
-        top, _ = lax.top_k(weights, min(_TOP_TOKENS, weights.shape[1]))
-        mass = jnp.cumsum(top, axis=-1)
-        within_top = mass[:, -1] >= wanted
-        last = jnp.minimum(jnp.sum(mass < wanted[:, None], axis=-1), top.shape[1] - 1)
-        threshold = jnp.take_along_axis(top, last[:, None], axis=-1)[:, 0]
-        # Which rows bisect depends on each row alone; the condition only spares the work when none does.
-        threshold = lax.cond(
-            jnp.all(within_top | ~cuts),
-            lambda: threshold,
-            lambda: jnp.where(within_top, threshold, _bisected_threshold(weights, wanted)),
-        )
-        return jnp.where((weights >= threshold[:, None]) | ~cuts[:, None], weights, 0)
-
-    return lax.cond(jnp.any(cuts), cut, lambda: weights)
-
-
-def _bisected_threshold(weights: Float[Array, "rows vocab"], wanted: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """The largest threshold such that the weights at or above it sum to at least `wanted`, exactly."""
-
-    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # enough weight at low, too little at high, as bits: the order of positive floats
-        middle = (low + high) // 2
-        threshold = lax.bitcast_convert_type(middle, jnp.float32)
-        enough = jnp.sum(jnp.where(weights >= threshold[:, None], weights, 0), axis=-1) >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low = jnp.zeros(weights.shape[:1], jnp.int32)
-    low, _ = lax.fori_loop(0, _BISECTIONS, halve, (low, low + (_ONE_AS_BITS + 1)))
-    return lax.bitcast_convert_type(low, jnp.float32)
 
 
 def _inverse_cdf(weights: Float[Array, "rows vocab"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:

@@ -1,99 +1,295 @@
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
+from simpo_pipeline.inference.config import MAX_STOP_TOKENS
 from simpo_pipeline.inference.sampling import _BLOCK, SamplingRows, _inverse_cdf, draw_tokens
+from simpo_pipeline.inference.seen_tokens import seen_bits, seen_words
+from simpo_pipeline.inference.token_filters import _TOP_TOKENS, kept_threshold
 
 draw = jax.jit(draw_tokens)
+keep = jax.jit(kept_threshold)
+NEUTRAL = {
+    "temperature": np.float32(1),
+    "top_p": np.float32(1),
+    "top_k": np.int32(0),
+    "min_p": np.float32(0),
+    "repetition_penalty": np.float32(1),
+    "seed": np.uint32(0),
+    "sample_index": np.uint32(0),
+    "first_stop": np.int32(0),
+    "logprobs": np.int32(-1),
+}
+# What hypotheses are rejected at; the draws are fixed, so a test that passes once passes always.
+ALPHA = 1e-6
+NUM_DRAWS = 20_000
+# A multiple neither of the bits in a word of `seen` nor of the width of the blocks that are searched.
+VOCAB = 333
+POSITION = 7
 
 
-def rows_of(num_rows: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> SamplingRows:
-    return SamplingRows(
-        temperature=jnp.full(num_rows, temperature, jnp.float32),
-        top_p=jnp.full(num_rows, top_p, jnp.float32),
-        seed=jnp.full(num_rows, seed, jnp.uint32),
-        prompt_index=jnp.arange(num_rows, dtype=jnp.uint32),
-        sample_index=jnp.zeros(num_rows, jnp.uint32),
-    )
+def rows_of(num_rows: int, stop_tokens: tuple[int, ...] = (), **settings) -> SamplingRows:
+    """Rows that differ in their prompt only; each setting is one number or one a row."""
+    fields = {
+        name: np.broadcast_to(np.asarray(settings.pop(name, value), value.dtype), num_rows)
+        for name, value in NEUTRAL.items()
+    }
+    assert not settings, f"no such settings: {sorted(settings)}"
+    stops = np.full((num_rows, MAX_STOP_TOKENS), -1, np.int32)
+    stops[:, : len(stop_tokens)] = stop_tokens
+    return SamplingRows(**fields, prompt_index=np.arange(num_rows, dtype=np.uint32), stop_tokens=stops)
 
 
-def drawn_from(logits: np.ndarray, sampling: SamplingRows, step: int = 0, position: int = 7) -> np.ndarray:
-    positions = np.full(len(logits), position, np.int32)
-    return np.asarray(draw(logits.astype(np.float32), sampling, np.uint32(step), positions))
+def drawn_from(
+    logits: np.ndarray, sampling: SamplingRows, step: int = 0, position: int = POSITION, seen: tuple[int, ...] = ()
+) -> np.ndarray:
+    """The token of each row, all of whose sequences hold the tokens `seen`."""
+    num_rows, vocab = logits.shape
+    bits = np.broadcast_to(seen_bits(seen, vocab), (num_rows, seen_words(vocab)))
+    positions = np.full(num_rows, position, np.int32)
+    return np.asarray(draw(logits.astype(np.float32), sampling, np.uint32(step), positions, bits))
 
 
-def exact_probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """The filtered distribution by its definition: sort, accumulate, cut, renormalise; float64."""
-    probabilities = np.exp((logits - logits.max()) / temperature)
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = np.zeros_like(probabilities)
-    kept[order[before < top_p]] = probabilities[order[before < top_p]]
-    return kept / kept.sum()
+def exact_probabilities(
+    logits: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: tuple[int, ...] = (),
+    banned: tuple[int, ...] = (),
+) -> np.ndarray:
+    """The distribution of one row by its definition: sort, accumulate, cut, renormalise; float64."""
+    scores = logits.astype(np.float64)
+    for token in set(seen):
+        scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
+    scores[list(banned)] = -np.inf
+    probabilities = normalised(np.exp((scores - scores.max()) / temperature))
+    if top_k:
+        last = np.sort(probabilities)[::-1][min(top_k, len(probabilities)) - 1]
+        probabilities = normalised(np.where(probabilities >= last, probabilities, 0))
+    if top_p < 1:
+        ranked = np.sort(probabilities)[::-1]
+        last = ranked[np.cumsum(ranked) - ranked < top_p][-1]
+        probabilities = normalised(np.where(probabilities >= last, probabilities, 0))
+    return normalised(np.where(probabilities >= min_p * probabilities.max(), probabilities, 0))
 
 
-def chi_square_per_degree(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    possible = probabilities > 0
-    expected = probabilities[possible] * counts.sum()
-    return float(np.sum((counts[possible] - expected) ** 2 / expected) / max(possible.sum() - 1, 1))
+def normalised(weights: np.ndarray) -> np.ndarray:
+    return weights / weights.sum()
+
+
+def require_draws_from(counts: np.ndarray, probabilities: np.ndarray) -> None:
+    """Pearson's test, the rarest tokens together as one; besides, no token too many and none too few."""
+    expected = probabilities * counts.sum()
+    assert counts[expected == 0].sum() == 0, "drawn, but filtered out"
+    assert counts[expected > 30].all(), "kept, but never drawn"
+    common = expected >= 5
+    expected = np.append(expected[common], expected[~common].sum())
+    counts = np.append(counts[common], counts[~common].sum())
+    if expected[-1] == 0:
+        expected, counts = expected[:-1], counts[:-1]
+    if len(counts) > 1:
+        statistic = np.sum((counts - expected) ** 2 / expected)
+        assert statistic < scipy.stats.chi2.isf(ALPHA, len(counts) - 1)
 
 
 @pytest.mark.parametrize(
-    ("vocab", "spread", "temperature", "top_p"),
+    ("spread", "settings"),
     [
-        (11, 1.5, 1.0, 1.0),
-        (11, 1.5, 0.5, 1.0),
-        (11, 1.5, 1.0, 0.8),
-        (40, 2.0, 1.7, 0.6),
-        (400, 0.3, 1.0, 0.95),  # the nucleus is wider than the top tokens looked at first
-        (400, 3.0, 0.7, 0.95),
+        (2.0, {}),
+        (2.0, {"temperature": 0.5}),
+        (1.0, {"temperature": 1.7}),
+        (1.0, {"top_k": 1}),
+        (2.0, {"top_k": 7}),
+        (1.0, {"top_k": _TOP_TOKENS}),
+        (1.0, {"top_k": _TOP_TOKENS + 1}),
+        (2.0, {"top_k": 150, "temperature": 3.0}),
+        (1.0, {"top_k": 333}),
+        (1.0, {"top_k": 1000}),
+        (2.0, {"top_p": 0.6, "temperature": 1.7}),
+        (0.3, {"top_p": 0.95}),
+        (3.0, {"top_p": 0.95}),
+        (1.0, {"min_p": 0.3}),
+        (2.0, {"min_p": 0.05, "temperature": 2.0}),
+        (1.0, {"top_k": 20, "top_p": 0.8}),
+        (0.3, {"top_k": 20, "top_p": 0.5, "min_p": 0.7, "temperature": 0.7}),
+        (1.0, {"top_k": 100, "top_p": 0.9, "min_p": 0.1, "temperature": 1.5}),
+        (1.0, {"repetition_penalty": 1.8}),
+        (2.0, {"repetition_penalty": 0.6}),
+        (2.0, {"top_k": 100, "top_p": 0.9, "min_p": 0.02, "temperature": 1.5, "repetition_penalty": 1.5}),
     ],
+    ids=str,
 )
-def test_draws_follow_the_exact_filtered_distribution(
-    vocab: int, spread: float, temperature: float, top_p: float
-) -> None:
-    num_draws = 20_000
-    logits = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32) * spread
-    tokens = drawn_from(np.broadcast_to(logits, (num_draws, vocab)), rows_of(num_draws, temperature, top_p))
-    probabilities = exact_probabilities(logits.astype(np.float64), temperature, top_p)
-    counts = np.bincount(tokens, minlength=vocab)
-    assert counts[probabilities == 0].sum() == 0
-    # 1 on average; at 5 degrees of freedom or more, above 4 once in a thousand sets of draws. The draws are fixed.
-    assert chi_square_per_degree(counts, probabilities) < 4.0
+def test_draws_follow_the_exact_filtered_distribution(spread: float, settings: dict) -> None:
+    logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32) * np.float32(spread)
+    ranked = np.argsort(-logits)
+    # Likely ones too, or the penalty would change little.
+    seen, banned = (0, 31, 32, 332, *ranked[:10:2].tolist()), (3, int(ranked[1]))
+    tokens = drawn_from(
+        np.broadcast_to(logits, (NUM_DRAWS, VOCAB)),
+        rows_of(NUM_DRAWS, stop_tokens=banned, first_stop=POSITION + 1, **settings),
+        seen=seen,
+    )
+    probabilities = exact_probabilities(logits, seen=seen, banned=banned, **settings)
+    require_draws_from(np.bincount(tokens, minlength=VOCAB), probabilities)
+
+
+def test_tokens_as_likely_as_the_last_one_kept_are_kept():
+    logits = np.repeat([*np.log([8, 4, 2, 1]), -np.inf], [1, 3, 100, 20, VOCAB - 124])
+    # min_p lies a hair's breadth below the ratios, which are rounded.
+    several: list[dict] = [
+        {"top_k": 2},
+        {"top_k": 5},
+        {"top_p": 0.03},
+        {"top_p": 0.2},
+        {"min_p": 0.499},
+        {"min_p": 0.249},
+    ]
+    for settings in several:
+        tokens = drawn_from(np.broadcast_to(logits, (NUM_DRAWS, VOCAB)), rows_of(NUM_DRAWS, **settings))
+        require_draws_from(np.bincount(tokens, minlength=VOCAB), exact_probabilities(logits, **settings))
+
+
+def kept_mask(weights: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> np.ndarray:
+    threshold = keep(weights, top_k, top_p, np.zeros(len(weights), np.float32))
+    return weights >= np.asarray(threshold)[:, None]
+
+
+@pytest.mark.parametrize("vocab", [1, 64, 65, 700])
+def test_top_k_keeps_as_many_as_a_sort_would(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    weights = np.exp(rng.normal(size=(500, vocab)) * 3).astype(np.float32)
+    weights[:250] = np.ceil(weights[:250])  # many are equal
+    weights /= weights.max(axis=1, keepdims=True)
+    top_k = rng.integers(0, 2 * vocab, 500, dtype=np.int32)
+    last = np.where((top_k > 0) & (top_k < vocab), top_k, vocab)
+    expected = weights >= np.take_along_axis(np.sort(weights)[:, ::-1], last[:, None] - 1, axis=1)
+    np.testing.assert_array_equal(kept_mask(weights, top_k, np.ones(500, np.float32)), expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 64, 700])
+def test_top_p_keeps_the_fewest_that_suffice_of_what_top_k_keeps(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    weights = np.exp(rng.normal(size=(500, vocab)) * rng.uniform(0.1, 4, (500, 1))).astype(np.float32)
+    weights /= weights.max(axis=1, keepdims=True)
+    top_k = rng.integers(0, vocab + 2, 500, dtype=np.int32)
+    top_p = rng.uniform(0.01, 1.0, 500).astype(np.float32)
+    kept = kept_mask(weights, top_k, top_p)
+    within = kept_mask(weights, top_k, np.ones(500, np.float32))
+    wanted = top_p * np.sum(weights * within, axis=1, dtype=np.float64)
+    assert not (kept & ~within).any()
+    mass = np.sum(weights * kept, axis=1, dtype=np.float64)
+    assert (mass >= wanted * (1 - 1e-5)).all()
+    assert (mass - np.where(kept, weights, 2).min(axis=1) < wanted * (1 + 1e-5)).all()
 
 
 def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
-    logits = np.array([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 1.0]])
-    assert drawn_from(logits, rows_of(2, temperature=0.0)).tolist() == [1, 0]
+    logits = np.array([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert drawn_from(logits, rows_of(3, temperature=0)).tolist() == [1, 0, 0]
 
 
-def test_a_tiny_top_p_is_greedy() -> None:
-    logits = np.random.default_rng(0).normal(size=(64, 300))
-    np.testing.assert_array_equal(drawn_from(logits, rows_of(64, top_p=1e-6)), logits.argmax(axis=-1))
+@pytest.mark.parametrize("settings", [{"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}], ids=str)
+def test_a_filter_that_keeps_one_token_is_greedy(settings: dict) -> None:
+    logits = np.random.default_rng(0).normal(size=(2000, 600))
+    np.testing.assert_array_equal(drawn_from(logits, rows_of(2000, **settings)), logits.argmax(axis=-1))
 
 
-def test_greedy_and_drawing_rows_share_a_batch_without_touching_each_other() -> None:
-    logits = np.random.default_rng(0).normal(size=(6, 500)).astype(np.float32)
-    settings = [(0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (2.0, 0.99), (0.3, 0.9), (5.0, 0.999)]
-    alone = [drawn_from(logits, rows_of(6, *each))[row] for row, each in enumerate(settings)]
-    mixed = rows_of(6)
-    temperature, top_p = jnp.asarray(settings, jnp.float32).T
-    mixed = SamplingRows(temperature, top_p, mixed.seed, mixed.prompt_index, mixed.sample_index)
-    np.testing.assert_array_equal(drawn_from(logits, mixed), alone)
+def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():
+    logits = np.array([[2.0, 1.5, -1.0, 0.0], [-3.0, -1.0, -1.5, -4.0], [0.0, 1.0, 1.5, 0.5]])
+
+    def drawn(penalty: float | list[float], seen: tuple[int, ...]) -> list[int]:
+        return drawn_from(logits, rows_of(3, temperature=0, repetition_penalty=penalty), seen=seen).tolist()
+
+    assert drawn(2, ()) == [0, 1, 2]
+    assert drawn(2, (0,)) == [1, 1, 2]
+    assert drawn(2, (0, 1)) == [0, 2, 2]
+    assert drawn(2, (2,)) == [0, 1, 1]
+    assert drawn(0.25, (1, 3)) == [1, 1, 1]
+    assert drawn([2, 1, 2], (0, 1, 2)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_stop_tokens_are_not_drawn_before_their_first_position(temperature: int) -> None:
+    logits = np.broadcast_to(np.array([0.0, 30.0, 60.0, 90.0]), (3, 4))
+    sampling = rows_of(3, stop_tokens=(3, 2), temperature=temperature, first_stop=[9, 8, 0])
+    assert drawn_from(logits, sampling, position=7).tolist() == [1, 1, 3]
+    assert drawn_from(logits, sampling, position=8).tolist() == [1, 3, 3]
+    assert drawn_from(logits, sampling, position=9).tolist() == [3, 3, 3]
+
+
+def test_no_stop_token_bans_nothing_and_a_stop_token_past_the_vocabulary_neither():
+    logits = np.array([[1.0, 0.0, 0.0, 5.0], [5.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    for stop_tokens in ((), (4, 50)):
+        sampling = rows_of(3, stop_tokens=stop_tokens, temperature=0, first_stop=100)
+        assert drawn_from(logits, sampling).tolist() == [3, 0, 0]
+
+
+def test_a_vocabulary_of_one_word_draws_it_even_where_it_is_banned():
+    for temperature in (0, 1):
+        for first_stop in (0, 100):
+            sampling = rows_of(3, (0,), temperature=temperature, first_stop=first_stop, top_k=5, top_p=0.5, min_p=0.5)
+            assert drawn_from(np.full((3, 1), -2.5), sampling, seen=(0,)).tolist() == [0, 0, 0]
+
+
+KINDS = (
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.5},
+    {"temperature": 0, "first_stop": 100},
+    {"temperature": 0, "top_k": 100, "top_p": 0.3, "min_p": 0.5},
+    {},
+    {"temperature": 2.5, "repetition_penalty": 0.7},
+    {"first_stop": 100},
+    {"top_p": 0.4},
+    {"top_p": 0.99, "temperature": 2},
+    {"top_k": 5},
+    {"top_k": 180, "temperature": 4},
+    {"top_k": 180, "top_p": 0.9, "temperature": 4},
+    {"min_p": 0.2},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "first_stop": 100},
+    {"logprobs": 5},
+)
+
+
+def test_no_token_depends_on_the_other_rows():
+    vocab, stop_tokens, seen = 300, (7, 299), tuple(range(0, 300, 3))
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(8, vocab)) * np.linspace(0.3, 3, 8)[:, None]).astype(np.float32)
+
+    def drawn(kinds: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+        settings = {
+            name: [KINDS[kind].get(name, default) for kind in kinds]
+            for name, default in NEUTRAL.items()
+            if name not in ("seed", "sample_index")
+        }
+        sampling = rows_of(len(kinds), stop_tokens, **settings)
+        sampling = dataclasses.replace(sampling, prompt_index=(kinds * 8 + contexts).astype(np.uint32))
+        return drawn_from(logits[contexts], sampling, seen=seen)
+
+    alone = np.array([[drawn(np.array([kind]), np.array([row]))[0] for row in range(8)] for kind in range(len(KINDS))])
+    assert len(np.unique(alone)) > 30
+    for _ in range(100):
+        # Few kinds in some batches, all in others: which computations are skipped differs.
+        some = rng.choice(len(KINDS), rng.integers(1, len(KINDS) + 1))
+        kinds, contexts = rng.choice(some, 16), rng.integers(0, 8, 16)
+        np.testing.assert_array_equal(drawn(kinds, contexts), alone[kinds, contexts])
 
 
 def test_a_token_depends_on_every_part_of_its_key() -> None:
-    logits = np.zeros((400, 1000), np.float32)
-    base = rows_of(400)
+    logits = np.zeros((2000, 600), np.float32)
+    base = rows_of(2000)
     tokens = drawn_from(logits, base)
     np.testing.assert_array_equal(tokens, drawn_from(logits, base))
     others = [
-        drawn_from(logits, rows_of(400, seed=1)),
+        drawn_from(logits, rows_of(2000, seed=1)),
         drawn_from(logits, base, step=1),
         drawn_from(logits, base, position=8),
-        drawn_from(logits, SamplingRows(base.temperature, base.top_p, base.seed, base.prompt_index, base.seed + 1)),
+        drawn_from(logits, rows_of(2000, sample_index=1)),
         np.roll(tokens, 1),  # another prompt index
     ]
     for other in others:

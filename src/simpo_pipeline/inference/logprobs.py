@@ -17,8 +17,8 @@ def token_logprobs(
     """Natural log-probabilities under softmax(logits): each row's token's, and those of its likeliest tokens.
 
     Returns the token's (fp32), the ids of the `MAX_LOGPROBS` likeliest tokens (int32; the likeliest first, the lower
-    of equals first) and theirs (fp32). All are 0 when no row has `logprobs` at 0 or more, the alternatives also when
-    none has it above 0; else every row is filled. Past the last token of a small vocabulary ids are -1 and
+    of equals first, -0 after 0) and theirs (fp32). All are 0 when no row has `logprobs` at 0 or more, the alternatives
+    also when none has it above 0; else every row is filled. Past the last token of a small vocabulary ids are -1 and
     log-probabilities -inf.
     """
     wanted = jnp.asarray(sampling.logprobs)

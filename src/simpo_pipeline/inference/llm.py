@@ -1,0 +1,205 @@
+"""Text in, text out, from one model on the devices of this process; names as users of vLLM know them."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+from simpo_pipeline.data.chat import encode_chat, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.records import Message
+from simpo_pipeline.distributed.mesh import local_mesh
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.engine import Engine
+from simpo_pipeline.inference.generated_rows import RowStream, generated_row
+from simpo_pipeline.inference.outputs import RequestOutput, request_outputs
+from simpo_pipeline.inference.sequence import Completion, Request
+from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.inference.text import decoder_of, with_end_tokens
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import load_config, load_weights
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.transformer import abstract_llama
+
+DTYPES = ("float32", "bfloat16")
+# Sequences that a cache of full size holds, unless told; as many as vLLM's.
+_MAX_SEQS = 256
+# An accelerator is the engine's own; a machine's memory is shared, and is filled with zeros for each call.
+_MEMORY_SHARE, _MEMORY_SHARE_ON_CPU = 0.9, 0.25
+
+Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class _Prompt(NamedTuple):
+    text: str | None
+    tokens: tuple[int, ...]
+
+
+class LLM:
+    """A model, its tokenizer, and an engine whose programs are all compiled when it is made.
+
+    A prompt's tokens depend on the weights, the prompt, its place among the prompts, and its sampling parameters
+    (`seed`); never on the sizes or on the other prompts.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_seqs: int | None = None,
+        max_seq_len: int | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        memory_utilization: float | None = None,
+    ) -> None:
+        """Loads the model in a folder in Hugging Face layout, at any storage path.
+
+        Args:
+            model_path: The folder: config.json, safetensors, and a tokenizer with a chat template.
+            dtype: Of the weights and the cache.
+            max_seqs, max_seq_len, page_size, num_pages: See `EngineConfig`; None: 256, the model's positions, what
+                suits the devices, and what memory holds.
+            memory_utilization: Share of the free memory that all of it may take; None: 0.9 of accelerators', 0.25 of
+                a machine's.
+
+        Raises:
+            ConfigError: a size is wrong.
+            CapacityError: memory does not hold the model, or not the cache.
+            DataError, ModelError, StorageError: the folder is not what it should be.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; allowed is one of {', '.join(DTYPES)}")
+        mesh = local_mesh()
+        if memory_utilization is None:
+            memory_utilization = _MEMORY_SHARE_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _MEMORY_SHARE
+        config = EngineConfig(max_seqs, max_seq_len, page_size, num_pages, memory_utilization=memory_utilization)
+        model = load_config(model_path)
+        self._tokenizer = load_tokenizer(model_path)
+        self._decode = decoder_of(self._tokenizer)
+        self._end_tokens = stop_token_ids(self._tokenizer)
+        sizes = size_engine(config, model, dtype, _most_work(config, model), mesh, available_memory_bytes(mesh))
+        self._engine = Engine(model, sizes, mesh, Programs(), dtype, decode=self._decode)
+        shapes = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
+        self._weights = load_weights(model_path, shapes)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        output_path: str | None = None,
+    ) -> list[RequestOutput]:
+        """Goes on with each prompt; outputs come in the order of the prompts.
+
+        Args:
+            prompts: A text, or a list of texts or of lists of token ids.
+            sampling_params: One for all, or one for each prompt; None: `SamplingParams()`. Unless they `ignore_eos`,
+                the tokenizer's end of sequence and end of turn end a sample too.
+            output_path: A file at any storage path for a row of each sample (`generated_rows`), written as soon as it
+                has ended, over what was there; `read_finished_rows` reads it, also while it grows.
+
+        Raises:
+            ConfigError, CapacityError: a prompt or its sampling cannot be served; said before any device work.
+            StorageError: a row could not be written.
+        """
+        return self._serve([self._encode(prompt, at) for at, prompt in _listed(prompts)], sampling_params, output_path)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        output_path: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answers each conversation, as `generate` does its text under the chat template.
+
+        Args:
+            messages: A conversation (a list of `{"role": ..., "content": ...}`), or a list of them.
+            sampling_params, output_path: As in `generate`.
+
+        Raises:
+            DataError: the chat template refuses a conversation.
+            ConfigError, CapacityError, StorageError: as in `generate`.
+        """
+        alone = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if alone else messages
+        prompts = []
+        for at, conversation in enumerate(conversations):
+            tokens = encode_chat(self._tokenizer, _turns(conversation, at), add_generation_prompt=True)
+            prompts.append(_Prompt(self._tokenizer.decode(tokens), tuple(tokens)))
+        return self._serve(prompts, sampling_params, output_path)
+
+    def _serve(
+        self,
+        prompts: Sequence[_Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        output_path: str | None,
+    ) -> list[RequestOutput]:
+        texts = [prompt.text for prompt in prompts]
+        samplings = self._samplings(sampling_params, len(prompts))
+        requests = [
+            Request(prompt.tokens, index, sample, sampling)
+            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+            for sample in range(sampling.n)
+        ]
+        self._engine.check(requests)  # before the file is opened, over an earlier one
+        with nullcontext() if output_path is None else RowStream(output_path) as stream:
+
+            def write(ended: list[Completion]) -> None:
+                if stream is not None:
+                    prompts_of = (texts[each.request.global_prompt_index] for each in ended)
+                    stream.write([generated_row(*each, self._decode) for each in zip(ended, prompts_of, strict=True)])
+
+            completions, _ = self._engine.generate(self._weights, requests, step=0, on_finished=write)
+        return request_outputs(texts, completions, self._decode)
+
+    def _encode(self, prompt: Any, at: int) -> _Prompt:
+        if isinstance(prompt, str):
+            return _Prompt(prompt, tuple(self._tokenizer.encode(prompt)))
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
+        if not is_list or not all(isinstance(token, int) for token in prompt):
+            raise ConfigError(f"prompts[{at}] is {prompt!r:.80}; a prompt is a text or a list of token ids")
+        return _Prompt(None, tuple(prompt))
+
+    def _samplings(
+        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * num_prompts
+        if len(sampling_params) != num_prompts:
+            raise ConfigError(
+                f"{len(sampling_params)} sampling_params for {num_prompts} prompts; give one for all, or one for each"
+            )
+        vocab_size = self._engine.model_config.vocab_size
+        return [with_end_tokens(each, self._end_tokens, vocab_size) for each in sampling_params]
+
+
+def _most_work(config: EngineConfig, model: LlamaConfig) -> Work:
+    """The most that may be asked for at once, since what will be asked for is not known yet."""
+    num_seqs, length = config.max_seqs or _MAX_SEQS, config.max_seq_len or model.max_seq_len
+    return Work(num_requests=num_seqs, longest_prompt=length, longest_total=length, total_tokens=num_seqs * length)
+
+
+def _listed(prompts: Any) -> list[tuple[int, Any]]:
+    if isinstance(prompts, str):
+        return [(0, prompts)]
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts is a {type(prompts).__name__}; give a text, or a list of texts or of token ids")
+    if any(isinstance(prompt, int) for prompt in prompts):
+        raise ConfigError("prompts is a list with numbers; write [[...]] for one prompt of token ids")
+    return list(enumerate(prompts))
+
+
+def _turns(conversation: Any, at: int) -> list[Message]:
+    turns = [
+        Message(turn["role"], turn["content"])
+        for turn in conversation
+        if isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    ]
+    if not turns or len(turns) < len(conversation):
+        raise ConfigError(
+            f"messages[{at}] is {conversation!r:.120}; a conversation is a list of turns with a role and a content each"
+        )
+    return turns

@@ -1,0 +1,259 @@
+"""`LLM` as its users call it: texts in, texts out; refusals before any device work; rows that survive a kill."""
+
+import dataclasses
+import inspect
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from simpo_pipeline import LLM, SamplingParams
+from simpo_pipeline.data.byte_tokenizer import write_byte_tokenizer
+from simpo_pipeline.distributed.programs import Programs, allow_strays, forbid_strays
+from simpo_pipeline.errors import CapacityError, ConfigError, DataError, PathNotFoundError
+from simpo_pipeline.inference.engine import Engine
+from simpo_pipeline.inference.generated_rows import read_finished_rows
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import save_weights
+from simpo_pipeline.model.transformer import init_llama
+
+TINY = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=264,
+    max_seq_len=128,
+    initializer_range=0.2,
+)
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+END_TOKENS = {257, 260}  # of the byte tokenizer: end of sequence, end of turn
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("model"))
+    write_byte_tokenizer(folder)
+    save_weights(folder, init_llama(TINY, jax.random.key(0)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(model_path: str) -> LLM:
+    return LLM(model_path, max_seqs=8, num_pages=64)
+
+
+def unchecked(function: Callable) -> Callable:
+    """Without the types that tests check: a user's mistake is to be told by what is called."""
+    return inspect.unwrap(function)
+
+
+def tokens_of(outputs: list) -> list[list[tuple[int, ...]]]:
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+
+def test_one_text_a_list_of_texts_and_token_ids_are_the_same_prompt(llm: LLM) -> None:
+    (alone,) = llm.generate("ab", GREEDY)
+    (listed,) = llm.generate(["ab"], GREEDY)
+    (numbers,) = llm.generate([list(b"ab")], GREEDY)
+    assert (alone.prompt, alone.prompt_token_ids) == ("ab", tuple(b"ab"))
+    assert listed == alone
+    assert numbers == dataclasses.replace(alone, prompt=None)
+    assert len(alone.outputs[0].token_ids) == 20 and alone.outputs[0].finish_reason == "length"
+
+
+def test_outputs_come_in_the_order_of_the_prompts_and_alike_from_any_sizes(llm: LLM, model_path: str) -> None:
+    prompts = ["x" * length for length in (40, 1, 90, 7, 7, 23, 3, 60, 5, 11)]
+    sampling = SamplingParams(max_tokens=30, n=2)
+    outputs = llm.generate(prompts, sampling)
+    assert [output.prompt for output in outputs] == prompts
+    assert all([sample.index for sample in output.outputs] == [0, 1] for output in outputs)
+    other = LLM(model_path, max_seqs=3, page_size=4, num_pages=35)
+    assert tokens_of(other.generate(prompts, sampling)) == tokens_of(outputs)
+    # Equal prompts at two places, and samples of one, are drawn with other keys.
+    assert len({sample.token_ids for output in outputs[3:5] for sample in output.outputs}) == 4
+
+
+def test_without_sampling_params_there_are_vllms_sixteen_tokens(llm: LLM) -> None:
+    (output,) = llm.generate("ab")
+    (sample,) = output.outputs
+    assert len(sample.token_ids) == 16 or sample.token_ids[-1] in END_TOKENS
+
+
+def test_each_prompt_may_have_sampling_params_of_its_own(llm: LLM) -> None:
+    own = [dataclasses.replace(GREEDY, max_tokens=count) for count in (3, 9)]
+    outputs = llm.generate(["ab", "ab"], own)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 9]
+
+
+def test_a_chat_is_answered_under_the_chat_template(llm: LLM) -> None:
+    turns = [{"role": "user", "content": "hi"}]
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    (answer,) = llm.chat(turns, GREEDY)
+    assert answer.prompt == rendered
+    assert answer.outputs == llm.generate(rendered, GREEDY)[0].outputs
+    longer = [*turns, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
+    assert llm.chat([turns, longer], GREEDY)[0] == answer
+
+
+def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(llm: LLM) -> None:
+    drawn = SamplingParams(max_tokens=60, n=40, temperature=2.0)
+    for ignore_eos, reasons in ((True, {"length"}), (False, {"length", "stop"})):
+        (output,) = llm.generate("ab", dataclasses.replace(drawn, ignore_eos=ignore_eos))
+        assert {sample.finish_reason for sample in output.outputs} == reasons
+    ended = [sample for sample in output.outputs if sample.finish_reason == "stop"]
+    assert {sample.token_ids[-1] for sample in ended} <= END_TOKENS
+    own = dataclasses.replace(drawn, stop_token_ids=(65,))
+    (output,) = llm.generate("ab", own)
+    assert 65 in {sample.token_ids[-1] for sample in output.outputs if sample.finish_reason == "stop"}
+
+
+def test_a_stop_string_ends_a_sample_and_is_no_part_of_its_text(llm: LLM) -> None:
+    whole = llm.generate("ab", GREEDY)[0].outputs[0]
+    stop = next(text for at in range(3, 17) if "\ufffd" not in (text := whole.text[at : at + 2]) and len(text) == 2)
+    (sample,) = llm.generate("ab", dataclasses.replace(GREEDY, stop=("no such text", stop)))[0].outputs
+    assert sample.finish_reason == "stop_string"
+    assert sample.text == whole.text[: whole.text.index(stop)]
+    assert sample.token_ids == whole.token_ids[: len(sample.token_ids)] and len(sample.token_ids) < 20
+    patient = dataclasses.replace(GREEDY, stop=(stop,), min_tokens=len(sample.token_ids) + 1)
+    assert len(llm.generate("ab", patient)[0].outputs[0].token_ids) > len(sample.token_ids)
+
+
+def test_log_probabilities_are_those_of_the_drawn_tokens_and_of_the_likeliest(llm: LLM) -> None:
+    (sample,) = llm.generate("ab", dataclasses.replace(GREEDY, logprobs=3))[0].outputs
+    assert sample.logprobs is not None and len(sample.logprobs) == len(sample.token_ids) == 20
+    chosen = [each[token] for token, each in zip(sample.token_ids, sample.logprobs, strict=True)]
+    assert all(len(each) == 3 and max(each.values()) == own for each, own in zip(sample.logprobs, chosen, strict=True))
+    assert sample.cumulative_logprob == sum(chosen) < 0
+    assert llm.generate("ab", GREEDY)[0].outputs[0].logprobs is None
+
+
+def test_all_programs_are_compiled_when_it_is_made(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_now(*args: Any, **options: Any) -> None:
+        raise AssertionError("compiled while serving")
+
+    monkeypatch.setattr(Programs, "compile", compile_now)
+    forbid_strays()  # and nothing else may run, so jit cannot compile either
+    try:
+        prompts = ["x" * length for length in range(1, 100, 7)]
+        llm.generate(prompts, SamplingParams(max_tokens=9, top_k=3, repetition_penalty=1.5, stop=("b",), logprobs=2))
+    finally:
+        allow_strays()
+
+
+LONG = [1] * 120
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "error", "message"),
+    [
+        (["ab", ""], None, CapacityError, "request 1 .*empty prompt; give it at least one token"),
+        ([[]], None, CapacityError, "request 0 .*empty prompt"),
+        ([[1, 264]], None, CapacityError, "has token id 264; the model knows 0 to 263"),
+        ([[1, -1]], None, CapacityError, "has token id -1; the model knows 0 to 263"),
+        ([LONG], None, CapacityError, r"120 prompt tokens and max_tokens 16, 136 in all; engine\.max_seq_len is 128"),
+        (["ab"], [GREEDY] * 2, ConfigError, "2 sampling_params for 1 prompts; give one for all, or one for each"),
+        (["ab"], SamplingParams(stop_token_ids=(264,)), ConfigError, "stop_token_ids has 264; the model knows 0 to"),
+        (
+            ["ab"],
+            SamplingParams(stop_token_ids=tuple(range(7))),
+            ConfigError,
+            "and the tokenizer's own end tokens .* are 9, and at most 8 are supported; give fewer, or set ignore_eos",
+        ),
+        ([1, 2], None, ConfigError, r"prompts is a list with numbers; write \[\[...\]\] for one prompt"),
+        ([["a"]], None, ConfigError, r"prompts\[0\] is \['a'\]; a prompt is a text or a list of token ids"),
+        ([b"ab"], None, ConfigError, r"prompts\[0\] is b'ab'; a prompt is"),
+        (None, None, ConfigError, "prompts is a NoneType; give a text, or a list"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_any_device_work(
+    llm: LLM, tmp_path: pathlib.Path, prompts: Any, sampling: Any, error: type[Exception], message: str
+) -> None:
+    earlier = tmp_path / "rows.jsonl"
+    earlier.write_text("rows of an earlier run\n")
+    forbid_strays()
+    try:
+        with pytest.raises(error, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "generate", None)
+            unchecked(LLM.generate)(llm, prompts, sampling, output_path=str(earlier))
+    finally:
+        allow_strays()
+    assert earlier.read_text() == "rows of an earlier run\n"
+
+
+def test_no_prompts_make_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == llm.chat([]) == []
+
+
+@pytest.mark.parametrize(
+    "messages", [[[]], [[{"role": "user"}]], ["hi"], [[{"role": "user", "content": "a"}, "b"]], [{"content": "a"}]]
+)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(ConfigError, match=r"messages\[0\] is .*a conversation is a list of turns with a role and"):
+        unchecked(LLM.chat)(llm, messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "int8"}, ConfigError, "dtype is 'int8'; allowed is one of float32, bfloat16"),
+        ({"max_seqs": 0}, ConfigError, "max_seqs must be at least 1, got 0"),
+        ({"max_seq_len": 129}, ConfigError, "max_seq_len is 129, but the model has only 128 positions; lower it"),
+        ({"memory_utilization": 1.5}, ConfigError, r"memory_utilization must lie in \(0, 1\], got 1.5"),
+        ({"num_pages": 10**9}, CapacityError, r"the engine needs .* GiB .*engine\.num_pages asks for; it may take"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(model_path: str, options: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        unchecked(LLM.__init__)(object.__new__(LLM), model_path, **options)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: pathlib.Path, model_path: str) -> None:
+    with pytest.raises(PathNotFoundError, match=r"config\.json"):
+        LLM(str(tmp_path))
+    (tmp_path / "config.json").write_bytes(pathlib.Path(model_path, "config.json").read_bytes())
+    with pytest.raises(DataError, match="no tokenizer could be loaded"):
+        LLM(str(tmp_path))
+
+
+def test_the_file_of_rows_holds_what_was_returned_and_nothing_of_earlier_calls(llm: LLM, tmp_path) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    for prompts in (["earlier"] * 9, ["ab", "xy"]):
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=12, n=2, logprobs=1), output_path=path)
+    rows = sorted(read_finished_rows(path), key=lambda row: (row["global_prompt_index"], row["sample_index"]))
+    samples = [(output, sample) for output in outputs for sample in output.outputs]
+    assert len(rows) == len(samples) == 4
+    for row, (output, sample) in zip(rows, samples, strict=True):
+        assert (row["prompt"], row["sample_index"]) == (output.prompt, sample.index)
+        assert (row["generated_text"], tuple(row["generated_tokens"])) == (sample.text, sample.token_ids)
+        assert (row["finish_reason"], row["cumulative_logprob"]) == (sample.finish_reason, sample.cumulative_logprob)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_kill_loses_no_sample_that_had_ended(llm: LLM, model_path: str, tmp_path: pathlib.Path, seed: int) -> None:
+    path, count = str(tmp_path / "rows.jsonl"), 400
+    program = str(pathlib.Path(__file__).with_name("llm_to_be_killed.py"))
+    process = subprocess.Popen(
+        [sys.executable, program, model_path, path, str(count)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    ended: set[int] = set()
+    goal = random.Random(seed).randrange(20, 300)
+    with process.stdout as output:
+        for line in output:
+            ended |= set(map(int, line.split()))
+            if len(ended) >= goal and process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    rows = {row["global_prompt_index"]: row["generated_tokens"] for row in read_finished_rows(path)}
+    assert ended <= rows.keys() and goal <= len(rows) < count
+    outputs = llm.generate([f"prompt {index}" for index in range(count)], SamplingParams(max_tokens=24))
+    assert all(tuple(tokens) == outputs[index].outputs[0].token_ids for index, tokens in rows.items())

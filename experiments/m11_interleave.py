@@ -74,7 +74,7 @@ PRESETS = {
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_tokens=16, temperature=0.7, top_p=0.95),
-        engine=EngineConfig(max_seqs=128, max_seq_len=384),
+        engine=EngineConfig(),
         chat=True,
     ),
     # A real model on two CPU cores in minutes.
@@ -90,7 +90,7 @@ PRESETS = {
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_tokens=64, temperature=0.7, top_p=0.95),
-        engine=EngineConfig(max_seqs=128, max_seq_len=160),  # the longest prompt has under 96 tokens
+        engine=EngineConfig(),
         chat=True,
     ),
     # The M11 of record on a v5p-32: 16 chips, 4 hosts, Llama-3.1-8B, UltraFeedback.

@@ -51,10 +51,7 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
     """The DAG of a settings file."""
     model = fetch_step(settings.hf_checkpoint, settings.model, settings.tokenizer)
     generation = settings.build_generation(output_path_of(model))
-    marked = {
-        name: versioned(getattr(generation, name))
-        for name in ("prompts", "sampling", "samples_per_prompt", "chat", "compute_dtype")
-    }
+    marked = {name: versioned(getattr(generation, name)) for name in ("prompts", "sampling", "chat", "compute_dtype")}
     count = generation.prompts.count
     samples = ExecutorStep(
         f"infer{'' if count is None else f'-{count}'}", infer, dataclasses.replace(generation, **marked)

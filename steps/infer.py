@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts, prompt_shard
@@ -14,17 +14,23 @@ from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.generated_rows import generated_row
+from simpo_pipeline.inference.text import decoder_of, with_end_tokens
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
-from steps.rows import host_file, merge_rows, merged_file, remove_other_rows, write_rows
+from steps.host_rows import HostRows
+from steps.rows import merge_rows, merged_file, remove_rows, write_rows
 from steps.session import session_of
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from simpo_pipeline.data.chat import Tokenizer
     from simpo_pipeline.distributed.programs import Programs
     from simpo_pipeline.handoff.handoff import InferenceWeights
+    from simpo_pipeline.inference.config import EngineSizes
     from simpo_pipeline.inference.sequence import Completion, Request
-    from simpo_pipeline.model.transformer import Llama
+    from simpo_pipeline.model.config import LlamaConfig
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
@@ -33,6 +39,8 @@ MODES = ("host_data_parallel", "global_mesh")
 # Rows that a tracker gets to show; all rows are in the step's own files.
 MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+# Figures of the engine that add up over hosts.
+COUNTS = ("prompt_tokens", "shared_tokens", "generated_tokens", "decoded_tokens", "num_preemptions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +49,13 @@ class InferConfig:
 
     Attributes:
         prompts: The prompts of the whole job.
-        sampling: How tokens are drawn and when a sequence ends. Without `stop_token_ids`, the end of the turn
-            does, and the tokenizer's EOS.
-        engine: Sizes of the engine; they never change a token.
+        sampling: How many samples of each prompt there are, how tokens are drawn, and when a sample ends. Unless
+            `ignore_eos`, the end of the turn and the tokenizer's EOS end it, besides its own `stop_token_ids`.
+        engine: Sizes of the engine; they never change a token. What is None follows from prompts and memory.
         model_path: Folder of the model: its tokenizer, and the weights when `trainer` is None.
         trainer: A live `Trainer` borrowed from a training step (`borrow(step)`), whose parameters are generated from.
         step: Finished updates of those parameters; part of the sampling keys and of every row.
         chat: Whether each prompt becomes one user message under the tokenizer's chat template.
-        samples_per_prompt: Independent samples of each prompt.
         mode: `host_data_parallel`: each host has an engine of its own and serves its contiguous shard of the prompts.
             `global_mesh`: one engine over all devices serves them all; every host sees the same rounds, and writes
             the rows of its shard. In a job of one process the two are the same.
@@ -62,7 +69,6 @@ class InferConfig:
     trainer: Any = None
     step: int = 0
     chat: bool = True
-    samples_per_prompt: int = 1
     mode: InferenceMode = "host_data_parallel"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     output_path: str = THIS_OUTPUT_PATH
@@ -71,13 +77,12 @@ class InferConfig:
         mode = unwrap_versioned_value(self.mode)
         if mode not in MODES:
             raise ConfigError(f"Unknown inference_mode={mode!r}. Expected one of: {', '.join(MODES)}")
-        samples = unwrap_versioned_value(self.samples_per_prompt)
-        if samples < 1:
-            raise ConfigError(f"samples_per_prompt must be at least 1, got {samples}")
 
 
 def infer(config: InferConfig, run: StepRun) -> None:
     """Writes a row per sample to this host's file, the merged file of all hosts, and `summary.json`.
+
+    Each row is written aside as soon as it has ended (`rows.unfinished_file`), for the case that the step does not end.
 
     Raises:
         CapacityError: a prompt does not fit the engine; said before any device work.
@@ -89,22 +94,17 @@ def infer(config: InferConfig, run: StepRun) -> None:
 
     session, processes = session_of(run), run.processes
     if processes.is_leader:
-        remove_other_rows(config.output_path, processes.process_count)
+        remove_rows(config.output_path)
     prompts = load_prompts(config.prompts)
     shard = prompt_shard(len(prompts), processes.process_index, processes.process_count)
     tokenizer = load_tokenizer(config.model_path)
+    rows = HostRows(config.output_path, processes, shard, _row_maker(config, processes, prompts, tokenizer))
     everywhere = config.mode == "global_mesh"
-    requests = _requests(config, tokenizer, prompts, range(len(prompts)) if everywhere else shard)
-    completions, figures = _generate(config, session.programs, processes, requests)
+    served = [(index, prompts[index]) for index in (range(len(prompts)) if everywhere else shard)]
+    completions, figures = _generate(config, session.programs, processes, tokenizer, served, rows)
     if everywhere:
         check_same_tokens(processes, completions)
-    host = {"process_index": processes.process_index, "process_count": processes.process_count}
-    rows = [
-        {"step": config.step, **host, **_row(tokenizer, prompts[done.request.global_prompt_index], done)}
-        for done in completions
-        if done.request.global_prompt_index in shard
-    ]
-    write_rows(join(config.output_path, host_file(**host)), rows)
+    rows.write_in_order()
     # Also says that every host's file is whole.
     figures_by_host = processes.gather(figures)
     if processes.is_leader:
@@ -114,6 +114,22 @@ def infer(config: InferConfig, run: StepRun) -> None:
         session.tracker.log(shown, step=config.step)
         session.tracker.summary(shown)
         session.tracker.log_samples(samples, step=config.step)
+
+
+def _row_maker(
+    config: InferConfig, processes: Processes, prompts: Sequence[str], tokenizer: "Tokenizer"
+) -> "Callable[[Completion], dict[str, Any]]":
+    origin = {
+        "step": config.step,
+        "process_index": processes.process_index,
+        "process_count": processes.process_count,
+    }
+    decode = decoder_of(tokenizer)
+
+    def make_row(completion: "Completion") -> dict[str, Any]:
+        return {**origin, **generated_row(completion, prompts[completion.request.global_prompt_index], decode)}
+
+    return make_row
 
 
 def check_same_tokens(processes: Processes, completions: "Sequence[Completion]") -> None:
@@ -132,15 +148,16 @@ def check_same_tokens(processes: Processes, completions: "Sequence[Completion]")
             )
 
 
-def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str], indices: range) -> "list[Request]":
+def _requests(
+    config: InferConfig, tokenizer: "Tokenizer", served: Sequence[tuple[int, str]], vocab_size: int
+) -> "list[Request]":
+    """One for each sample of the prompts, given with their indices."""
     # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import encode_chat, stop_token_ids
     from simpo_pipeline.data.records import Message
     from simpo_pipeline.inference.sequence import Request
 
-    sampling = config.sampling
-    if not sampling.stop_token_ids:
-        sampling = dataclasses.replace(sampling, stop_token_ids=tuple(stop_token_ids(tokenizer)))
+    sampling = with_end_tokens(config.sampling, stop_token_ids(tokenizer), vocab_size)
 
     def encode(prompt: str) -> tuple[int, ...]:
         if config.chat:
@@ -149,37 +166,36 @@ def _requests(config: InferConfig, tokenizer: "Tokenizer", prompts: Sequence[str
 
     return [
         Request(prompt_tokens=tokens, global_prompt_index=index, sample_index=sample, sampling=sampling)
-        for index in indices
-        for tokens in [encode(prompts[index])]
-        for sample in range(config.samples_per_prompt)
+        for index, prompt in served
+        for tokens in [encode(prompt)]
+        for sample in range(sampling.n)
     ]
 
 
 def _generate(
-    config: InferConfig, programs: "Programs", processes: Processes, requests: "list[Request]"
-) -> "tuple[list[Completion], dict[str, float]]":
-    """The engine's completions in request order, and what they cost."""
+    config: InferConfig,
+    programs: "Programs",
+    processes: Processes,
+    tokenizer: "Tokenizer",
+    served: Sequence[tuple[int, str]],
+    rows: HostRows,
+) -> "tuple[list[Completion], dict[str, Any]]":
+    """The engine's completions in the order of the prompts, and what they cost; `rows` gets each as it ends."""
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.mesh import global_mesh, local_mesh
     from simpo_pipeline.inference.engine import Engine, check_requests
     from simpo_pipeline.model.hf_weights import load_config
-    from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-    from simpo_pipeline.model.transformer import abstract_llama
 
     mesh = global_mesh() if config.mode == "global_mesh" else local_mesh()
-    model_config = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
-    if config.engine.max_seq_len > model_config.max_seq_len:
-        raise CapacityError(
-            f"engine.max_seq_len is {config.engine.max_seq_len}, and the model was made for sequences of up to "
-            f"{model_config.max_seq_len} tokens; lower it"
-        )
-    check_requests(requests, config.engine, model_config.vocab_size)
+    model = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
+    requests = _requests(config, tokenizer, served, model.vocab_size)
+    sizes = _sizes(config, processes, model, mesh, requests)
+    check_requests(requests, sizes, model.vocab_size)
     # A host that cannot serve its shard fails here, and the others follow it before any device is touched.
     processes.gather("every request can be served")
-    engine = Engine(model_config, config.engine, mesh, programs, config.compute_dtype)
+    engine = Engine(model, sizes, mesh, programs, config.compute_dtype, decode=decoder_of(tokenizer))
     processes.watch.check_peers()
-    wanted = with_shardings(abstract_llama(model_config, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
-    weights, cost = _weights(config, programs, wanted)
+    weights, cost = _weights(config, programs, model, mesh)
     log_progress = _log_progress()
 
     def on_progress(*progress: Any) -> None:
@@ -187,20 +203,52 @@ def _generate(
         processes.watch.check_peers()
 
     try:
-        completions, stats = engine.generate(weights.tree, requests, step=config.step, on_progress=on_progress)
+        with rows:
+            completions, stats = engine.generate(
+                weights.tree, requests, step=config.step, on_progress=on_progress, on_finished=rows.add
+            )
     finally:
         weights.free()
-    return completions, dataclasses.asdict(stats) | cost
+    return completions, dataclasses.asdict(stats) | cost | {"engine": dataclasses.asdict(sizes)}
 
 
-def _weights(config: InferConfig, programs: "Programs", wanted: "Llama") -> "tuple[InferenceWeights, dict[str, float]]":
+def _sizes(
+    config: InferConfig, processes: Processes, model: "LlamaConfig", mesh: "Mesh", requests: "list[Request]"
+) -> "EngineSizes":
+    """The engine's sizes: the same on every host, for the largest shard and the least memory of all.
+
+    Raises:
+        CapacityError: it is to hold longer sequences than the model, or memory does not hold it.
+    """
+    # Imported here because planning must not import jax.
+    from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+
+    if (config.engine.max_seq_len or 0) > model.max_seq_len:
+        raise CapacityError(
+            f"engine.max_seq_len is {config.engine.max_seq_len}, and the model was made for sequences of up to "
+            f"{model.max_seq_len} tokens; lower it"
+        )
+    hosts = processes.gather(
+        {"work": dataclasses.asdict(Work.of(requests)), "memory_bytes": available_memory_bytes(mesh)}
+    )
+    work = Work.merged([Work(**host["work"]) for host in hosts])
+    memory_bytes = min(host["memory_bytes"] for host in hosts)
+    return size_engine(config.engine, model, config.compute_dtype, work, mesh, memory_bytes)
+
+
+def _weights(
+    config: InferConfig, programs: "Programs", model: "LlamaConfig", mesh: "Mesh"
+) -> "tuple[InferenceWeights, dict[str, float]]":
     """The engine's weights, handed over on device by a live trainer or read from the model folder, and what it cost."""
     # Imported here because planning must not import jax.
     import jax
 
     from simpo_pipeline.handoff.handoff import InferenceWeights, build_handoff
     from simpo_pipeline.model.hf_weights import load_weights
+    from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+    from simpo_pipeline.model.transformer import abstract_llama
 
+    wanted = with_shardings(abstract_llama(model, config.compute_dtype), mesh, TENSOR_PARALLEL_RULES)
     if config.trainer is None:
         started = time.perf_counter()
         tree = jax.block_until_ready(load_weights(config.model_path, wanted))
@@ -230,24 +278,8 @@ def _log_progress():
     return log
 
 
-def _row(tokenizer: "Tokenizer", prompt: str, completion: "Completion") -> dict[str, Any]:
-    tokens = completion.tokens
-    # The stop token ended the text; it is no part of it.
-    text_tokens = tokens[:-1] if completion.finish_reason == "stop" else tokens
-    return {
-        "global_prompt_index": completion.request.global_prompt_index,
-        "sample_index": completion.request.sample_index,
-        "prompt": prompt,
-        "prompt_token_count": len(completion.request.prompt_tokens),
-        "generated_text": tokenizer.decode(list(text_tokens), skip_special_tokens=True),
-        "generated_tokens": list(tokens),
-        "generated_token_count": len(tokens),
-        "finish_reason": completion.finish_reason,
-    }
-
-
 def _merge(
-    config: InferConfig, num_prompts: int, figures: list[dict[str, float]]
+    config: InferConfig, num_prompts: int, figures: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The leader's part: writes all hosts' rows in prompt order; returns the job's summary and the first rows."""
     reasons: collections.Counter[str] = collections.Counter()
@@ -260,14 +292,13 @@ def _merge(
                 samples.append(row)
             yield row
 
-    rows = merge_rows(config.output_path, num_prompts, config.samples_per_prompt, len(figures))
+    rows = merge_rows(config.output_path, num_prompts, config.sampling.n, len(figures))
     write_rows(join(config.output_path, merged_file(len(figures))), counted(rows))
     # One engine over all hosts served every request, so each host counted all of them.
     counting = figures[:1] if config.mode == "global_mesh" else figures
-    counts = ("prompt_tokens", "generated_tokens", "num_preemptions")
-    totals = {name: sum(host[name] for host in counting) for name in counts}
+    totals = {name: sum(host[name] for host in counting) for name in COUNTS}
     # Hosts generate side by side, so the slowest one's seconds are the job's.
-    slowest = {name: max(host[name] for host in figures) for name in figures[0] if name not in counts}
+    slowest = {name: max(host[name] for host in figures) for name in figures[0] if name not in (*COUNTS, "engine")}
     seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
     tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0
     summary = {
@@ -279,5 +310,6 @@ def _merge(
         **{name: round(value, 6) for name, value in slowest.items()},
         "tokens": totals["generated_tokens"],
         "tokens_per_second": round(tokens_per_second, 1),
+        "engine": figures[0]["engine"],
     }
     return summary, samples

@@ -76,7 +76,6 @@ def _infer_step(
             prompts=versioned(generation.prompts),
             sampling=versioned(generation.sampling),
             chat=versioned(generation.chat),
-            samples_per_prompt=versioned(generation.samples_per_prompt),
             compute_dtype=versioned(generation.compute_dtype),
             model_path=output_path_of(model),
             trainer=borrow(trained),

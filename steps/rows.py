@@ -1,4 +1,8 @@
-"""The files of generated rows: one a host, and one of all hosts, merged in the order of the prompts."""
+"""The files of generated rows: one a host, and one of all hosts, merged in the order of the prompts.
+
+While a host generates, its rows lie in a file of their own, in the order in which they end; whoever kills the step
+keeps them there until it runs again.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,7 +14,7 @@ from simpo_pipeline.storage.files import list_files, remove_tree
 from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
 from simpo_pipeline.storage.paths import join
 
-_ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_(?P<count>\d{4})\.jsonl")
+_ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_\d{4}(\.unfinished)?\.jsonl")
 
 
 def host_file(process_index: int, process_count: int) -> str:
@@ -18,16 +22,20 @@ def host_file(process_index: int, process_count: int) -> str:
     return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
 
 
+def unfinished_file(process_index: int, process_count: int) -> str:
+    """The name of the file with the rows of one host that have ended, while others have not."""
+    return f"host_{process_index:04d}_of_{process_count:04d}.unfinished.jsonl"
+
+
 def merged_file(process_count: int) -> str:
     """The name of the file with the rows of all hosts."""
     return f"all_hosts_merged_of_{process_count:04d}.jsonl"
 
 
-def remove_other_rows(output_path: str, process_count: int) -> None:
-    """Removes the rows that an earlier attempt by another number of hosts left behind."""
+def remove_rows(output_path: str) -> None:
+    """Removes the rows of an earlier attempt, by however many hosts."""
     for entry in list_files(output_path):
-        match = _ROWS_FILE.fullmatch(entry.relative_path)
-        if match is not None and int(match["count"]) != process_count:
+        if _ROWS_FILE.fullmatch(entry.relative_path):
             remove_tree(join(output_path, entry.relative_path))
 
 
@@ -38,17 +46,17 @@ def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
             writer.write(row)
 
 
-def merge_rows(
-    output_path: str, num_prompts: int, samples_per_prompt: int, process_count: int
-) -> Iterator[dict[str, Any]]:
+def merge_rows(output_path: str, num_prompts: int, num_samples: int, process_count: int) -> Iterator[dict[str, Any]]:
     """The rows in the files of all hosts, by prompt and sample: hosts serve contiguous shards, each in order.
+
+    `num_samples` of each prompt.
 
     Raises:
         DataError: a host's rows are not those of its shard, each once.
     """
     for host in range(process_count):
         shard = prompt_shard(num_prompts, host, process_count)
-        wanted = [(host, prompt, sample) for prompt in shard for sample in range(samples_per_prompt)]
+        wanted = [(host, prompt, sample) for prompt in shard for sample in range(num_samples)]
         path = join(output_path, host_file(host, process_count))
         count = 0
         for row in read_jsonl(path):

@@ -1,16 +1,17 @@
 """What settings of generation mean to the engine, shared by training's `inference_eval` and the sampler's `engine`."""
 
 import dataclasses
+from typing import Any
 
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.inference.config import EngineConfig, pages_for
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams, pages_for
 from steps.infer import MODES
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineKnobs:
-    """Sizes of an engine as settings name them; None leaves one to the engine.
+    """Sizes of an engine as settings name them; None leaves one to the engine, which knows prompts and memory.
 
     Attributes:
         section: Where the knobs stand in the file, for messages.
@@ -23,9 +24,9 @@ class EngineKnobs:
     """
 
     section: str
-    max_seq_len: int
-    max_seqs: int
-    page_size: int
+    max_seq_len: int | None
+    max_seqs: int | None
+    page_size: int | None
     max_pages: int | None
     max_prefill_size: int | None
     max_rounds: int | None
@@ -40,21 +41,12 @@ class EngineKnobs:
             size = getattr(self, field.name)
             if field.name != "section" and size is not None and size < 1:
                 raise ConfigError(f"{self.section}.{field.name} must be positive when set, got {size}")
-        if self.max_seq_len <= max_new_tokens:
+        if self.max_seq_len is not None:
+            self._check_length(self.max_seq_len, max_new_tokens)
+        if self.max_pages is not None and self.page_size is None:
             raise ConfigError(
-                f"{self.section}.max_seq_len is too small: it is {self.max_seq_len} and must hold a prompt and "
-                f"max_new_tokens={max_new_tokens}; raise it"
-            )
-        if self.max_rounds is not None and self.max_rounds > self.max_seq_len:
-            raise ConfigError(
-                f"{self.section}.max_rounds must be <= {self.section}.max_seq_len, got {self.max_rounds} > "
-                f"{self.max_seq_len}"
-            )
-        needed = pages_for(self.max_seq_len, self.page_size)
-        if self.max_pages is not None and self.max_pages < needed:
-            raise ConfigError(
-                f"{self.section}.max_pages={self.max_pages} is too small for one sequence of max_seq_len="
-                f"{self.max_seq_len} ({needed} pages needed at page_size={self.page_size}). Increase max_pages."
+                f"{self.section}.max_pages is {self.max_pages}, but {self.section}.page_size is null, so nobody knows "
+                "how large they are; set it too, or leave both to the engine"
             )
         given = {"prefill_chunk_tokens": self.max_prefill_size, "decode_steps_per_call": self.max_rounds}
         return EngineConfig(
@@ -64,6 +56,40 @@ class EngineKnobs:
             num_pages=self.max_pages,
             **{name: size for name, size in given.items() if size is not None},
         )
+
+    def _check_length(self, max_seq_len: int, max_new_tokens: int) -> None:
+        if max_seq_len <= max_new_tokens:
+            raise ConfigError(
+                f"{self.section}.max_seq_len is too small: it is {max_seq_len} and must hold a prompt and "
+                f"max_new_tokens={max_new_tokens}; raise it"
+            )
+        if self.max_rounds is not None and self.max_rounds > max_seq_len:
+            raise ConfigError(
+                f"{self.section}.max_rounds must be <= {self.section}.max_seq_len, got {self.max_rounds} > "
+                f"{max_seq_len}"
+            )
+        if self.max_pages is None or self.page_size is None:
+            return
+        needed = pages_for(max_seq_len, self.page_size)
+        if self.max_pages < needed:
+            raise ConfigError(
+                f"{self.section}.max_pages={self.max_pages} is too small for one sequence of max_seq_len="
+                f"{max_seq_len} ({needed} pages needed at page_size={self.page_size}). Increase max_pages."
+            )
+
+
+def build_sampling(prefix: str, *, max_new_tokens: int, **fields: Any) -> SamplingParams:
+    """Sampling parameters from knobs; `prefix` stands before the knobs' names in messages.
+
+    Raises:
+        ConfigError: a knob's value means nothing.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"{prefix}max_new_tokens must be at least 1, got {max_new_tokens}")
+    try:
+        return SamplingParams(max_tokens=max_new_tokens, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def build_prompts(

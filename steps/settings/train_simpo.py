@@ -111,13 +111,10 @@ class TrainSimpoConfig:
         settings = self.inference_eval
         if not settings.enabled:
             return None
-        limit = self.model.max_seq_len if self.model.max_seq_len is not None else settings.max_seq_len
-        if limit is None:
-            raise ConfigError("inference_eval.max_seq_len is null; give it, or model.max_seq_len, whose value it takes")
         return InferConfig(
             prompts=settings.build_prompts(),
             sampling=settings.build_sampling(),
-            engine=settings.build_engine(limit),
+            engine=settings.build_engine(self.model.max_seq_len),
             model_path=model_path,
             chat=settings.chat,
             mode=settings.mode,

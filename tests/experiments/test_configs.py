@@ -8,6 +8,7 @@ import pytest
 
 from simpo_pipeline.config_files.parse import load_yaml
 from simpo_pipeline.executor.step import unwrap_versioned_value
+from simpo_pipeline.inference.config import SamplingParams
 from steps.schedule import Segment
 from steps.settings.command_line import read_settings
 from steps.settings.retired import SAMPLE_LM_MULTIHOST, TRAIN_SIMPO
@@ -86,13 +87,7 @@ def test_m11_resolves_to_the_run_of_record():
         "synthetic_prompt_count": 128,
         "synthetic_prompt_template": "M11 prompt {index}: explain one practical ML idea in concise terms.",
     }
-    assert dataclasses.asdict(generation.sampling) == {
-        "max_new_tokens": 2048,
-        "temperature": 0.7,
-        "top_p": 1.0,
-        "stop_token_ids": (),
-        "seed": 0,
-    }
+    assert generation.sampling == SamplingParams(max_tokens=2048, temperature=0.7)
     assert dataclasses.asdict(generation.engine) == {
         "max_seqs": 64,
         "max_seq_len": 4096,
@@ -100,8 +95,9 @@ def test_m11_resolves_to_the_run_of_record():
         "num_pages": 1088,
         "prefill_chunk_tokens": 4096,
         "decode_steps_per_call": 64,
+        "memory_utilization": 0.9,
     }
-    assert (generation.mode, generation.chat, generation.samples_per_prompt) == ("host_data_parallel", False, 1)
+    assert (generation.mode, generation.chat) == ("host_data_parallel", False)
     assert generation.compute_dtype == "bfloat16"
     assert dataclasses.asdict(settings.data.component.source.preference_source()) == {
         "path": "HuggingFaceH4/ultrafeedback_binarized",
@@ -148,5 +144,5 @@ def test_the_base_run_is_one_stretch_of_2150_updates():
 @pytest.mark.parametrize(("name", "num_prompts"), [(M10_128, 128), (M10_1024, 1024), (ONE_PROMPT, 1)])
 def test_the_samplers_of_record_generate_2048_tokens_for_each_prompt(name, num_prompts):
     generation = read_sampler(name).build_generation("model")
-    assert (generation.prompts.count, generation.sampling.max_new_tokens) == (num_prompts, 2048)
+    assert (generation.prompts.count, generation.sampling.max_tokens) == (num_prompts, 2048)
     assert generation.compute_dtype == "bfloat16"

@@ -1,6 +1,7 @@
 """infer writes one row per sample, from a live trainer or from a model folder, and leaves both as they were."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -8,11 +9,13 @@ from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.generated_rows import read_finished_rows
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
+from steps.host_rows import HostRows
 from steps.infer import InferConfig, check_same_tokens, infer
-from steps.rows import host_file, merge_rows, merged_file, write_rows
+from steps.rows import host_file, merge_rows, merged_file, unfinished_file, write_rows
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")
@@ -22,7 +25,7 @@ def config_for(model_path, output_path, **options):
     fields = {
         "prompts": PromptsConfig(prompts=PROMPTS),
         "sampling": SamplingParams(max_tokens=6, temperature=1.0),
-        "engine": EngineConfig(max_seqs=4, max_seq_len=96),
+        "engine": EngineConfig(),
     }
     return InferConfig(model_path=model_path, output_path=str(output_path), **{**fields, **options})
 
@@ -54,7 +57,8 @@ def test_the_summary_counts_what_the_rows_hold(model_path, step_run, tmp_path):
 
 def test_samples_of_one_prompt_differ_and_the_seed_repeats_them(model_path, step_run, tmp_path):
     for name in ("a", "b"):
-        infer(config_for(model_path, tmp_path / name, samples_per_prompt=2), step_run)
+        sampling = SamplingParams(max_tokens=6, n=2)
+        infer(config_for(model_path, tmp_path / name, sampling=sampling), step_run)
     rows = rows_of(tmp_path / "a")
     assert [(row["global_prompt_index"], row["sample_index"]) for row in rows[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert rows[0]["generated_tokens"] != rows[1]["generated_tokens"]
@@ -84,7 +88,7 @@ def test_a_borrowed_trainer_is_generated_from_and_left_as_it_was(
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model_path, step_run, tmp_path):
     long = PromptsConfig(prompts=("short", "x" * 200))
-    with pytest.raises(CapacityError, match=r"request 1 .*max_seq_len is 96"):
+    with pytest.raises(CapacityError, match=r"request 1 .*max_seq_len is 128"):
         infer(config_for(model_path, tmp_path, prompts=long), step_run)
     assert list_files(str(tmp_path)) == []
 
@@ -136,24 +140,145 @@ def test_rows_that_are_not_those_of_their_shard_are_refused(tmp_path, shards, me
         list(merge_rows(str(tmp_path), 4, 1, 2))
 
 
-def test_rows_of_an_attempt_by_another_number_of_hosts_are_removed(model_path, step_run, tmp_path):
+def test_rows_of_an_earlier_attempt_are_removed(model_path, step_run, tmp_path):
     write_shards(tmp_path, [[0], [1]])
-    write_rows(f"{tmp_path}/{merged_file(2)}", [])
+    for name in (merged_file(2), unfinished_file(0, 1), unfinished_file(1, 2)):
+        write_rows(f"{tmp_path}/{name}", [{"of": "an earlier attempt"}])
     infer(config_for(model_path, tmp_path), step_run)
     names = {entry.relative_path for entry in list_files(str(tmp_path))}
     assert names == {host_file(0, 1), merged_file(1), "summary.json"}
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"mode": "everywhere"},
-            "Unknown inference_mode='everywhere'. Expected one of: host_data_parallel,",
-        ),
-        ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, got 0"),
-    ],
-)
-def test_a_wrong_config_is_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        config_for("model", "out", **fields)
+def test_a_wrong_mode_is_refused():
+    with pytest.raises(ConfigError, match=r"Unknown inference_mode='everywhere'\. Expected one of: host_data_p"):
+        config_for("model", "out", mode="everywhere")
+
+
+def test_rows_are_readable_while_others_are_still_generated(model_path, step_run, tmp_path, monkeypatch):
+    """Every row is aside, whole, when its step fails; the next run starts anew and leaves the final files only."""
+    unfinished, seen = f"{tmp_path}/{unfinished_file(0, 1)}", []
+
+    def fail_at_the_fifth_row(self, ended):
+        add(self, ended)
+        seen.append([(row["global_prompt_index"], row["generated_tokens"]) for row in read_finished_rows(unfinished)])
+        if len(seen[-1]) >= 5:
+            raise RuntimeError("a planted error")
+
+    add = HostRows.add
+    monkeypatch.setattr(HostRows, "add", fail_at_the_fifth_row)
+    config = config_for(
+        model_path,
+        tmp_path,
+        prompts=PromptsConfig(synthetic_prompt_count=12, synthetic_prompt_template="{index}?"),
+        engine=EngineConfig(max_seqs=2),
+    )
+    with pytest.raises(RuntimeError, match="a planted error"):
+        infer(config, step_run)
+    assert 0 < len(seen[0]) < 12, "nothing was streamed while others went on"
+    aside = [(row["global_prompt_index"], row["generated_tokens"]) for row in read_finished_rows(unfinished)]
+    assert aside == seen[-1]
+    monkeypatch.undo()
+    infer(config, step_run)
+    final = [(row["global_prompt_index"], row["generated_tokens"]) for row in rows_of(tmp_path)]
+    assert len(final) == 12 and set(map(repr, aside)) <= set(map(repr, final))
+    names = {entry.relative_path for entry in list_files(str(tmp_path))}
+    assert names == {host_file(0, 1), merged_file(1), "summary.json"}
+
+
+def test_a_stop_string_ends_a_sample_and_is_left_out_of_its_text(model_path, step_run, tmp_path):
+    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    infer(config_for(model_path, tmp_path / "whole", sampling=sampling), step_run)
+    whole = rows_of(tmp_path / "whole")[0]["generated_text"]
+    stop = next(text for at in range(2, 20) if "\ufffd" not in (text := whole[at : at + 3]))
+    infer(config_for(model_path, tmp_path / "cut", sampling=dataclasses.replace(sampling, stop=(stop,))), step_run)
+    row = rows_of(tmp_path / "cut")[0]
+    assert row["finish_reason"] == "stop_string"
+    assert row["generated_text"] == whole[: whole.index(stop)]
+    assert row["generated_token_count"] == len(row["generated_tokens"]) < 24
+    assert read_json(f"{tmp_path}/cut/summary.json")["finish_reasons"]["stop_string"] >= 1
+
+
+@pytest.mark.parametrize(("ignore_eos", "reasons"), [(True, {"length"}), (False, {"length", "stop"})])
+def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
+    model_path, step_run, tmp_path, ignore_eos, reasons
+):
+    sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
+    infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
+    rows = rows_of(tmp_path)
+    assert {row["finish_reason"] for row in rows} == reasons
+    assert {row["generated_tokens"][-1] for row in rows if row["finish_reason"] == "stop"} <= {257, 260}
+
+
+def test_own_stop_tokens_come_on_top_of_the_tokenizers(model_path, step_run, tmp_path):
+    sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
+    infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
+    ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
+    assert ends == {100, 101, 257, 260}
+
+
+def test_rows_have_log_probabilities_when_they_are_asked_for_and_only_then(model_path, step_run, tmp_path):
+    for asked in (None, 0, 3):
+        infer(config_for(model_path, tmp_path / str(asked), sampling=SamplingParams(6, logprobs=asked)), step_run)
+    without, chosen, top = (rows_of(tmp_path / name)[0] for name in ("None", "0", "3"))
+    assert not {"logprobs", "cumulative_logprob", "top_logprobs"} & without.keys()
+    assert chosen.keys() - without.keys() == {"logprobs", "cumulative_logprob"}
+    assert chosen["logprobs"] == top["logprobs"] and len(chosen["logprobs"]) == chosen["generated_token_count"]
+    assert all(-20 < each < 0 for each in chosen["logprobs"])
+    assert math.isclose(chosen["cumulative_logprob"], sum(chosen["logprobs"]))
+    for token, own, likeliest in zip(top["generated_tokens"], top["logprobs"], top["top_logprobs"], strict=True):
+        assert len(likeliest) == 3 and likeliest == sorted(likeliest, key=lambda pair: -pair[1])
+        assert dict(likeliest).get(token, own) == own
+
+
+MANY = PromptsConfig(synthetic_prompt_count=1024, synthetic_prompt_template="{index}")
+# Room for one more token after the longest prompt, so that whatever is cut off would show.
+FEW = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+def tokens_of_every_row(output_path, num_prompts):
+    rows = rows_of(output_path)
+    assert [row["global_prompt_index"] for row in rows] == list(range(num_prompts))
+    for row in rows:
+        assert (row["finish_reason"], row["generated_token_count"], len(row["generated_tokens"])) == ("length", 20, 20)
+    return [row["generated_tokens"] for row in rows]
+
+
+def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, step_run, tmp_path):
+    infer(config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, chat=False), step_run)
+    tokens_of_every_row(tmp_path, 1024)
+    assert read_json(f"{tmp_path}/summary.json")["rows"] == 1024
+
+
+def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path, step_run, tmp_path):
+    prompts = PromptsConfig(synthetic_prompt_count=40, synthetic_prompt_template="prompt {index} of many")
+    sizes = {
+        "derived": EngineConfig(),
+        # Few sequences, a prefill smaller than a prompt, calls that end at no multiple of anything.
+        "narrow": EngineConfig(max_seqs=3, prefill_chunk_tokens=8, decode_steps_per_call=7),
+        # Pages for two whole sequences.
+        "pages": EngineConfig(max_seqs=12, page_size=8, num_pages=12),
+    }
+    found = {}
+    for name, engine in sizes.items():
+        fields = {"prompts": prompts, "sampling": FEW, "engine": engine, "chat": False}
+        infer(config_for(model_path, tmp_path / name, **fields), step_run)
+        found[name] = tokens_of_every_row(tmp_path / name, 40)
+    assert all(tokens == found["derived"] for tokens in found.values())
+    assert read_json(f"{tmp_path}/pages/summary.json")["num_preemptions"] > 0
+
+
+def test_hosts_agree_on_sizes_for_the_largest_shard_and_the_least_memory(model_path, step_run, tmp_path):
+    told = []
+
+    def two_hosts(value):
+        if isinstance(value, dict) and "memory_bytes" in value:
+            told.append(value)
+            other = {"num_requests": 9, "longest_prompt": 70, "longest_total": 100, "total_tokens": 400}
+            return [value, {"work": other, "memory_bytes": value["memory_bytes"] // 2}]
+        return [value]
+
+    alone = dataclasses.replace(step_run, processes=Processes(gather=two_hosts))
+    infer(config_for(model_path, tmp_path), alone)
+    engine = read_json(f"{tmp_path}/summary.json")["engine"]
+    assert told[0]["work"]["num_requests"] == 3
+    assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 100)

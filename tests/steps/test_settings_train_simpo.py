@@ -101,6 +101,17 @@ def test_lengths_left_out_are_the_models():
     assert generation is not None and generation.engine.max_seq_len == 48
 
 
+def test_sizes_that_nobody_says_are_left_to_the_engine():
+    settings = settings_with(
+        inference_eval__max_seq_len=None,
+        inference_eval__page_size=None,
+        inference_eval__prompts=...,
+        inference_eval__prompts_path="prompts.txt",
+    )
+    generation = settings.build_generation("model")
+    assert generation is not None and generation.engine == EngineConfig()
+
+
 def test_without_inference_eval_a_run_is_one_stretch():
     settings = settings_with(inference_eval=...)
     assert settings.segments() == (Segment(0, 7, infer=False),)
@@ -198,10 +209,6 @@ TWO_COMPONENTS = {name: {"source": {"type": "url", "train_urls": ["pairs.jsonl"]
             dict(inference_eval__prompts=..., inference_eval__synthetic_prompt_count=0),
             "inference_eval.synthetic_prompt_count must be positive, got 0",
         ),
-        (
-            dict(inference_eval__prompts=..., inference_eval__prompts_path="prompts.txt"),
-            "inference_eval.max_seqs is null; prompts_path does not say",
-        ),
         (dict(inference_eval__max_new_tokens=0), "inference_eval.max_new_tokens must be at least 1, got 0"),
         (dict(inference_eval__temperature=-1.0), "inference_eval.temperature must be a finite number"),
         (dict(inference_eval__max_new_tokens=64), "inference_eval.max_seq_len is too small: it is 64"),
@@ -215,7 +222,6 @@ TWO_COMPONENTS = {name: {"source": {"type": "url", "train_urls": ["pairs.jsonl"]
             dict(model__max_seq_len=64, inference_eval__max_seq_len=128),
             "inference_eval.max_seq_len cannot exceed model max sequence length: 128 > 64",
         ),
-        (dict(inference_eval__max_seq_len=None), "inference_eval.max_seq_len is null; give it, or model.max_seq_len"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_runs(changes, message):

@@ -1,0 +1,55 @@
+"""The rows of one host in step `infer`: aside as they end, in the order of the prompts at the end."""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.inference.generated_rows import RowStream
+from simpo_pipeline.storage.files import remove_tree
+from simpo_pipeline.storage.paths import join
+from steps.rows import host_file, unfinished_file, write_rows
+
+if TYPE_CHECKING:
+    from simpo_pipeline.inference.sequence import Completion
+
+
+class HostRows:
+    """Takes the completions of a host's shard while the block runs; those of other hosts' prompts are passed over."""
+
+    def __init__(
+        self,
+        output_path: str,
+        processes: Processes,
+        shard: range,
+        make_row: "Callable[[Completion], dict[str, Any]]",
+    ) -> None:
+        host = (processes.process_index, processes.process_count)
+        self._path = join(output_path, host_file(*host))
+        self._unfinished_path = join(output_path, unfinished_file(*host))
+        self._shard = shard
+        self._make_row = make_row
+        self._rows: list[dict[str, Any]] = []
+        self._stream: RowStream | None = None
+
+    def __enter__(self) -> "HostRows":
+        self._stream = RowStream(self._unfinished_path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def add(self, ended: "Sequence[Completion]") -> None:
+        """Writes the rows of samples that have ended aside."""
+        assert self._stream is not None, "inside the block only"
+        rows = [self._make_row(each) for each in ended if each.request.global_prompt_index in self._shard]
+        self._stream.write(rows)
+        self._rows += rows
+
+    def write_in_order(self) -> None:
+        """Writes this host's own file; what was aside is not needed any more."""
+        write_rows(self._path, sorted(self._rows, key=lambda row: (row["global_prompt_index"], row["sample_index"])))
+        remove_tree(self._unfinished_path)

@@ -4,11 +4,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from simpo_pipeline.data.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
+from simpo_pipeline.inference.generated_rows import read_finished_rows
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import save_weights
 from simpo_pipeline.model.transformer import init_llama
@@ -82,6 +84,35 @@ def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path
             f"prompt {row['global_prompt_index']}, sample {row['sample_index']} ({row['generated_token_count']} tokens"
         )
         assert shown in done.stdout
+
+
+def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(tmp_path, tiny_settings):
+    prefix, count = tmp_path / "runs", 150
+    words = ["--config_path", tiny_settings, "--prefix", str(prefix), "--prompts", "null"]
+    words += ["--synthetic_prompt_count", str(count), "--synthetic_prompt_template", "no {index}"]
+    command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    unfinished = f"infer-{count}-*/host_0000_of_0001.unfinished.jsonl"
+    deadline = time.monotonic() + 120
+    while not any(path.read_text().count("\n") >= 40 for path in prefix.glob(unfinished)):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (path,) = prefix.glob(unfinished)
+    aside = {(row["global_prompt_index"], row["sample_index"]): row for row in read_finished_rows(str(path))}
+    assert 40 <= len(aside) < 2 * count
+
+    done = run(*words, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["global_prompt_index"], row["sample_index"]): row for row in rows_of(prefix)}
+    assert len(rows) == 2 * count
+    assert all(rows[key] == row for key, row in aside.items())
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    listed = {file["path"] for file in manifest["files"]}
+    assert listed == {"host_0000_of_0001.jsonl", "all_hosts_merged_of_0001.jsonl", "summary.json"}
+    assert not path.exists()
 
 
 def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(tmp_path, tiny_settings):

@@ -267,18 +267,23 @@ def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path
     assert read_json(f"{tmp_path}/pages/summary.json")["num_preemptions"] > 0
 
 
-def test_hosts_agree_on_sizes_for_the_largest_shard_and_the_least_memory(model_path, step_run, tmp_path):
-    told = []
+def beside_a_host(step_run, work, memory_bytes):
+    """A run in which another host tells its work and memory."""
 
-    def two_hosts(value):
-        if isinstance(value, dict) and "memory_bytes" in value:
-            told.append(value)
-            other = {"num_requests": 9, "longest_prompt": 70, "longest_total": 100, "total_tokens": 400}
-            return [value, {"work": other, "memory_bytes": value["memory_bytes"] // 2}]
-        return [value]
+    def gather(value):
+        told_sizes = isinstance(value, dict) and "memory_bytes" in value
+        return [value, {"work": work or value["work"], "memory_bytes": memory_bytes}] if told_sizes else [value]
 
-    alone = dataclasses.replace(step_run, processes=Processes(gather=two_hosts))
-    infer(config_for(model_path, tmp_path), alone)
+    return dataclasses.replace(step_run, processes=Processes(gather=gather))
+
+
+def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step_run, tmp_path):
+    larger = {"num_requests": 9, "longest_prompt": 70, "longest_total": 100, "total_tokens": 400}
+    infer(config_for(model_path, tmp_path), beside_a_host(step_run, larger, 2**40))
     engine = read_json(f"{tmp_path}/summary.json")["engine"]
-    assert told[0]["work"]["num_requests"] == 3
     assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 100)
+
+
+def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):
+    with pytest.raises(CapacityError, match=r"the engine needs .* it may take 0\.00 GiB"):
+        infer(config_for(model_path, tmp_path), beside_a_host(step_run, None, 1000))

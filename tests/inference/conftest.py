@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from simpo_pipeline.distributed.mesh import local_mesh
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.inference.config import EngineConfig
+from simpo_pipeline.inference.config import EngineSizes
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -72,7 +72,7 @@ def engine_of(mesh: Mesh, programs: Programs) -> Callable[..., Engine]:
 
     def make(**sizes: int) -> Engine:
         defaults = {"max_seqs": 6, "max_seq_len": 64, "page_size": 8, "num_pages": 48, "prefill_chunk_tokens": 64}
-        return Engine(TINY, EngineConfig(**defaults | sizes), mesh, programs)
+        return Engine(TINY, EngineSizes(**defaults | sizes), mesh, programs)
 
     return make
 

@@ -17,6 +17,13 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, Sampl
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
         ({"stop_token_ids": tuple(range(MAX_STOP_TOKENS + 1))}, "stop_token_ids"),
         ({"seed": 2**32}, "seed"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"stop": ("",)}, "stop must be"),
+        ({"min_tokens": 2}, r"min_tokens must lie in \[0, max_tokens=1\], got 2"),
+        ({"logprobs": 21}, "logprobs"),
     ],
 )
 def test_sampling_params_that_mean_nothing_are_refused_by_name(wrong: dict, named: str) -> None:
@@ -30,6 +37,7 @@ def test_an_engine_size_below_one_is_refused_by_name(field: str) -> None:
         EngineConfig(**{"max_seqs": 1, "max_seq_len": 1, field: 0})
 
 
-def test_pages_are_derived_from_the_work_unless_given() -> None:
-    assert EngineConfig(max_seqs=3, max_seq_len=33, page_size=16).total_pages == 3 * 3
-    assert EngineConfig(max_seqs=3, max_seq_len=33, page_size=16, num_pages=5).total_pages == 5
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_a_share_of_memory_beyond_all_of_it_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.memory_utilization must lie in \(0, 1\], got"):
+        EngineConfig(memory_utilization=share)

@@ -7,7 +7,7 @@ import pytest
 
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine, GenerationStats, check_requests
 from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.model.transformer import Llama
@@ -153,7 +153,7 @@ def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[...,
 
 def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(**ROOMY)
-    for program in (*engine._prefill.values(), *engine._decode.values()):
+    for program in engine._programs.all:
         memory = program.memory_bytes
         cache_bytes = 2 * 20_000 * 2 * 2 * 16 * 8 * 4  # layers, pages, keys and values, heads, head size, slots, bytes
         assert memory.aliased == cache_bytes
@@ -173,7 +173,7 @@ def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None
 def test_what_could_never_be_served_is_refused_by_index_and_numbers(
     prompt: tuple[int, ...], max_tokens: int, message: str
 ) -> None:
-    config = EngineConfig(max_seqs=4, max_seq_len=32, page_size=8, num_pages=3)
+    config = EngineSizes(max_seqs=4, max_seq_len=32, page_size=8, num_pages=3)
     fine = Request((1,), 0, 0, SamplingParams(2))
     with pytest.raises(CapacityError, match=message):
         check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_tokens))], config, VOCAB)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from simpo_pipeline.inference.batches import decode_batch, prefill_batch
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.inference.engine import program_sizes
-from simpo_pipeline.inference.forward import decode, prefill
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams
+from simpo_pipeline.inference.engine_programs import COMPILER_OPTIONS, program_sizes
+from simpo_pipeline.inference.forward import decode, lay_out, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, empty_cache
-from simpo_pipeline.inference.scheduler import DecodeRound, PrefillChunk, PrefillRound
+from simpo_pipeline.inference.scheduler import PrefillChunk, Round
 from simpo_pipeline.inference.sequence import Request, Sequence
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.transformer import Llama
+from simpo_pipeline.model.transformer import Llama, LlamaLayers
+from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 
 # Narrow enough that the smallest program is held up by the width: 4,096 elements.
 NARROW = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True)
@@ -29,12 +30,18 @@ NUM_TOKENS = 80
 class Runner:
     """One sequence of known tokens, cached by prefill or by decode, in programs of chosen sizes."""
 
-    def __init__(self, model: LlamaConfig, weights: Llama) -> None:
+    def __init__(self, model: LlamaConfig, weights: Llama, dtype: str) -> None:
         self.model = model
-        self.weights = weights
-        self.prefill = jax.jit(functools.partial(prefill, dtype=jnp.float32))
-        self.decode = jax.jit(functools.partial(decode, max_steps=1, dtype=jnp.float32))
-        self.config = EngineConfig(max_seqs=300, max_seq_len=128, prefill_chunk_tokens=1024, num_pages=80)
+        self.dtype = dtype
+        cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))(weights)
+        bits, by_layer = jax.jit(lay_out)(cast.layers)
+        self.stacked = cast if bits is None else with_layers(cast, bits)
+        self.by_layer = with_layers(cast, by_layer)
+        jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+        self.prefill = jit(functools.partial(prefill, dtype=jnp.dtype(dtype)))
+        self.mixed = jit(functools.partial(prefill_and_decode, dtype=jnp.dtype(dtype)))
+        self.decode = jit(functools.partial(decode, max_steps=1, dtype=jnp.dtype(dtype)))
+        self.sizes = EngineSizes(max_seqs=300, max_seq_len=128, page_size=16, num_pages=80, prefill_chunk_tokens=1024)
         self.rng = np.random.default_rng(0)
         self.tokens = tuple(self.rng.integers(0, model.vocab_size, size=NUM_TOKENS).tolist())
 
@@ -59,44 +66,55 @@ class Runner:
                 PrefillChunk(sequence, start, min(chunk, end - start)),
                 *(PrefillChunk(other, 0, 1) for other in after),
             ]
-            cache = self.prefill(
-                self.weights, cache, prefill_batch(PrefillRound(tuple(chunks)), self.config, program_tokens)
-            )
+            cache = self.prefill(self.stacked, cache, prefill_batch(tuple(chunks), self.sizes, program_tokens))
         return cache
 
-    def decoded(self, cache: KVCache, start: int, num_rows: int, row: int) -> KVCache:
+    def decoded(self, cache: KVCache, start: int, num_rows: int, row: int, *, beside_chunks: bool = False) -> KVCache:
         """Tokens from `start` on through decode, one a call, in the given row among other sequences."""
         for position in range(start, NUM_TOKENS):
             sequence = self.sequence_of(self.tokens[: position + 1], range(8))
             sequence.num_cached = position
             rows = self.others()
             rows.insert(row, sequence)
-            batch = decode_batch(DecodeRound(tuple(rows)), self.config, num_rows)
-            cache, _ = self.decode(self.weights, cache, batch, jnp.uint32(0))
+            batch = decode_batch(Round((), tuple(rows), 1, len(rows), ()), self.sizes, num_rows, self.model.vocab_size)
+            if beside_chunks:
+                chunk = PrefillChunk(self.sequence_of(self.tokens, range(56, 64)), 0, 1 + position % 7)
+                chunks = prefill_batch((chunk,), self.sizes, program_sizes(512, self.model)[0])
+                cache, _ = self.mixed(self.stacked, cache, chunks, batch, jnp.uint32(0))
+            else:
+                cache, _ = self.decode(self.by_layer, cache, batch, jnp.uint32(0))
         return cache
 
     def cached(self, cache: KVCache) -> np.ndarray:
         """Keys and values of the sequence's tokens in every layer, as bits."""
-        by_layer = (self.model.num_layers, self.config.total_pages)
-        keys = np.asarray(cache.keys).reshape(*by_layer, *cache.keys.shape[1:])[:, :8]
-        values = np.asarray(cache.values).reshape(*by_layer, *cache.values.shape[1:])[:, :8]
-        return np.stack([np.moveaxis(keys, 4, 2), np.moveaxis(values, 3, 2)]).view(np.uint32)
+        keys, values = (
+            np.asarray(pages).reshape(self.model.num_layers, self.sizes.num_pages, *pages.shape[1:])[:, :8]
+            for pages in cache.pages
+        )
+        both = np.stack([np.moveaxis(keys, 4, 2), np.moveaxis(values, 3, 2)])
+        return both.view(np.uint32 if both.dtype == np.float32 else np.uint16)
 
     def empty(self) -> KVCache:
-        return jax.jit(lambda: empty_cache(self.model, self.config, jnp.float32))()
+        return jax.jit(lambda: empty_cache(self.model, self.sizes, self.dtype, CpuPagedAttention()))()
 
 
+def with_layers(weights: Llama, layers: LlamaLayers | tuple[LlamaLayers, ...]) -> Llama:
+    return Llama(weights.embedding, layers, weights.final_norm, weights.head, weights.config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", [NARROW, WIDE, UNGROUPED], ids=["narrow", "wide", "ungrouped"])
 def test_keys_and_values_are_the_same_bits_whichever_program_makes_them(
-    model: LlamaConfig, weights_of: Callable[[LlamaConfig], Llama]
+    model: LlamaConfig, dtype: str, weights_of: Callable[[LlamaConfig], Llama]
 ) -> None:
-    runner = Runner(model, weights_of(model))
+    runner = Runner(model, weights_of(model), dtype)
     few_rows, many_rows = program_sizes(300, model)[0], 300
     few_tokens, many_tokens = program_sizes(512, model)[0], 1024
     expected = runner.cached(runner.prefilled(runner.empty(), NUM_TOKENS, many_tokens, NUM_TOKENS))
     assert expected.any()
     in_chunks = runner.prefilled(runner.empty(), NUM_TOKENS, few_tokens, 40)
     np.testing.assert_array_equal(runner.cached(in_chunks), expected)
-    for num_rows, row in ((few_rows, 5), (many_rows, 2)):
+    for num_rows, row, beside_chunks in ((few_rows, 5, False), (many_rows, 2, False), (few_rows, 0, True)):
         part = runner.prefilled(runner.empty(), 60, few_tokens, 60)  # the rest crosses from one key block to the next
-        np.testing.assert_array_equal(runner.cached(runner.decoded(part, 60, num_rows, row)), expected)
+        whole = runner.decoded(part, 60, num_rows, row, beside_chunks=beside_chunks)
+        np.testing.assert_array_equal(runner.cached(whole), expected)

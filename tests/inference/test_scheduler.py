@@ -1,65 +1,58 @@
 from collections.abc import Iterator
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams, pages_for
-from simpo_pipeline.inference.pages import PageAllocator
-from simpo_pipeline.inference.scheduler import DecodeRound, PrefillRound, Scheduler
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams, pages_for
+from simpo_pipeline.inference.scheduler import Round, Scheduler
 from simpo_pipeline.inference.sequence import Request, Sequence
 
 STOP = 99
 
 
-def sequence(index: int, num_prompt: int, max_tokens: int) -> Sequence:
-    sampling = SamplingParams(max_tokens, stop_token_ids=(STOP,))
-    return Sequence(Request(tuple(range(num_prompt)), index, 0, sampling), index)
-
-
-def serve(scheduler: Scheduler) -> Iterator[PrefillRound | DecodeRound]:
-    """Runs every round to its end, drawing token 1 at each step."""
-    while (current := scheduler.next_round()) is not None:
-        yield current
-        if isinstance(current, PrefillRound):
-            scheduler.prefilled(current)
-        else:
-            scheduler.decoded(current, [[1] * min(4, seq.num_remaining) for seq in current.sequences])
+def sequence(index: int, prompt: int | tuple[int, ...], max_tokens: int) -> Sequence:
+    """A request for a prompt of its own, of so many tokens, or for a given one."""
+    tokens = tuple(range(1000 * index, 1000 * index + prompt)) if isinstance(prompt, int) else prompt
+    return Sequence(Request(tokens, index, 0, SamplingParams(max_tokens, stop_token_ids=(STOP,))), index)
 
 
 def scheduler_of(**sizes: int) -> Scheduler:
-    return Scheduler(
-        EngineConfig(**{"max_seqs": 8, "max_seq_len": 64, "page_size": 4, "decode_steps_per_call": 4} | sizes)
-    )
+    defaults = {"max_seqs": 8, "max_seq_len": 64, "page_size": 4, "num_pages": 128, "decode_steps_per_call": 4}
+    return Scheduler(EngineSizes(**defaults | sizes))
 
 
-def test_pages_are_handed_out_once_and_come_back() -> None:
-    allocator = PageAllocator(3)
-    first, second = allocator.allocate(2), allocator.allocate(1)
-    assert sorted(first + second) == [0, 1, 2]
-    allocator.free(first)
-    assert allocator.num_free == 2
-    with pytest.raises(AssertionError, match="not held"):
-        allocator.free(first)
-    with pytest.raises(AssertionError, match="3 pages asked for, 2 free"):
-        allocator.allocate(3)
+def draws(current: Round) -> list[tuple[list[int], list]]:
+    return [([1] * min(current.num_steps, seq.num_remaining), []) for seq in current.decoding]
 
 
-def test_prompts_share_a_prefill_up_to_its_token_budget_and_the_last_token_is_left_to_decoding() -> None:
+def serve(scheduler: Scheduler) -> Iterator[Round]:
+    """Runs every round to its end, drawing token 1 at each step."""
+    while (current := scheduler.next_round()) is not None:
+        yield current
+        scheduler.ran(current, draws(current))
+
+
+def shape_of(current: Round) -> tuple[list[tuple[int, int, int]], list[int]]:
+    chunks = [(chunk.sequence.index, chunk.start, chunk.num_tokens) for chunk in current.chunks]
+    return chunks, [seq.index for seq in current.decoding]
+
+
+def test_prompts_share_a_round_up_to_its_token_budget_beside_sequences_that_draw() -> None:
     scheduler = scheduler_of(prefill_chunk_tokens=20)
     for index, num_prompt in enumerate((5, 25, 1)):
-        scheduler.add(sequence(index, num_prompt, 1))
-    rounds = [
-        [(chunk.sequence.index, chunk.start, chunk.num_tokens) for chunk in each.chunks]
-        if isinstance(each, PrefillRound)
-        else [seq.index for seq in each.sequences]
-        for each in serve(scheduler)
+        scheduler.add(sequence(index, num_prompt, 2))
+    rounds = list(serve(scheduler))
+    # The last token of a prompt is left to decoding, so the prompt of one token draws at once.
+    assert list(map(shape_of, rounds)) == [
+        ([(0, 0, 4), (1, 0, 16)], [2]),
+        ([(1, 16, 8)], [0, 2]),
+        ([], [0, 1]),
     ]
-    assert rounds == [[(0, 0, 4), (1, 0, 16)], [(1, 16, 8)], [0, 1, 2]]
+    assert [current.num_steps for current in rounds] == [1, 1, 4]
 
 
-def test_the_youngest_is_preempted_and_later_prefilled_with_what_it_had_generated() -> None:
+def test_the_youngest_is_preempted_and_later_computed_with_what_it_had_generated() -> None:
     scheduler = scheduler_of(num_pages=5)  # each needs 4 pages in the end, 2 at first
     old, young = sequence(0, 5, 11), sequence(1, 5, 11)
     scheduler.add(old)
@@ -67,10 +60,34 @@ def test_the_youngest_is_preempted_and_later_prefilled_with_what_it_had_generate
     rounds = list(serve(scheduler))
     assert scheduler.num_preemptions > 0
     assert [len(seq.generated) for seq in (old, young)] == [11, 11]
-    prefills = [chunk for each in rounds if isinstance(each, PrefillRound) for chunk in each.chunks]
+    prefills = [chunk for current in rounds for chunk in current.chunks]
     assert [chunk.sequence.index for chunk in prefills] == [0, 1, 1]
-    assert prefills[2].start == 0
-    assert prefills[2].num_tokens > prefills[1].num_tokens
+
+
+def test_samples_of_one_prompt_compute_it_once_and_copy_its_last_page_before_they_write_to_it() -> None:
+    scheduler = scheduler_of()
+    prompt = tuple(range(11))  # two full pages, and two tokens that are cached in a third
+    samples = [sequence(index, prompt, 4) for index in range(3)]
+    for each in samples:
+        scheduler.add(each)
+    rounds = list(serve(scheduler))
+    assert shape_of(rounds[0]) == ([(0, 0, 10)], [])
+    assert not rounds[1].chunks and len(rounds[1].decoding) == 3
+    assert rounds[0].copies == ()
+    sources = {source for source, _ in rounds[1].copies}
+    targets = {target for _, target in rounds[1].copies}
+    assert (len(sources), len(targets)) == (1, 2) and not sources & targets
+    assert scheduler.num_shared_tokens == 20
+
+
+def test_pages_of_a_prefix_are_found_after_its_sequence_has_ended() -> None:
+    scheduler = scheduler_of(max_seqs=1)
+    prefix = tuple(range(8))
+    scheduler.add(sequence(0, (*prefix, 20, 21), 2))
+    scheduler.add(sequence(1, (*prefix, 30, 31, 32), 2))
+    rounds = list(serve(scheduler))
+    chunks = [shape_of(current)[0] for current in rounds if current.chunks]
+    assert chunks == [[(0, 0, 9)], [(1, 8, 2)]]
 
 
 def test_a_stop_token_ends_a_sequence_and_is_its_last_token() -> None:
@@ -78,108 +95,140 @@ def test_a_stop_token_ends_a_sequence_and_is_its_last_token() -> None:
     seq = sequence(0, 1, 9)
     scheduler.add(seq)
     current = scheduler.next_round()
-    assert isinstance(current, DecodeRound)
-    assert scheduler.decoded(current, [[1, STOP]]) == [seq]
+    assert current is not None
+    assert scheduler.ran(current, [([1, STOP], [])]) == [seq]
     assert scheduler.next_round() is None
     assert (seq.completion().tokens, seq.completion().finish_reason) == ((1, STOP), "stop")
 
 
-def test_a_stop_token_drawn_last_of_all_counts_as_stop() -> None:
-    seq = sequence(0, 1, 2)
-    seq.generated = [1, STOP]
-    assert seq.completion().finish_reason == "stop"
-
-
-def test_tokens_of_a_range_cross_from_prompt_to_generated() -> None:
-    seq = sequence(0, 3, 9)
-    seq.generated = [7, 8]
-    assert seq.tokens(1, 5) == [1, 2, 7, 8]
-    assert seq.tokens(3, 4) == [7]
-    assert seq.tokens(0, 2) == [0, 1]
+def test_a_round_ends_early_when_some_have_ended_while_others_wait() -> None:
+    scheduler = scheduler_of(max_seqs=4)
+    for index in range(5):
+        scheduler.add(sequence(index, 1, 9))
+    current = scheduler.next_round()
+    assert current is not None and (len(current.decoding), current.num_ended) == (4, 1)
+    scheduler.waiting.clear()
+    current = scheduler.next_round()
+    assert current is not None and current.num_ended == 4
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests arrive at any time; rounds draw any number of tokens that the engine may draw."""
+    """Requests arrive at any time; rounds draw any number of tokens that the engine may draw.
+
+    `memory` plays the devices: each slot of each page holds the tokens up to the one that was stored there, on which
+    its keys and values depend.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = EngineConfig(
-            max_seqs=3, max_seq_len=24, page_size=4, num_pages=7, prefill_chunk_tokens=20, decode_steps_per_call=3
+        self.sizes = EngineSizes(
+            max_seqs=4, max_seq_len=24, page_size=4, num_pages=9, prefill_chunk_tokens=14, decode_steps_per_call=3
         )
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.sizes)
         self.sequences: list[Sequence] = []
-        self.starts: list[int] = []
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 12))
-    def a_request_arrives(self, num_prompt: int, max_tokens: int) -> None:
-        self.sequences.append(sequence(len(self.sequences), num_prompt, max_tokens))
-        self.scheduler.add(self.sequences[-1])
+    # Few prompts, made of few tokens: many begin alike, and many are the same.
+    @rule(
+        first=st.integers(0, 1),
+        num_prompt=st.integers(1, 12),
+        last=st.integers(0, 1),
+        max_tokens=st.integers(1, 12),
+        samples=st.integers(1, 3),
+    )
+    def requests_arrive(self, first: int, num_prompt: int, last: int, max_tokens: int, samples: int) -> None:
+        for _ in range(samples):
+            prompt = (*[first] * (num_prompt - 1), last)
+            self.sequences.append(sequence(len(self.sequences), prompt, max_tokens))
+            self.scheduler.add(self.sequences[-1])
 
     @precondition(lambda self: self.scheduler.waiting or self.scheduler.running)
     @rule(data=st.data())
     def a_round_runs(self, data: st.DataObject) -> None:
-        before = {seq.index for seq in self.scheduler.running}
         current = self.scheduler.next_round()
         assert current is not None, "requests are left, but there is no round to run"
-        self.starts += [seq.index for seq in self.scheduler.running if seq.index not in before]
-        if isinstance(current, PrefillRound):
-            self.run_prefill(current)
-        else:
-            self.run_decode(current, data)
+        self.check_round(current)
+        drawn = []
+        for seq in current.decoding:
+            most = min(current.num_steps, seq.num_remaining)
+            assert len(seq.pages) >= pages_for(seq.num_cached + most, self.sizes.page_size)
+            if data.draw(st.booleans(), "stops early"):
+                drawn.append(([1] * data.draw(st.integers(0, most - 1)) + [STOP], []))
+            else:
+                drawn.append((data.draw(st.lists(st.integers(0, 1), min_size=most, max_size=most)), []))
+        self.run_on_devices(current, drawn)
+        self.scheduler.ran(current, drawn)
 
-    def run_prefill(self, current: PrefillRound) -> None:
-        assert 0 < sum(chunk.num_tokens for chunk in current.chunks) <= self.config.prefill_chunk_tokens
-        assert len(current.chunks) <= self.config.max_prefill_seqs
+    def check_round(self, current: Round) -> None:
+        assert sum(chunk.num_tokens for chunk in current.chunks) <= self.sizes.prefill_chunk_tokens
+        assert len(current.chunks) <= self.sizes.max_prefill_seqs
+        assert current.num_steps == 1 or not current.chunks
         for chunk in current.chunks:
             assert chunk.num_tokens > 0
             assert chunk.start == chunk.sequence.num_cached
             assert chunk.start + chunk.num_tokens < chunk.sequence.num_tokens
-        self.scheduler.prefilled(current)
-
-    def run_decode(self, current: DecodeRound, data: st.DataObject) -> None:
-        drawn = []
-        for seq in current.sequences:
+        for seq in current.decoding:
             assert seq.num_uncached == 0
-            most = min(self.config.decode_steps_per_call, seq.num_remaining)
-            assert len(seq.pages) >= pages_for(seq.num_cached + most, self.config.page_size)
-            if data.draw(st.booleans(), "stops early"):
-                drawn.append([1] * data.draw(st.integers(0, most - 1)) + [STOP])
-            else:
-                drawn.append([1] * most)
-        self.scheduler.decoded(current, drawn)
+
+    def run_on_devices(self, current: Round, drawn: list[tuple[list[int], list]]) -> None:
+        size = self.sizes.page_size
+        before = dict(self.memory)
+        for source, target in current.copies:
+            for slot in range(size):
+                self.memory[target, slot] = before.get((source, slot), ())
+        for seq in {id(seq): seq for seq in self.scheduler.running}.values():
+            if seq in current.decoding or any(chunk.sequence is seq for chunk in current.chunks):
+                for position in range(seq.num_cached):
+                    held = self.memory.get((seq.pages[position // size], position % size))
+                    assert held == seq.tokens(0, position + 1), f"position {position} holds another's token"
+        fed = [
+            (chunk.sequence, chunk.start, chunk.sequence.tokens(0, chunk.start + chunk.num_tokens))
+            for chunk in current.chunks
+        ]
+        fed += [
+            (seq, seq.num_cached, (*seq.tokens(0, seq.num_tokens), *tokens[:-1]))
+            for seq, (tokens, _) in zip(current.decoding, drawn, strict=True)
+        ]
+        written = set()
+        for seq, start, tokens in fed:
+            for position in range(start, len(tokens)):
+                place = seq.pages[position // size], position % size
+                assert place not in written, "two sequences write to one slot"
+                written.add(place)
+                self.memory[place] = tokens[: position + 1]
 
     @invariant()
-    def every_page_is_free_or_held_by_one_running_sequence(self) -> None:
-        held = [page for seq in self.sequences for page in seq.pages]
-        assert len(held) == len(set(held))
-        assert len(held) + self.scheduler.allocator.num_free == self.config.total_pages
+    def every_page_is_free_or_held_as_often_as_it_is_listed(self) -> None:
+        held = [page for seq in self.sequences for page in set(seq.pages)]
+        assert len(held) == sum(len(seq.pages) for seq in self.sequences)
+        for page in range(self.sizes.num_pages):
+            assert self.scheduler.pool._holders[page] == held.count(page)
+        assert len(set(held)) + self.scheduler.pool.num_free == self.sizes.num_pages
         assert all(seq in self.scheduler.running for seq in self.sequences if seq.pages)
 
     @invariant()
     def cached_tokens_lie_in_held_pages(self) -> None:
         for seq in self.sequences:
-            assert seq.num_cached <= len(seq.pages) * self.config.page_size
+            assert seq.num_cached <= len(seq.pages) * self.sizes.page_size
 
     @invariant()
     def the_older_go_first(self) -> None:
         running = [seq.index for seq in self.scheduler.running]
         waiting = [seq.index for seq in self.scheduler.waiting]
         assert running + waiting == sorted(running + waiting)
-        assert len(running) <= self.config.max_seqs
+        assert len(running) <= self.sizes.max_seqs
 
     def teardown(self) -> None:
         for _ in range(10_000):
             current = self.scheduler.next_round()
             if current is None:
                 break
-            if isinstance(current, PrefillRound):
-                self.scheduler.prefilled(current)
-            else:
-                steps = self.config.decode_steps_per_call
-                self.scheduler.decoded(current, [[1] * min(steps, seq.num_remaining) for seq in current.sequences])
+            drawn = draws(current)
+            self.run_on_devices(current, drawn)
+            self.scheduler.ran(current, drawn)
         assert all(seq.finish_reason is not None for seq in self.sequences)
-        assert self.scheduler.allocator.num_free == self.config.total_pages
+        assert self.scheduler.pool.num_free == self.sizes.num_pages
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

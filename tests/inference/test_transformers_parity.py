@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.gguf_weights import convert_gguf
@@ -35,7 +35,7 @@ def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(s
     with np.load(GOLDEN) as golden:
         prompts = [tuple(row[row >= 0].tolist()) for row in golden["prompt_tokens"]]
         expected = golden["generated_tokens"].tolist()
-    config = EngineConfig(
+    config = EngineSizes(
         max_seqs=9, max_seq_len=96, page_size=4, num_pages=90, prefill_chunk_tokens=256, decode_steps_per_call=5
     )
     engine = Engine(smollm2.config, config, mesh, Programs())

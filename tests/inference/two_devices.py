@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.config import LlamaConfig
@@ -35,14 +35,19 @@ def tokens_of(model: LlamaConfig, num_devices: int) -> dict[str, object]:
     weights = programs.compile("init", lambda key: init_llama(model, key), key, out_shardings=placement)(
         np.array([0, 1], np.uint32)
     )
-    engine = Engine(model, EngineConfig(max_seqs=4, max_seq_len=64, prefill_chunk_tokens=64), mesh, programs)
+    engine = Engine(
+        model,
+        EngineSizes(max_seqs=4, max_seq_len=64, page_size=16, num_pages=16, prefill_chunk_tokens=64),
+        mesh,
+        programs,
+    )
     rng = np.random.default_rng(0)
     requests = [
         Request(tuple(rng.integers(0, 300, size=20).tolist()), index, 0, SamplingParams(12, temperature=temperature))
         for index, temperature in enumerate((0.0, 0.0, 0.7, 0.0, 0.7))
     ]
     completions, _ = engine.generate(weights, requests, step=0)
-    cache_bytes = engine.cache_bytes_per_device
+    cache_bytes = engine.memory.cache
     return {"tokens": [completion.tokens for completion in completions], "cache_bytes": cache_bytes}
 
 

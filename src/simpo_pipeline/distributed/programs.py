@@ -100,6 +100,7 @@ class Programs:
         *abstract_args: Any,
         donate_argnums: Sequence[int] = (),
         out_shardings: Any = None,
+        compiler_options: Mapping[str, bool | int | str] | None = None,
     ) -> Program:
         """Compiles `function` ahead for the given abstract arguments.
 
@@ -109,6 +110,7 @@ class Programs:
             abstract_args: Pytrees of `jax.ShapeDtypeStruct`, with shardings where a mesh is used.
             donate_argnums: Arguments whose buffers the program may reuse; the caller's arrays are dead afterwards.
             out_shardings: As in `jax.jit`; None leaves the choice to the compiler.
+            compiler_options: XLA's debug options by name, for this program only.
 
         A program that lowers to the same text for the same devices is compiled once and returned again.
 
@@ -125,14 +127,15 @@ class Programs:
         lowered = jitted.lower(*abstract_args)
         devices = _devices_of(abstract_args, out_shardings)
         num_processes = max(1, len({device.process_index for device in devices}))
-        parts = _parts(lowered.as_text(), abstract_args, out_shardings)
+        options = dict(compiler_options or {})
+        parts = _parts(lowered.as_text(), abstract_args, out_shardings) | {"compiler options": str(options)}
         fingerprint = _fingerprint(parts)
         if self._group is not None and num_processes > 1:
             agree_on_program(self._group, name, fingerprint, parts)
         known = self._by_fingerprint.get((name, fingerprint))
         if known is not None:
             return known
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
         logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, fingerprint[:12])
         self._show_progress()
         launch = Launch(name, fingerprint, max(1, len(devices)), num_processes)

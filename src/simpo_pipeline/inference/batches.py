@@ -1,20 +1,27 @@
 """Rounds of the scheduler as arrays of fixed shapes, built in numpy: what the device programs take."""
 
+from collections.abc import Sequence as Sized
+
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
-from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig
-from simpo_pipeline.inference.kv_cache import TokenPlaces
+from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineSizes
 from simpo_pipeline.inference.sampling import SamplingRows
-from simpo_pipeline.inference.scheduler import DecodeRound, PrefillRound
+from simpo_pipeline.inference.scheduler import PrefillChunk, Round
+from simpo_pipeline.inference.seen_tokens import seen_bits, seen_words
+from simpo_pipeline.inference.sequence import Sequence
 
 
 class PrefillBatch(eqx.Module):
-    """Prompt tokens of several sequences, end to end."""
+    """Tokens of several sequences, end to end."""
 
     tokens: Int[Array | np.ndarray, " tokens"]
-    places: TokenPlaces
+    positions: Int[Array | np.ndarray, " tokens"]  # in its sequence; -1 for padding
+    seqs: Int[Array | np.ndarray, " tokens"]  # which sequence each token is of
+    page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]
+    query_starts: Int[Array | np.ndarray, " seqs_and_end"]
+    kv_lens: Int[Array | np.ndarray, " seqs"]
 
 
 class DecodeBatch(eqx.Module):
@@ -23,21 +30,22 @@ class DecodeBatch(eqx.Module):
     tokens: Int[Array | np.ndarray, " rows"]  # the last token of each sequence, not yet in the cache
     positions: Int[Array | np.ndarray, " rows"]  # of that token; -1 for a row without a sequence
     num_steps: Int[Array | np.ndarray, " rows"]  # tokens that it may draw now
+    num_ended: Int[Array | np.ndarray, ""]  # the round ends when so many rows have ended
     page_table: Int[Array | np.ndarray, "rows pages_per_seq"]
-    stop_tokens: Int[Array | np.ndarray, "rows max_stop_tokens"]  # -1 past the last one
     sampling: SamplingRows
+    seen: UInt32[Array | np.ndarray, "rows words"]  # a bit for each token of the sequence; used by the penalty
 
 
-def prefill_batch(prefill: PrefillRound, config: EngineConfig, num_tokens: int) -> PrefillBatch:
+def prefill_batch(chunks: Sized[PrefillChunk], sizes: EngineSizes, num_tokens: int) -> PrefillBatch:
     """The chunks of a round, padded to `num_tokens` tokens and to `max_prefill_seqs` sequences."""
-    num_seqs = config.max_prefill_seqs
+    num_seqs = sizes.max_prefill_seqs
     tokens, seqs = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
     positions = np.full(num_tokens, -1, np.int32)
-    page_table = np.zeros((num_seqs, config.pages_per_seq), np.int32)
+    page_table = np.zeros((num_seqs, sizes.pages_per_seq), np.int32)
     kv_lens = np.zeros(num_seqs, np.int32)
     query_starts = np.zeros(num_seqs + 1, np.int32)
     start = 0
-    for row, chunk in enumerate(prefill.chunks):
+    for row, chunk in enumerate(chunks):
         end, position_end = start + chunk.num_tokens, chunk.start + chunk.num_tokens
         tokens[start:end] = chunk.sequence.tokens(chunk.start, position_end)
         seqs[start:end] = row
@@ -46,25 +54,76 @@ def prefill_batch(prefill: PrefillRound, config: EngineConfig, num_tokens: int) 
         kv_lens[row] = position_end
         query_starts[row + 1 :] = end
         start = end
-    return PrefillBatch(tokens, TokenPlaces(page_table, query_starts, kv_lens, seqs, positions))
+    return PrefillBatch(tokens, positions, seqs, page_table, query_starts, kv_lens)
 
 
-def decode_batch(decode: DecodeRound, config: EngineConfig, num_rows: int) -> DecodeBatch:
-    """The sequences of a round, padded to `num_rows` rows."""
-    tokens, num_steps = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
-    positions = np.full(num_rows, -1, np.int32)
-    page_table = np.zeros((num_rows, config.pages_per_seq), np.int32)
-    stop_tokens = np.full((num_rows, MAX_STOP_TOKENS), -1, np.int32)
-    temperature, top_p = np.zeros(num_rows, np.float32), np.ones(num_rows, np.float32)
-    seed, prompt_index, sample_index = (np.zeros(num_rows, np.uint32) for _ in range(3))
-    for row, sequence in enumerate(decode.sequences):
-        request, sampling = sequence.request, sequence.request.sampling
+def decode_batch(current: Round, sizes: EngineSizes, num_rows: int, vocab_size: int) -> DecodeBatch:
+    """The sequences of a round that draw tokens, padded to `num_rows` rows."""
+    rows = current.decoding
+    tokens, positions, num_steps = (
+        np.zeros(num_rows, np.int32),
+        np.full(num_rows, -1, np.int32),
+        np.zeros(num_rows, np.int32),
+    )
+    page_table = np.zeros((num_rows, sizes.pages_per_seq), np.int32)
+    for row, sequence in enumerate(rows):
         tokens[row] = sequence.last_token
         positions[row] = sequence.num_cached
-        num_steps[row] = min(config.decode_steps_per_call, sequence.num_remaining)
+        num_steps[row] = min(current.num_steps, sequence.num_remaining)
         page_table[row, : len(sequence.pages)] = sequence.pages
+    return DecodeBatch(
+        tokens,
+        positions,
+        num_steps,
+        np.array(current.num_ended, np.int32),
+        page_table,
+        _sampling_rows(rows, num_rows),
+        _seen_rows(rows, num_rows, vocab_size),
+    )
+
+
+def _sampling_rows(rows: Sized[Sequence], num_rows: int) -> SamplingRows:
+    temperature, top_p, penalty = (
+        np.zeros(num_rows, np.float32),
+        np.ones(num_rows, np.float32),
+        np.ones(num_rows, np.float32),
+    )
+    min_p, top_k = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.int32)
+    seed, prompt_index, sample_index = (np.zeros(num_rows, np.uint32) for _ in range(3))
+    first_stop, logprobs = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
+    stop_tokens = np.full((num_rows, MAX_STOP_TOKENS), -1, np.int32)
+    for row, sequence in enumerate(rows):
+        request = sequence.request
+        sampling = request.sampling
+        temperature[row], top_k[row], top_p[row] = sampling.temperature, sampling.top_k, sampling.top_p
+        min_p[row], penalty[row] = sampling.min_p, sampling.repetition_penalty
+        seed[row], prompt_index[row], sample_index[row] = (
+            sampling.seed,
+            request.global_prompt_index,
+            request.sample_index,
+        )
+        first_stop[row] = len(request.prompt_tokens) + sampling.min_tokens
         stop_tokens[row, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
-        temperature[row], top_p[row], seed[row] = sampling.temperature, sampling.top_p, sampling.seed
-        prompt_index[row], sample_index[row] = request.global_prompt_index, request.sample_index
-    rows = SamplingRows(temperature, top_p, seed, prompt_index, sample_index)
-    return DecodeBatch(tokens, positions, num_steps, page_table, stop_tokens, rows)
+        if sampling.logprobs is not None:
+            logprobs[row] = sampling.logprobs
+    return SamplingRows(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        seed=seed,
+        prompt_index=prompt_index,
+        sample_index=sample_index,
+        first_stop=first_stop,
+        stop_tokens=stop_tokens,
+        logprobs=logprobs,
+    )
+
+
+def _seen_rows(rows: Sized[Sequence], num_rows: int, vocab_size: int) -> UInt32[np.ndarray, "rows words"]:
+    seen = np.zeros((num_rows, seen_words(vocab_size)), np.uint32)
+    for row, sequence in enumerate(rows):
+        if sequence.request.sampling.repetition_penalty != 1:
+            seen[row] = seen_bits(sequence.tokens(0, sequence.num_tokens), vocab_size)
+    return seen

@@ -91,29 +91,45 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of one engine.
+    """Sizes of one engine as they are asked for; what is None is derived from memory and work (`sizing`).
 
     Attributes:
-        max_seqs: Sequences that decode together.
-        max_seq_len: Tokens of the longest sequence, prompt and generated together.
-        page_size: Tokens of one sequence whose keys and values lie together.
-        num_pages: Pages in the cache; None makes as many as `max_seqs` sequences of `max_seq_len` need.
+        max_seqs: Sequences that decode together; None for as many as there are, 256 at most.
+        max_seq_len: Tokens of the longest sequence, prompt and generated together; None for the longest there is.
+        page_size: Tokens of one sequence whose keys and values lie together; None for what suits the devices.
+        num_pages: Pages in the cache; None for what the work can fill and memory can hold.
         prefill_chunk_tokens: Prompt tokens computed in one program; longer prompts take several.
         decode_steps_per_call: Tokens a sequence may draw before the host looks at them.
+        memory_utilization: Share of the free memory of a device that weights, cache and programs may take.
     """
 
-    max_seqs: int
-    max_seq_len: int
-    page_size: int = 16
+    max_seqs: int | None = None
+    max_seq_len: int | None = None
+    page_size: int | None = None
     num_pages: int | None = None
     prefill_chunk_tokens: int = 512
     decode_steps_per_call: int = 16
+    memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if size is not None and size < 1:
+            if field.name != "memory_utilization" and size is not None and size < 1:
                 raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
+        if not 0 < self.memory_utilization <= 1:
+            raise ConfigError(f"engine.memory_utilization must lie in (0, 1], got {self.memory_utilization}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSizes:
+    """Sizes of one engine, all known; fields as in `EngineConfig`. They never change a token."""
+
+    max_seqs: int
+    max_seq_len: int
+    page_size: int
+    num_pages: int
+    prefill_chunk_tokens: int = 512
+    decode_steps_per_call: int = 16
 
     @property
     def pages_per_seq(self) -> int:
@@ -124,11 +140,6 @@ class EngineConfig:
     def max_prefill_seqs(self) -> int:
         """Sequences whose prompts share one prefill: as many as 16 tokens of each allow."""
         return min(self.max_seqs, pages_for(self.prefill_chunk_tokens, 16))
-
-    @property
-    def total_pages(self) -> int:
-        """Pages in the cache, given or derived."""
-        return self.max_seqs * self.pages_per_seq if self.num_pages is None else self.num_pages
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -1,56 +1,81 @@
 """The generation engine: requests in, completions out.
 
 It compiles its programs when it is made, for fixed shapes, and never while it serves; it is handed the weights for
-each call and keeps neither them nor the cache. It knows token ids only, no text, and only the devices of its mesh.
+each call and keeps neither them nor the cache. It knows token ids only, and text only to look for stop strings.
 """
 
 import collections.abc
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from simpo_pipeline.distributed.mesh import place
-from simpo_pipeline.distributed.programs import Program, Programs
+from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
-from simpo_pipeline.inference.batches import decode_batch, prefill_batch
-from simpo_pipeline.inference.config import EngineConfig, pages_for
-from simpo_pipeline.inference.forward import decode, prefill
-from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
-from simpo_pipeline.inference.scheduler import DecodeRound, PrefillRound, Scheduler
-from simpo_pipeline.inference.sequence import Completion, Request, Sequence
+from simpo_pipeline.inference.config import EngineSizes, pages_for
+from simpo_pipeline.inference.engine_programs import EnginePrograms
+from simpo_pipeline.inference.forward import Drawn
+from simpo_pipeline.inference.scheduler import Round, Scheduler
+from simpo_pipeline.inference.sequence import Completion, Request, Sequence, TokenLogprobs
+from simpo_pipeline.inference.stop_strings import StopMatcher
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-from simpo_pipeline.model.transformer import Llama, abstract_llama
+from simpo_pipeline.model.transformer import Llama
 
 logger = logging.getLogger(__name__)
 
 Requests = collections.abc.Sequence[Request]
 # (generated tokens so far, finished requests, all requests, seconds since the start)
 OnProgress = Callable[[int, int, int, float], None]
-
-# Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
-# the tests find every row's result independent, to the bit, of how many rows its program has, and of whether that
-# program is prefill or decode; so a token depends neither on the batch nor on a preemption nor on the engine's sizes.
-_SMALLEST_PROGRAM = 4096
+# Requests that ended in one round.
+OnFinished = Callable[[list[Completion]], None]
+# The text of token ids.
+Decode = Callable[[collections.abc.Sequence[int]], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
-    """What one call of `generate` did, and how long the devices took for it."""
+    """What one call of `generate` did, and how long it took.
+
+    Attributes:
+        prompt_tokens: Tokens of all prompts, once for each sample.
+        shared_tokens: Prompt and generated tokens that were not computed (again), because pages held them.
+        generated_tokens: Tokens drawn.
+        decoded_tokens: Those of rounds that drew tokens only.
+        prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
+        decode_seconds: Wall time of rounds that drew tokens only.
+        host_seconds: Part of the wall time in which the devices had nothing to do, since the host had to decide.
+        num_rounds: Device programs waited for.
+        num_preemptions: How often a sequence had to give its pages back.
+    """
 
     prompt_tokens: int = 0
+    shared_tokens: int = 0
     generated_tokens: int = 0
+    decoded_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    host_seconds: float = 0.0
+    num_rounds: int = 0
     num_preemptions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMemory:
+    """Bytes that an engine takes of each device while it generates."""
+
+    weights: int
+    cache: int
+    programs: int  # the layers' second layout, where there is one, and the largest program's temporaries
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.cache + self.programs
 
 
 class Engine:
@@ -59,145 +84,97 @@ class Engine:
     def __init__(
         self,
         model_config: LlamaConfig,
-        engine_config: EngineConfig,
+        sizes: EngineSizes,
         mesh: Mesh,
         programs: Programs,
         dtype: DTypeLike = "float32",
+        *,
+        decode: Decode | None = None,
     ) -> None:
         """Compiles ahead for weights of `dtype`, placed by `TENSOR_PARALLEL_RULES` on `mesh` (axis "model").
 
+        `decode` gives the text of tokens; requests with stop strings need it.
+
         Raises: ConfigError if the engine is to hold longer sequences than the model has positions for.
         """
-        if engine_config.max_seq_len > model_config.max_seq_len:
+        if sizes.max_seq_len > model_config.max_seq_len:
             raise ConfigError(
-                f"engine.max_seq_len is {engine_config.max_seq_len}, but the model has only "
+                f"engine.max_seq_len is {sizes.max_seq_len}, but the model has only "
                 f"{model_config.max_seq_len} positions; lower it"
             )
         self.model_config = model_config
-        self.config = engine_config
-        self._programs = programs
-        self._dtype = dtype
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._weights = with_shardings(abstract_llama(model_config, dtype), mesh, TENSOR_PARALLEL_RULES)
-        self._cache = abstract_cache(model_config, engine_config, dtype, mesh)
+        self.sizes = sizes
+        self._text_of = decode
+        self._programs = EnginePrograms(model_config, sizes, mesh, programs, dtype)
+        self.memory = EngineMemory(
+            self._programs.weights_bytes, self._programs.cache_bytes, self._programs.temporary_bytes
+        )
         logger.info(
-            "engine: a cache of %d pages of %d tokens, %.2f GiB per device",
-            engine_config.total_pages,
-            engine_config.page_size,
-            self.cache_bytes_per_device / 2**30,
+            "engine: %d rows, %d pages of %d tokens; %.2f GiB per device: weights %.2f, cache %.2f, programs %.2f",
+            *(sizes.max_seqs, sizes.num_pages, sizes.page_size),
+            *(part / 2**30 for part in (self.memory.total, *dataclasses.astuple(self.memory))),
         )
-        self._empty_cache = programs.compile(
-            "engine_empty_cache",
-            functools.partial(empty_cache, model_config, engine_config, dtype),
-            out_shardings=self._cache_placement,
-        )
-        self._prefill = {
-            size: self._compile_prefill(size)
-            for size in program_sizes(engine_config.prefill_chunk_tokens, model_config)
-        }
-        self._decode = {
-            size: self._compile_decode(size) for size in program_sizes(engine_config.max_seqs, model_config)
-        }
-
-    @property
-    def cache_bytes_per_device(self) -> int:
-        """What each device holds of the cache while `generate` runs."""
-        return bytes_per_device(self._cache)
 
     def check(self, requests: Requests) -> None:
-        """Raises CapacityError for the first request that could never be served."""
-        check_requests(requests, self.config, self.model_config.vocab_size)
+        """Raises CapacityError or ConfigError for the first request that could never be served."""
+        check_requests(requests, self.sizes, self.model_config.vocab_size)
+        if self._text_of is None and any(request.sampling.stop for request in requests):
+            raise ConfigError("requests have stop strings, but the engine was made without `decode`; give it one")
 
     def generate(
-        self, weights: Llama, requests: Requests, *, step: int, on_progress: OnProgress | None = None
+        self,
+        weights: Llama,
+        requests: Requests,
+        *,
+        step: int,
+        on_progress: OnProgress | None = None,
+        on_finished: OnFinished | None = None,
     ) -> tuple[list[Completion], GenerationStats]:
         """Serves every request to its end; completions come in the order of the requests.
 
-        `step` (finished updates of the weights) enters every sampling key. `on_progress` is called after each round.
+        `step` (finished updates of the weights) enters every sampling key. `on_progress` is called after each round,
+        `on_finished` after rounds in which requests ended, both while the devices compute the next one.
 
         Raises: CapacityError, before any device work, for a request that could never be served.
         """
         self.check(requests)
         if not requests:
             return [], GenerationStats()
-        scheduler = Scheduler(self.config)
-        work = [Sequence(request, index) for index, request in enumerate(requests)]
+        scheduler = Scheduler(self.sizes)
+        work = [Sequence(request, index, self._matcher(request)) for index, request in enumerate(requests)]
         for sequence in work:
             scheduler.add(sequence)
-        clock = _Clock()
-        cache = self._empty_cache()
-        num_generated = num_finished = 0
+        tally = _Tally()
+        weights, cache = self._programs.lay_out(weights), self._programs.empty_cache()
+        ended: list[Sequence] = []
+
+        def tell() -> None:
+            if on_finished is not None and ended:
+                on_finished([sequence.completion() for sequence in ended])
+            if on_progress is not None and tally.num_rounds:
+                on_progress(tally.num_generated, tally.num_finished, len(work), tally.elapsed)
+
         while (current := scheduler.next_round()) is not None:
-            if isinstance(current, PrefillRound):
-                cache = self._run_prefill(weights, cache, current)
-                scheduler.prefilled(current)
-                clock.lap("prefill")
-            else:
-                cache, drawn = self._run_decode(weights, cache, current, step)
-                num_generated += sum(map(len, drawn))
-                num_finished += len(scheduler.decoded(current, drawn))
-                clock.lap("decode")
-            if on_progress is not None:
-                on_progress(num_generated, num_finished, len(work), clock.elapsed)
-        return [sequence.completion() for sequence in work], GenerationStats(
-            prompt_tokens=sum(len(request.prompt_tokens) for request in requests),
-            generated_tokens=num_generated,
-            prefill_seconds=clock.seconds["prefill"],
-            decode_seconds=clock.seconds["decode"],
-            num_preemptions=scheduler.num_preemptions,
-        )
+            cache, drawn = self._programs.run(weights, cache, current, np.uint32(step))
+            tally.launched()
+            tell()  # of the round before, while the devices are busy with this one
+            if drawn is None:
+                jax.block_until_ready(cache)
+            rows = _take(current, drawn)
+            tally.waited(current, sum(len(tokens) for tokens, _ in rows))
+            ended = scheduler.ran(current, rows)
+            tally.num_finished += len(ended)
+        tell()
+        num_generated = sum(len(sequence.generated) for sequence in work)
+        return [sequence.completion() for sequence in work], tally.stats(requests, num_generated, scheduler)
 
-    def _run_prefill(self, weights: Llama, cache: KVCache, current: PrefillRound) -> KVCache:
-        num_tokens = _smallest_holding(sum(chunk.num_tokens for chunk in current.chunks), self._prefill)
-        batch = prefill_batch(current, self.config, num_tokens)
-        return jax.block_until_ready(self._prefill[num_tokens](weights, cache, self._placed(batch)))
-
-    def _run_decode(
-        self, weights: Llama, cache: KVCache, current: DecodeRound, step: int
-    ) -> tuple[KVCache, list[list[int]]]:
-        num_rows = _smallest_holding(len(current.sequences), self._decode)
-        batch = self._placed((decode_batch(current, self.config, num_rows), np.uint32(step)))
-        cache, drawn = self._decode[num_rows](weights, cache, *batch)
-        rows = np.asarray(drawn)[: len(current.sequences)]
-        return cache, [row[row >= 0].tolist() for row in rows]
-
-    def _compile_prefill(self, num_tokens: int) -> Program:
-        return self._programs.compile(
-            f"engine_prefill_{num_tokens}",
-            functools.partial(prefill, dtype=self._dtype),
-            self._weights,
-            self._cache,
-            self._abstract(prefill_batch(PrefillRound(()), self.config, num_tokens)),
-            donate_argnums=(1,),
-            out_shardings=self._cache_placement,
-        )
-
-    def _compile_decode(self, num_rows: int) -> Program:
-        return self._programs.compile(
-            f"engine_decode_{num_rows}",
-            functools.partial(decode, max_steps=self.config.decode_steps_per_call, dtype=self._dtype),
-            self._weights,
-            self._cache,
-            self._abstract(decode_batch(DecodeRound(()), self.config, num_rows)),
-            self._abstract(np.uint32(0)),
-            donate_argnums=(1,),
-            out_shardings=(self._cache_placement, self._replicated),
-        )
-
-    @property
-    def _cache_placement(self) -> Any:
-        return jax.tree.map(lambda leaf: leaf.sharding, self._cache)
-
-    def _abstract(self, arrays: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=self._replicated), arrays
-        )
-
-    def _placed(self, arrays: Any) -> Any:
-        return place(arrays, self._replicated)
+    def _matcher(self, request: Request) -> StopMatcher | None:
+        if not request.sampling.stop or self._text_of is None:
+            return None
+        return StopMatcher(self._text_of, request.sampling.stop)
 
 
-def check_requests(requests: Requests, config: EngineConfig, vocab_size: int) -> None:
+def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> None:
     """Refuses what an engine of these sizes could never serve. Needs no engine and no device.
 
     Raises: CapacityError naming the first such request and the numbers.
@@ -213,44 +190,91 @@ def check_requests(requests: Requests, config: EngineConfig, vocab_size: int) ->
                 f"{where} has token id {unknown[0]}; the model knows 0 to {vocab_size - 1}: "
                 "is this the model's own tokenizer?"
             )
-        if num_prompt + num_new > config.max_seq_len:
+        if num_prompt + num_new > sizes.max_seq_len:
             raise CapacityError(
                 f"{where} has {num_prompt} prompt tokens and max_tokens {num_new}, {num_prompt + num_new} in all; "
-                f"engine.max_seq_len is {config.max_seq_len}: raise it, or ask for fewer"
+                f"engine.max_seq_len is {sizes.max_seq_len}: raise it, or ask for fewer"
             )
-        num_pages = pages_for(num_prompt + num_new - 1, config.page_size)  # the last token drawn is not cached
-        if num_pages > config.total_pages:
+        num_pages = pages_for(num_prompt + num_new - 1, sizes.page_size)  # the last token drawn is not cached
+        if num_pages > sizes.num_pages:
             raise CapacityError(
-                f"{where} needs {num_pages} pages of {config.page_size} tokens for {num_prompt} prompt tokens and "
-                f"max_tokens {num_new}; engine.num_pages is {config.total_pages}: raise it, or ask for fewer"
+                f"{where} needs {num_pages} pages of {sizes.page_size} tokens for {num_prompt} prompt tokens and "
+                f"max_tokens {num_new}; engine.num_pages is {sizes.num_pages}: raise it, or ask for fewer"
             )
 
 
-class _Clock:
-    """Wall seconds, by what they were spent on."""
+def _take(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
+    """Waits for what each decoding sequence of a round drew: tokens, and their log-probabilities if it wants any."""
+    if drawn is None:
+        return []
+    rows = np.asarray(drawn.tokens)[: len(current.decoding)]
+    tokens = [row[row >= 0].tolist() for row in rows]
+    wanted = [sequence.request.sampling.logprobs for sequence in current.decoding]
+    if all(each is None for each in wanted):
+        return [(each, []) for each in tokens]
+    chosen, top_ids, top_logprobs = (np.asarray(each) for each in (drawn.chosen, drawn.top_ids, drawn.top_logprobs))
+    return [
+        (
+            each,
+            []
+            if num_top is None
+            else [
+                TokenLogprobs(
+                    float(chosen[row, at]),
+                    tuple(
+                        zip(top_ids[row, at, :num_top].tolist(), top_logprobs[row, at, :num_top].tolist(), strict=True)
+                    ),
+                )
+                for at in range(len(each))
+            ],
+        )
+        for row, (each, num_top) in enumerate(zip(tokens, wanted, strict=True))
+    ]
+
+
+class _Tally:
+    """Counts and wall seconds of one call of `generate`."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self._start = self._waited = time.perf_counter()
+        self._host_seconds = 0.0
+        self._seconds = {True: 0.0, False: 0.0}  # by whether the round had chunks
+        self._tokens = {True: 0, False: 0}
+        self.num_rounds = 0
+        self.num_finished = 0
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens drawn so far."""
+        return sum(self._tokens.values())
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._start
 
-    def lap(self, what: str) -> None:
-        """Counts the seconds since the last lap."""
+    def launched(self) -> None:
+        """The devices have work again."""
+        self._host_seconds += time.perf_counter() - self._waited
+
+    def waited(self, current: Round, num_drawn: int) -> None:
+        """The devices have done a round, and wait."""
         now = time.perf_counter()
-        self.seconds[what] += now - self._last
-        self._last = now
+        self._seconds[bool(current.chunks)] += now - self._waited
+        self._tokens[bool(current.chunks)] += num_drawn
+        self._waited = now
+        self.num_rounds += 1
 
-
-def program_sizes(most: int, model: LlamaConfig) -> list[int]:
-    """Row counts to compile for, smallest first: a quarter of the most, where that is not too small, and the most."""
-    smallest = max(8, pages_for(_SMALLEST_PROGRAM, model.hidden_size))
-    largest = max(most, smallest)
-    return [largest // 4, largest] if largest // 4 >= smallest else [largest]
-
-
-def _smallest_holding(size: int, programs: dict[int, Program]) -> int:
-    return min(rows for rows in programs if rows >= size)
+    def stats(self, requests: Requests, num_generated: int, scheduler: Scheduler) -> GenerationStats:
+        """What the call did."""
+        return GenerationStats(
+            prompt_tokens=sum(len(request.prompt_tokens) for request in requests),
+            shared_tokens=scheduler.num_shared_tokens,
+            generated_tokens=num_generated,
+            decoded_tokens=self._tokens[False],
+            prefill_seconds=self._seconds[True],
+            decode_seconds=self._seconds[False],
+            host_seconds=self._host_seconds,
+            num_rounds=self.num_rounds,
+            num_preemptions=scheduler.num_preemptions,
+        )

@@ -1,11 +1,12 @@
-"""The two device programs of generation, as pure functions of arrays: prefill and decode.
+"""The device programs of generation, as pure functions of arrays: prefill, decode, and both together.
 
 Prefill only fills the cache: the last token of a prompt is left to decode, so that every token is drawn by the same
-program, whether its sequence is new or was preempted.
+code, whether its sequence is new or was preempted.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from haliax import Axis, NamedArray
 from jax import lax
@@ -13,56 +14,81 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from simpo_pipeline.inference.batches import DecodeBatch, PrefillBatch
+from simpo_pipeline.inference.config import MAX_LOGPROBS
 from simpo_pipeline.inference.kv_cache import KVCache, TokenPlaces
+from simpo_pipeline.inference.logprobs import token_logprobs
 from simpo_pipeline.inference.sampling import draw_tokens
-from simpo_pipeline.model.transformer import Llama, logits, transform
+from simpo_pipeline.inference.seen_tokens import mark_seen
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, Placement, logits, transform, unstacked
+
+
+class Drawn(NamedTuple):
+    """What the rows of a decode round drew, step by step; the stop token is included, -1 where a row had ended.
+
+    Log-probabilities are zeros where no row wants any.
+    """
+
+    tokens: Int[Array, "rows max_steps"]
+    chosen: Float[Array, "rows max_steps"]
+    top_ids: Int[Array, "rows max_steps max_logprobs"]
+    top_logprobs: Float[Array, "rows max_steps max_logprobs"]
+
+
+def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers, ...]]:
+    """The layers' parameters as XLA's CPU backend runs them fast: for programs over chunks, and for decode.
+
+    The former stay a stack, None where it may stay as it is: of a stack of bfloat16 XLA makes float32 in every pass, so
+    they get its bits. Decode has so few rows that even the copy of each layer's part out of the stack counts.
+    """
+    if layers.wq.dtype != jnp.bfloat16:
+        return None, unstacked(layers)
+    return jax.tree.map(_as_bits, layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray)), unstacked(layers)
 
 
 def prefill(weights: Llama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
     """The cache with the keys and values of the batch's tokens in it."""
-    num_tokens = batch.tokens.shape[0]
-    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), batch.places, num_tokens, dtype)
+    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch), dtype)
     return cache
+
+
+def prefill_and_decode(
+    weights: Llama,
+    cache: KVCache,
+    chunks: PrefillBatch,
+    batch: DecodeBatch,
+    step: UInt32[Array, ""],
+    *,
+    dtype: DTypeLike,
+) -> tuple[KVCache, Drawn]:
+    """The cache with the keys and values of `chunks` in it, and one token for each row of `batch`, in one forward."""
+    num_rows = batch.tokens.shape[0]
+    state = _first_state(cache, batch, max_steps=1)
+    places = _joined(_decode_places(batch, state), _prefill_places(chunks))
+    tokens = jnp.concatenate([state.tokens, jnp.asarray(chunks.tokens)])
+    hidden, cache = _hidden(weights, cache, tokens, places, dtype)
+    own = NamedArray(hidden.array[:num_rows], (Axis("token", num_rows), hidden.axes[1]))
+    end = _after_draw(weights, batch, step, state._replace(cache=cache), own)
+    return end.cache, end.drawn
 
 
 def decode(
     weights: Llama, cache: KVCache, batch: DecodeBatch, step: UInt32[Array, ""], *, max_steps: int, dtype: DTypeLike
-) -> tuple[KVCache, Int[Array, "rows max_steps"]]:
-    """Draws up to `num_steps` tokens a row, fewer when a stop token comes; ends when every row has.
+) -> tuple[KVCache, Drawn]:
+    """Draws up to `num_steps` tokens a row, fewer when a stop token comes.
 
-    Returns the cache and the drawn tokens, the stop token included, -1 where a row had ended.
+    Ends when no row may draw any more, and already when `num_ended` of them have ended.
     """
-    num_rows = batch.tokens.shape[0]
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
 
     def draw_one_each(state: _Decoding) -> _Decoding:
-        positions = jnp.where(state.alive, batch.positions + state.num_done, -1)
-        places = TokenPlaces(
-            page_table=batch.page_table,
-            query_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
-            kv_lens=positions + 1,
-            seqs=rows,
-            positions=positions,
-        )
-        hidden, cache = _hidden(weights, state.cache, state.tokens, places, 1, dtype)
-        tokens = draw_tokens(logits(weights, hidden).array, batch.sampling, step, positions + 1)
-        stopped = jnp.any(tokens[:, None] == batch.stop_tokens, axis=-1)
-        return _Decoding(
-            cache=cache,
-            tokens=tokens,
-            alive=state.alive & ~stopped & (state.num_done + 1 < batch.num_steps),
-            drawn=state.drawn.at[:, state.num_done].set(jnp.where(state.alive, tokens, -1)),
-            num_done=state.num_done + 1,
-        )
+        hidden, cache = _hidden(weights, state.cache, state.tokens, _decode_places(batch, state), dtype)
+        return _after_draw(weights, batch, step, state._replace(cache=cache), hidden)
 
-    start = _Decoding(
-        cache=cache,
-        tokens=jnp.asarray(batch.tokens),
-        alive=jnp.asarray(batch.num_steps) > 0,
-        drawn=jnp.full((num_rows, max_steps), -1, jnp.int32),
-        num_done=jnp.zeros((), jnp.int32),
-    )
-    end = lax.while_loop(lambda state: jnp.any(state.alive), draw_one_each, start)
+    def goes_on(state: _Decoding) -> Bool[Array, ""]:
+        may_draw = jnp.asarray(batch.num_steps) > 0
+        num_ended = jnp.sum(may_draw & ~state.alive, dtype=jnp.int32)
+        return jnp.any(state.alive) & (num_ended < batch.num_ended)
+
+    end = lax.while_loop(goes_on, draw_one_each, _first_state(cache, batch, max_steps))
     return end.cache, end.drawn
 
 
@@ -72,19 +98,97 @@ class _Decoding(NamedTuple):
     cache: KVCache
     tokens: Int[Array, " rows"]  # to be fed next
     alive: Bool[Array, " rows"]
-    drawn: Int[Array, "rows max_steps"]
+    seen: UInt32[Array, "rows words"]
+    drawn: Drawn
     num_done: Int[Array, ""]
 
 
+def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decoding:
+    num_rows = batch.tokens.shape[0]
+    return _Decoding(
+        cache=cache,
+        tokens=jnp.asarray(batch.tokens),
+        alive=jnp.asarray(batch.num_steps) > 0,
+        seen=jnp.asarray(batch.seen),
+        drawn=Drawn(
+            tokens=jnp.full((num_rows, max_steps), -1, jnp.int32),
+            chosen=jnp.zeros((num_rows, max_steps), jnp.float32),
+            top_ids=jnp.zeros((num_rows, max_steps, MAX_LOGPROBS), jnp.int32),
+            top_logprobs=jnp.zeros((num_rows, max_steps, MAX_LOGPROBS), jnp.float32),
+        ),
+        num_done=jnp.zeros((), jnp.int32),
+    )
+
+
+def _after_draw(
+    weights: Llama, batch: DecodeBatch, step: UInt32[Array, ""], state: _Decoding, hidden: NamedArray
+) -> _Decoding:
+    """The state after each living row has drawn a token from its hidden state [token, embed]."""
+    out = logits(weights, hidden).array
+    positions = _positions(batch, state)
+    tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen)
+    chosen, top_ids, top_logprobs = token_logprobs(out, tokens, batch.sampling)
+    at = state.num_done
+    stopped = jnp.any(tokens[:, None] == batch.sampling.stop_tokens, axis=-1)
+    return _Decoding(
+        cache=state.cache,
+        tokens=tokens,
+        alive=state.alive & ~stopped & (at + 1 < batch.num_steps),
+        seen=mark_seen(state.seen, tokens, state.alive),
+        drawn=Drawn(
+            tokens=state.drawn.tokens.at[:, at].set(jnp.where(state.alive, tokens, -1)),
+            chosen=state.drawn.chosen.at[:, at].set(chosen),
+            top_ids=state.drawn.top_ids.at[:, at].set(top_ids),
+            top_logprobs=state.drawn.top_logprobs.at[:, at].set(top_logprobs),
+        ),
+        num_done=at + 1,
+    )
+
+
+def _positions(batch: DecodeBatch, state: _Decoding) -> Int[Array, " rows"]:
+    return jnp.where(state.alive, batch.positions + state.num_done, -1)
+
+
+def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenPlaces:
+    num_rows = batch.tokens.shape[0]
+    positions = _positions(batch, state)
+    return TokenPlaces(
+        page_table=batch.page_table,
+        query_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
+        kv_lens=positions + 1,
+        seqs=jnp.arange(num_rows, dtype=jnp.int32),
+        positions=positions,
+        num_single=num_rows,
+    )
+
+
+def _prefill_places(batch: PrefillBatch) -> TokenPlaces:
+    return TokenPlaces(
+        page_table=batch.page_table,
+        query_starts=batch.query_starts,
+        kv_lens=batch.kv_lens,
+        seqs=batch.seqs,
+        positions=batch.positions,
+        num_single=0,
+    )
+
+
+def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
+    num_single = single.num_single
+    return TokenPlaces(
+        page_table=jnp.concatenate([single.page_table, chunks.page_table]),
+        query_starts=jnp.concatenate([single.query_starts[:-1], num_single + jnp.asarray(chunks.query_starts)]),
+        kv_lens=jnp.concatenate([single.kv_lens, chunks.kv_lens]),
+        seqs=jnp.concatenate([single.seqs, num_single + jnp.asarray(chunks.seqs)]),
+        positions=jnp.concatenate([single.positions, chunks.positions]),
+        num_single=num_single,
+    )
+
+
 def _hidden(
-    weights: Llama,
-    cache: KVCache,
-    tokens: Int[Array, " tokens"],
-    places: TokenPlaces,
-    max_queries_per_seq: int,
-    dtype: DTypeLike,
+    weights: Llama, cache: KVCache, tokens: Int[Array, " tokens"], places: TokenPlaces, dtype: DTypeLike
 ) -> tuple[NamedArray, KVCache]:
-    """Hidden states [token, embed] of a ragged batch, and the cache with its keys and values."""
+    """Hidden states [token, embed] of a batch, and the cache with its keys and values."""
 
     def attend(
         layer: Int[Array, ""],
@@ -93,8 +197,26 @@ def _hidden(
         v: Float[Array, "tokens kv_heads head_size"],
         cache: KVCache,
     ) -> tuple[Array, Any]:
-        return cache.attend(layer, q, k, v, places, max_queries_per_seq=max_queries_per_seq)
+        return cache.attend(layer, q, k, v, places)
 
     token = Axis("token", tokens.shape[0])
     positions = NamedArray(jnp.asarray(places.positions), (token,))
-    return transform(weights, NamedArray(tokens, (token,)), positions, attend=attend, state=cache, dtype=dtype)
+    return transform(
+        weights,
+        NamedArray(tokens, (token,)),
+        positions,
+        attend=attend,
+        state=cache,
+        dtype=dtype,
+        placement=Placement(weight=_as_numbers, hidden=lambda hidden: hidden),
+    )
+
+
+def _as_bits(weight: NamedArray) -> NamedArray:
+    return NamedArray(lax.bitcast_convert_type(weight.array, jnp.uint16), weight.axes)
+
+
+def _as_numbers(weight: NamedArray) -> NamedArray:
+    if weight.dtype != jnp.uint16:
+        return weight
+    return NamedArray(lax.bitcast_convert_type(weight.array, jnp.bfloat16), weight.axes)

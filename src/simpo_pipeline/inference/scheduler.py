@@ -1,17 +1,22 @@
-"""What the engine runs next: a prefill of waiting prompts, or some decode steps of every running sequence.
+"""What the engine runs next: parts of waiting prompts, together with the next tokens of every running sequence.
 
 First come, first served: sequences start in the order in which they were added, and when pages run out the youngest
-running one gives its pages back and waits, to be prefilled again, prompt and generated tokens together. Nothing here
-knows of arrays or devices; the engine reports back what it has run.
+running one gives its pages back and waits, to be computed again, prompt and generated tokens together. A sequence
+reads the pages of another where both begin with the same tokens. Nothing here knows of arrays or devices; the engine
+reports back what it has run.
 """
 
 import dataclasses
 from collections import deque
 from collections.abc import Sequence as Sized
 
-from simpo_pipeline.inference.config import EngineConfig, pages_for
-from simpo_pipeline.inference.pages import PageAllocator
-from simpo_pipeline.inference.sequence import Sequence
+from simpo_pipeline.inference.config import EngineSizes, pages_for
+from simpo_pipeline.inference.pages import ROOT, PagePool
+from simpo_pipeline.inference.sequence import Sequence, TokenLogprobs
+
+# While others wait, a round ends early when one in so many of its sequences has ended: a row that idles costs as much
+# as one that draws, and each round costs the host some time.
+_ENDED_SHARE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,89 +29,168 @@ class PrefillChunk:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillRound:
-    """Chunks to compute together: at most `prefill_chunk_tokens` tokens of at most `max_prefill_seqs` sequences."""
+class Round:
+    """What runs next.
+
+    Attributes:
+        chunks: Tokens to put into the cache: at most `prefill_chunk_tokens`, of at most `max_prefill_seqs` sequences.
+        decoding: Sequences that draw tokens beside it; they hold the pages for them.
+        num_steps: Tokens that each of these may draw: one if there are chunks, else `decode_steps_per_call`.
+        num_ended: The round ends when so many of them have ended.
+        copies: (source, target) pages to copy before.
+    """
 
     chunks: tuple[PrefillChunk, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeRound:
-    """Sequences that each draw up to `decode_steps_per_call` tokens; they hold the pages for them."""
-
-    sequences: tuple[Sequence, ...]
+    decoding: tuple[Sequence, ...]
+    num_steps: int
+    num_ended: int
+    copies: tuple[tuple[int, int], ...]
 
 
 class Scheduler:
     """Sequences waiting and running, and the pages they hold."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.allocator = PageAllocator(config.total_pages)
+    def __init__(self, config: EngineSizes) -> None:
+        self.pool = PagePool(config.num_pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.num_shared_tokens = 0
         self._config = config
+        self._copies: list[tuple[int, int]] = []
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue; the caller has made sure that it fits an empty cache."""
         self.waiting.append(sequence)
 
-    def next_round(self) -> PrefillRound | DecodeRound | None:
+    def next_round(self) -> Round | None:
         """What to run next; None when every sequence has ended."""
+        self._copies = []
         self._admit()
+        num_steps = 1 if any(map(self._can_prefill, self.running)) else self._config.decode_steps_per_call
+        decoding = self._grow_or_preempt(num_steps)
         chunks = self._prefill_chunks()
-        if chunks:
-            return PrefillRound(chunks)
-        self._grow_or_preempt()
-        return DecodeRound(tuple(self.running)) if self.running else None
+        if not chunks and not decoding:
+            assert not self.running and not self.waiting, "sequences are left that neither prefill nor decode"
+            return None
+        num_ended = max(1, len(decoding) // _ENDED_SHARE) if self.waiting else max(1, len(decoding))
+        return Round(chunks, tuple(decoding), num_steps, num_ended, tuple(self._copies))
 
-    def prefilled(self, prefill: PrefillRound) -> None:
-        """Records that the chunks of a round are in the cache."""
-        for chunk in prefill.chunks:
+    def ran(self, done: Round, drawn: Sized[tuple[Sized[int], Sized[TokenLogprobs]]]) -> list[Sequence]:
+        """Records a round: its chunks are in the cache, and each of its decoding sequences drew tokens.
+
+        Their log-probabilities come with them where they are wanted. Returns the sequences that have ended.
+        """
+        for chunk in done.chunks:
             chunk.sequence.num_cached += chunk.num_tokens
-
-    def decoded(self, decode: DecodeRound, drawn: Sized[Sized[int]]) -> list[Sequence]:
-        """Records the tokens that each sequence of a round drew, at least one each; returns those that have ended."""
-        for sequence, tokens in zip(decode.sequences, drawn, strict=True):
-            sequence.generated.extend(tokens)
+            self._register_filled(chunk.sequence)
+        ended = []
+        for sequence, (tokens, logprobs) in zip(done.decoding, drawn, strict=True):
+            sequence.append(tokens, logprobs)
             sequence.num_cached += len(tokens)
-        ended = [sequence for sequence in decode.sequences if sequence.finish_reason is not None]
+            if sequence.finish_reason is None:
+                self._register_filled(sequence)
+            else:
+                ended.append(sequence)
         for sequence in ended:
-            self.running.remove(sequence)
             self._release(sequence)
+        if ended:
+            gone = set(map(id, ended))
+            self.running = [sequence for sequence in self.running if id(sequence) not in gone]
         return ended
 
     def _admit(self) -> None:
         # What the running ones need for their next tokens is not given away: the newcomer would be preempted at once.
-        reserved = sum(self._missing_pages(sequence) for sequence in self.running)
+        reserved = sum(self._missing_pages(sequence) + self._must_copy(sequence) for sequence in self.running)
         while self.waiting and len(self.running) < self._config.max_seqs:
             sequence = self.waiting[0]
-            if self._missing_pages(sequence) + reserved > self.allocator.num_free:
+            found = self._find_shared(sequence)
+            unheld = sum(not self.pool.is_held(page) for page in found.pages)
+            missing = self._missing_pages(sequence) - len(found.pages) + found.has_tail
+            if missing + unheld + reserved > self.pool.num_free:
                 return
-            self._grow(sequence)
+            self._start(sequence, found)
             self.running.append(self.waiting.popleft())
+
+    def _find_shared(self, sequence: Sequence) -> "_Shared":
+        """Pages that hold what the sequence begins with, all but its last token; the last of them perhaps in part."""
+        size, end = self._config.page_size, sequence.num_tokens - 1
+        found = _Shared([], [], 0, False)
+        prefix = ROOT
+        for start in range(0, end, size):
+            known = self.pool.find(prefix, sequence.tokens(start, min(start + size, end)))
+            if known is None:
+                break
+            page, prefix = known
+            found.pages.append(page)
+            found.num_tokens = min(start + size, end)
+            found.has_tail = found.num_tokens % size != 0
+            if not found.has_tail:
+                found.prefixes.append(prefix)
+        return found
+
+    def _start(self, sequence: Sequence, found: "_Shared") -> None:
+        for page in found.pages:
+            self.pool.hold(page)
+        sequence.pages = list(found.pages)
+        sequence.prefixes = list(found.prefixes)
+        sequence.num_cached = found.num_tokens
+        sequence.awaited = [page for page in found.pages if not self.pool.is_ready(page)]
+        sequence.borrowed_tail = found.has_tail
+        self.num_shared_tokens += found.num_tokens
+        sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence)))
+        self._announce(sequence)
+
+    def _announce(self, sequence: Sequence) -> None:
+        """Registers the pages that the sequence is about to fill, so that those that come after it need not."""
+        size, end = self._config.page_size, sequence.num_tokens - 1
+        prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
+        if sequence.borrowed_tail:
+            return
+        for start in range(sequence.num_cached, end, size):
+            tokens = sequence.tokens(start, min(start + size, end))
+            page = sequence.pages[start // size]
+            prefix = self.pool.register(page, prefix, tokens, ready=False)
+            sequence.announced.append((start + len(tokens), page))
+            if len(tokens) == size:
+                sequence.prefixes.append(prefix)
+
+    def _can_prefill(self, sequence: Sequence) -> bool:
+        return bool(sequence.num_uncached) and self._has_its_prefix(sequence)
+
+    def _has_its_prefix(self, sequence: Sequence) -> bool:
+        if sequence.awaited:
+            sequence.awaited = [page for page in sequence.awaited if not self.pool.is_ready(page)]
+        return not sequence.awaited
 
     def _prefill_chunks(self) -> tuple[PrefillChunk, ...]:
         chunks = []
         budget = self._config.prefill_chunk_tokens
         for sequence in self.running:
+            if not self._can_prefill(sequence):
+                continue
             num_tokens = min(sequence.num_uncached, budget)
-            if num_tokens:
-                chunks.append(PrefillChunk(sequence, sequence.num_cached, num_tokens))
-                budget -= num_tokens
+            chunks.append(PrefillChunk(sequence, sequence.num_cached, num_tokens))
+            budget -= num_tokens
             if not budget or len(chunks) == self._config.max_prefill_seqs:
                 break
         return tuple(chunks)
 
-    def _grow_or_preempt(self) -> None:
-        """Gives every running sequence the pages of its next tokens, taking them from the youngest if need be."""
-        num_grown = 0
-        while num_grown < len(self.running):
-            if self._missing_pages(self.running[num_grown]) <= self.allocator.num_free:
-                self._grow(self.running[num_grown])
-                num_grown += 1
+    def _grow_or_preempt(self, num_steps: int) -> list[Sequence]:
+        """The sequences that draw tokens now, each with the pages for them, taken from the youngest if need be."""
+        decoding = []
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            if sequence.num_uncached or not self._has_its_prefix(sequence):
+                index += 1
+            elif self._missing_pages(sequence, num_steps) + self._must_copy(sequence) <= self.pool.num_free:
+                self._grow(sequence, num_steps)
+                decoding.append(sequence)
+                index += 1
             else:
                 self._preempt_youngest()
+        return decoding
 
     def _preempt_youngest(self) -> None:
         sequence = self.running.pop()
@@ -114,16 +198,54 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _missing_pages(self, sequence: Sequence) -> int:
-        """Pages it lacks for all its tokens and those of its next decode round (the last one drawn is not cached)."""
-        num_steps = min(self._config.decode_steps_per_call, sequence.num_remaining)
-        needed = pages_for(sequence.num_tokens - 1 + num_steps, self._config.page_size)
-        return max(0, needed - len(sequence.pages))
+    def _missing_pages(self, sequence: Sequence, num_steps: int | None = None) -> int:
+        """Pages it lacks for all its tokens and those of its next steps (the last one drawn is not cached)."""
+        most = self._config.decode_steps_per_call if num_steps is None else num_steps
+        num_tokens = sequence.num_tokens - 1 + min(most, sequence.num_remaining)
+        return max(0, pages_for(num_tokens, self._config.page_size) - len(sequence.pages))
 
-    def _grow(self, sequence: Sequence) -> None:
-        sequence.pages.extend(self.allocator.allocate(self._missing_pages(sequence)))
+    def _must_copy(self, sequence: Sequence) -> bool:
+        """Whether its next token would go into a page that it shares."""
+        if not sequence.borrowed_tail:
+            return False
+        return self.pool.is_shared(sequence.pages[sequence.num_cached // self._config.page_size])
+
+    def _grow(self, sequence: Sequence, num_steps: int) -> None:
+        if self._must_copy(sequence):
+            at = sequence.num_cached // self._config.page_size
+            source, (target,) = sequence.pages[at], self.pool.allocate(1)
+            self._copies.append((source, target))
+            self.pool.release([source])
+            sequence.pages[at] = target
+        sequence.borrowed_tail = False
+        sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence, num_steps)))
+
+    def _register_filled(self, sequence: Sequence) -> None:
+        """Says of every page of the sequence that has become full, or as full as announced, that it can be read."""
+        size = self._config.page_size
+        for index in range(len(sequence.prefixes), sequence.num_cached // size):
+            prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
+            tokens = sequence.tokens(index * size, (index + 1) * size)
+            sequence.prefixes.append(self.pool.register(sequence.pages[index], prefix, tokens, ready=True))
+        while sequence.announced and sequence.announced[0][0] <= sequence.num_cached:
+            _, page = sequence.announced.popleft()
+            self.pool.set_ready(page)
 
     def _release(self, sequence: Sequence) -> None:
-        self.allocator.free(sequence.pages)
+        self.pool.release(sequence.pages)
         sequence.pages = []
+        sequence.prefixes = []
         sequence.num_cached = 0
+        sequence.borrowed_tail = False
+        sequence.awaited = []
+        sequence.announced.clear()
+
+
+@dataclasses.dataclass
+class _Shared:
+    """Pages found for the beginning of a sequence."""
+
+    pages: list[int]
+    prefixes: list[int]  # that end with each of its full pages
+    num_tokens: int
+    has_tail: bool  # the last page holds fewer tokens than a page

@@ -1,7 +1,9 @@
 """One generation: what is asked for, how far it is, and what came of it. Plain Python; token ids only, no text."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections import deque
+from collections.abc import Sequence as Sized
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from simpo_pipeline.inference.config import SamplingParams
 
@@ -53,18 +55,35 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
+@runtime_checkable
+class Matcher(Protocol):
+    """Looks for stop strings in the text of tokens as they come (`stop_strings.StopMatcher`)."""
+
+    def push(self, tokens: Sized[int]) -> int | None:
+        """After how many of these tokens, counted from 1, a stop string is in the text; None if it is in none."""
+        ...
+
+
 class Sequence:
     """A request on its way: its tokens so far, and which pages hold their keys and values.
 
-    The last token is never cached: it is the next one to be fed. Only the scheduler changes `pages` and `num_cached`.
+    The last token is never cached: it is the next one to be fed.
     """
 
-    def __init__(self, request: Request, index: int) -> None:
+    def __init__(self, request: Request, index: int, matcher: Matcher | None = None) -> None:
         self.request = request
         self.index = index
         self.generated: list[int] = []
-        self.pages: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self._matcher = matcher
+        # The scheduler's.
         self.num_cached = 0
+        self.pages: list[int] = []
+        self.prefixes: list[int] = []  # as the page pool names them, one for each page that is full of known tokens
+        self.announced: deque[tuple[int, int]] = deque()  # (position after its last token, page) of pages to be filled
+        self.awaited: list[int] = []  # pages of others that are to be filled before this one can go on
+        self.borrowed_tail = False  # its last page is another's, and it has not yet written to it
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +92,7 @@ class Sequence:
 
     @property
     def num_uncached(self) -> int:
-        """Tokens to prefill before the last one can be fed."""
+        """Tokens to compute before the last one can be fed."""
         return self.num_tokens - 1 - self.num_cached
 
     @property
@@ -86,23 +105,49 @@ class Sequence:
         """Tokens it may still draw."""
         return self.request.sampling.max_tokens - len(self.generated)
 
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it has ended, None while it has not."""
-        if self.generated and self.generated[-1] in self.request.sampling.stop_token_ids:
-            return "stop"
-        return "length" if self.num_remaining == 0 else None
-
-    def tokens(self, start: int, end: int) -> list[int]:
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Prompt and generated tokens at positions start..end-1."""
         num_prompt = len(self.request.prompt_tokens)
-        return [
-            *self.request.prompt_tokens[start:end],
-            *self.generated[max(start - num_prompt, 0) : max(end - num_prompt, 0)],
-        ]
+        if end <= num_prompt:
+            return self.request.prompt_tokens[start:end]
+        generated = self.generated[max(start - num_prompt, 0) : end - num_prompt]
+        return (*self.request.prompt_tokens[start:num_prompt], *generated)
+
+    def append(self, tokens: Sized[int], logprobs: Sized[TokenLogprobs] = ()) -> None:
+        """Takes drawn tokens, up to the one that ends the sequence; those after it are dropped.
+
+        Only the last of `tokens` can be a stop token that ends it: the device draws none after that.
+        """
+        sampling = self.request.sampling
+        num_before = len(self.generated)
+        stops = (
+            bool(tokens) and tokens[-1] in sampling.stop_token_ids and num_before + len(tokens) > sampling.min_tokens
+        )
+        text_tokens = tokens[:-1] if stops else tokens
+        num_kept = self._first_stop_string(text_tokens, num_before)
+        if num_kept is not None:
+            self.finish_reason = "stop_string"
+            tokens = tokens[:num_kept]
+        elif stops:
+            self.finish_reason = "stop"
+        self.generated.extend(tokens)
+        self.logprobs.extend(logprobs[: len(tokens)])
+        if self.finish_reason is None and self.num_remaining == 0:
+            self.finish_reason = "length"
 
     def completion(self) -> Completion:
         """The outcome of a sequence that has ended."""
         reason = self.finish_reason
         assert reason is not None, f"sequence {self.index} has not ended"
-        return Completion(self.request, tuple(self.generated), reason)
+        wanted = self.request.sampling.logprobs is not None
+        return Completion(self.request, tuple(self.generated), reason, tuple(self.logprobs) if wanted else None)
+
+    def _first_stop_string(self, tokens: Sized[int], num_before: int) -> int | None:
+        """After how many of the tokens a stop string ends the sequence; one that comes before `min_tokens` does not."""
+        if self._matcher is None:
+            return None
+        num_early = min(max(0, self.request.sampling.min_tokens - 1 - num_before), len(tokens))
+        num_pushed = num_early
+        self._matcher.push(tokens[:num_early])
+        found = self._matcher.push(tokens[num_early:])
+        return None if found is None else num_pushed + found

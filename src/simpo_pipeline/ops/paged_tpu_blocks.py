@@ -8,7 +8,7 @@ import dataclasses
 
 # What XLA grants a kernel by default on a v5p. Given to the kernel too, so that no flag of the process changes it.
 VMEM_LIMIT_BYTES = 16 * 2**20
-# The rest is for what the compiler keeps beside what is counted here.
+# `vmem_bytes` bounds what the compiler took in every setting tried; the rest is for other compilers.
 _VMEM_BUDGET_BYTES = 12 * 2**20
 # Keys of one sequence read together. Each read copies whole blocks, so longer ones cost short sequences more.
 _KEYS_PER_BLOCK = 512
@@ -38,16 +38,18 @@ class Blocks:
 
 
 def vmem_bytes(shape: KernelShape, blocks: Blocks) -> int:
-    """An upper bound of the kernel's buffers and of one head's intermediate results."""
+    """An upper bound of what the kernel takes: its buffers, and the intermediate results of all heads.
+
+    The kernel goes over the heads one by one, but in a loop that is unrolled, and the compiler starts them early.
+    """
     keys, rows = blocks.kv_pages * shape.page_size, blocks.queries * (shape.heads // shape.kv_heads)
     kv_buffers = 2 * keys * _tiled(2 * shape.kv_heads, shape.itemsize) * shape.head_size * shape.itemsize
     q = blocks.queries * _tiled(shape.heads, shape.itemsize) * shape.head_size * shape.itemsize
     accumulator = blocks.queries * _tiled(shape.heads, 4) * shape.head_size * 4
     peaks_and_totals = 2 * shape.kv_heads * rows * _LANES * 4
-    scores = 3 * rows * keys * 4
-    one_head_of_kv = 2 * keys * shape.head_size * (4 + shape.itemsize)
+    scores_and_kv_in_fp32 = shape.kv_heads * (rows * keys + 2 * keys * shape.head_size) * 4
     # q and the output are double-buffered by the pipeline.
-    return kv_buffers + 4 * q + accumulator + peaks_and_totals + scores + one_head_of_kv
+    return kv_buffers + 4 * q + accumulator + peaks_and_totals + scores_and_kv_in_fp32
 
 
 def blocks_for(shape: KernelShape, max_queries: int) -> Blocks:

@@ -1,0 +1,214 @@
+"""The device programs of one engine, compiled ahead for fixed shapes; which one a round takes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from simpo_pipeline.distributed.mesh import place
+from simpo_pipeline.distributed.programs import Program, Programs
+from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_batch
+from simpo_pipeline.inference.config import EngineSizes, pages_for
+from simpo_pipeline.inference.forward import Drawn, decode, lay_out, prefill, prefill_and_decode
+from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
+from simpo_pipeline.inference.scheduler import Round
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, abstract_llama
+from simpo_pipeline.ops.paged_attention import backend_for
+
+# Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
+# the tests find every row's result independent, to the bit, of how many rows its program has, and of whether that
+# program is prefill or decode; so a token depends neither on the batch nor on a preemption nor on the engine's sizes.
+_SMALLEST_PROGRAM = 4096
+# Else XLA leaves out roundings to bfloat16 between operations that it fuses, others in each program.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+# Pages copied in one program; more are copied in several.
+_PAGES_PER_COPY = 16
+
+
+class EngineWeights(NamedTuple):
+    """The weights as an engine's programs take them."""
+
+    stacked: Llama  # programs over chunks
+    by_layer: Llama  # decode
+
+
+class EnginePrograms:
+    """All that an engine launches, for one model at one set of sizes on one mesh."""
+
+    def __init__(
+        self, model: LlamaConfig, sizes: EngineSizes, mesh: Mesh, programs: Programs, dtype: DTypeLike
+    ) -> None:
+        self._model = model
+        self._sizes = sizes
+        self._programs = programs
+        self._dtype = dtype
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        attention = backend_for(mesh)
+        self._given = self._stacked = self._by_layer = with_shardings(
+            abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES
+        )
+        self.weights_bytes = bytes_per_device(self._given)
+        self._lay_out = self._compile_lay_out(mesh) if mesh.devices.flat[0].platform == "cpu" else None
+        self._cache = abstract_cache(model, sizes, dtype, mesh, attention)
+        self.cache_bytes = bytes_per_device(self._cache)
+        self._empty_cache = self._compile(
+            "empty_cache",
+            functools.partial(empty_cache, model, sizes, dtype, attention),
+            out_shardings=_placement(self._cache),
+        )
+        self._copy_pages = self._compile_copy()
+        rows = program_sizes(sizes.max_seqs, model)
+        self._decode = {size: self._compile_decode(size) for size in rows}
+        self._prefill = {}
+        self._mixed = {}
+        for size in program_sizes(sizes.prefill_chunk_tokens, model):
+            self._prefill[size] = self._compile_prefill(size)
+            self._mixed[size] = self._compile_mixed(size, rows[-1])
+        self._rows_of_mixed = rows[-1]
+
+    @property
+    def all(self) -> list[Program]:
+        """Every program that works on the cache."""
+        return [self._copy_pages, *self._decode.values(), *self._prefill.values(), *self._mixed.values()]
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What the programs need on each device beside weights and cache, the layers' second layout included."""
+        relaid = self._lay_out.memory_bytes.outputs if self._lay_out is not None else 0
+        return relaid + max(
+            each.memory_bytes.temporary + each.memory_bytes.outputs - each.memory_bytes.aliased for each in self.all
+        )
+
+    def lay_out(self, weights: Llama) -> EngineWeights:
+        """The weights as the programs take them; the layers are copied where that makes programs faster."""
+        if self._lay_out is None:
+            return EngineWeights(weights, weights)
+        return EngineWeights(*(_with_layers(weights, layers) for layers in self._lay_out(weights.layers)))
+
+    def empty_cache(self) -> KVCache:
+        """A cache without tokens."""
+        return self._empty_cache()
+
+    def run(
+        self, weights: EngineWeights, cache: KVCache, current: Round, step: np.uint32
+    ) -> tuple[KVCache, Drawn | None]:
+        """Launches a round; returns at once, with arrays that the devices are still to fill."""
+        cache = self._copied(cache, current)
+        chunks, rows = current.chunks, current.decoding
+        if not chunks:
+            batch = self._decode_batch(current, _smallest_holding(len(rows), self._decode))
+            return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, *self._placed((batch, step)))
+        size = _smallest_holding(sum(chunk.num_tokens for chunk in chunks), self._prefill)
+        prefills = prefill_batch(chunks, self._sizes, size)
+        if not rows:
+            return self._prefill[size](weights.stacked, cache, self._placed(prefills)), None
+        batch = self._decode_batch(current, self._rows_of_mixed)
+        return self._mixed[size](weights.stacked, cache, *self._placed((prefills, batch, step)))
+
+    def _decode_batch(self, current: Round, num_rows: int) -> DecodeBatch:
+        return decode_batch(current, self._sizes, num_rows, self._model.vocab_size)
+
+    def _copied(self, cache: KVCache, current: Round) -> KVCache:
+        for start in range(0, len(current.copies), _PAGES_PER_COPY):
+            pairs = current.copies[start : start + _PAGES_PER_COPY]
+            table = np.full((2, _PAGES_PER_COPY), self._sizes.num_pages, np.int32)
+            table[0] = 0
+            table[:, : len(pairs)] = np.array(pairs, np.int32).T
+            cache = self._copy_pages(cache, self._placed(table))
+        return cache
+
+    def _compile_lay_out(self, mesh: Mesh) -> Program:
+        """Makes the other programs take the layers as `lay_out` gives them; the program that does so."""
+        whole = self._given
+        both = with_shardings(jax.eval_shape(lay_out, whole.layers), mesh, TENSOR_PARALLEL_RULES)
+        self._stacked, self._by_layer = (_with_layers(whole, layers) for layers in both)
+        return self._compile("lay_out", lay_out, whole.layers, out_shardings=_placement(both))
+
+    def _compile_copy(self) -> Program:
+        return self._compile(
+            "copy_pages",
+            lambda cache, pairs: cache.copy(pairs[0], pairs[1]),
+            self._cache,
+            self._abstract(np.zeros((2, _PAGES_PER_COPY), np.int32)),
+            donate_argnums=(0,),
+            out_shardings=_placement(self._cache),
+        )
+
+    def _compile_prefill(self, num_tokens: int) -> Program:
+        return self._compile(
+            f"prefill_{num_tokens}",
+            functools.partial(prefill, dtype=self._dtype),
+            self._stacked,
+            self._cache,
+            self._abstract(prefill_batch((), self._sizes, num_tokens)),
+            donate_argnums=(1,),
+            out_shardings=_placement(self._cache),
+        )
+
+    def _compile_mixed(self, num_tokens: int, num_rows: int) -> Program:
+        return self._compile(
+            f"prefill_{num_tokens}_decode_{num_rows}",
+            functools.partial(prefill_and_decode, dtype=self._dtype),
+            self._stacked,
+            self._cache,
+            self._abstract(prefill_batch((), self._sizes, num_tokens)),
+            self._abstract(self._decode_batch(_NOTHING, num_rows)),
+            self._abstract(np.uint32(0)),
+            donate_argnums=(1,),
+            out_shardings=(_placement(self._cache), self._replicated),
+        )
+
+    def _compile_decode(self, num_rows: int) -> Program:
+        return self._compile(
+            f"decode_{num_rows}",
+            functools.partial(decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype),
+            self._by_layer,
+            self._cache,
+            self._abstract(self._decode_batch(_NOTHING, num_rows)),
+            self._abstract(np.uint32(0)),
+            donate_argnums=(1,),
+            out_shardings=(_placement(self._cache), self._replicated),
+        )
+
+    def _compile(self, name: str, function: Callable[..., Any], *abstract_args: Any, **how: Any) -> Program:
+        return self._programs.compile(
+            f"engine_{name}", function, *abstract_args, compiler_options=COMPILER_OPTIONS, **how
+        )
+
+    def _abstract(self, arrays: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=self._replicated), arrays
+        )
+
+    def _placed(self, arrays: Any) -> Any:
+        return place(arrays, self._replicated)
+
+
+_NOTHING = Round((), (), 1, 1, ())
+
+
+def program_sizes(most: int, model: LlamaConfig) -> list[int]:
+    """Row counts to compile for, smallest first: a quarter of the most, where that is not too small, and the most."""
+    smallest = max(8, pages_for(_SMALLEST_PROGRAM, model.hidden_size))
+    largest = max(most, smallest)
+    return [largest // 4, largest] if largest // 4 >= smallest else [largest]
+
+
+def _smallest_holding(size: int, programs: dict[int, Program]) -> int:
+    return min(rows for rows in programs if rows >= size)
+
+
+def _with_layers(weights: Llama, layers: LlamaLayers | tuple[LlamaLayers, ...] | None) -> Llama:
+    if layers is None:
+        return weights
+    return Llama(weights.embedding, layers, weights.final_norm, weights.head, weights.config)
+
+
+def _placement(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

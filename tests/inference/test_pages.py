@@ -1,0 +1,79 @@
+import pytest
+
+from simpo_pipeline.inference.pages import ROOT, PagePool
+
+
+def test_pages_are_handed_out_once_and_come_back() -> None:
+    pool = PagePool(3)
+    first, second = pool.allocate(2), pool.allocate(1)
+    assert sorted(first + second) == [0, 1, 2]
+    pool.release(first)
+    assert pool.num_free == 2
+    with pytest.raises(AssertionError, match="not held"):
+        pool.release(first)
+    with pytest.raises(AssertionError, match="3 pages asked for, 2 free"):
+        pool.allocate(3)
+
+
+def test_a_page_is_found_by_its_tokens_and_all_that_came_before() -> None:
+    pool = PagePool(4)
+    a, b, c, d = pool.allocate(4)
+    after_a = pool.register(a, ROOT, (1, 2), ready=True)
+    after_b = pool.register(b, after_a, (3, 4), ready=True)
+    after_c = pool.register(c, ROOT, (9, 9), ready=True)
+    pool.register(d, after_c, (3, 4), ready=True)
+    assert pool.find(ROOT, (1, 2)) == (a, after_a)
+    assert pool.find(after_a, (3, 4)) == (b, after_b)
+    assert pool.find(after_c, (3, 4)) != (b, after_b)
+    assert pool.find(ROOT, (3, 4)) is None
+
+
+def test_what_nobody_holds_is_kept_until_its_page_is_needed_the_longest_unused_and_the_end_of_a_prefix_first() -> None:
+    pool = PagePool(3)
+    a, b = pool.allocate(2)
+    after_a = pool.register(a, ROOT, (1,), ready=True)
+    pool.register(b, after_a, (2,), ready=True)
+    pool.release([a, b])
+    assert pool.num_free == 3
+    assert pool.allocate(1) not in ([a], [b])
+    assert pool.allocate(1) == [b]
+    assert pool.find(after_a, (2,)) is None
+    assert pool.find(ROOT, (1,)) == (a, after_a)
+    pool.hold(a)
+    assert pool.num_free == 0
+
+
+def test_a_page_that_was_never_filled_is_forgotten_when_it_is_given_up() -> None:
+    pool = PagePool(1)
+    (page,) = pool.allocate(1)
+    pool.register(page, ROOT, (1,), ready=False)
+    assert not pool.is_ready(page)
+    pool.release([page])
+    assert pool.find(ROOT, (1,)) is None
+    (page,) = pool.allocate(1)
+    pool.register(page, ROOT, (1,), ready=False)
+    pool.set_ready(page)
+    pool.release([page])
+    assert pool.find(ROOT, (1,)) is not None
+
+
+def test_the_first_page_registered_for_the_same_tokens_stays() -> None:
+    pool = PagePool(2)
+    a, b = pool.allocate(2)
+    prefix = pool.register(a, ROOT, (1,), ready=True)
+    assert pool.register(b, ROOT, (1,), ready=True) == prefix
+    assert pool.find(ROOT, (1,)) == (a, prefix)
+    pool.release([b])
+    assert pool.find(ROOT, (1,)) == (a, prefix)
+
+
+def test_holders_are_counted() -> None:
+    pool = PagePool(1)
+    (page,) = pool.allocate(1)
+    pool.register(page, ROOT, (1,), ready=True)
+    pool.hold(page)
+    assert pool.is_shared(page)
+    pool.release([page])
+    assert (pool.is_shared(page), pool.num_free) == (False, 0)
+    pool.release([page])
+    assert pool.num_free == 1

@@ -1,0 +1,79 @@
+import pytest
+from jax.sharding import Mesh
+
+from simpo_pipeline.errors import CapacityError
+from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
+from simpo_pipeline.inference.sequence import Request
+from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.model.config import LlamaConfig
+
+MODEL = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True)
+PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, head size, slots, bytes
+PLENTY = 2**32
+
+
+def work_of(*shapes: tuple[int, int]) -> Work:
+    """Prompts of so many tokens, each with so many to generate."""
+    return Work.of([Request((1,) * size, 0, 0, SamplingParams(new)) for size, new in shapes])
+
+
+def size(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int = PLENTY) -> EngineSizes:
+    return size_engine(config, MODEL, "float32", work, mesh, memory_bytes)
+
+
+def test_work_is_counted_and_merged_to_the_largest_in_each_respect() -> None:
+    ours, theirs = work_of((5, 7), (9, 1)), work_of((2, 30))
+    assert ours == Work(num_requests=2, longest_prompt=9, longest_total=12, total_tokens=22)
+    assert Work.merged([ours, theirs]) == Work(2, 9, 32, 32)
+    assert Work.of([]) == Work(0, 0, 0, 0)
+
+
+def test_sizes_follow_the_work(mesh: Mesh) -> None:
+    sizes = size(EngineConfig(page_size=16), work_of((20, 30), (5, 6)), mesh)
+    assert (sizes.max_seqs, sizes.max_seq_len) == (2, 50)
+    assert sizes.num_pages == 61 // 16 + 1 + 2
+
+
+def test_what_is_given_stays(mesh: Mesh) -> None:
+    given = EngineConfig(max_seqs=3, max_seq_len=100, page_size=8, num_pages=77, prefill_chunk_tokens=32)
+    sizes = size(given, work_of((20, 30)), mesh)
+    assert sizes == EngineSizes(3, 100, 8, 77, prefill_chunk_tokens=32, decode_steps_per_call=16)
+
+
+def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:
+    work = work_of(*[(100, 100)] * 50)
+    roomy = size(EngineConfig(page_size=16), work, mesh)
+    thirteen = EngineConfig(page_size=16, num_pages=13)
+    least = next(size_ for size_ in range(0, PLENTY, 4096) if _fits(thirteen, work, mesh, size_))
+    tight = size(EngineConfig(page_size=16), work, mesh, least + 100 * PAGE_BYTES)
+    assert roomy.num_pages == 50 * 13 and 100 < tight.num_pages < 130
+
+
+def _fits(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int) -> bool:
+    try:
+        size(config, work, mesh, memory_bytes)
+    except CapacityError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            EngineConfig(page_size=16, num_pages=10**9),
+            r"1000000000 pages of 16384 bytes, which engine\.num_pages",
+        ),
+        (EngineConfig(page_size=16, memory_utilization=1e-6), r"4 pages .*the longest sequence alone fills"),
+    ],
+)
+def test_what_memory_cannot_hold_is_refused_with_what_is_needed_and_what_there_is(
+    config: EngineConfig, message: str, mesh: Mesh
+) -> None:
+    with pytest.raises(CapacityError, match=message) as error:
+        size(config, work_of((20, 30)), mesh)
+    assert "memory_utilization" in str(error.value)
+
+
+def test_the_machines_free_memory_is_known(mesh: Mesh) -> None:
+    assert 2**28 < available_memory_bytes(mesh) < 2**44

@@ -77,3 +77,13 @@ def test_holders_are_counted() -> None:
     assert (pool.is_shared(page), pool.num_free) == (False, 0)
     pool.release([page])
     assert pool.num_free == 1
+
+
+def test_what_is_about_to_be_written_over_is_found_no_more() -> None:
+    pool = PagePool(1)
+    (page,) = pool.allocate(1)
+    prefix = pool.register(page, ROOT, (1, 2), ready=True)
+    pool.register(page, ROOT, (1, 2, 3, 4), ready=True)
+    pool.forget_beyond(page, 2)
+    assert pool.find(ROOT, (1, 2)) == (page, prefix)
+    assert pool.find(ROOT, (1, 2, 3, 4)) is None

@@ -62,7 +62,7 @@ def _fits(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int) -> bo
     [
         (
             EngineConfig(page_size=16, num_pages=10**9),
-            r"1000000000 pages of 16384 bytes, which engine\.num_pages",
+            r"1000000000 pages of 8192 bytes, which engine\.num_pages",
         ),
         (EngineConfig(page_size=16, memory_utilization=1e-6), r"4 pages .*the longest sequence alone fills"),
     ],

@@ -95,6 +95,12 @@ class PagePool:
         """Says that the tokens under which a page is registered are in it now."""
         self._ready[page] = bool(self._keys[page])
 
+    def forget_beyond(self, page: int, num_tokens: int) -> None:
+        """Says that what a page holds past its first tokens is about to be written over."""
+        for key in [key for key in self._keys[page] if len(key[1]) > num_tokens]:
+            self._keys[page].remove(key)
+            del self._by_key[key]
+
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)
         self._forget(page)

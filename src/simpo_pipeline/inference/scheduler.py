@@ -106,7 +106,8 @@ class Scheduler:
             sequence = self.waiting[0]
             found = self._find_shared(sequence)
             unheld = sum(not self.pool.is_held(page) for page in found.pages)
-            missing = self._missing_pages(sequence) - len(found.pages) + found.has_tail
+            copies = found.has_tail and self.pool.is_held(found.pages[-1])
+            missing = self._missing_pages(sequence) - len(found.pages) + copies
             if missing + unheld + reserved > self.pool.num_free:
                 return
             self._start(sequence, found)
@@ -211,12 +212,15 @@ class Scheduler:
         return self.pool.is_shared(sequence.pages[sequence.num_cached // self._config.page_size])
 
     def _grow(self, sequence: Sequence, num_steps: int) -> None:
-        if self._must_copy(sequence):
-            at = sequence.num_cached // self._config.page_size
-            source, (target,) = sequence.pages[at], self.pool.allocate(1)
-            self._copies.append((source, target))
-            self.pool.release([source])
-            sequence.pages[at] = target
+        if sequence.borrowed_tail:
+            at, num_held = divmod(sequence.num_cached, self._config.page_size)
+            if self._must_copy(sequence):
+                source, (target,) = sequence.pages[at], self.pool.allocate(1)
+                self._copies.append((source, target))
+                self.pool.release([source])
+                sequence.pages[at] = target
+            else:
+                self.pool.forget_beyond(sequence.pages[at], num_held)
         sequence.borrowed_tail = False
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence, num_steps)))
 

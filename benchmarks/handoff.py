@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import Handoff, build_handoff
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
@@ -42,7 +42,7 @@ from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROUNDS = 5
 PROCESSES = 2
-ENGINE = EngineConfig(max_seqs=8, max_seq_len=128)
+SIZES = EngineSizes(max_seqs=8, max_seq_len=128, page_size=64, num_pages=16)
 # A small update: the state and its handoff do not depend on the batch.
 TRAINER = TrainerConfig(num_train_steps=2, train_batch_size=1, train_seq_len=32)
 
@@ -92,7 +92,7 @@ def generate_after_loading(model_path: str) -> dict[str, float]:
     weights = load_weights(model_path, wanted_weights(model_path, "float32"))
     jax.block_until_ready(weights)
     loaded = time.perf_counter()
-    engine = Engine(load_config(model_path), ENGINE, local_mesh(), Programs(), "float32")
+    engine = Engine(load_config(model_path), SIZES, local_mesh(), Programs(), "float32")
     compiled = time.perf_counter()
     sampling = SamplingParams(max_tokens=4, temperature=0.0)
     engine.generate(weights, [Request(tuple(range(10, 30)), index, 0, sampling) for index in range(8)], step=0)

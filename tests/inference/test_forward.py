@@ -16,7 +16,7 @@ from simpo_pipeline.inference.kv_cache import KVCache, empty_cache
 from simpo_pipeline.inference.scheduler import PrefillChunk, Round
 from simpo_pipeline.inference.sequence import Request, Sequence
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.transformer import Llama, LlamaLayers
+from simpo_pipeline.model.transformer import Llama, UnstackedLlama
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 
 # Narrow enough that the smallest program is held up by the width: 4,096 elements.
@@ -35,8 +35,9 @@ class Runner:
         self.dtype = dtype
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))(weights)
         bits, by_layer = jax.jit(lay_out)(cast.layers)
-        self.stacked = cast if bits is None else with_layers(cast, bits)
-        self.by_layer = with_layers(cast, by_layer)
+        rest = (cast.final_norm, cast.head, cast.config)
+        self.stacked = cast if bits is None else Llama(cast.embedding, bits, *rest)
+        self.by_layer = UnstackedLlama(cast.embedding, by_layer, *rest)
         jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
         self.prefill = jit(functools.partial(prefill, dtype=jnp.dtype(dtype)))
         self.mixed = jit(functools.partial(prefill_and_decode, dtype=jnp.dtype(dtype)))
@@ -96,10 +97,6 @@ class Runner:
 
     def empty(self) -> KVCache:
         return jax.jit(lambda: empty_cache(self.model, self.sizes, self.dtype, CpuPagedAttention()))()
-
-
-def with_layers(weights: Llama, layers: LlamaLayers | tuple[LlamaLayers, ...]) -> Llama:
-    return Llama(weights.embedding, layers, weights.final_norm, weights.head, weights.config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

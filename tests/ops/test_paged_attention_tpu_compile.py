@@ -1,6 +1,7 @@
 """The TPU backend compiled for a v5p by a machine without one: settings of which other engines failed on TPUs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def assert_pages_stay_in_place_and_at_home(compiled: Compiled, pages_bytes: int)
     ],
     ids=["large_prefill", "128_seqs", "57_seqs", "over_4096_pages", "decode_128_seqs", "256_seqs", "chunks_only"],
 )
-def test_a_quarter_of_an_8b_model_compiles(v5p_host, sizes: dict[str, int]) -> None:
+def test_a_quarter_of_an_8b_model_compiles(v5p_host, sizes: dict[str, Any]) -> None:
     layers = 32
     sizes = {**sizes, "num_pages": layers * sizes["num_pages"], "pages_per_seq": -(-2560 // sizes["page_size"])}
     compiled = compile_one_layer(v5p_host, **sizes)

@@ -100,7 +100,7 @@ class Programs:
         *abstract_args: Any,
         donate_argnums: Sequence[int] = (),
         out_shardings: Any = None,
-        compiler_options: Mapping[str, bool | int | str] | None = None,
+        compiler_options: Mapping[str, bool] | None = None,
     ) -> Program:
         """Compiles `function` ahead for the given abstract arguments.
 
@@ -127,7 +127,7 @@ class Programs:
         lowered = jitted.lower(*abstract_args)
         devices = _devices_of(abstract_args, out_shardings)
         num_processes = max(1, len({device.process_index for device in devices}))
-        options = dict(compiler_options or {})
+        options: dict[str, str | bool] = dict(compiler_options or {})
         parts = _parts(lowered.as_text(), abstract_args, out_shardings) | {"compiler options": str(options)}
         fingerprint = _fingerprint(parts)
         if self._group is not None and num_processes > 1:

@@ -145,7 +145,7 @@ class Engine:
         for sequence in work:
             scheduler.add(sequence)
         tally = _Tally()
-        weights, cache = self._programs.lay_out(weights), self._programs.empty_cache()
+        laid_out, cache = self._programs.lay_out(weights), self._programs.empty_cache()
         ended: list[Sequence] = []
 
         def tell() -> None:
@@ -155,7 +155,7 @@ class Engine:
                 on_progress(tally.num_generated, tally.num_finished, len(work), tally.elapsed)
 
         while (current := scheduler.next_round()) is not None:
-            cache, drawn = self._programs.run(weights, cache, current, np.uint32(step))
+            cache, drawn = self._programs.run(laid_out, cache, current, np.uint32(step))
             tally.launched()
             tell()  # of the round before, while the devices are busy with this one
             if drawn is None:

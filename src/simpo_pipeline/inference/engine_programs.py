@@ -18,7 +18,7 @@ from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per
 from simpo_pipeline.inference.scheduler import Round
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-from simpo_pipeline.model.transformer import Llama, LlamaLayers, abstract_llama
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, UnstackedLlama, abstract_llama
 from simpo_pipeline.ops.paged_attention import backend_for
 
 # Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
@@ -35,7 +35,7 @@ class EngineWeights(NamedTuple):
     """The weights as an engine's programs take them."""
 
     stacked: Llama  # programs over chunks
-    by_layer: Llama  # decode
+    by_layer: Llama | UnstackedLlama  # decode
 
 
 class EnginePrograms:
@@ -50,11 +50,10 @@ class EnginePrograms:
         self._dtype = dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
         attention = backend_for(mesh)
-        self._given = self._stacked = self._by_layer = with_shardings(
-            abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES
-        )
-        self.weights_bytes = bytes_per_device(self._given)
-        self._lay_out = self._compile_lay_out(mesh) if mesh.devices.flat[0].platform == "cpu" else None
+        given = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
+        self.weights_bytes = bytes_per_device(given)
+        self._weights = EngineWeights(given, given)
+        self._lay_out = self._compile_lay_out(given, mesh) if mesh.devices.flat[0].platform == "cpu" else None
         self._cache = abstract_cache(model, sizes, dtype, mesh, attention)
         self.cache_bytes = bytes_per_device(self._cache)
         self._empty_cache = self._compile(
@@ -89,7 +88,7 @@ class EnginePrograms:
         """The weights as the programs take them; the layers are copied where that makes programs faster."""
         if self._lay_out is None:
             return EngineWeights(weights, weights)
-        return EngineWeights(*(_with_layers(weights, layers) for layers in self._lay_out(weights.layers)))
+        return _laid_out(weights, *self._lay_out(weights.layers))
 
     def empty_cache(self) -> KVCache:
         """A cache without tokens."""
@@ -123,12 +122,11 @@ class EnginePrograms:
             cache = self._copy_pages(cache, self._placed(table))
         return cache
 
-    def _compile_lay_out(self, mesh: Mesh) -> Program:
+    def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program:
         """Makes the other programs take the layers as `lay_out` gives them; the program that does so."""
-        whole = self._given
-        both = with_shardings(jax.eval_shape(lay_out, whole.layers), mesh, TENSOR_PARALLEL_RULES)
-        self._stacked, self._by_layer = (_with_layers(whole, layers) for layers in both)
-        return self._compile("lay_out", lay_out, whole.layers, out_shardings=_placement(both))
+        both = with_shardings(jax.eval_shape(lay_out, given.layers), mesh, TENSOR_PARALLEL_RULES)
+        self._weights = _laid_out(given, *both)
+        return self._compile("lay_out", lay_out, given.layers, out_shardings=_placement(both))
 
     def _compile_copy(self) -> Program:
         return self._compile(
@@ -144,7 +142,7 @@ class EnginePrograms:
         return self._compile(
             f"prefill_{num_tokens}",
             functools.partial(prefill, dtype=self._dtype),
-            self._stacked,
+            self._weights.stacked,
             self._cache,
             self._abstract(prefill_batch((), self._sizes, num_tokens)),
             donate_argnums=(1,),
@@ -155,7 +153,7 @@ class EnginePrograms:
         return self._compile(
             f"prefill_{num_tokens}_decode_{num_rows}",
             functools.partial(prefill_and_decode, dtype=self._dtype),
-            self._stacked,
+            self._weights.stacked,
             self._cache,
             self._abstract(prefill_batch((), self._sizes, num_tokens)),
             self._abstract(self._decode_batch(_NOTHING, num_rows)),
@@ -168,7 +166,7 @@ class EnginePrograms:
         return self._compile(
             f"decode_{num_rows}",
             functools.partial(decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype),
-            self._by_layer,
+            self._weights.by_layer,
             self._cache,
             self._abstract(self._decode_batch(_NOTHING, num_rows)),
             self._abstract(np.uint32(0)),
@@ -204,10 +202,12 @@ def _smallest_holding(size: int, programs: dict[int, Program]) -> int:
     return min(rows for rows in programs if rows >= size)
 
 
-def _with_layers(weights: Llama, layers: LlamaLayers | tuple[LlamaLayers, ...] | None) -> Llama:
-    if layers is None:
-        return weights
-    return Llama(weights.embedding, layers, weights.final_norm, weights.head, weights.config)
+def _laid_out(weights: Llama, stacked: LlamaLayers | None, by_layer: tuple[LlamaLayers, ...]) -> EngineWeights:
+    rest = (weights.final_norm, weights.head, weights.config)
+    return EngineWeights(
+        weights if stacked is None else Llama(weights.embedding, stacked, *rest),
+        UnstackedLlama(weights.embedding, by_layer, *rest),
+    )
 
 
 def _placement(tree: Any) -> Any:

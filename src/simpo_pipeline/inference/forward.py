@@ -19,7 +19,7 @@ from simpo_pipeline.inference.kv_cache import KVCache, TokenPlaces
 from simpo_pipeline.inference.logprobs import token_logprobs
 from simpo_pipeline.inference.sampling import draw_tokens
 from simpo_pipeline.inference.seen_tokens import mark_seen
-from simpo_pipeline.model.transformer import Llama, LlamaLayers, Placement, logits, transform, unstacked
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, Placement, UnstackedLlama, logits, transform, unstacked
 
 
 class Drawn(NamedTuple):
@@ -45,14 +45,14 @@ def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers,
     return jax.tree.map(_as_bits, layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray)), unstacked(layers)
 
 
-def prefill(weights: Llama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
+def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
     """The cache with the keys and values of the batch's tokens in it."""
     _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch), dtype)
     return cache
 
 
 def prefill_and_decode(
-    weights: Llama,
+    weights: Llama | UnstackedLlama,
     cache: KVCache,
     chunks: PrefillBatch,
     batch: DecodeBatch,
@@ -72,7 +72,13 @@ def prefill_and_decode(
 
 
 def decode(
-    weights: Llama, cache: KVCache, batch: DecodeBatch, step: UInt32[Array, ""], *, max_steps: int, dtype: DTypeLike
+    weights: Llama | UnstackedLlama,
+    cache: KVCache,
+    batch: DecodeBatch,
+    step: UInt32[Array, ""],
+    *,
+    max_steps: int,
+    dtype: DTypeLike,
 ) -> tuple[KVCache, Drawn]:
     """Draws up to `num_steps` tokens a row, fewer when a stop token comes.
 
@@ -121,7 +127,7 @@ def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decodin
 
 
 def _after_draw(
-    weights: Llama, batch: DecodeBatch, step: UInt32[Array, ""], state: _Decoding, hidden: NamedArray
+    weights: Llama | UnstackedLlama, batch: DecodeBatch, step: UInt32[Array, ""], state: _Decoding, hidden: NamedArray
 ) -> _Decoding:
     """The state after each living row has drawn a token from its hidden state [token, embed]."""
     out = logits(weights, hidden).array
@@ -186,7 +192,11 @@ def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
 
 
 def _hidden(
-    weights: Llama, cache: KVCache, tokens: Int[Array, " tokens"], places: TokenPlaces, dtype: DTypeLike
+    weights: Llama | UnstackedLlama,
+    cache: KVCache,
+    tokens: Int[Array, " tokens"],
+    places: TokenPlaces,
+    dtype: DTypeLike,
 ) -> tuple[NamedArray, KVCache]:
     """Hidden states [token, embed] of a batch, and the cache with its keys and values."""
 

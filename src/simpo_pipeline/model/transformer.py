@@ -68,7 +68,17 @@ class Llama(eqx.Module):
     """All parameters of a model; `head` is None when the embedding serves as the unembedding too."""
 
     embedding: NamedArray  # vocab embed
-    layers: LlamaLayers | tuple[LlamaLayers, ...]  # a tuple of the layers' own, without their axis, after `unstacked`
+    layers: LlamaLayers
+    final_norm: NamedArray  # embed
+    head: NamedArray | None  # vocab embed
+    config: LlamaConfig = eqx.field(static=True)
+
+
+class UnstackedLlama(eqx.Module):
+    """The same with each layer's parameters in arrays of their own, see `unstacked`."""
+
+    embedding: NamedArray  # vocab embed
+    layers: tuple[LlamaLayers, ...]  # without the axis "layers"
     final_norm: NamedArray  # embed
     head: NamedArray | None  # vocab embed
     config: LlamaConfig = eqx.field(static=True)
@@ -115,7 +125,7 @@ def abstract_llama(config: LlamaConfig, dtype: DTypeLike) -> Llama:
 
 
 def transform(
-    model: Llama,
+    model: Llama | UnstackedLlama,
     tokens: NamedArray,
     positions: NamedArray,
     *,
@@ -149,7 +159,7 @@ def transform(
     # store (SmolLM2, 2,048 tokens, fp32, 2 cores: 11 s and 2.0 GB an update, against 25 s and 5.6 GB keeping all).
     policy = None if remat else jax.checkpoint_policies.save_only_these_names(_PRODUCT)
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    if isinstance(model.layers, tuple):
+    if isinstance(model, UnstackedLlama):
         for index, weights in enumerate(model.layers):
             hidden, state = layer((hidden, state), weights, indices[index])
     else:
@@ -190,12 +200,12 @@ def unstacked(layers: LlamaLayers) -> tuple[LlamaLayers, ...]:
     return tuple(map(layer, range(num_layers)))
 
 
-def unembedding(model: Llama) -> NamedArray:
+def unembedding(model: Llama | UnstackedLlama) -> NamedArray:
     """The matrix [vocab, embed] that turns hidden states into logits, tied or not."""
     return model.embedding if model.head is None else model.head
 
 
-def logits(model: Llama, hidden: NamedArray) -> NamedArray:
+def logits(model: Llama | UnstackedLlama, hidden: NamedArray) -> NamedArray:
     """fp32 logits [*lead, vocab] of hidden states [*lead, embed]; the product runs in hidden's dtype, sums in fp32."""
     matrix = unembedding(model)
     out = product(hidden.array, matrix.array.astype(hidden.dtype), hidden.ndim - 1, 1)

@@ -1,0 +1,201 @@
+"""The engines that `inference.py` compares, and the processes they run in, one each (see peers/protocol.py)."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from inference_files import environment, gguf_file
+from inference_workloads import Workload
+
+HERE = pathlib.Path(__file__).resolve().parent
+THREADS = 2
+# Kind -> environment and script.
+PEERS: Mapping[str, tuple[str, str]] = {
+    "transformers": ("transformers", "transformers_generate.py"),
+    "llama.cpp": ("llamacpp", "llamacpp_batch.py"),
+    "levanter": ("levanter", "levanter_engine.py"),
+}
+OURS = "ours"
+# ggml's numbers of the types that a cache of keys and values can have.
+GGML_F32, GGML_F16 = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One row of the table.
+
+    Attributes:
+        kind: `OURS` or a key of `PEERS`.
+        name: How the table calls it.
+        batch: Sequences that it decodes together.
+        settings: What its process is told besides the usual.
+        num_warm_ups: Calls before it has compiled everything.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    batch: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_warm_ups: int = 1
+
+    @property
+    def label(self) -> str:
+        """Unique among the contestants of a workload."""
+        return f"{self.name}, {self.dtype}, batch {self.batch}"
+
+    def command(self) -> list[str]:
+        """What to start, without the settings; fills the environment if need be."""
+        if self.kind == OURS:
+            return [sys.executable, str(HERE / "inference_ours.py")]
+        name, script = PEERS[self.kind]
+        # Not to inherit what the caller adds to its own path.
+        return [str(environment(name)), "-E", str(HERE / "peers" / script)]
+
+
+def contestants(workload_name: str, num_prompts: int, peers: Sequence[str]) -> list[Contestant]:
+    """Those that enter for a workload, ours first; at every batch at which they are strong."""
+    if workload_name == "C":
+        entries = [
+            Contestant(OURS, "ours", "float32", 32),
+            Contestant("levanter", "Levanter", "float32", 32, {"sorts": True}, 3),
+            Contestant("levanter", "Levanter without its sorts", "float32", 32, {"sorts": False}, 3),
+        ]
+    else:
+        llama, half_cache, full_cache = "llama.cpp", {"kv_type": GGML_F16}, {"kv_type": GGML_F32}
+        entries = [
+            Contestant(OURS, "ours", "float32", 128),
+            Contestant(OURS, "ours", "bfloat16", 128),
+            Contestant("transformers", "transformers generate", "float32", 32),
+            Contestant("transformers", "transformers generate", "float32", 128),
+            Contestant("transformers", "transformers generate", "bfloat16", 128),
+            # Keys and values are float16 unless it is told otherwise, whatever its weights are.
+            Contestant(llama, "llama.cpp", "float32", 32, half_cache),
+            Contestant(llama, "llama.cpp", "float32", 128, half_cache),
+            Contestant(llama, "llama.cpp, fp32 cache", "float32", 32, full_cache),
+            Contestant(llama, "llama.cpp", "bfloat16", 32, half_cache),
+            Contestant(llama, "llama.cpp", "bfloat16", 128, half_cache),
+        ]
+    fitting = [dataclasses.replace(entry, batch=min(entry.batch, num_prompts)) for entry in entries]
+    entered = [entry for entry in fitting if entry.kind in (OURS, *peers)]
+    # Batches that the prompts do not fill fall together.
+    return list({entry.label: entry for entry in entered}.values())
+
+
+class Process:
+    """A contestant at work on one workload, from its start to `close`."""
+
+    def __init__(
+        self, contestant: Contestant, prompts: list[list[int]], max_tokens: int, model: pathlib.Path, log: TextIO
+    ) -> None:
+        """Starts it and waits until it is ready; what it prints goes to `log`."""
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "dtype": contestant.dtype,
+            "batch": contestant.batch,
+            "max_seq_len": max(map(len, prompts)) + max_tokens,
+            "prompt_tokens": sum(map(len, prompts)),
+            "threads": THREADS,
+            **contestant.settings,
+        }
+        if contestant.kind == "llama.cpp":
+            settings["gguf"] = str(gguf_file(contestant.dtype))
+        self.contestant = contestant
+        self._log = log.name
+        command = [*contestant.command(), json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+        )
+        try:
+            self.versions: dict[str, str] = self._read()["versions"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """One call; its answer, and how many CPUs other processes kept busy meanwhile, or the hypervisor took away."""
+        assert self._process.stdin is not None
+        busy, own, start = _busy_seconds(), self._cpu_seconds(), time.perf_counter()
+        self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        answer = self._read()
+        seconds = time.perf_counter() - start
+        others = _busy_seconds() - busy - (self._cpu_seconds() - own)
+        return answer | {"others_cpus": max(others, 0.0) / seconds}
+
+    def close(self) -> None:
+        """Ends its input, at which it goes."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.contestant.label} ended with {self._process.wait()}; see {self._log}")
+        return json.loads(line)
+
+    def _cpu_seconds(self) -> float:
+        stat = pathlib.Path(f"/proc/{self._process.pid}/stat").read_text()
+        # The name before the last parenthesis may hold spaces.
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that this machine has worked or was kept from working, over all CPUs."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def run_in_turn(
+    entries: Sequence[Contestant],
+    prompts: list[list[int]],
+    workload: Workload,
+    num_rounds: int,
+    model: pathlib.Path,
+    logs: pathlib.Path,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, str]]]:
+    """Answers of each contestant by its label, one a round, and the versions of each kind; warm-ups are not counted.
+
+    All processes are started first; while one works, the others wait for input.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    answers: dict[str, list[dict[str, Any]]] = {entry.label: [] for entry in entries}
+    versions: dict[str, dict[str, str]] = {}
+    running: list[Process] = []
+    try:
+        for entry in entries:
+            with (logs / f"{entry.label}.log".replace(" ", "_")).open("w") as log:
+                running.append(Process(entry, prompts, workload.max_tokens, model, log))
+            versions[entry.kind] = running[-1].versions
+            for _ in range(entry.num_warm_ups):
+                _tell("warm-up", entry, running[-1].ask(prompts, workload.max_tokens))
+        for round_number in range(num_rounds):
+            for process in running:
+                answer = process.ask(prompts, workload.max_tokens)
+                _tell(f"round {round_number + 1}", process.contestant, answer)
+                answers[process.contestant.label].append(answer)
+    finally:
+        for process in running:
+            process.close()
+    return answers, versions
+
+
+def _tell(what: str, contestant: Contestant, answer: Mapping[str, Any]) -> None:
+    rate = answer["generated_tokens"] / answer["seconds"]
+    others = f"others kept {answer['others_cpus']:.2f} CPUs busy"
+    print(f"{what}: {contestant.label}: {answer['seconds']:.1f} s, {rate:.0f} tok/s; {others}", file=sys.stderr)

@@ -1,0 +1,43 @@
+"""What `inference.py` has generated: answers to the repository's own prompts, as token ids under a chat template."""
+
+import dataclasses
+import json
+import pathlib
+
+from simpo_pipeline.data.chat import encode_chat, load_tokenizer
+from simpo_pipeline.data.records import Message
+
+DATA = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """So many prompts, so many new tokens each, no more and no fewer."""
+
+    num_prompts: int
+    max_tokens: int
+
+
+WORKLOADS = {
+    "A": Workload(128, 64),
+    "B": Workload(32, 512),
+    # For Levanter, which is too slow for the others.
+    "C": Workload(32, 16),
+}
+SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
+
+
+def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
+    """The first so many prompts for a model, all different.
+
+    First those of `prompts.txt`, then those of the preference pairs, then all of them again with a length to answer in.
+    """
+    listed = [line.strip() for line in (DATA / "prompts.txt").read_text().splitlines() if line.strip()]
+    pairs = (json.loads(line) for line in (DATA / "preferences.jsonl").read_text().splitlines())
+    base = list(dict.fromkeys([*listed, *(pair["prompt"] for pair in pairs)]))
+    texts = list(base)
+    while len(texts) < num_prompts:
+        num_words = 20 * len(texts) // len(base)
+        texts += [f"{text} Answer in {num_words} words." for text in base]
+    tokenizer = load_tokenizer(str(model))
+    return [encode_chat(tokenizer, [Message("user", text)], add_generation_prompt=True) for text in texts[:num_prompts]]

@@ -1,0 +1,105 @@
+"""llama.cpp as a process that generates (see protocol.py), through the low-level calls of its Python binding.
+
+So many sequences decode together, one token of each in one `llama_decode`, as its own server and its
+`llama-batched-bench` do. Tokens are the argmax of the logits, in numpy.
+"""
+# pyright: reportMissingImports=false
+# It runs in an environment of its own.
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from protocol import Generate, Prompts, serve
+
+# Prompt tokens in one call.
+BATCH_TOKENS = 2048
+
+
+class Batch:
+    """A `llama_batch` to fill anew for each call."""
+
+    def __init__(self) -> None:
+        self.raw = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def fill(self, rows: Iterable[tuple[int, int, int, bool]]) -> None:
+        """Rows of (token, position, sequence, whether its logits are wanted)."""
+        raw, count = self.raw, 0
+        for token, position, sequence, wanted in rows:
+            raw.token[count], raw.pos[count], raw.logits[count] = token, position, wanted
+            raw.n_seq_id[count], raw.seq_id[count][0] = 1, sequence
+            count += 1
+        raw.n_tokens = count
+
+
+def load(settings: dict[str, Any]) -> Generate:
+    # The callback must outlive the library's use of it.
+    settings["log"] = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(settings["log"], None)
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(settings["gguf"].encode(), llama_cpp.llama_model_default_params())
+    assert model, f"llama.cpp could not load {settings['gguf']}"
+    num_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    params = llama_cpp.llama_context_default_params()
+    params.n_threads = params.n_threads_batch = settings["threads"]
+    params.n_seq_max = settings["batch"]
+    params.n_ctx = settings["batch"] * settings["max_seq_len"]
+    params.n_batch = BATCH_TOKENS
+    # Each sequence has a cache of its own; in a shared one attention would go over every other sequence's keys too.
+    params.kv_unified = False
+    params.type_k = params.type_v = settings["kv_type"]
+    context = llama_cpp.llama_init_from_model(model, params)
+    assert context, f"llama.cpp could not make a context of {params.n_ctx} tokens"
+    memory = llama_cpp.llama_get_memory(context)
+    batch = Batch()
+
+    def run(rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """The likeliest next token of each row that wants logits."""
+        batch.fill(rows)
+        status = llama_cpp.llama_decode(context, batch.raw)
+        assert status == 0, f"llama_decode returned {status}"
+        wanted = [index for index, row in enumerate(rows) if row[3]]
+        logits = (llama_cpp.llama_get_logits_ith(context, index) for index in wanted)
+        return [int(np.ctypeslib.as_array(row, shape=(num_vocab,)).argmax()) for row in logits]
+
+    def prefill(prompts: Prompts) -> list[int]:
+        """The first token of each prompt; as many prompts in a call as fit."""
+        first: list[int] = []
+        rows: list[tuple[int, int, int, bool]] = []
+        for sequence, prompt in enumerate(prompts):
+            if len(rows) + len(prompt) > BATCH_TOKENS:
+                first += run(rows)
+                rows = []
+            last = len(prompt) - 1
+            rows += [(token, position, sequence, position == last) for position, token in enumerate(prompt)]
+        return first + run(rows)
+
+    def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
+        tokens: list[list[int]] = []
+        prefill_seconds = decode_seconds = 0.0
+        for start in range(0, len(prompts), settings["batch"]):
+            started = time.perf_counter()
+            group = prompts[start : start + settings["batch"]]
+            llama_cpp.llama_memory_clear(memory, False)
+            drawn = [prefill(group)]
+            prefilled = time.perf_counter()
+            for step in range(max_tokens - 1):
+                rows = [(token, len(group[seq]) + step, seq, True) for seq, token in enumerate(drawn[-1])]
+                drawn.append(run(rows))
+            tokens += [list(column) for column in zip(*drawn, strict=True)]
+            prefill_seconds += prefilled - started
+            decode_seconds += time.perf_counter() - prefilled
+        return {
+            "tokens": tokens,
+            "prefill_seconds": prefill_seconds,
+            "decode_seconds": decode_seconds,
+            "decode_tokens": len(prompts) * (max_tokens - 1),
+        }
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(("llama-cpp-python",), load)

@@ -1,0 +1,77 @@
+"""transformers' `generate` on the CPU as a process that generates (see protocol.py).
+
+Batches are padded on the left, attention is torch's `scaled_dot_product_attention`; everything else as it ships.
+"""
+# pyright: reportMissingImports=false
+# It runs in an environment of its own.
+
+import time
+from typing import Any
+
+import torch
+from protocol import Generate, Prompts, serve
+from transformers import AutoModelForCausalLM
+
+
+class FirstToken:
+    """When a batch has its first token: `generate` asks after each token whether to stop."""
+
+    def __init__(self) -> None:
+        self.time: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:
+        if self.time is None:
+            self.time = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def left_padded(prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and the mask of what is no padding."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def load(settings: dict[str, Any]) -> Generate:
+    torch.set_num_threads(settings["threads"])
+    dtype = getattr(torch, settings["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype, attn_implementation="sdpa").eval()
+    # No token ends a sequence, so none is forbidden either, as it would be by a least number of tokens.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
+        tokens: list[list[int]] = []
+        prefill_seconds = decode_seconds = 0.0
+        for start in range(0, len(prompts), settings["batch"]):
+            started = time.perf_counter()
+            ids, mask = left_padded(prompts[start : start + settings["batch"]])
+            first = FirstToken()
+            with torch.inference_mode():
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    stopping_criteria=[first],
+                )
+            tokens += output[:, ids.shape[1] :].tolist()
+            assert first.time is not None
+            prefill_seconds += first.time - started
+            decode_seconds += time.perf_counter() - first.time
+        return {
+            "tokens": tokens,
+            "prefill_seconds": prefill_seconds,
+            "decode_seconds": decode_seconds,
+            "decode_tokens": len(prompts) * (max_tokens - 1),
+        }
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(("transformers", "torch"), load)

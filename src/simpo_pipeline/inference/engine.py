@@ -46,6 +46,7 @@ class GenerationStats:
         shared_tokens: Prompt and generated tokens that were not computed (again), because pages held them.
         generated_tokens: Tokens drawn.
         decoded_tokens: Those of rounds that drew tokens only.
+        setup_seconds: Wall time to lay out the weights and to make an empty cache.
         prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
         decode_seconds: Wall time of rounds that drew tokens only.
         host_seconds: Part of the wall time in which the devices had nothing to do, since the host had to decide.
@@ -57,6 +58,7 @@ class GenerationStats:
     shared_tokens: int = 0
     generated_tokens: int = 0
     decoded_tokens: int = 0
+    setup_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     host_seconds: float = 0.0
@@ -145,7 +147,8 @@ class Engine:
         for sequence in work:
             scheduler.add(sequence)
         tally = _Tally()
-        laid_out, cache = self._programs.lay_out(weights), self._programs.empty_cache()
+        laid_out, cache = jax.block_until_ready((self._programs.lay_out(weights), self._programs.empty_cache()))
+        tally.set_up()
         ended: list[Sequence] = []
 
         def tell() -> None:
@@ -237,7 +240,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self._start = self._waited = time.perf_counter()
-        self._host_seconds = 0.0
+        self._setup_seconds = self._host_seconds = 0.0
         self._seconds = {True: 0.0, False: 0.0}  # by whether the round had chunks
         self._tokens = {True: 0, False: 0}
         self.num_rounds = 0
@@ -252,6 +255,11 @@ class _Tally:
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._start
+
+    def set_up(self) -> None:
+        """Weights and cache are there."""
+        self._waited = time.perf_counter()
+        self._setup_seconds = self._waited - self._start
 
     def launched(self) -> None:
         """The devices have work again."""
@@ -272,6 +280,7 @@ class _Tally:
             shared_tokens=scheduler.num_shared_tokens,
             generated_tokens=num_generated,
             decoded_tokens=self._tokens[False],
+            setup_seconds=self._setup_seconds,
             prefill_seconds=self._seconds[True],
             decode_seconds=self._seconds[False],
             host_seconds=self._host_seconds,

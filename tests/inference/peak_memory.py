@@ -1,0 +1,63 @@
+"""Generates with an engine, and prints the bytes it announced and the most it took, as one line of JSON.
+
+A script of its own, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+
+import jax
+import numpy as np
+
+from simpo_pipeline.distributed.mesh import local_mesh
+from simpo_pipeline.distributed.programs import Programs, forbid_strays
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.inference.engine import Engine
+from simpo_pipeline.inference.sequence import Request
+from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.transformer import abstract_llama, init_llama
+
+MODEL = LlamaConfig(256, 512, 8, 8, 8, 32, 4096, 2048, tie_word_embeddings=True)
+
+
+def resident_bytes() -> int:
+    """What the process holds now."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """The most that it held since the peak was last forgotten."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def main() -> None:
+    dtype = sys.argv[1]
+    forbid_strays()
+    mesh, programs = local_mesh(), Programs()
+    shapes = with_shardings(abstract_llama(MODEL, dtype), mesh, TENSOR_PARALLEL_RULES)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    key = jax.ShapeDtypeStruct((2,), np.uint32)
+
+    def init(key: jax.Array):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_llama(MODEL, key))
+
+    weights = programs.compile("init", init, key, out_shardings=placement)(np.array([0, 1], np.uint32))
+    # Short sequences in a cache for long ones: the cache is what there is of memory.
+    requests = [Request((1, 2, 3), index, 0, SamplingParams(40, temperature=0.7, top_p=0.9)) for index in range(200)]
+    config = EngineConfig(max_seqs=100, max_seq_len=1024)
+    sizes = size_engine(config, MODEL, dtype, Work(200, 3, 1024, 200_000), mesh, available_memory_bytes(mesh))
+    engine = Engine(MODEL, sizes, mesh, programs, dtype)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes() - engine.memory.weights
+    engine.generate(weights, requests, step=0)
+    print(json.dumps({"announced": engine.memory.total, "taken": peak_bytes() - before}))
+
+
+if __name__ == "__main__":
+    main()

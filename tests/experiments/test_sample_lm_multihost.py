@@ -86,6 +86,7 @@ def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path
         assert shown in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(tmp_path, tiny_settings):
     prefix, count = tmp_path / "runs", 150
     words = ["--config_path", tiny_settings, "--prefix", str(prefix), "--prompts", "null"]

@@ -100,7 +100,14 @@ class Runner:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", [NARROW, WIDE, UNGROUPED], ids=["narrow", "wide", "ungrouped"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(NARROW, id="narrow", marks=pytest.mark.slow),
+        pytest.param(WIDE, id="wide"),
+        pytest.param(UNGROUPED, id="ungrouped", marks=pytest.mark.slow),
+    ],
+)
 def test_keys_and_values_are_the_same_bits_whichever_program_makes_them(
     model: LlamaConfig, dtype: str, weights_of: Callable[[LlamaConfig], Llama]
 ) -> None:

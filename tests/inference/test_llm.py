@@ -237,6 +237,7 @@ def test_the_file_of_rows_holds_what_was_returned_and_nothing_of_earlier_calls(l
         assert (row["finish_reason"], row["cumulative_logprob"]) == (sample.finish_reason, sample.cumulative_logprob)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_kill_loses_no_sample_that_had_ended(llm: LLM, model_path: str, tmp_path: pathlib.Path, seed: int) -> None:
     path, count = str(tmp_path / "rows.jsonl"), 400

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide() -> None:
     script = Path(__file__).with_name("two_devices.py")
     done = subprocess.run(

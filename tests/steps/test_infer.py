@@ -249,6 +249,7 @@ def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, ste
     assert read_json(f"{tmp_path}/summary.json")["rows"] == 1024
 
 
+@pytest.mark.slow
 def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path, step_run, tmp_path):
     prompts = PromptsConfig(synthetic_prompt_count=40, synthetic_prompt_template="prompt {index} of many")
     sizes = {

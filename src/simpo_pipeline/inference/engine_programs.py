@@ -63,18 +63,18 @@ class EnginePrograms:
         )
         self._copy_pages = self._compile_copy()
         rows = program_sizes(sizes.max_seqs, model)
+        chunks = program_sizes(sizes.prefill_chunk_tokens, model)
         self._decode = {size: self._compile_decode(size) for size in rows}
-        self._prefill = {}
-        self._mixed = {}
-        for size in program_sizes(sizes.prefill_chunk_tokens, model):
-            self._prefill[size] = self._compile_prefill(size)
-            self._mixed[size] = self._compile_mixed(size, rows[-1])
-        self._rows_of_mixed = rows[-1]
+        self._mixed_rows = rows[-1]
+        self._mixed = {size: self._compile_mixed(size, self._mixed_rows) for size in chunks}
+        # Few tokens with nobody who draws beside them are rare, and are served by a mixed program without rows.
+        self._prefill_tokens = chunks[-1]
+        self._prefill = self._compile_prefill(self._prefill_tokens)
 
     @property
     def all(self) -> list[Program]:
         """Every program that works on the cache."""
-        return [self._copy_pages, *self._decode.values(), *self._prefill.values(), *self._mixed.values()]
+        return [self._copy_pages, *self._decode.values(), *self._mixed.values(), self._prefill]
 
     @property
     def temporary_bytes(self) -> int:
@@ -103,11 +103,11 @@ class EnginePrograms:
         if not chunks:
             batch = self._decode_batch(current, _smallest_holding(len(rows), self._decode))
             return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, *self._placed((batch, step)))
-        size = _smallest_holding(sum(chunk.num_tokens for chunk in chunks), self._prefill)
+        size = _smallest_holding(sum(chunk.num_tokens for chunk in chunks), self._mixed)
         prefills = prefill_batch(chunks, self._sizes, size)
-        if not rows:
-            return self._prefill[size](weights.stacked, cache, self._placed(prefills)), None
-        batch = self._decode_batch(current, self._rows_of_mixed)
+        if not rows and size == self._prefill_tokens:
+            return self._prefill(weights.stacked, cache, self._placed(prefills)), None
+        batch = self._decode_batch(current, self._mixed_rows)
         return self._mixed[size](weights.stacked, cache, *self._placed((prefills, batch, step)))
 
     def _decode_batch(self, current: Round, num_rows: int) -> DecodeBatch:

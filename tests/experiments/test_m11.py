@@ -150,6 +150,7 @@ def test_a_job_killed_in_train_5_resumes_to_the_same_digest(finished, tmp_path):
     assert summary(tmp_path, "train-5")["state_digest"] == digest
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_for_the_whole_job(prefix):
     for step in ("train-2", "infer-128", "train-5"):
         (outputs(prefix, step) / ".executor_status").unlink()

@@ -61,6 +61,7 @@ def test_interleaving_changes_nothing_on_many_hosts(finished, launch, count):
     assert digest(prefix, "train-5") != digest(prefix, "train-2")
 
 
+@pytest.mark.slow
 @COUNTS
 def test_plan_and_losses_are_those_of_one_process(finished, count):
     alone, text = finished(1)

@@ -75,7 +75,8 @@ def tokens(found: list[dict]) -> list[list[int]]:
     return [row["generated_tokens"] for row in found]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_with_engines_of_their_own_draw_the_tokens_of_one(rows, processes):
     assert tokens(rows(processes, "host_data_parallel")) == tokens(rows(1, "host_data_parallel"))
 

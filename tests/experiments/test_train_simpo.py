@@ -93,6 +93,7 @@ def test_no_setting_has_the_name_of_a_flag(settings):
     assert not {*setting_names(settings)} & {*setting_names(ExperimentFlags), "config_path", "help"}
 
 
+@pytest.mark.slow
 def test_the_tiny_file_trains_generates_and_trains_on(tmp_path):
     words = ["--config_path", TINY, "--prefix", str(tmp_path), "--tracker", "none"]
     done = run(*words, timeout=200)

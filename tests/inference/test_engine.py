@@ -43,11 +43,9 @@ def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
         {},
         ROOMY,
         TIGHT,
-        {"page_size": 1, "num_pages": 400},
+        {"page_size": 1, "num_pages": 400, "prefill_chunk_tokens": 10},  # prompts cut in several chunks
         {"page_size": 64, "decode_steps_per_call": 50},
-        {"max_seqs": 1},
-        {"prefill_chunk_tokens": 10},  # prompts cut in several chunks
-        {"decode_steps_per_call": 1},
+        {"max_seqs": 1, "decode_steps_per_call": 1},
     ],
     ids=str,
 )

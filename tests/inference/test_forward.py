@@ -99,7 +99,7 @@ class Runner:
         return jax.jit(lambda: empty_cache(self.model, self.sizes, self.dtype, CpuPagedAttention()))()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "model",
     [

@@ -70,6 +70,7 @@ def test_one_text_a_list_of_texts_and_token_ids_are_the_same_prompt(llm: LLM) ->
     assert len(alone.outputs[0].token_ids) == 20 and alone.outputs[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_outputs_come_in_the_order_of_the_prompts_and_alike_from_any_sizes(llm: LLM, model_path: str) -> None:
     prompts = ["x" * length for length in (40, 1, 90, 7, 7, 23, 3, 60, 5, 11)]
     sampling = SamplingParams(max_tokens=30, n=2)

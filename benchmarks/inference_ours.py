@@ -41,6 +41,7 @@ def load(settings: dict[str, Any]) -> Generate:
             "decode_tokens": stats.decoded_tokens,
             "num_preemptions": stats.num_preemptions,
             "host_seconds": stats.host_seconds,
+            "scheduling_seconds": stats.scheduling_seconds,
         }
 
     return generate

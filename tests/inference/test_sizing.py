@@ -32,12 +32,14 @@ def test_sizes_follow_the_work(mesh: Mesh) -> None:
     sizes = size(EngineConfig(page_size=16), work_of((20, 30), (5, 6)), mesh)
     assert (sizes.max_seqs, sizes.max_seq_len) == (2, 50)
     assert sizes.num_pages == 61 // 16 + 1 + 2
+    assert sizes.prefill_chunk_tokens == 128
+    assert size(EngineConfig(page_size=16), work_of((200, 30), *[(90, 30)] * 100), mesh).prefill_chunk_tokens == 2048
 
 
 def test_what_is_given_stays(mesh: Mesh) -> None:
     given = EngineConfig(max_seqs=3, max_seq_len=100, page_size=8, num_pages=77, prefill_chunk_tokens=32)
     sizes = size(given, work_of((20, 30)), mesh)
-    assert sizes == EngineSizes(3, 100, 8, 77, prefill_chunk_tokens=32, decode_steps_per_call=16)
+    assert sizes == EngineSizes(3, 100, 8, 77, prefill_chunk_tokens=32, decode_steps_per_call=32)
 
 
 def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:

@@ -98,7 +98,8 @@ class EngineConfig:
         max_seq_len: Tokens of the longest sequence, prompt and generated together; None for the longest there is.
         page_size: Tokens of one sequence whose keys and values lie together; None for what suits the devices.
         num_pages: Pages in the cache; None for what the work can fill and memory can hold.
-        prefill_chunk_tokens: Prompt tokens computed in one program; longer prompts take several.
+        prefill_chunk_tokens: Prompt tokens computed in one program; longer prompts take several. None for 2,048, or
+            what there is.
         decode_steps_per_call: Tokens a sequence may draw before the host looks at them.
         memory_utilization: Share of the free memory of a device that weights, cache and programs may take.
     """
@@ -107,8 +108,8 @@ class EngineConfig:
     max_seq_len: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
-    prefill_chunk_tokens: int = 512
-    decode_steps_per_call: int = 16
+    prefill_chunk_tokens: int | None = None
+    decode_steps_per_call: int = 32
     memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:

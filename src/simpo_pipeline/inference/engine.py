@@ -6,9 +6,11 @@ each call and keeps neither them nor the cache. It knows token ids only, and tex
 
 import collections.abc
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +35,7 @@ Requests = collections.abc.Sequence[Request]
 OnProgress = Callable[[int, int, int, float], None]
 # Requests that ended in one round.
 OnFinished = Callable[[list[Completion]], None]
+Decided = TypeVar("Decided")
 # The text of token ids.
 Decode = Callable[[collections.abc.Sequence[int]], str]
 
@@ -49,7 +52,9 @@ class GenerationStats:
         setup_seconds: Wall time to lay out the weights and to make an empty cache.
         prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
         decode_seconds: Wall time of rounds that drew tokens only.
-        host_seconds: Part of the wall time in which the devices had nothing to do, since the host had to decide.
+        host_seconds: Part of the wall time between the end of a round and the launch of the next: the host records,
+            decides, builds and launches, and the devices have nothing to do.
+        scheduling_seconds: Part of that which the scheduler takes.
         num_rounds: Device programs waited for.
         num_preemptions: How often a sequence had to give its pages back.
     """
@@ -62,6 +67,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     host_seconds: float = 0.0
+    scheduling_seconds: float = 0.0
     num_rounds: int = 0
     num_preemptions: int = 0
 
@@ -157,7 +163,8 @@ class Engine:
             if on_progress is not None and tally.num_rounds:
                 on_progress(tally.num_generated, tally.num_finished, len(work), tally.elapsed)
 
-        while (current := scheduler.next_round()) is not None:
+        current = tally.scheduled(scheduler.next_round)
+        while current is not None:
             cache, drawn = self._programs.run(laid_out, cache, current, np.uint32(step))
             tally.launched()
             tell()  # of the round before, while the devices are busy with this one
@@ -165,8 +172,9 @@ class Engine:
                 jax.block_until_ready(cache)
             rows = _take(current, drawn)
             tally.waited(current, sum(len(tokens) for tokens, _ in rows))
-            ended = scheduler.ran(current, rows)
+            ended = tally.scheduled(functools.partial(scheduler.ran, current, rows))
             tally.num_finished += len(ended)
+            current = tally.scheduled(scheduler.next_round)
         tell()
         num_generated = sum(len(sequence.generated) for sequence in work)
         return [sequence.completion() for sequence in work], tally.stats(requests, num_generated, scheduler)
@@ -211,7 +219,8 @@ def _take(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[Tok
     if drawn is None:
         return []
     rows = np.asarray(drawn.tokens)[: len(current.decoding)]
-    tokens = [row[row >= 0].tolist() for row in rows]
+    counts = np.sum(rows >= 0, axis=1).tolist()
+    tokens = [row[:count] for row, count in zip(rows.tolist(), counts, strict=True)]
     wanted = [sequence.request.sampling.logprobs for sequence in current.decoding]
     if all(each is None for each in wanted):
         return [(each, []) for each in tokens]
@@ -240,7 +249,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self._start = self._waited = time.perf_counter()
-        self._setup_seconds = self._host_seconds = 0.0
+        self._setup_seconds = self._host_seconds = self._scheduling_seconds = 0.0
         self._seconds = {True: 0.0, False: 0.0}  # by whether the round had chunks
         self._tokens = {True: 0, False: 0}
         self.num_rounds = 0
@@ -260,6 +269,13 @@ class _Tally:
         """Weights and cache are there."""
         self._waited = time.perf_counter()
         self._setup_seconds = self._waited - self._start
+
+    def scheduled(self, decide: Callable[[], Decided]) -> Decided:
+        """What the scheduler says; its time is counted."""
+        start = time.perf_counter()
+        decided = decide()
+        self._scheduling_seconds += time.perf_counter() - start
+        return decided
 
     def launched(self) -> None:
         """The devices have work again."""
@@ -284,6 +300,7 @@ class _Tally:
             prefill_seconds=self._seconds[True],
             decode_seconds=self._seconds[False],
             host_seconds=self._host_seconds,
+            scheduling_seconds=self._scheduling_seconds,
             num_rounds=self.num_rounds,
             num_preemptions=scheduler.num_preemptions,
         )

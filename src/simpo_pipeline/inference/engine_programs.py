@@ -15,6 +15,7 @@ from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_
 from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.forward import Drawn, decode, lay_out, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
+from simpo_pipeline.inference.packing import pack, unpack
 from simpo_pipeline.inference.scheduler import Round
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -102,13 +103,13 @@ class EnginePrograms:
         chunks, rows = current.chunks, current.decoding
         if not chunks:
             batch = self._decode_batch(current, _smallest_holding(len(rows), self._decode))
-            return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, *self._placed((batch, step)))
+            return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, self._placed(pack((batch, step))))
         size = _smallest_holding(sum(chunk.num_tokens for chunk in chunks), self._mixed)
         prefills = prefill_batch(chunks, self._sizes, size)
         if not rows and size == self._prefill_tokens:
-            return self._prefill(weights.stacked, cache, self._placed(prefills)), None
+            return self._prefill(weights.stacked, cache, self._placed(pack((prefills,)))), None
         batch = self._decode_batch(current, self._mixed_rows)
-        return self._mixed[size](weights.stacked, cache, *self._placed((prefills, batch, step)))
+        return self._mixed[size](weights.stacked, cache, self._placed(pack((prefills, batch, step))))
 
     def _decode_batch(self, current: Round, num_rows: int) -> DecodeBatch:
         return decode_batch(current, self._sizes, num_rows, self._model.vocab_size)
@@ -139,53 +140,54 @@ class EnginePrograms:
         )
 
     def _compile_prefill(self, num_tokens: int) -> Program:
-        return self._compile(
+        return self._compile_round(
             f"prefill_{num_tokens}",
             functools.partial(prefill, dtype=self._dtype),
             self._weights.stacked,
-            self._cache,
-            self._abstract(prefill_batch((), self._sizes, num_tokens)),
-            donate_argnums=(1,),
+            (prefill_batch((), self._sizes, num_tokens),),
             out_shardings=_placement(self._cache),
         )
 
     def _compile_mixed(self, num_tokens: int, num_rows: int) -> Program:
-        return self._compile(
+        return self._compile_round(
             f"prefill_{num_tokens}_decode_{num_rows}",
             functools.partial(prefill_and_decode, dtype=self._dtype),
             self._weights.stacked,
-            self._cache,
-            self._abstract(prefill_batch((), self._sizes, num_tokens)),
-            self._abstract(self._decode_batch(_NOTHING, num_rows)),
-            self._abstract(np.uint32(0)),
-            donate_argnums=(1,),
+            (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
         )
 
     def _compile_decode(self, num_rows: int) -> Program:
-        return self._compile(
+        return self._compile_round(
             f"decode_{num_rows}",
             functools.partial(decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype),
             self._weights.by_layer,
-            self._cache,
-            self._abstract(self._decode_batch(_NOTHING, num_rows)),
-            self._abstract(np.uint32(0)),
-            donate_argnums=(1,),
+            (self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
         )
+
+    def _compile_round(
+        self, name: str, function: Callable[..., Any], weights: Any, batches: tuple[Any, ...], out_shardings: Any
+    ) -> Program:
+        """A program of weights, cache and packed batches of the shapes of these."""
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batches)
+
+        def run(weights: Any, cache: KVCache, words: jax.Array) -> Any:
+            return function(weights, cache, *unpack(words, like))
+
+        words = self._abstract(pack(batches))
+        return self._compile(name, run, weights, self._cache, words, donate_argnums=(1,), out_shardings=out_shardings)
 
     def _compile(self, name: str, function: Callable[..., Any], *abstract_args: Any, **how: Any) -> Program:
         return self._programs.compile(
             f"engine_{name}", function, *abstract_args, compiler_options=COMPILER_OPTIONS, **how
         )
 
-    def _abstract(self, arrays: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=self._replicated), arrays
-        )
+    def _abstract(self, array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated)
 
-    def _placed(self, arrays: Any) -> Any:
-        return place(arrays, self._replicated)
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        return place(array, self._replicated)
 
 
 _NOTHING = Round((), (), 1, 1, ())

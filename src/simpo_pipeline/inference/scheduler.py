@@ -100,6 +100,8 @@ class Scheduler:
         return ended
 
     def _admit(self) -> None:
+        if not self.waiting or len(self.running) == self._config.max_seqs:
+            return
         # What the running ones need for their next tokens is not given away: the newcomer would be preempted at once.
         reserved = sum(self._missing_pages(sequence) + self._must_copy(sequence) for sequence in self.running)
         while self.waiting and len(self.running) < self._config.max_seqs:

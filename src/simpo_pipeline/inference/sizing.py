@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -24,6 +25,10 @@ from simpo_pipeline.ops.paged_attention import backend_for
 
 # More rows than this make a program hardly more efficient, and its cache and logits larger.
 _MOST_SEQS = 256
+# Larger chunks make fewer rounds, and programs that are hardly more efficient.
+_MOST_CHUNK_TOKENS = 2048
+# So that much work of nearly the same amount takes the same programs.
+_CHUNK_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ def size_engine(
         max_seq_len=max_seq_len,
         page_size=page_size,
         num_pages=1,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        prefill_chunk_tokens=config.prefill_chunk_tokens or _chunk_for(work),
         decode_steps_per_call=config.decode_steps_per_call,
     )
     budget = int(config.memory_utilization * memory_bytes)
@@ -102,14 +107,19 @@ def size_engine(
     return dataclasses.replace(sizes, num_pages=max(least, min(most, affordable)))
 
 
+def _chunk_for(work: Work) -> int:
+    most = pages_for(max(1, work.total_tokens), _CHUNK_STEP) * _CHUNK_STEP
+    return min(most, _MOST_CHUNK_TOKENS)
+
+
 def _bytes_without_cache(sizes: EngineSizes, model: LlamaConfig, dtype: DTypeLike, mesh: Mesh) -> int:
-    """Per device: the weights, twice where the engine lays them out anew, and what programs need while they run."""
+    """Per device: the weights, again for each layout that the engine makes, and what programs need while they run."""
     weights = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
-    copies = 2 if mesh.devices.flat[0].platform == "cpu" else 1
+    layouts = 1 + (jnp.dtype(dtype) == jnp.bfloat16) if mesh.devices.flat[0].platform == "cpu" else 0
     num_tokens = sizes.prefill_chunk_tokens + sizes.max_seqs
     widths = 4 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
     activations = 4 * (num_tokens * widths + 2 * sizes.max_seqs * model.vocab_size)
-    return copies * bytes_per_device(weights) + activations
+    return (1 + layouts) * bytes_per_device(weights) + activations
 
 
 def _refuse(config: EngineConfig, num_pages: int, page_bytes: int, fixed: int, budget: int, memory: int) -> NoReturn:

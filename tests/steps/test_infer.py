@@ -256,8 +256,8 @@ def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path
         "derived": EngineConfig(),
         # Few sequences, a prefill smaller than a prompt, calls that end at no multiple of anything.
         "narrow": EngineConfig(max_seqs=3, prefill_chunk_tokens=8, decode_steps_per_call=7),
-        # Pages for two whole sequences.
-        "pages": EngineConfig(max_seqs=12, page_size=8, num_pages=12),
+        # Pages for two whole sequences, asked for a few tokens at a time.
+        "pages": EngineConfig(max_seqs=12, page_size=8, num_pages=12, decode_steps_per_call=4),
     }
     found = {}
     for name, engine in sizes.items():

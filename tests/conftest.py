@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from types import ModuleType
@@ -16,10 +15,6 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 # gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-# Tests, and the jobs that they start, share what XLA has compiled, for as long as this run of pytest lives.
-COMPILED = tempfile.TemporaryDirectory(prefix="simpo_pipeline_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 

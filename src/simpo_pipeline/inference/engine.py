@@ -204,7 +204,7 @@ def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> N
         if num_prompt + num_new > sizes.max_seq_len:
             raise CapacityError(
                 f"{where} has {num_prompt} prompt tokens and max_tokens {num_new}, {num_prompt + num_new} in all; "
-                f"engine.max_seq_len is {sizes.max_seq_len}: raise it, or ask for fewer"
+                f"engine.max_seq_len is {sizes.max_seq_len}: raise it as far as the model goes, or ask for fewer"
             )
         num_pages = pages_for(num_prompt + num_new - 1, sizes.page_size)  # the last token drawn is not cached
         if num_pages > sizes.num_pages:

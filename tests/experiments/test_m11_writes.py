@@ -60,6 +60,7 @@ def load_experiment(name: str):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="needs Linux's count of written bytes")
 def test_nothing_of_the_trainer_is_written_between_train_2_and_train_5(tmp_path):
     m11 = load_experiment("m11_interleave")

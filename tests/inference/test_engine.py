@@ -41,7 +41,7 @@ def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
     "sizes",
     [
         {},
-        ROOMY,
+        pytest.param(ROOMY, marks=pytest.mark.slow),
         TIGHT,
         {"page_size": 1, "num_pages": 400, "prefill_chunk_tokens": 10},  # prompts cut in several chunks
         {"page_size": 64, "decode_steps_per_call": 50},

@@ -45,6 +45,7 @@ def generate(
     return [list(completion.tokens) for completion in completions], stats
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(smollm2: Llama, mesh: Mesh) -> None:
     with np.load(GOLDEN / "transformers_smollm2.npz") as golden:
         prompts = [tuple(row[row >= 0].tolist()) for row in golden["prompt_tokens"]]

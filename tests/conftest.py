@@ -46,14 +46,22 @@ class FinishedJob:
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """Runs a script in many real processes of one job, through the project's own launcher."""
+def launch(tmp_path_factory):
+    """Runs a script in many real processes of one job, through the project's own launcher.
+
+    The jobs share what XLA has compiled: most of them run the same programs.
+    """
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
 
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
         command = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(num_processes)]
         command += ["--devices_per_host", str(devices), "--", sys.executable, str(ROOT / script)]
         done = subprocess.run(
             [*command, *map(str, words)],
+            env=os.environ | compiled,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

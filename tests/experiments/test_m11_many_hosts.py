@@ -132,7 +132,9 @@ def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it
     ("fault", "step", "victim"),
     [
         ("kill", "train", 1),
+        ("kill", "train", 0),
         ("freeze", "train", 1),
+        ("raise", "train", 1),
         ("raise", "infer", 0),
         ("hang", "infer", 1),
     ],

@@ -6,7 +6,7 @@
 Each contestant is a process of its own with 2 threads (`inference_ours.py`, `peers/`); peers have environments of
 their own, with exact pins, which are made on first use, as is the model. All start, warm up on the workload itself,
 and then take turns for `--rounds` rounds; while one works the others sleep. Everything is greedy and ignores ends, so
-that all do the same work: A is 128 chat prompts with 64 new tokens each, B 32 with 512, C 32 with 16. The speed of
+that all do the same work: A is 128 chat prompts with 64 new tokens each, B 32 with 512, C 32 with 64. The speed of
 XLA's matrix products is measured before and after, and the better of the two is the ceiling.
 
 Prints tables of medians, then ratios, and one JSON line; progress goes to stderr.

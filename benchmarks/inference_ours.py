@@ -28,12 +28,13 @@ def load(settings: dict[str, Any]) -> Generate:
     config = EngineConfig(max_seqs=batch, max_seq_len=longest)
     sizes = size_engine(config, model, dtype, work, mesh, available_memory_bytes(mesh))
     engine = Engine(model, sizes, mesh, Programs(), dtype)
+    laid_out = jax.block_until_ready(engine.lay_out(weights))
 
     def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
         # Without stop tokens nothing ends a sequence before `max_tokens`.
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         requests = [Request(tuple(prompt), index, 0, sampling) for index, prompt in enumerate(prompts)]
-        completions, stats = engine.generate(weights, requests, step=0)
+        completions, stats = engine.generate(laid_out, requests, step=0)
         return {
             "tokens": [list(completion.tokens) for completion in completions],
             "prefill_seconds": stats.prefill_seconds,

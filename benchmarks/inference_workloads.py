@@ -22,7 +22,7 @@ WORKLOADS = {
     "A": Workload(128, 64),
     "B": Workload(32, 512),
     # For Levanter, which is too slow for the others.
-    "C": Workload(32, 16),
+    "C": Workload(32, 64),
 }
 SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
 

@@ -19,7 +19,8 @@ def sequence(index: int, prompt: int | tuple[int, ...], max_tokens: int) -> Sequ
 
 def scheduler_of(**sizes: int) -> Scheduler:
     defaults = {"max_seqs": 8, "max_seq_len": 64, "page_size": 4, "num_pages": 128, "decode_steps_per_call": 4}
-    return Scheduler(EngineSizes(**defaults | sizes))
+    config = EngineSizes(**defaults | sizes)
+    return Scheduler(config, (config.prefill_chunk_tokens,))
 
 
 def draws(current: Round) -> list[tuple[list[int], list]]:
@@ -80,6 +81,34 @@ def test_samples_of_one_prompt_compute_it_once_and_copy_its_last_page_before_the
     assert scheduler.num_shared_tokens == 20
 
 
+def test_a_page_that_begins_alike_is_copied_and_only_the_rest_of_it_computed() -> None:
+    scheduler = scheduler_of(page_size=16)
+    template = tuple(range(10))
+    for index, own in enumerate(((20, 21), (30, 31, 32), (40,))):
+        scheduler.add(sequence(index, (*template, *own), 2))
+    rounds = list(serve(scheduler))
+    assert [shape_of(current)[0] for current in rounds] == [[(0, 0, 11)], [(1, 10, 2)], []]
+    # The last prompt has nothing to compute: the token after the template is the one it is to be fed.
+    sources, targets = zip(*rounds[1].copies, strict=True)
+    assert len(set(sources)) == 1 and len({*sources, *targets}) == 3
+    assert scheduler.num_shared_tokens == 20
+
+
+def test_a_page_is_not_copied_where_there_is_no_room_for_it_beside_the_original() -> None:
+    scheduler = scheduler_of(num_pages=4, max_seqs=1)
+    scheduler.add(sequence(0, (1, 2, 3, 4, 5), 2))
+    scheduler.add(sequence(1, (1, 2, *range(20, 33)), 2))  # needs all four pages
+    assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(0, 0, 4)], [(1, 0, 14)]]
+
+
+def test_a_round_computes_as_much_as_fills_a_program_by_half() -> None:
+    scheduler = Scheduler(EngineSizes(8, 600, 4, 300, prefill_chunk_tokens=512), (32, 128, 512))
+    scheduler.add(sequence(0, 151, 1))
+    assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(0, 0, 128)], [(0, 128, 22)]]
+    scheduler.add(sequence(1, 301, 1))
+    assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(1, 0, 300)]]
+
+
 def test_pages_of_a_prefix_are_found_after_its_sequence_has_ended() -> None:
     scheduler = scheduler_of(max_seqs=1)
     prefix = tuple(range(8))
@@ -124,7 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sizes = EngineSizes(
             max_seqs=4, max_seq_len=24, page_size=4, num_pages=9, prefill_chunk_tokens=14, decode_steps_per_call=3
         )
-        self.scheduler = Scheduler(self.sizes)
+        self.scheduler = Scheduler(self.sizes, (4, 14))
         self.sequences: list[Sequence] = []
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -201,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_page_is_free_or_held_as_often_as_it_is_listed(self) -> None:
         held = [page for seq in self.sequences for page in set(seq.pages)]
         assert len(held) == sum(len(seq.pages) for seq in self.sequences)
+        held += [seq.copied_from for seq in self.sequences if seq.copied_from is not None]
         for page in range(self.sizes.num_pages):
             assert self.scheduler.pool._holders[page] == held.count(page)
         assert len(set(held)) + self.scheduler.pool.num_free == self.sizes.num_pages

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineSizes, pages_for
-from simpo_pipeline.inference.engine_programs import EnginePrograms
+from simpo_pipeline.inference.engine_programs import EnginePrograms, EngineWeights
 from simpo_pipeline.inference.forward import Drawn
 from simpo_pipeline.inference.scheduler import Round, Scheduler
 from simpo_pipeline.inference.sequence import Completion, Request, Sequence, TokenLogprobs
@@ -129,9 +129,13 @@ class Engine:
         if self._text_of is None and any(request.sampling.stop for request in requests):
             raise ConfigError("requests have stop strings, but the engine was made without `decode`; give it one")
 
+    def lay_out(self, weights: Llama) -> EngineWeights:
+        """The weights as the programs take them: for whoever generates several times with the same ones."""
+        return self._programs.lay_out(weights)
+
     def generate(
         self,
-        weights: Llama,
+        weights: Llama | EngineWeights,
         requests: Requests,
         *,
         step: int,
@@ -140,7 +144,7 @@ class Engine:
     ) -> tuple[list[Completion], GenerationStats]:
         """Serves every request to its end; completions come in the order of the requests.
 
-        `step` (finished updates of the weights) enters every sampling key. `on_progress` is called after each round,
+        `weights` that are not laid out yet are laid out for this call. `step` (finished updates of the weights) enters every sampling key. `on_progress` is called after each round,
         `on_finished` after rounds in which requests ended, both while the devices compute the next one.
 
         Raises: CapacityError, before any device work, for a request that could never be served.
@@ -148,12 +152,13 @@ class Engine:
         self.check(requests)
         if not requests:
             return [], GenerationStats()
-        scheduler = Scheduler(self.sizes)
+        scheduler = Scheduler(self.sizes, self._programs.chunk_sizes)
         work = [Sequence(request, index, self._matcher(request)) for index, request in enumerate(requests)]
         for sequence in work:
             scheduler.add(sequence)
         tally = _Tally()
-        laid_out, cache = jax.block_until_ready((self._programs.lay_out(weights), self._programs.empty_cache()))
+        laid_out = weights if isinstance(weights, EngineWeights) else self.lay_out(weights)
+        laid_out, cache = jax.block_until_ready((laid_out, self._programs.empty_cache()))
         tally.set_up()
         ended: list[Sequence] = []
 

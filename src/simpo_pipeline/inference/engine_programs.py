@@ -64,13 +64,18 @@ class EnginePrograms:
         )
         self._copy_pages = self._compile_copy()
         rows = program_sizes(sizes.max_seqs, model)
-        chunks = program_sizes(sizes.prefill_chunk_tokens, model)
+        chunks = program_sizes(sizes.prefill_chunk_tokens, model, parts=(16, 4))
         self._decode = {size: self._compile_decode(size) for size in rows}
         self._mixed_rows = rows[-1]
         self._mixed = {size: self._compile_mixed(size, self._mixed_rows) for size in chunks}
         # Few tokens with nobody who draws beside them are rare, and are served by a mixed program without rows.
         self._prefill_tokens = chunks[-1]
         self._prefill = self._compile_prefill(self._prefill_tokens)
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Prompt tokens that a round's program computes, whether there are so many or not; smallest first."""
+        return tuple(self._mixed)
 
     @property
     def all(self) -> list[Program]:
@@ -193,11 +198,14 @@ class EnginePrograms:
 _NOTHING = Round((), (), 1, 1, ())
 
 
-def program_sizes(most: int, model: LlamaConfig) -> list[int]:
-    """Row counts to compile for, smallest first: a quarter of the most, where that is not too small, and the most."""
+def program_sizes(most: int, model: LlamaConfig, parts: tuple[int, ...] = (4,)) -> list[int]:
+    """Row counts to compile for, smallest first: these parts of the most, where they are not too small, and the most.
+
+    `parts` is in falling order: 4 for a quarter.
+    """
     smallest = max(8, pages_for(_SMALLEST_PROGRAM, model.hidden_size))
     largest = max(most, smallest)
-    return [largest // 4, largest] if largest // 4 >= smallest else [largest]
+    return [*(largest // part for part in parts if largest // part >= smallest), largest]
 
 
 def _smallest_holding(size: int, programs: dict[int, Program]) -> int:

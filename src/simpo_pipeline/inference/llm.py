@@ -82,7 +82,7 @@ class LLM:
         sizes = size_engine(config, model, dtype, _most_work(config, model), mesh, available_memory_bytes(mesh))
         self._engine = Engine(model, sizes, mesh, Programs(), dtype, decode=self._decode)
         shapes = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
-        self._weights = load_weights(model_path, shapes)
+        self._weights = self._engine.lay_out(load_weights(model_path, shapes))
 
     def generate(
         self,

@@ -17,6 +17,9 @@ from simpo_pipeline.inference.sequence import Sequence, TokenLogprobs
 # While others wait, a round ends early when one in so many of its sequences has ended: a row that idles costs as much
 # as one that draws, and each round costs the host some time.
 _ENDED_SHARE = 16
+# A page whose beginning suits is copied when at least so much of it does, and for a multiple of that: waiting for
+# another's tokens and copying them is to cost less than computing them.
+_COPIED_SHARE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,15 @@ class Round:
 class Scheduler:
     """Sequences waiting and running, and the pages they hold."""
 
-    def __init__(self, config: EngineSizes) -> None:
+    def __init__(self, config: EngineSizes, chunk_sizes: Sized[int]) -> None:
+        """`chunk_sizes`, smallest first, are the numbers of prompt tokens that programs are compiled for."""
         self.pool = PagePool(config.num_pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self.num_shared_tokens = 0
         self._config = config
+        self._chunk_sizes = chunk_sizes
         self._copies: list[tuple[int, int]] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -107,22 +112,30 @@ class Scheduler:
         while self.waiting and len(self.running) < self._config.max_seqs:
             sequence = self.waiting[0]
             found = self._find_shared(sequence)
-            unheld = sum(not self.pool.is_held(page) for page in found.pages)
-            copies = found.has_tail and self.pool.is_held(found.pages[-1])
-            missing = self._missing_pages(sequence) - len(found.pages) + copies
-            if missing + unheld + reserved > self.pool.num_free:
+            if found.source is not None and not self._has_room(sequence, found, reserved):
+                found = found.without_source()  # the page it is copied from may be the one that is missing
+            if not self._has_room(sequence, found, reserved):
                 return
             self._start(sequence, found)
             self.running.append(self.waiting.popleft())
 
+    def _has_room(self, sequence: Sequence, found: "_Shared", reserved: int) -> bool:
+        kept = found.pages if found.source is None else [*found.pages, found.source[0]]
+        unheld = sum(not self.pool.is_held(page) for page in kept)
+        copies = found.has_tail and self.pool.is_held(found.pages[-1])
+        missing = self._missing_pages(sequence) - len(found.pages) + copies
+        return missing + unheld + reserved <= self.pool.num_free
+
     def _find_shared(self, sequence: Sequence) -> "_Shared":
         """Pages that hold what the sequence begins with, all but its last token; the last of them perhaps in part."""
         size, end = self._config.page_size, sequence.num_tokens - 1
-        found = _Shared([], [], 0, False)
+        found = _Shared([], [], 0)
         prefix = ROOT
         for start in range(0, end, size):
-            known = self.pool.find(prefix, sequence.tokens(start, min(start + size, end)))
+            tokens = sequence.tokens(start, min(start + size, end))
+            known = self.pool.find(prefix, tokens)
             if known is None:
+                found.source = self._find_beginning(prefix, tokens)
                 break
             page, prefix = known
             found.pages.append(page)
@@ -132,6 +145,19 @@ class Scheduler:
                 found.prefixes.append(prefix)
         return found
 
+    def _find_beginning(self, prefix: int, tokens: Sized[int]) -> tuple[int, int] | None:
+        """(page, how many) of a page that holds the first of these tokens after that prefix, as many as can be."""
+        for num_tokens in reversed(self._beginnings(len(tokens))):
+            known = self.pool.find(prefix, tokens[:num_tokens])
+            if known is not None:
+                return known[0], num_tokens
+        return None
+
+    def _beginnings(self, num_tokens: int) -> range:
+        """The lengths, short of all, in which so many tokens of a page are shared."""
+        least = max(1, self._config.page_size // _COPIED_SHARE)
+        return range(least, num_tokens, least)
+
     def _start(self, sequence: Sequence, found: "_Shared") -> None:
         for page in found.pages:
             self.pool.hold(page)
@@ -140,7 +166,13 @@ class Scheduler:
         sequence.num_cached = found.num_tokens
         sequence.awaited = [page for page in found.pages if not self.pool.is_ready(page)]
         sequence.borrowed_tail = found.has_tail
-        self.num_shared_tokens += found.num_tokens
+        if found.source is not None:
+            page, num_tokens = found.source
+            self.pool.hold(page)
+            sequence.copied_from = page
+            sequence.num_cached += num_tokens
+            sequence.awaited += [] if self.pool.is_ready(page) else [page]
+        self.num_shared_tokens += sequence.num_cached
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence)))
         self._announce(sequence)
 
@@ -150,9 +182,11 @@ class Scheduler:
         prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
         if sequence.borrowed_tail:
             return
-        for start in range(sequence.num_cached, end, size):
+        for start in range(sequence.num_cached // size * size, end, size):
             tokens = sequence.tokens(start, min(start + size, end))
             page = sequence.pages[start // size]
+            for num_tokens in self._beginnings(len(tokens)):
+                self.pool.register(page, prefix, tokens[:num_tokens], ready=False)
             prefix = self.pool.register(page, prefix, tokens, ready=False)
             sequence.announced.append((start + len(tokens), page))
             if len(tokens) == size:
@@ -168,16 +202,29 @@ class Scheduler:
 
     def _prefill_chunks(self) -> tuple[PrefillChunk, ...]:
         chunks = []
-        budget = self._config.prefill_chunk_tokens
-        for sequence in self.running:
-            if not self._can_prefill(sequence):
-                continue
+        ready = [sequence for sequence in self.running if self._can_prefill(sequence)]
+        budget = self._chunk_budget(sum(sequence.num_uncached for sequence in ready))
+        for sequence in ready:
+            self._copy_beginning(sequence)
             num_tokens = min(sequence.num_uncached, budget)
             chunks.append(PrefillChunk(sequence, sequence.num_cached, num_tokens))
             budget -= num_tokens
             if not budget or len(chunks) == self._config.max_prefill_seqs:
                 break
         return tuple(chunks)
+
+    def _chunk_budget(self, num_tokens: int) -> int:
+        """How many of so many tokens to compute now: as many as fill a program by half at least, if any can be."""
+        filled = [size for size in self._chunk_sizes if 2 * num_tokens > size]
+        return min(filled[-1] if filled else num_tokens, self._config.prefill_chunk_tokens)
+
+    def _copy_beginning(self, sequence: Sequence) -> None:
+        """Copies, before its first chunk, the page whose beginning the sequence shares."""
+        if sequence.copied_from is None:
+            return
+        self._copies.append((sequence.copied_from, sequence.pages[sequence.num_cached // self._config.page_size]))
+        self.pool.release([sequence.copied_from])
+        sequence.copied_from = None
 
     def _grow_or_preempt(self, num_steps: int) -> list[Sequence]:
         """The sequences that draw tokens now, each with the pages for them, taken from the youngest if need be."""
@@ -239,6 +286,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
+        if sequence.copied_from is not None:
+            self.pool.release([sequence.copied_from])
+            sequence.copied_from = None
         sequence.pages = []
         sequence.prefixes = []
         sequence.num_cached = 0
@@ -253,5 +303,10 @@ class _Shared:
 
     pages: list[int]
     prefixes: list[int]  # that end with each of its full pages
-    num_tokens: int
-    has_tail: bool  # the last page holds fewer tokens than a page
+    num_tokens: int  # in these pages
+    has_tail: bool = False  # the last page holds fewer tokens than a page, all that are to be computed
+    source: tuple[int, int] | None = None  # (page, how many) of another's page that begins as the next one has to
+
+    def without_source(self) -> "_Shared":
+        """The same without the page that begins alike."""
+        return dataclasses.replace(self, source=None)

@@ -83,6 +83,7 @@ class Sequence:
         self.prefixes: list[int] = []  # as the page pool names them, one for each page that is full of known tokens
         self.announced: deque[tuple[int, int]] = deque()  # (position after its last token, page) of pages to be filled
         self.awaited: list[int] = []  # pages of others that are to be filled before this one can go on
+        self.copied_from: int | None = None  # another's page, whose beginning is to be copied before the first chunk
         self.borrowed_tail = False  # its last page is another's, and it has not yet written to it
 
     @property

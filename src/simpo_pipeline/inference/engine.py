@@ -144,8 +144,9 @@ class Engine:
     ) -> tuple[list[Completion], GenerationStats]:
         """Serves every request to its end; completions come in the order of the requests.
 
-        `weights` that are not laid out yet are laid out for this call. `step` (finished updates of the weights) enters every sampling key. `on_progress` is called after each round,
-        `on_finished` after rounds in which requests ended, both while the devices compute the next one.
+        `weights` that are not laid out yet are laid out for this call. `step` (finished updates of the weights) enters
+        every sampling key. `on_progress` is called after each round, `on_finished` after rounds in which requests
+        ended, both while the devices compute the next one.
 
         Raises: CapacityError, before any device work, for a request that could never be served.
         """

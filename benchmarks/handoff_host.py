@@ -18,7 +18,7 @@ from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
 from simpo_pipeline.model.hf_weights import load_config, load_weights
-from simpo_pipeline.model.sharding import FSDP_RULES, TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from steps.joined_job import joined_job
 from steps.session import JobFlags
@@ -40,7 +40,7 @@ def main() -> None:
     with joined_job(JobFlags()) as job:
         programs = Programs(job.group)
         model = load_config(model_path)
-        source = with_shardings(abstract_llama(model, jnp.float32), training_mesh(), FSDP_RULES)
+        source = with_shardings(abstract_llama(model, jnp.float32), training_mesh(), TRAINING_RULES)
         params = load_weights(model_path, source)
         for dtype in ("float32", "bfloat16"):
             target = with_shardings(abstract_llama(model, jnp.dtype(dtype)), local_mesh(), TENSOR_PARALLEL_RULES)

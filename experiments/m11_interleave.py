@@ -22,7 +22,7 @@ from steps.joined_job import joined_job
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.report import ReportConfig, report
-from steps.session import JobFlags, JobSession, tracker_for
+from steps.session import JobFlags, tracker_for
 from steps.train import TrainConfig, train
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -107,7 +107,7 @@ PRESETS = {
             train_batch_size=128,
             train_seq_len=4096,
             compute_dtype="bfloat16",
-            remat=True,
+            remat="full",
             simpo=SimpoConfig(beta=1.0, gamma_beta_ratio=0.5),
             optimizer=OptimizerConfig(learning_rate=6e-7, weight_decay=0.0, warmup=0.1),
         ),
@@ -202,6 +202,7 @@ class M11Args(JobFlags):
     tracker: TrackerKind = "jsonl"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
 
@@ -214,6 +215,6 @@ if __name__ == "__main__":
             args,
             steps=interleave(PRESETS[args.preset]),
             description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
-            session=JobSession(open_tracker, job.group, check_launches=args.check_launches),
+            session=args.job_session(open_tracker, job.group),
             processes=job.processes,
         )

@@ -10,7 +10,7 @@ from m11_interleave import NUM_TRAIN_STEPS, PRESETS, M11Args, Preset, model_and_
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from steps.joined_job import joined_job
-from steps.session import JobSession, tracker_for
+from steps.session import tracker_for
 from steps.train import TrainConfig, train
 
 
@@ -38,6 +38,6 @@ if __name__ == "__main__":
             args,
             steps=uninterrupted(PRESETS[args.preset]),
             description="the run of M11 without its interruption",
-            session=JobSession(open_tracker, job.group, check_launches=args.check_launches),
+            session=args.job_session(open_tracker, job.group),
             processes=job.processes,
         )

@@ -12,6 +12,7 @@ from simpo_pipeline.storage.paths import join
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 PAIRS_FILE = "pairs.parquet"
+VALIDATION_FILE = "validation.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class PreparePairsConfig:
         max_length: Tokens that a prompt with one of its answers may have.
         too_long: What happens to longer pairs: `raise`, `truncate` (the answers' tails) or `drop`.
         unusable: What happens to pairs without a preference: `raise` or `drop`.
+        validation_fraction: About this share of the prompts is held out, for evaluation.
         source_id: What identifies the data, for the step's version: a path alone does not say what is in a file.
     """
 
@@ -32,12 +34,15 @@ class PreparePairsConfig:
     max_length: int
     too_long: TooLong = "raise"
     unusable: Unusable = "raise"
+    validation_fraction: float = 0.0
     source_id: str | None = None
     output_path: str = THIS_OUTPUT_PATH
 
 
 def prepare_pairs(config: PreparePairsConfig) -> None:
     """Writes `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
+
+    Pairs that are held out go to `validation.parquet` instead.
 
     Raises:
         DataError: a row is malformed, a pair is too long or unusable under `raise`, or nothing is left.
@@ -46,6 +51,7 @@ def prepare_pairs(config: PreparePairsConfig) -> None:
     from simpo_pipeline.data.chat import load_tokenizer
     from simpo_pipeline.data.pairs import write_pairs
     from simpo_pipeline.data.records import read_records
+    from simpo_pipeline.data.split import split_pairs
     from simpo_pipeline.data.tokenize import tokenize_pairs
 
     started = time.perf_counter()
@@ -56,8 +62,12 @@ def prepare_pairs(config: PreparePairsConfig) -> None:
         too_long=config.too_long,
         unusable=config.unusable,
     )
-    write_pairs(join(config.output_path, PAIRS_FILE), pairs)
+    training, held_out = split_pairs(pairs, config.validation_fraction)
+    write_pairs(join(config.output_path, PAIRS_FILE), training)
+    if held_out:
+        write_pairs(join(config.output_path, VALIDATION_FILE), held_out)
     seconds = round(time.perf_counter() - started, 3)
-    summary = {"source": config.source.path, **dataclasses.asdict(stats), "seconds": seconds}
+    counts = {"num_training": len(training), "num_validation": len(held_out)}
+    summary = {"source": config.source.path, **dataclasses.asdict(stats), **counts, "seconds": seconds}
     write_json(join(config.output_path, "summary.json"), summary)
     logger.info("pairs: %d kept, %d dropped, %d truncated", stats.num_pairs, stats.num_dropped, stats.num_truncated)

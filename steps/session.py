@@ -35,11 +35,13 @@ class JobSession:
         group: "ProcessGroup | None" = None,
         *,
         check_launches: bool = False,
+        profile: int | None = None,
     ) -> None:
-        """`group` is None in a job of one process; for `check_launches` see `Programs`."""
+        """`group` is None in a job of one process; for `check_launches` see `Programs`, for `profile` `JobFlags`."""
         self._open_tracker = open_tracker
         self._group = group
         self._check_launches = check_launches
+        self.profile = profile
 
     @functools.cached_property
     def programs(self) -> "Programs":
@@ -85,6 +87,17 @@ class JobFlags(ExecutorMainConfig):
     """When the processes of a job give it up."""
     check_launches: bool = False
     """Compare every launch across processes before it is made, instead of soon after."""
+    profile: int | None = None
+    """Trace this update, counted over the whole run, into `profile` below its training step's outputs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile is not None and self.profile < 1:
+            raise ConfigError(f"--profile {self.profile}: updates are counted from 1")
+
+    def job_session(self, open_tracker: Callable[[], Tracker], group: "ProcessGroup | None") -> JobSession:
+        """The session of a job with these flags."""
+        return JobSession(open_tracker, group, check_launches=self.check_launches, profile=self.profile)
 
 
 def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, project: str) -> Callable[[], Tracker]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError
@@ -12,9 +12,11 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_valu
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
-from simpo_pipeline.tracking.tracker import NoTracker
+from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 from simpo_pipeline.training.config import TrainerConfig
+from steps.evaluate import Evaluator, open_sweep
 from steps.prepare_pairs import PAIRS_FILE
+from steps.profile import profiled
 from steps.session import JobSession, session_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class TrainConfig:
         model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
         pairs_path: Output of `prepare_pairs`.
         stop_step: The last update of this stretch, counted over the whole run.
+        eval_every: After every so many updates, and before the first, the pairs that `prepare_pairs` held out are
+            evaluated; None evaluates none.
         live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
     """
 
@@ -40,6 +44,7 @@ class TrainConfig:
     model_path: str
     pairs_path: str
     stop_step: int
+    eval_every: int | None = None
     live: Any = None
     output_path: str = THIS_OUTPUT_PATH
 
@@ -48,10 +53,15 @@ class TrainConfig:
         num_train_steps = unwrap_versioned_value(self.trainer).num_train_steps
         if not 1 <= stop_step <= num_train_steps:
             raise ConfigError(f"stop_step is {stop_step}, and the run has updates 1 to {num_train_steps}")
+        eval_every = unwrap_versioned_value(self.eval_every)
+        if eval_every is not None and eval_every < 1:
+            raise ConfigError(f"eval_every is {eval_every}: give a number of updates of at least 1, or None")
 
 
 def train(config: TrainConfig, run: StepRun) -> Live:
     """Runs the updates up to `stop_step`; writes `metrics.jsonl` and `summary.json`; returns the live trainer.
+
+    With `eval_every` it writes `evaluations.jsonl` too.
 
     Raises:
         ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`.
@@ -62,10 +72,15 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     # (no login, say) ends the job before any device is touched.
     tracker = session.tracker if is_leader else NoTracker()
     trainer = _start(config, session) if config.live is None else _take(config)
-    loader = _open_loader(config)
+    loader = _open_loader(config, trainer)
     first_step = trainer.step + 1
     rows: list[dict[str, float]] = []
-    with JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file:
+    with (
+        JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
+        _open_evaluator(config, trainer, loader.pad_id, tracker, is_leader) as evaluator,
+    ):
+        if evaluator is not None and trainer.step == 0:
+            evaluator.evaluate()
 
         def record(step: int, metrics: dict[str, float]) -> None:
             row = {"step": step, **metrics}
@@ -78,8 +93,12 @@ def train(config: TrainConfig, run: StepRun) -> Live:
                 *(step, config.trainer.num_train_steps, metrics["loss"], metrics["learning_rate"]),
                 *(metrics["grad_norm"], metrics["step_seconds"], metrics["tokens_per_second"]),
             )
+            if evaluator is not None and step % (config.eval_every or 1) == 0:
+                evaluator.evaluate()
 
-        trainer.train_until(config.stop_step, loader, record)
+        for stop, around in _stretches(trainer.step, config, session.profile, run):
+            with around:
+                trainer.train_until(stop, loader, record)
     # Its parts lie in several processes, and each hashes its own.
     digest = joint_digest(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
@@ -87,6 +106,16 @@ def train(config: TrainConfig, run: StepRun) -> Live:
         write_json(join(config.output_path, "summary.json"), summary)
     tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
+
+
+def _stretches(
+    step: int, config: TrainConfig, profile: int | None, run: StepRun
+) -> list[tuple[int, AbstractContextManager[None]]]:
+    """Up to which updates to train, and what to do around that: the profiled update is a stretch of its own."""
+    if profile is None or not step < profile <= config.stop_step:
+        return [(config.stop_step, nullcontext())]
+    around = profiled(config.output_path, run.processes.process_index)
+    return [(profile - 1, nullcontext()), (profile, around), (config.stop_step, nullcontext())]
 
 
 def _start(config: TrainConfig, session: JobSession) -> "Trainer":
@@ -107,7 +136,16 @@ def _take(config: TrainConfig) -> "Trainer":
     return trainer
 
 
-def _open_loader(config: TrainConfig) -> "PairLoader":
+def _open_evaluator(
+    config: TrainConfig, trainer: "Trainer", pad_id: int, tracker: Tracker, is_leader: bool
+) -> AbstractContextManager[Evaluator | None]:
+    if config.eval_every is None:
+        return nullcontext()
+    sweep = open_sweep(config.pairs_path, trainer, pad_id)
+    return Evaluator(trainer, sweep, tracker, config.output_path, is_leader=is_leader)
+
+
+def _open_loader(config: TrainConfig, trainer: "Trainer") -> "PairLoader":
     # Imported here because planning must not pay for transformers and pyarrow.
     from simpo_pipeline.data.chat import load_tokenizer, pad_token_id
     from simpo_pipeline.data.loader import PairLoader
@@ -119,6 +157,9 @@ def _open_loader(config: TrainConfig) -> "PairLoader":
         seq_len=config.trainer.train_seq_len,
         seed=config.trainer.seed,
         pad_id=pad_token_id(load_tokenizer(config.model_path)),
+        num_updates=config.trainer.num_train_steps,
+        packing=config.trainer.packing,
+        num_groups=trainer.num_groups,
     )
 
 
@@ -131,6 +172,7 @@ def _summarize(first_step: int, rows: list[dict[str, float]], digest: str) -> di
         "state_digest": digest,
         "loss": rows[-1]["loss"],
         "tokens": tokens,
+        "padding_share": round(sum(row["padding_share"] for row in rows) / len(rows), 4),
         "train_seconds": round(seconds, 6),
         "tokens_per_second": round(tokens / seconds, 1),
     }

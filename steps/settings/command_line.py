@@ -33,7 +33,7 @@ class ExperimentFlags(JobFlags):
         """The session of a job whose metrics go where the settings and `--tracker` say."""
         kind = self.tracker or TRACKERS[settings.type]
         open_tracker = tracker_for(kind, self, name=settings.name or default_name, project=settings.project)
-        return JobSession(open_tracker, job.group, check_launches=self.check_launches)
+        return self.job_session(open_tracker, job.group)
 
 
 def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mapping[str, str]) -> T:

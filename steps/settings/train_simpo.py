@@ -72,7 +72,7 @@ class TrainSimpoConfig:
             train_seq_len=self._resolve_seq_len(),
             seed=self.trainer.seed,
             compute_dtype=self.trainer.compute_dtype,
-            remat=self.model.gradient_checkpointing,
+            remat="full" if self.model.gradient_checkpointing else "products",
             simpo=SimpoConfig(beta=self.beta, gamma_beta_ratio=self.gamma_beta_ratio),
             optimizer=self.optimizer,
         )

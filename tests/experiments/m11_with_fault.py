@@ -16,7 +16,8 @@ from typing import NoReturn
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
 m11 = importlib.import_module("m11_interleave")
 
-from simpo_pipeline.data.loader import PairBatch, PairLoader  # noqa: E402
+from simpo_pipeline.data.loader import PairLoader  # noqa: E402
+from simpo_pipeline.data.rows import RowBatch  # noqa: E402
 from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
 from simpo_pipeline.inference.scheduler import Scheduler  # noqa: E402
 from steps.joined_job import joined_job  # noqa: E402
@@ -39,7 +40,7 @@ def plant(fault: str, step: str) -> None:
     batch, next_round = PairLoader.batch, Scheduler.next_round
     rounds: list[int] = []
 
-    def faulty_batch(self: PairLoader, step: int) -> PairBatch:
+    def faulty_batch(self: PairLoader, step: int) -> RowBatch:
         return happen(fault) if step == 3 else batch(self, step)
 
     def faulty_round(self):

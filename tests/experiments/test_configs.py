@@ -66,7 +66,7 @@ def test_m11_resolves_to_the_run_of_record():
         "train_seq_len": 4096,
         "seed": 0,
         "compute_dtype": "bfloat16",
-        "remat": True,
+        "remat": "full",
         "logprob_chunk_size": 4096,
         "simpo": {"beta": 1.0, "gamma_beta_ratio": 0.5},
         "optimizer": {

@@ -25,7 +25,7 @@ from simpo_pipeline.distributed.mesh import global_mesh, local_mesh, place, trai
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.sharding import FSDP_RULES, TENSOR_PARALLEL_RULES, with_shardings
+from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from steps.joined_job import joined_job
 from steps.session import JobFlags
@@ -92,7 +92,7 @@ def numpy_refused() -> Generator[None]:
 def main() -> None:
     with joined_job(JobFlags()) as job:
         programs = Programs(job.group)
-        source = with_shardings(abstract_llama(MODEL, np.float32), training_mesh(), FSDP_RULES)
+        source = with_shardings(abstract_llama(MODEL, np.float32), training_mesh(), TRAINING_RULES)
         target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), local_mesh(), TENSOR_PARALLEL_RULES)
         trainer = [fill(source, seed) for seed in (0, 1, 2)]  # parameters and both moments
         handoff = build_handoff(programs, source, target)

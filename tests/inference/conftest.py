@@ -89,7 +89,7 @@ def greedy_tokens(weights: Llama) -> Callable[[Sequence[int], int], list[int]]:
             NamedArray(tokens[None], axes),
             hax.arange(axes[1]).broadcast_axis(axes[0]).rearrange(axes),
             attend=attend_whole_sequences,
-            state=(),
+            state=None,
             dtype=jnp.float32,
         )
         return jnp.argmax(logits(weights, hidden).array[0, num_tokens - 1])

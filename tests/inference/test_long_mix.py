@@ -47,7 +47,7 @@ def gaps_to_likeliest(weights: Llama, tokens: jax.Array, size: int) -> jax.Array
         NamedArray(tokens[None], axes),
         positions,
         attend=attend_whole_sequences,
-        state=(),
+        state=None,
         dtype=jnp.float32,
     )
     rows = logits(weights, hidden).array[0]

@@ -11,7 +11,7 @@ from haliax import Axis, NamedArray
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.sharding import FSDP_RULES, fsdp_placement, with_shardings
+from simpo_pipeline.model.sharding import TRAINING_RULES, fsdp_placement, with_shardings
 from simpo_pipeline.model.transformer import (
     abstract_llama,
     attend_whole_sequences,
@@ -26,7 +26,7 @@ SEQUENCES, POSITIONS = 8, 16
 
 def compiled_gradient(config, mesh):
     """The program, and its arguments placed for it."""
-    placement = fsdp_placement(mesh, FSDP_RULES, jnp.float32)
+    placement = fsdp_placement(mesh, jnp.float32)
     axes = (Axis("sequence", SEQUENCES), Axis("position", POSITIONS))
 
     def loss(model, tokens, positions):
@@ -35,15 +35,15 @@ def compiled_gradient(config, mesh):
             NamedArray(tokens, axes),
             NamedArray(positions, axes),
             attend=attend_whole_sequences,
-            state=(),
+            state=None,
             dtype=jnp.float32,
             placement=placement,
         )
-        matrix = placement.weight(unembedding(model)).array
+        matrix = placement.unembedding(unembedding(model)).array
         rows = hidden.array.reshape(tokens.size, -1)
-        return token_logprobs(rows, matrix, tokens.reshape(tokens.size), 40).mean()
+        return token_logprobs(rows, matrix, tokens.reshape(tokens.size), 40)[0].mean()
 
-    abstract = with_shardings(abstract_llama(config, jnp.float32), mesh, FSDP_RULES)
+    abstract = with_shardings(abstract_llama(config, jnp.float32), mesh, TRAINING_RULES)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     host = jax.tree.map(np.asarray, jax.jit(init_llama, static_argnums=0)(config, jax.random.key(0)))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (SEQUENCES, POSITIONS)).astype(np.int32)

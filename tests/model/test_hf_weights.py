@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
-from simpo_pipeline.model.sharding import FSDP_RULES, with_shardings
+from simpo_pipeline.model.sharding import TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 
 
@@ -87,8 +87,8 @@ def test_any_filesystem_serves(small_config, small_model):
 
 def test_arrays_land_with_the_shardings_asked_for(small_config, small_model, tmp_path):
     save_weights(str(tmp_path), small_model)
-    mesh = jax.make_mesh((1,), ("data",))
-    abstract = with_shardings(abstract_llama(small_config, jnp.float32), mesh, FSDP_RULES)
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    abstract = with_shardings(abstract_llama(small_config, jnp.float32), mesh, TRAINING_RULES)
     loaded = load_weights(str(tmp_path), abstract)
     assert loaded.layers.wo.array.sharding == NamedSharding(mesh, PartitionSpec(None, "data", None, None))
     _assert_equal(loaded, small_model)

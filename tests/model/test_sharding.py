@@ -14,8 +14,8 @@ from haliax import Axis, NamedArray
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from simpo_pipeline.model.sharding import (
-    FSDP_RULES,
     TENSOR_PARALLEL_RULES,
+    TRAINING_RULES,
     fsdp_placement,
     partition_spec,
     with_shardings,
@@ -33,10 +33,10 @@ def _specs(config, mesh, rules):
 
 
 def test_training_splits_every_parameter_along_embed(small_config):
-    specs = _specs(small_config, DATA_4, FSDP_RULES)
-    assert specs["wq"] == PartitionSpec(None, None, None, "data")
-    assert specs["wo"] == PartitionSpec(None, "data", None, None)
-    assert specs["embedding"] == PartitionSpec(None, "data")
+    specs = _specs(small_config, DATA_4, TRAINING_RULES)
+    assert specs["wq"] == PartitionSpec(None, "model", None, "data")
+    assert specs["wo"] == PartitionSpec(None, "data", "model", None)
+    assert specs["embedding"] == PartitionSpec("model", "data")
     assert all("data" in spec for spec in specs.values())
 
 
@@ -71,13 +71,13 @@ def test_a_mesh_axis_is_used_once_in_an_array():
 
 def test_shapes_and_dtypes_stay_as_they_are(small_config):
     before = abstract_llama(small_config, jnp.bfloat16)
-    after = with_shardings(before, DATA_4, FSDP_RULES)
+    after = with_shardings(before, DATA_4, TRAINING_RULES)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(before)] == [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
 
 
 def test_on_one_device_nothing_is_placed():
-    assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), FSDP_RULES, jnp.bfloat16) is ANYWHERE
+    assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), jnp.bfloat16) is ANYWHERE
 
 
 @pytest.fixture(scope="module")

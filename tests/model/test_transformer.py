@@ -19,6 +19,7 @@ from simpo_pipeline.model.transformer import (
     transform,
     unembedding,
 )
+from simpo_pipeline.ops.attention import Segments
 
 
 def _tokens(config, batch=2, seq=10):
@@ -27,7 +28,7 @@ def _tokens(config, batch=2, seq=10):
 
 
 @partial(jax.jit, static_argnames=("dtype", "remat"))
-def _logits(model, tokens, positions, *, segments=(), dtype=jnp.float32, remat=False):
+def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat="none"):
     axes = (Axis("sequence", tokens.shape[0]), Axis("position", tokens.shape[1]))
     hidden, _ = transform(
         model,
@@ -117,7 +118,7 @@ def test_two_segments_in_a_row_give_the_logits_of_two_rows(small_config, small_m
     tokens, positions = _tokens(small_config)
     packed = tokens.reshape(1, -1)
     segments = jnp.repeat(jnp.arange(2, dtype=jnp.int32), 10)[None]
-    together = _logits(small_model, packed, positions.reshape(1, -1), segments=segments)
+    together = _logits(small_model, packed, positions.reshape(1, -1), segments=Segments(segments))
     apart = _logits(small_model, tokens, positions)
     np.testing.assert_allclose(together.array.reshape(apart.array.shape), apart.array, atol=1e-5)
 
@@ -137,8 +138,9 @@ def test_rope_scaling_of_the_config_reaches_the_model(small_config):
     assert frequencies(scaled).shape == plain.shape == (4,)
 
 
+@pytest.mark.parametrize("remat", ["products", "full"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_computing_layers_again_changes_no_gradient(small_config, small_model, dtype):
+def test_computing_layers_again_changes_no_gradient(small_config, small_model, dtype, remat):
     tokens, positions = _tokens(small_config)
 
     def gradient(remat):
@@ -147,7 +149,7 @@ def test_computing_layers_again_changes_no_gradient(small_config, small_model, d
 
         return jax.jit(jax.grad(loss))(small_model)
 
-    kept, again = gradient(False), gradient(True)
+    kept, again = gradient("none"), gradient(remat)
     for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         assert one.dtype == jnp.float32
         assert (one != 0).any()

@@ -51,7 +51,7 @@ def ours(smollm2_folder, golden, sequences):
             hax.named(tokens, (sequence, position)),
             hax.arange(position).broadcast_axis(sequence),
             attend=attend_whole_sequences,
-            state=(),
+            state=None,
             dtype=jnp.float32,
         )
         every = logits(model, hidden).array

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simpo_pipeline.ops.attention import causal_attention, causal_attention_reference
+from simpo_pipeline.ops.attention import Segments, causal_attention, causal_attention_reference
 
 BODIES = [causal_attention_reference, causal_attention]
 
@@ -41,7 +41,7 @@ def test_attention_equals_its_definition(attend, seq, heads, kv_heads):
 def test_a_position_reads_only_its_own_segment(attend):
     q, k, v = _inputs(9, 4, 2)
     segment_ids = np.asarray([[0] * 4 + [1] * 5, [3] * 2 + [1] * 6 + [0]], np.int32)
-    got = jax.jit(attend)(q, k, v, jnp.asarray(segment_ids))
+    got = jax.jit(attend)(q, k, v, Segments(jnp.asarray(segment_ids)))
     np.testing.assert_allclose(got, _by_loops(q, k, v, segment_ids), atol=2e-6)
 
 

@@ -63,7 +63,7 @@ def test_every_knob_reaches_the_training_steps():
         train_seq_len=64,
         seed=3,
         compute_dtype="bfloat16",
-        remat=False,
+        remat="products",
         simpo=SimpoConfig(beta=1.5, gamma_beta_ratio=0.3),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2.0, lr_schedule="linear"),
     )

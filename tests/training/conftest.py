@@ -85,6 +85,9 @@ def make_loader() -> Callable[..., PairLoader]:
             seq_len=config.train_seq_len,
             seed=config.seed,
             pad_id=pad_id,
+            num_updates=config.num_train_steps,
+            packing=config.packing,
+            num_groups=config.grad_accumulation,
         )
 
     return make

@@ -1,8 +1,9 @@
-"""Trains the same toy run on one and on four virtual devices; prints what came out as one line of JSON.
+"""Trains the same toy run on one virtual device and on meshes of several; prints what came out as one line of JSON.
 
 A script of its own, started by test_many_devices.py: the number of CPU devices is fixed when jax starts.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -30,59 +31,89 @@ MODEL = LlamaConfig(
     tie_word_embeddings=True,
     initializer_range=0.3,
 )
+RUN = TrainerConfig(
+    num_train_steps=3,
+    train_batch_size=8,
+    train_seq_len=12,
+    logprob_chunk_size=16,
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)
+# (devices that split the batch, devices that split each layer)
+MESHES = ((2, 1), (1, 2), (4, 1), (2, 2))
+VARIANTS = {
+    "padded": {},
+    "packed": {"packing": True},
+    **{f"{parts} parts": {"packing": True, "grad_accumulation": parts} for parts in (2, 4, 8)},
+    "padded in 2 parts": {"grad_accumulation": 2},
+    "all layers again": {"packing": True, "remat": "full"},
+    "no layer again": {"packing": True, "remat": "none"},
+}
+# Each mesh with both layouts, and with parts.
+ON_MESHES = ("padded", "packed", "2 parts")
 
 
-def run_config(train_batch_size: int) -> TrainerConfig:
-    return TrainerConfig(
-        num_train_steps=3,
-        train_batch_size=train_batch_size,
-        train_seq_len=12,
-        logprob_chunk_size=16,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-    )
+def mesh_of(data: int, model: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
 
 
-def mesh_of(num_devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:num_devices]).reshape(num_devices, 1), (DATA_AXIS, MODEL_AXIS))
-
-
-def make_loader() -> PairLoader:
+def make_loader(config: TrainerConfig, num_groups: int) -> PairLoader:
     rng = np.random.default_rng(0)
 
     def tokens() -> np.ndarray:
         return rng.integers(1, 40, size=rng.integers(6, 13), dtype=np.int32)
 
-    pairs = [TokenizedPair(f"toy-{index}", tokens(), tokens(), 3, 3) for index in range(6)]
-    return PairLoader(pairs=pairs, batch_size=4, seq_len=12, seed=0, pad_id=0)
+    pairs = [TokenizedPair(f"toy-{index}", tokens(), tokens(), 3, 3) for index in range(10)]
+    return PairLoader(
+        pairs=pairs,
+        batch_size=config.train_batch_size,
+        seq_len=config.train_seq_len,
+        seed=0,
+        pad_id=0,
+        num_updates=config.num_train_steps,
+        packing=config.packing,
+        num_groups=num_groups,
+    )
 
 
-def train(programs: Programs, num_devices: int, stops: list[int]) -> tuple[Trainer, list[dict[str, float]]]:
-    trainer = Trainer.start_random(run_config(4), MODEL, programs=programs, mesh=mesh_of(num_devices))
+def train(
+    programs: Programs, config: TrainerConfig, mesh: Mesh, stops: tuple[int, ...] = (3,)
+) -> tuple[Trainer, list[dict[str, float]]]:
+    trainer = Trainer.start_random(config, MODEL, programs=programs, mesh=mesh)
     rows: list[dict[str, float]] = []
     for stop in stops:
-        trainer.train_until(stop, make_loader(), lambda step, metrics: rows.append(metrics))
+        trainer.train_until(stop, make_loader(config, trainer.num_groups), lambda step, metrics: rows.append(metrics))
     return trainer, rows
 
 
 def main() -> None:
     forbid_strays()
     programs = Programs()
-    one, one_rows = train(programs, 1, [3])
-    four, four_rows = train(programs, 4, [3])
-    interleaved, _ = train(programs, 4, [1, 3])
+    configs = {name: dataclasses.replace(RUN, **changes) for name, changes in VARIANTS.items()}
+    one, one_rows = train(programs, configs["padded"], mesh_of(1, 1))
+    curves = {f"{name} on (1, 1)": train(programs, config, mesh_of(1, 1))[1] for name, config in configs.items()}
+    for mesh in MESHES:
+        for name in ON_MESHES:
+            curves[f"{name} on {mesh}"] = train(programs, configs[name], mesh_of(*mesh))[1]
+    four, _ = train(programs, RUN, mesh_of(4, 1))
+    interleaved, _ = train(programs, RUN, mesh_of(4, 1), (1, 3))
+    both_axes, _ = train(programs, RUN, mesh_of(2, 2))
     try:
-        Trainer.start_random(run_config(6), MODEL, programs=programs, mesh=mesh_of(4))
+        Trainer.start_random(dataclasses.replace(RUN, train_batch_size=6), MODEL, programs=programs, mesh=mesh_of(4, 1))
         refusal = "none"
     except ConfigError as error:
         refusal = str(error)
     found = {
         "one": one_rows,
-        "four": four_rows,
+        "curves": curves,
         "digests": [four.digest(), interleaved.digest()],
-        "embed_per_device": sorted({shard.data.shape[-1] for shard in four.params.embedding.array.addressable_shards}),
+        "embedding_per_device": {
+            "(4, 1)": four.params.embedding.array.addressable_shards[0].data.shape,
+            "(2, 2)": both_axes.params.embedding.array.addressable_shards[0].data.shape,
+        },
         "largest_weight_difference": max(
             float(np.abs(np.asarray(a) - np.asarray(b)).max())
-            for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True)
+            for other in (four, both_axes)
+            for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True)
         ),
         "refusal": refusal,
     }

@@ -24,7 +24,7 @@ from simpo_pipeline.training.optimizer import (
 NUM_TRAIN_STEPS = 10
 
 
-@pytest.mark.parametrize("lr_schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("lr_schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.3, 4.0])
 @pytest.mark.parametrize("min_lr_ratio", [0.0, 0.1, 1.0])
 def test_the_hosts_learning_rate_equals_the_devices(lr_schedule, warmup, min_lr_ratio):
@@ -40,6 +40,12 @@ def test_the_rate_rises_from_zero_to_the_peak_and_falls_towards_its_floor():
     config = OptimizerConfig(learning_rate=1.0, warmup=2.0, lr_schedule="linear", min_lr_ratio=0.2)
     rates = [learning_rate_at(config, 6, step) for step in range(7)]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_wsd_stays_at_the_peak_until_its_last_updates():
+    config = OptimizerConfig(learning_rate=1.0, warmup=2.0, lr_schedule="wsd", decay=0.5, min_lr_ratio=0.2)
+    rates = [learning_rate_at(config, 8, step) for step in range(9)]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def one_update(config: OptimizerConfig, params: dict, gradient: dict) -> dict[str, np.ndarray]:
@@ -85,6 +91,14 @@ def test_moments_are_float32_and_shaped_as_the_parameters(tiny_model: LlamaConfi
     for moments in (adam.mu, adam.nu):
         assert hax.tree_util.tree_structure(moments) == hax.tree_util.tree_structure(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_first_moment_alone_is_bfloat16_where_that_is_asked_for(tiny_model: LlamaConfig):
+    optimizer = build_optimizer(OptimizerConfig(moment_dtype="bfloat16"), NUM_TRAIN_STEPS)
+    state = jax.eval_shape(optimizer.init, abstract_llama(tiny_model, jnp.float32))
+    (adam,) = (part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype(jnp.float32)}
 
 
 def _is_adam(part: object) -> bool:

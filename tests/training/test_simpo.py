@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simpo_pipeline.training.config import SimpoConfig
-from simpo_pipeline.training.simpo import average_logps, simpo_loss
+from simpo_pipeline.training.simpo import simpo_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_simpo.json").read_text())
 TOLERANCE = 1e-6
@@ -31,9 +31,12 @@ def token_logps_and_mask(case: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(chosen: np.ndarray, rejected: np.ndarray, config: SimpoConfig) -> dict[str, float]:
-    loss, metrics = simpo_loss(jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32), config)
-    assert float(loss) == float(metrics["loss"])
-    return {name: float(value) for name, value in metrics.items()}
+    return mean_of(jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32), config)
+
+
+def mean_of(chosen: jax.Array, rejected: jax.Array, config: SimpoConfig) -> dict[str, float]:
+    loss, metrics = simpo_loss(chosen, rejected, config, jnp.full(chosen.shape, 1 / chosen.size, chosen.dtype))
+    return {name: float(value) for name, value in {**metrics, "loss": loss}.items()}
 
 
 def test_every_metric_equals_a_direct_numpy_computation_from_logits():
@@ -53,17 +56,15 @@ def test_every_metric_equals_a_direct_numpy_computation_from_logits():
         "logps/rejected": np.mean(rejected),
     }
     with jax.enable_x64(True):
-        chosen_x64, rejected_x64 = jnp.split(average_logps(jnp.asarray(logps), jnp.asarray(mask)), 2)
-        _, metrics = simpo_loss(chosen_x64, rejected_x64, SimpoConfig(beta=beta, gamma_beta_ratio=ratio))
-        got = {name: float(value) for name, value in metrics.items()}
+        config = SimpoConfig(beta=beta, gamma_beta_ratio=ratio)
+        got = mean_of(jnp.asarray(chosen), jnp.asarray(rejected), config)
     assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_metrics_from_logits_equal_trl():
     case = GOLDEN["from_logits"]
     logps, mask = token_logps_and_mask(case)
-    averages = average_logps(jnp.asarray(logps, jnp.float32), jnp.asarray(mask, jnp.float32))
-    chosen, rejected = np.split(np.asarray(averages), 2)
+    chosen, rejected = np.split((logps * mask).sum(axis=1) / mask.sum(axis=1), 2)
     config = SimpoConfig(beta=case["beta"], gamma_beta_ratio=case["gamma_beta_ratio"])
     assert ours(chosen, rejected, config) == pytest.approx(case["metrics"], abs=2 * TOLERANCE)
 
@@ -92,17 +93,31 @@ def test_a_margin_below_gamma_still_counts_as_accurate():
 
 def test_huge_margins_stay_finite_with_their_gradient():
     logps = jnp.asarray([-1e4], jnp.float32), jnp.asarray([0.0], jnp.float32)
-    loss, gradient = jax.value_and_grad(lambda chosen: simpo_loss(chosen, logps[1], SimpoConfig(beta=10.0))[0])(
+    one = jnp.ones(1, jnp.float32)
+    loss, gradient = jax.value_and_grad(lambda chosen: simpo_loss(chosen, logps[1], SimpoConfig(beta=10.0), one)[0])(
         logps[0]
     )
     assert float(loss) == pytest.approx(10.0 * (1e4 + 0.5))
     assert float(gradient[0]) == pytest.approx(-10.0)
 
 
-def test_an_empty_response_averages_to_zero_and_has_no_gradient():
-    logps = jnp.asarray([[-1.0, -2.0], [-3.0, -4.0]], jnp.float32)
-    mask = jnp.asarray([[0.0, 0.0], [1.0, 0.0]], jnp.float32)
-    averages, pull_back = jax.vjp(lambda logps: average_logps(logps, mask), logps)
-    (gradient,) = pull_back(jnp.ones_like(averages))
-    np.testing.assert_array_equal(averages, [0.0, -3.0])
-    np.testing.assert_array_equal(gradient, [[0.0, 0.0], [1.0, 0.0]])
+def test_smoothing_takes_that_share_of_pairs_to_be_the_wrong_way_round():
+    chosen, rejected = np.array([-1.0, -2.0]), np.array([-1.5, -0.5])
+    right, wrong = (
+        ours(*sides, SimpoConfig(gamma_beta_ratio=0.0))["loss"] for sides in ((chosen, rejected), (rejected, chosen))
+    )
+    smoothed = ours(chosen, rejected, SimpoConfig(gamma_beta_ratio=0.0, label_smoothing=0.2))["loss"]
+    assert smoothed == pytest.approx(0.8 * right + 0.2 * wrong, rel=1e-6)
+
+
+def test_the_hinge_costs_nothing_beyond_its_margin():
+    config = SimpoConfig(beta=2.0, gamma_beta_ratio=0.5, loss_type="hinge")
+    assert ours(np.array([0.0]), np.array([-1.5]), config)["loss"] == 0.0
+    assert ours(np.array([0.0]), np.array([-0.75]), config)["loss"] == pytest.approx(0.5)
+
+
+def test_pairs_without_weight_count_for_nothing():
+    chosen, rejected = jnp.asarray([-1.0, -7.0], jnp.float32), jnp.asarray([-2.0, -3.0], jnp.float32)
+    loss, metrics = simpo_loss(chosen, rejected, SimpoConfig(), jnp.asarray([1.0, 0.0], jnp.float32))
+    alone = mean_of(chosen[:1], rejected[:1], SimpoConfig())
+    assert {name: float(value) for name, value in {**metrics, "loss": loss}.items()} == alone

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ import pytest
 from jax.sharding import Mesh
 
 from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.rows import packed_rows, packed_shape
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama, init_llama
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
-from simpo_pipeline.training.step import PairArrays, batch_loss, place_batch
+from simpo_pipeline.training.step import BatchArrays, answer_logps, loss_and_gradient, place_batch
 from simpo_pipeline.training.trainer import Trainer
 
 
@@ -51,29 +53,70 @@ def plain_logits(model: Llama, config: LlamaConfig, tokens: jax.Array) -> jax.Ar
     return jnp.einsum("bse,ve->bsv", normed(x, model.final_norm.array), model.embedding.array)
 
 
-def plain_loss(model: Llama, config: LlamaConfig, batch: PairArrays, simpo: SimpoConfig) -> jax.Array:
-    """SimPO with two separate forward passes over full logits."""
+class PlainPairs(NamedTuple):
+    """Pairs as most trainers have them; on the middle axis, 0 is the chosen answer and 1 the rejected one."""
 
-    def average(tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        logps = jax.nn.log_softmax(plain_logits(model, config, tokens), axis=-1)[:, :-1]
-        picked = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
-        return (picked * mask[:, :-1]).sum(axis=1) / mask[:, :-1].sum(axis=1)
+    tokens: np.ndarray  # pairs 2 seq
+    is_answer: np.ndarray  # pairs 2 seq
 
-    chosen, rejected = (average(batch.tokens[:, side], batch.loss_mask[:, side]) for side in (0, 1))
-    return jnp.mean(jnp.logaddexp(0.0, -simpo.beta * (chosen - rejected - simpo.gamma_beta_ratio)))
+
+def plain_pairs(pairs: list[TokenizedPair]) -> PlainPairs:
+    length = max(pair.longest for pair in pairs)
+    tokens, is_answer = np.zeros((len(pairs), 2, length), np.int32), np.zeros((len(pairs), 2, length), np.float32)
+    for index, pair in enumerate(pairs):
+        sides = (pair.chosen_tokens, pair.chosen_response_start), (pair.rejected_tokens, pair.rejected_response_start)
+        for side, (sequence, start) in enumerate(sides):
+            tokens[index, side, : len(sequence)] = sequence
+            is_answer[index, side, start : len(sequence)] = 1
+    return PlainPairs(tokens, is_answer)
+
+
+def plain_loss(model: Llama, config: LlamaConfig, pairs: PlainPairs, simpo: SimpoConfig) -> jax.Array:
+    """The loss with two separate forward passes over full logits."""
+
+    def answers(side: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tokens, mask = pairs.tokens[:, side], jnp.asarray(pairs.is_answer[:, side, 1:])
+        logits = plain_logits(model, config, jnp.asarray(tokens))[:, :-1]
+        log_sums = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0] - log_sums
+        return picked * mask, log_sums * mask, mask
+
+    (chosen, chosen_sums, chosen_mask), (rejected, rejected_sums, rejected_mask) = answers(0), answers(1)
+    margin = chosen.sum(1) / chosen_mask.sum(1) - rejected.sum(1) / rejected_mask.sum(1) - simpo.gamma_beta_ratio
+    if simpo.loss_type == "hinge":
+        losses = jnp.maximum(0, 1 - simpo.beta * margin)
+    else:
+        smoothing = simpo.label_smoothing
+        right, wrong = jnp.logaddexp(0.0, -simpo.beta * margin), jnp.logaddexp(0.0, simpo.beta * margin)
+        losses = (1 - smoothing) * right + smoothing * wrong
+    sft = -chosen.sum() / chosen_mask.sum()
+    z = ((chosen_sums**2).sum() + (rejected_sums**2).sum()) / (chosen_mask.sum() + rejected_mask.sum())
+    return losses.mean() + simpo.sft_weight * sft + simpo.z_loss_weight * z
 
 
 # Compiled once for all tests, by config: on a busy machine compiling is what these tests cost.
 @functools.partial(jax.jit, static_argnames=("config", "simpo"))
 def plain_loss_and_gradient(
-    params: Llama, config: LlamaConfig, batch: PairArrays, simpo: SimpoConfig
+    params: Llama, config: LlamaConfig, pairs: PlainPairs, simpo: SimpoConfig
 ) -> tuple[jax.Array, Llama]:
-    return jax.value_and_grad(plain_loss)(params, config, batch, simpo)
+    return jax.value_and_grad(plain_loss)(params, config, pairs, simpo)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def loss_and_gradient(params: Llama, batch: PairArrays, config: TrainerConfig) -> tuple[jax.Array, Llama]:
-    return jax.value_and_grad(lambda params: batch_loss(params, batch, config)[0])(params)
+def _ours(params: Llama, batch: BatchArrays, config: TrainerConfig) -> tuple[jax.Array, Llama]:
+    metrics, gradient = loss_and_gradient(params, batch, config)
+    return metrics["loss"], gradient
+
+
+@pytest.fixture
+def ours(params: Llama, five_pairs: list[TokenizedPair], one_device: Mesh, make_loader):
+    """Loss and gradient of the first update of a run."""
+
+    def compute(config: TrainerConfig, pad_id: int = 0) -> tuple[jax.Array, Llama]:
+        batch = make_loader(five_pairs, config, pad_id=pad_id).batch(0)
+        return _ours(params, place_batch(batch, config, one_device), config)
+
+    return compute
 
 
 @pytest.fixture
@@ -82,8 +125,9 @@ def params(tiny_model: LlamaConfig) -> Llama:
 
 
 @pytest.fixture
-def batch(loader: PairLoader, one_device: Mesh) -> PairArrays:
-    return place_batch(loader.batch(0), one_device)
+def pairs(loader: PairLoader) -> PlainPairs:
+    """The pairs of the first update."""
+    return plain_pairs([loader.pairs[index] for index in loader.indices(0)])
 
 
 def assert_equal_up_to_rounding(got: tuple[jax.Array, Llama], expected: tuple[jax.Array, Llama]) -> None:
@@ -98,16 +142,45 @@ def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
         np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-def test_loss_and_gradient_equal_a_plain_reference(params, tiny_model, tiny_run, batch):
-    expected = plain_loss_and_gradient(params, tiny_model, batch, tiny_run.simpo)
-    assert_equal_up_to_rounding(loss_and_gradient(params, batch, tiny_run), expected)
+VARIANTS = [
+    SimpoConfig(),
+    SimpoConfig(beta=1.5, gamma_beta_ratio=0.2, label_smoothing=0.1),
+    SimpoConfig(loss_type="hinge"),
+    SimpoConfig(sft_weight=0.7, z_loss_weight=0.01),
+]
+
+
+@pytest.mark.parametrize(("packing", "simpo"), [(False, VARIANTS[0]), *((True, simpo) for simpo in VARIANTS)])
+def test_loss_and_gradient_equal_a_plain_reference(packing, simpo, params, tiny_model, tiny_run, pairs, ours):
+    expected = plain_loss_and_gradient(params, tiny_model, pairs, simpo)
+    assert_equal_up_to_rounding(ours(dataclasses.replace(tiny_run, packing=packing, simpo=simpo)), expected)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_parts_of_a_batch_add_up_to_the_whole(packing, tiny_run, ours):
+    whole = dataclasses.replace(tiny_run, train_batch_size=4, packing=packing, simpo=VARIANTS[-1])
+    assert_equal_up_to_rounding(ours(dataclasses.replace(whole, grad_accumulation=4)), ours(whole))
+
+
+def test_an_answer_in_a_packed_row_is_as_likely_as_alone(params, tiny_run, five_pairs, one_device):
+    config = dataclasses.replace(tiny_run, train_batch_size=5, packing=True)
+    batch = packed_rows(five_pairs, packed_shape([five_pairs], 1), 0)
+    part = jax.tree.map(lambda array: array[0], place_batch(batch, config, one_device).parts)
+    logps, _ = jax.jit(lambda params, part: answer_logps(params, part, config))(params, part)
+    plain = plain_pairs(five_pairs)
+    logits = plain_logits(params, params.config, jnp.asarray(plain.tokens.reshape(10, -1)))
+    alone = jax.nn.log_softmax(logits, axis=-1)
+    for sequence in range(10):
+        (at,) = np.nonzero(plain.is_answer.reshape(10, -1)[sequence])
+        expected = [float(alone[sequence, place - 1, plain.tokens.reshape(10, -1)[sequence, place]]) for place in at]
+        np.testing.assert_allclose(np.asarray(logps)[batch.sequences == sequence], expected, atol=2e-5)
 
 
 def test_the_compiled_update_applies_that_gradient_and_reports_its_norm(
-    params, tiny_model, tiny_run, loader, batch, programs, one_device
+    params, tiny_model, tiny_run, loader, pairs, programs, one_device
 ):
     config = dataclasses.replace(tiny_run, optimizer=OptimizerConfig(max_grad_norm=1e6, beta1=0.5))
-    _, expected = plain_loss_and_gradient(params, tiny_model, batch, config.simpo)
+    _, expected = plain_loss_and_gradient(params, tiny_model, pairs, config.simpo)
     trainer = Trainer(config, tiny_model, params, programs=programs, mesh=one_device)
     seen: list[dict[str, float]] = []
     trainer.train_until(1, loader, lambda step, metrics: seen.append(metrics))
@@ -126,29 +199,24 @@ def adam_state(trainer: Trainer) -> optax.ScaleByAdamState:
 
 
 @pytest.mark.parametrize("chunk_size", [7, 1000])
-def test_chunks_of_the_vocabulary_do_not_change_loss_or_gradient(chunk_size, params, tiny_run, batch):
-    chunked = dataclasses.replace(tiny_run, logprob_chunk_size=chunk_size)
-    assert_equal_up_to_rounding(loss_and_gradient(params, batch, chunked), loss_and_gradient(params, batch, tiny_run))
+def test_chunks_of_the_vocabulary_do_not_change_loss_or_gradient(chunk_size, tiny_run, ours):
+    assert_equal_up_to_rounding(ours(dataclasses.replace(tiny_run, logprob_chunk_size=chunk_size)), ours(tiny_run))
 
 
-def test_recomputing_layers_does_not_change_loss_or_gradient(params, tiny_run, batch):
-    remat = dataclasses.replace(tiny_run, remat=True)
-    assert_equal_up_to_rounding(loss_and_gradient(params, batch, remat), loss_and_gradient(params, batch, tiny_run))
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_recomputing_layers_does_not_change_loss_or_gradient(remat, tiny_run, ours):
+    assert_equal_up_to_rounding(ours(dataclasses.replace(tiny_run, remat=remat)), ours(tiny_run))
 
 
-@pytest.mark.parametrize(("seq_len", "pad_id"), [(16, 39), (33, 5)])
-def test_neither_length_nor_token_of_the_padding_changes_loss_or_gradient(
-    seq_len, pad_id, params, tiny_run, five_pairs, batch, one_device, make_loader
-):
-    longer = make_loader(five_pairs, dataclasses.replace(tiny_run, train_seq_len=seq_len), pad_id=pad_id)
-    padded = place_batch(longer.batch(0), one_device)
-    assert_equal_up_to_rounding(loss_and_gradient(params, padded, tiny_run), loss_and_gradient(params, batch, tiny_run))
+@pytest.mark.parametrize(("seq_len", "pad_id", "packing"), [(16, 39, False), (33, 5, False), (33, 5, True)])
+def test_neither_length_nor_token_of_the_padding_changes_loss_or_gradient(seq_len, pad_id, packing, tiny_run, ours):
+    longer = dataclasses.replace(tiny_run, train_seq_len=seq_len, packing=packing)
+    assert_equal_up_to_rounding(ours(longer, pad_id), ours(tiny_run))
 
 
-def test_bfloat16_compute_comes_close_and_keeps_a_float32_gradient(params, tiny_run, batch):
-    loss, gradient = loss_and_gradient(params, batch, tiny_run)
-    half = dataclasses.replace(tiny_run, compute_dtype="bfloat16")
-    half_loss, half_gradient = loss_and_gradient(params, batch, half)
+def test_bfloat16_compute_comes_close_and_keeps_a_float32_gradient(tiny_run, ours):
+    loss, gradient = ours(tiny_run)
+    half_loss, half_gradient = ours(dataclasses.replace(tiny_run, compute_dtype="bfloat16"))
     assert float(half_loss) == pytest.approx(float(loss), rel=2e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(half_gradient)} == {jnp.dtype(jnp.float32)}
     assert_trees_close(half_gradient, gradient, rtol=0.1)
@@ -160,12 +228,3 @@ def test_an_update_consumes_the_state_it_was_given(tiny_model, tiny_run, loader,
     trainer.train_until(1, loader, lambda step, metrics: None)
     assert all(leaf.is_deleted() for leaf in before)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainer.state))
-
-
-def test_a_batch_is_placed_with_the_chosen_response_first(loader, one_device):
-    rows = loader.batch(3)
-    placed = place_batch(rows, one_device)
-    np.testing.assert_array_equal(placed.tokens[:, 0], rows.chosen_tokens)
-    np.testing.assert_array_equal(placed.tokens[:, 1], rows.rejected_tokens)
-    np.testing.assert_array_equal(placed.loss_mask[:, 0], rows.chosen_loss_mask)
-    np.testing.assert_array_equal(placed.loss_mask[:, 1], rows.rejected_loss_mask)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
 from simpo_pipeline.training.config import OptimizerConfig
 from simpo_pipeline.training.optimizer import learning_rate_at
@@ -28,8 +29,10 @@ def start(tiny_model, tiny_run, programs, one_device):
     return start_run
 
 
-def test_interleaving_changes_nothing(start, loader):
-    whole, interleaved = start(), start()
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "grad_accumulation": 2, "ema_decay": 0.9}])
+def test_interleaving_changes_nothing(changes, start, tiny_run, five_pairs, make_loader):
+    loader = make_loader(five_pairs, dataclasses.replace(tiny_run, **changes))
+    whole, interleaved = start(**changes), start(**changes)
     whole.train_until(7, loader, ignore)
     interleaved.train_until(2, loader, ignore)
     after_two = interleaved.digest()
@@ -56,8 +59,9 @@ def test_another_seed_starts_from_other_weights(start):
     assert start(seed=1).digest() != start(seed=2).digest()
 
 
-def test_the_loss_falls_on_pairs_that_can_be_memorised(start, loader):
+def test_the_loss_falls_on_pairs_that_can_be_memorised(start, tiny_run, five_pairs, make_loader):
     trainer = start(num_train_steps=40, optimizer=OptimizerConfig(learning_rate=1e-2, warmup=0.0))
+    loader = make_loader(five_pairs, dataclasses.replace(tiny_run, num_train_steps=40))
     losses: list[float] = []
     accuracies: list[float] = []
 
@@ -85,6 +89,53 @@ def test_every_update_reports_host_numbers_under_its_own_step(start, loader, tin
         assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["step_seconds"])
 
 
+def test_packed_rows_train_as_padded_ones_do_and_with_less_padding(start, tiny_run, five_pairs, make_loader):
+    def train(**changes) -> list[dict[str, float]]:
+        rows: list[dict[str, float]] = []
+        config = dataclasses.replace(tiny_run, **changes)
+        start(**changes).train_until(7, make_loader(five_pairs, config), lambda step, metrics: rows.append(metrics))
+        return rows
+
+    padded, packed = train(), train(packing=True, train_batch_size=2)
+    for one, other in zip(padded, packed, strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "tokens"):
+            assert other[name] == pytest.approx(one[name], rel=2e-4), name
+    assert all(0 < row["padding_share"] < 1 for row in (*padded, *packed))
+
+
+def test_the_average_of_the_weights_follows_them(start, loader):
+    trainer = start(ema_decay=0.75)
+    weights = [np.asarray(trainer.params.embedding.array)]
+    trainer.train_until(2, loader, lambda step, metrics: weights.append(np.asarray(trainer.params.embedding.array)))
+    assert trainer.state.ema is not None
+    expected = 0.75 * (0.75 * weights[0] + 0.25 * weights[1]) + 0.25 * weights[2]
+    np.testing.assert_allclose(trainer.state.ema.embedding.array, expected, rtol=1e-6, atol=1e-7)
+    assert start().state.ema is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_evaluation_is_the_mean_over_all_pairs_and_changes_nothing(
+    packing, start, tiny_run, five_pairs, make_loader
+):
+    trainer = start(packing=packing)
+    before = trainer.digest()
+    sweep = PairSweep(five_pairs, batch_size=2, seq_len=16, pad_id=0, packing=packing)
+    evaluation = trainer.evaluate(sweep)
+    assert trainer.digest() == before
+    # The first update of a run over all five pairs at once computes the same before it changes the weights.
+    whole = start(packing=packing, train_batch_size=5)
+    config = dataclasses.replace(tiny_run, packing=packing, train_batch_size=5)
+    rows: list[dict[str, float]] = []
+    whole.train_until(1, make_loader(five_pairs, config), lambda step, metrics: rows.append(metrics))
+    found = evaluation.metrics
+    assert found == pytest.approx({name: rows[0][name] for name in found}, rel=1e-5)
+    assert set(found) >= {"loss", "rewards/accuracies", "rewards/margins"}
+    assert np.mean(evaluation.margins) * tiny_run.simpo.beta == pytest.approx(found["rewards/margins"], rel=1e-5)
+    assert np.mean(np.array(evaluation.margins) > 0) == pytest.approx(found["rewards/accuracies"])
+    backwards = trainer.evaluate(dataclasses.replace(sweep, pairs=five_pairs[::-1]))
+    assert backwards.margins == pytest.approx(evaluation.margins[::-1], rel=1e-5)
+
+
 def test_training_to_the_update_already_reached_does_nothing(start, loader):
     trainer = start()
     trainer.train_until(1, loader, ignore)
@@ -103,10 +154,16 @@ def test_going_back_or_beyond_the_run_is_refused_and_changes_nothing(stop, messa
     assert trainer.digest() == before
 
 
-@pytest.mark.parametrize("changes", [{"train_batch_size": 3}, {"train_seq_len": 32}])
+@pytest.mark.parametrize("changes", [{"train_batch_size": 3}, {"train_seq_len": 32}, {"packing": True}])
 def test_a_loader_of_another_shape_is_refused(changes, start, tiny_run, five_pairs, make_loader):
     other = make_loader(five_pairs, dataclasses.replace(tiny_run, **changes))
-    with pytest.raises(ConfigError, match=r"this run was compiled for 2 pairs of 16 .*Make the loader"):
+    with pytest.raises(ConfigError, match=r"this run has 2 pairs of 16 with .*Make the loader"):
+        start().train_until(1, other, ignore)
+
+
+def test_a_loader_of_another_runs_length_is_refused(start, tiny_run, five_pairs, make_loader):
+    other = make_loader(five_pairs, dataclasses.replace(tiny_run, num_train_steps=8))
+    with pytest.raises(ConfigError, match="the loader serves 8 updates and the run has 7"):
         start().train_until(1, other, ignore)
 
 

@@ -8,29 +8,16 @@ set is allowed and holds some pairs more than once.
 Knows nothing of devices, shards or processes: every process builds the same whole batch in numpy.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Int64
 
 from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
 from simpo_pipeline.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True, eq=False)
-class PairBatch:
-    """The rows of one update, padded at the right to one length.
-
-    `*_loss_mask[p, t]` is 1 exactly where position t predicts a token of the answer, that is where `tokens[p, t + 1]`
-    belongs to the answer, and 0 elsewhere; so its last column is always 0. `num_tokens` counts without padding.
-    """
-
-    chosen_tokens: Int32[np.ndarray, "pairs seq"]
-    rejected_tokens: Int32[np.ndarray, "pairs seq"]
-    chosen_loss_mask: Float32[np.ndarray, "pairs seq"]
-    rejected_loss_mask: Float32[np.ndarray, "pairs seq"]
-    num_tokens: int
 
 
 def epoch_order(seed: int, epoch: int, num_pairs: int) -> Int64[np.ndarray, " pairs"]:
@@ -43,12 +30,18 @@ def epoch_order(seed: int, epoch: int, num_pairs: int) -> Int64[np.ndarray, " pa
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
+_LEAST = {"batch_size": 1, "seq_len": 2, "seed": 0, "pad_id": 0, "num_updates": 1, "num_groups": 1}
+
+
 @dataclass(frozen=True, eq=False)
 class PairLoader:
-    """Serve batches of `batch_size` pairs padded to `seq_len` with `pad_id`.
+    """Serve the `num_updates` batches of a run, of `batch_size` pairs each, as rows of one shape.
+
+    With `packing` rows are as long and as many as the run's batches need (`rows.packed_shape`); without, each sequence
+    has a row of `seq_len` tokens. Rows fall into `num_groups` groups of equal size. `pad_id` fills what is left.
 
     Raises:
-        ConfigError: batch_size < 1, seq_len < 2, a negative seed or pad_id.
+        ConfigError: batch_size < 1, seq_len < 2, a negative seed or pad_id, no updates.
         DataError: there are no pairs, or one is longer than seq_len (named).
     """
 
@@ -57,9 +50,12 @@ class PairLoader:
     seq_len: int
     seed: int
     pad_id: int
+    num_updates: int
+    packing: bool = False
+    num_groups: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("seq_len", 2), ("seed", 0), ("pad_id", 0)):
+        for name, least in _LEAST.items():
             got = getattr(self, name)
             if got < least:
                 raise ConfigError(f"PairLoader: {name} is {got}; it must be at least {least}")
@@ -72,22 +68,23 @@ class PairLoader:
                     f"raise the sequence length or prepare the pairs with a shorter max_length"
                 )
 
-    def batch(self, step: int) -> PairBatch:
+    @functools.cached_property
+    def shape(self) -> RowShape:
+        """The shape of every batch of the run."""
+        batches = [self._pairs_of(step) for step in range(self.num_updates)]
+        if self.packing:
+            return packed_shape(batches, self.num_groups)
+        return padded_shape(batches, self.batch_size, self.seq_len, self.num_groups)
+
+    def batch(self, step: int) -> RowBatch:
         """Return the batch of update number `step` (0-based), the same at every call."""
-        if step < 0:
-            raise ConfigError(f"PairLoader: step is {step}; updates are counted from 0")
-        rows = [self.pairs[index] for index in self.indices(step)]
-        chosen_tokens, chosen_loss_mask = self._pad([(row.chosen_tokens, row.chosen_response_start) for row in rows])
-        rejected_tokens, rejected_loss_mask = self._pad(
-            [(row.rejected_tokens, row.rejected_response_start) for row in rows]
-        )
-        return PairBatch(
-            chosen_tokens=chosen_tokens,
-            rejected_tokens=rejected_tokens,
-            chosen_loss_mask=chosen_loss_mask,
-            rejected_loss_mask=rejected_loss_mask,
-            num_tokens=sum(row.num_tokens for row in rows),
-        )
+        if not 0 <= step < self.num_updates:
+            raise ConfigError(f"PairLoader: step is {step}; the run has updates 0 to {self.num_updates - 1}")
+        rows = packed_rows if self.packing else padded_rows
+        return rows(self._pairs_of(step), self.shape, self.pad_id)
+
+    def _pairs_of(self, step: int) -> list[TokenizedPair]:
+        return [self.pairs[index] for index in self.indices(step)]
 
     def indices(self, step: int) -> list[int]:
         """Return which pairs update `step` reads, in row order, as indices into `pairs`."""
@@ -96,13 +93,3 @@ class PairLoader:
         epochs = range(positions[0] // num_pairs, positions[-1] // num_pairs + 1)
         orders = {epoch: epoch_order(self.seed, epoch, num_pairs) for epoch in epochs}
         return [int(orders[position // num_pairs][position % num_pairs]) for position in positions]
-
-    def _pad(
-        self, rows: list[tuple[Int32[np.ndarray, " _"], int]]
-    ) -> tuple[Int32[np.ndarray, "pairs seq"], Float32[np.ndarray, "pairs seq"]]:
-        tokens = np.full((len(rows), self.seq_len), self.pad_id, dtype=np.int32)
-        loss_mask = np.zeros((len(rows), self.seq_len), dtype=np.float32)
-        for index, (row, response_start) in enumerate(rows):
-            tokens[index, : len(row)] = row
-            loss_mask[index, response_start - 1 : len(row) - 1] = 1.0
-        return tokens, loss_mask

@@ -20,10 +20,18 @@ MODEL_AXIS = "model"
 HOST_AXIS = "host"
 
 
-def training_mesh() -> Mesh:
-    """A mesh `(data, model)` over every device of the job, all of them on `data`."""
+def training_mesh(tensor_parallel: int = 1) -> Mesh:
+    """A mesh `(data, model)` over every device of the job, so many neighbours on `model`.
+
+    Raises:
+        ConfigError: the devices cannot be split so.
+    """
     devices = _all_devices()
-    return Mesh(devices.reshape(-1, 1), (DATA_AXIS, MODEL_AXIS))
+    if tensor_parallel < 1 or devices.size % tensor_parallel:
+        raise ConfigError(
+            f"tensor_parallel is {tensor_parallel} and the job has {devices.size} devices; give a divisor of that."
+        )
+    return Mesh(devices.reshape(-1, tensor_parallel), (DATA_AXIS, MODEL_AXIS))
 
 
 def local_mesh() -> Mesh:

@@ -4,7 +4,7 @@ The forward pass never mentions a mesh: at rest, placement is these rules applie
 the `Placement` handed to `transform`. Knows nothing of which device belongs to which process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -19,13 +19,13 @@ from simpo_pipeline.model.transformer import ANYWHERE, Placement
 # Name of a parameter axis -> name of the mesh axis it is split over.
 ShardingRules = Mapping[str, str]
 
-# Training: every matrix is split along its "embed" axis, so each device holds 1/n of the master weights.
-FSDP_RULES: ShardingRules = MappingProxyType({"embed": "data"})
-
 # Generation: whole heads, slices of the MLP and of the vocabulary per device; "embed" stays whole.
 TENSOR_PARALLEL_RULES: ShardingRules = MappingProxyType(
     {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
 )
+
+# Training: every matrix is split along its "embed" axis too, so each device holds 1/n of the master weights.
+TRAINING_RULES: ShardingRules = MappingProxyType({**TENSOR_PARALLEL_RULES, "embed": "data"})
 
 Tree = TypeVar("Tree")
 
@@ -60,8 +60,10 @@ def partition_spec(leaf: NamedArray, mesh: Mesh | AbstractMesh, rules: ShardingR
     return PartitionSpec(*spec)
 
 
-def fsdp_placement(mesh: Mesh, rules: ShardingRules, dtype: DTypeLike) -> Placement:
-    """Fully sharded data parallelism: sequences split over the mesh axis "data", weights gathered layer by layer.
+def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
+    """Fully sharded data parallelism: rows split over the mesh axis "data", weights gathered along it layer by layer.
+
+    Over the mesh axis "model" weights stay split, and each device computes its heads and its slice of the MLP.
 
     Left to itself, XLA splits the sum over "embed" instead, with every device computing every sequence. Matrices
     are cast to `dtype` before they travel; gradients are summed over devices in their own dtype, and each device
@@ -73,22 +75,32 @@ def fsdp_placement(mesh: Mesh, rules: ShardingRules, dtype: DTypeLike) -> Placem
     def at(array: NamedArray, spec: PartitionSpec) -> NamedArray:
         return NamedArray(jax.lax.with_sharding_constraint(array.array, NamedSharding(mesh, spec)), array.axes)
 
-    @jax.custom_vjp
-    def gather(weight: NamedArray) -> NamedArray:
-        # The scales of norms stay as they are. Matrices are widened again, so that their gradients are not rounded on
-        # the way back; XLA drops the pair of casts.
-        travels_as = dtype if weight.ndim > 1 else weight.dtype
-        return at(weight.astype(travels_as), PartitionSpec()).astype(weight.dtype)
+    def gathered_by(rules: ShardingRules) -> Callable[[NamedArray], NamedArray]:
+        @jax.custom_vjp
+        def gather(weight: NamedArray) -> NamedArray:
+            # The scales of norms stay as they are. Matrices are widened again, so that their gradients are not rounded
+            # on the way back; XLA drops the pair of casts.
+            travels_as = dtype if weight.ndim > 1 else weight.dtype
+            return at(weight.astype(travels_as), partition_spec(weight, mesh, rules)).astype(weight.dtype)
 
-    def forward(weight: NamedArray) -> tuple[NamedArray, None]:
-        return gather(weight), None
+        def forward(weight: NamedArray) -> tuple[NamedArray, None]:
+            return gather(weight), None
 
-    def backward(_: None, gradient: NamedArray) -> tuple[NamedArray]:
-        # Transposing the gather's own constraint would ask for the whole sum on every device.
-        return (at(gradient, partition_spec(gradient, mesh, rules)),)
+        def backward(_: None, gradient: NamedArray) -> tuple[NamedArray]:
+            # Transposing the gather's own constraint would ask for the whole sum on every device.
+            return (at(gradient, partition_spec(gradient, mesh, TRAINING_RULES)),)
 
-    gather.defvjp(forward, backward)
-    return Placement(weight=gather, hidden=lambda hidden: at(hidden, PartitionSpec("data")))
+        gather.defvjp(forward, backward)
+        return gather
+
+    # A slice of a table that is split over devices would be gathered chunk by chunk: the tokens are split instead.
+    by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
+    return Placement(
+        weight=gathered_by(TENSOR_PARALLEL_RULES),
+        hidden=lambda hidden: at(hidden, PartitionSpec("data")),
+        unembedding=gathered_by({}),
+        predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
+    )
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.ops.attention import causal_attention
+from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention
 from simpo_pipeline.ops.linear import linear, product
 from simpo_pipeline.ops.norm import rms_norm
 from simpo_pipeline.ops.rope import Rotation, apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
@@ -44,6 +44,9 @@ class Placement(NamedTuple):
 
     weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
     hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding and after each layer
+    # The unembedding, where it is walked in chunks of the vocabulary, and the hidden states [tokens, embed] for it.
+    unembedding: Callable[[NamedArray], NamedArray] = _as_it_is
+    predicting: Callable[[Array], Array] = lambda hidden: hidden
 
 
 # Wherever the compiler puts them: right for one device, and for generation.
@@ -132,16 +135,17 @@ def transform(
     attend: Attend,
     state: Any,
     dtype: DTypeLike,
-    remat: bool = False,
+    remat: str = "none",
     placement: Placement = ANYWHERE,
 ) -> tuple[NamedArray, Any]:
     """Run all layers and the final norm.
 
     `tokens` and `positions` are int32 over the same leading axes, whose names must differ from the model's own.
     Returns (hidden [*lead, embed] in `dtype`, state after the last layer). Parameters of any float dtype are cast
-    to `dtype` layer by layer; norms and rope are fp32. With `remat` each layer is computed again in the backward
-    pass and only its input is kept; without, the results of its matrix products are kept too. On a mesh, `placement`
-    says where weights and hidden states lie during the computation (see `sharding.fsdp_placement`).
+    to `dtype` layer by layer; norms and rope are fp32. `remat` says what is kept of each layer for a backward pass:
+    "none" everything, "products" its input and the results of its matrix products and attention, "full" its input
+    only. On a mesh,
+    `placement` says where weights and hidden states lie during the computation (see `sharding.fsdp_placement`).
     """
     config = model.config
     turn = rotation(positions.array, frequencies(config))
@@ -155,10 +159,11 @@ def transform(
         return placement.hidden(hidden + _mlp(config, weights, hidden)), state
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    # Without remat only the matrix products are kept: elementwise work and attention are cheaper to do again than to
-    # store (SmolLM2, 2,048 tokens, fp32, 2 cores: 11 s and 2.0 GB an update, against 25 s and 5.6 GB keeping all).
-    policy = None if remat else jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    if remat != "none":
+        # Elementwise work and attention weights are cheaper to do again than to store (SmolLM2, 2,048 tokens, fp32, 2
+        # cores: 11 s and 2.0 GB an update keeping products, against 25 s and 5.6 GB keeping all).
+        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT, ATTENDED) if remat == "products" else None
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if isinstance(model, UnstackedLlama):
         for index, weights in enumerate(model.layers):
             hidden, state = layer((hidden, state), weights, indices[index])
@@ -172,15 +177,14 @@ def attend_whole_sequences(
     q: Float[Array, "batch seq heads head_size"],
     k: Float[Array, "batch seq kv_heads head_size"],
     v: Float[Array, "batch seq kv_heads head_size"],
-    state: Int[Array, "batch seq"] | tuple[()],
-) -> tuple[Float[Array, "batch seq heads head_size"], Int[Array, "batch seq"] | tuple[()]]:
+    state: Segments | None,
+) -> tuple[Float[Array, "batch seq heads head_size"], Segments | None]:
     """The `attend` of training, for leading axes (sequence, position): causal, within each row's segments.
 
-    `state` is () when each row is one segment (padding may follow it), else int32 segment ids.
+    `state` is None when each row is one segment (padding may follow it).
     """
     del layer
-    segment_ids = None if isinstance(state, tuple) else state
-    return causal_attention(q, k, v, segment_ids), state
+    return causal_attention(q, k, v, state), state
 
 
 def unstacked(layers: LlamaLayers) -> tuple[LlamaLayers, ...]:

@@ -3,36 +3,51 @@
 `causal_attention_reference` is the definition and the oracle of the tests; `causal_attention` is what models call.
 Neither knows of caches or pages: see `paged_attention` for generation.
 
-Legend: B batch, S query position, T key position, K key/value head, G query head within its group, D head_size.
+Legend: B batch, S query position, T key position, K key/value head, G query head within its group, D head_size,
+R row of a product: (G, S) of one block of queries.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-# Each block of queries reads keys up to its own end, so 4 blocks do 5/8 of the square's work. Forward and backward
-# of [16, 128, 9 heads on 3, 64] in fp32 on 2 CPU cores: 53 ms reference, 35 ms in 1 block, 27 in 2, 21 in 4, 24 in 8.
-_QUERY_BLOCKS = 4
+# Each block of queries reads keys up to its own end, so many blocks do little more than half of the square's work; but
+# each is a piece of program of its own. Forward and backward of [6, 1024, 9 heads on 3, 64] in fp32 on 2 CPU cores:
+# 309 ms in 4 blocks, 250 in 8, 247 in 16; of [4, 384, ...] 26 in 3, 23 in 6.
+_MOST_BLOCKS = 16
+_LEAST_BLOCK = 64
+# Marks what the backward pass needs of the forward pass, for `jax.checkpoint`.
+ATTENDED = "attended"
+
+
+class Segments(NamedTuple):
+    """Which tokens of a row belong together. A token reads earlier tokens of its segment, if on its branch or on 0."""
+
+    ids: Int[Array, "batch seq"]
+    branches: Int[Array, "batch seq"] | None = None
+    """Ways in which a segment goes on after its tokens of branch 0; None where all of them are of that."""
 
 
 def causal_attention_reference(
     q: Float[Array, "batch seq heads head_size"],
     k: Float[Array, "batch seq kv_heads head_size"],
     v: Float[Array, "batch seq kv_heads head_size"],
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Array, "batch seq heads head_size"]:
     """Softmax attention of each position over itself and the earlier positions of its segment.
 
     Query head h reads key/value head `h // (heads // kv_heads)`. Scores and softmax are fp32; the result has q's
-    dtype. Without `segment_ids` each row is one segment.
+    dtype. Without `segments` each row is one segment.
     """
     batch, seq, heads, head_size = q.shape
     kv_heads = k.shape[2]
     q_BSKGD = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_size)
     scores_BKGST = jnp.einsum("BSKGD,BTKD->BKGST", q_BSKGD, k, preferred_element_type=jnp.float32)
-    weights_BKGST = _masked_softmax(scores_BKGST / math.sqrt(head_size), _allowed(0, seq, segment_ids))
+    weights_BKGST = _masked_softmax(scores_BKGST / math.sqrt(head_size), _allowed(0, seq, segments))
     out_BSKGD = jnp.einsum("BKGST,BTKD->BSKGD", weights_BKGST.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out_BSKGD.reshape(q.shape).astype(q.dtype)
 
@@ -41,48 +56,102 @@ def causal_attention(
     q: Float[Array, "batch seq heads head_size"],
     k: Float[Array, "batch seq kv_heads head_size"],
     v: Float[Array, "batch seq kv_heads head_size"],
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Array, "batch seq heads head_size"]:
     """The same function of the same arguments as `causal_attention_reference`, faster and in less memory.
 
     One body for every backend, made of matrix products: the queries of a group are rows of one product, and the
-    key/value heads are never repeated.
+    key/value heads are never repeated. Differentiable once, in reverse.
     """
-    seq = q.shape[1]
-    k_BKTD, v_BKTD = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    block = -(-seq // _QUERY_BLOCKS)
-    out = [
-        _attend_block(q, k_BKTD, v_BKTD, segment_ids, start, min(start + block, seq)) for start in range(0, seq, block)
-    ]
-    return jnp.concatenate(out, axis=1)
+    return _attend(q, k, v, segments)
 
 
-def _attend_block(
-    q: Float[Array, "batch seq heads head_size"],
-    k_BKTD: Float[Array, "batch kv_heads seq head_size"],
-    v_BKTD: Float[Array, "batch kv_heads seq head_size"],
-    segment_ids: Int[Array, "batch seq"] | None,
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+    return _forward(q, k, v, segments)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, tuple[Any, ...]]:
+    """The result, and what the backward pass needs: arguments, result and each query's log-sum-exp of scores.
+
+    As in FlashAttention (Dao et al. 2022, arXiv 2205.14135) weights are computed again there instead of kept.
+    """
+    k_BKDT, v_BKTD = k.transpose(0, 2, 3, 1), jnp.swapaxes(v, 1, 2)
+    out, log_sums = [], []
+    for start, stop in _blocks(q.shape[1]):
+        scores = _scores(_rows(q, start, stop, k.shape[2]), k_BKDT, start, stop, segments)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        exponentials = jnp.exp(scores - peak)
+        total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        weighted = _batched_product(exponentials.astype(v.dtype), v_BKTD[:, :, :stop], contract=(3, 2)) / total
+        out.append(_unrowed(weighted.astype(q.dtype), stop - start))
+        log_sums.append(checkpoint_name(peak + jnp.log(total), ATTENDED))
+    whole = checkpoint_name(jnp.concatenate(out, axis=1), ATTENDED)
+    return whole, (q, k, v, segments, whole, log_sums)
+
+
+def _backward(saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, out, log_sums = saved
+    kv_heads, scale = k.shape[2], 1 / math.sqrt(q.shape[3])
+    k_BKDT, v_BKDT, k_BKTD = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), jnp.swapaxes(k, 1, 2)
+    d_k_BKDT, d_v_BKDT = jnp.zeros(k_BKDT.shape, jnp.float32), jnp.zeros(v_BKDT.shape, jnp.float32)
+    d_q = []
+    for (start, stop), log_sum in zip(_blocks(q.shape[1]), log_sums, strict=True):
+        q_rows, out_rows, d_rows = (_rows(array, start, stop, kv_heads) for array in (q, out, d_out))
+        weights = jnp.exp(_scores(q_rows, k_BKDT, start, stop, segments) - log_sum)
+        d_weights = _batched_product(d_rows, v_BKDT[:, :, :, :stop], contract=(3, 2))
+        from_total = jnp.sum((d_rows * out_rows).astype(jnp.float32), axis=-1, keepdims=True)
+        d_scores = (weights * (d_weights - from_total) * scale).astype(q.dtype)
+        # XLA's CPU products are slow where both sides are contracted over rows and the wide one stands first.
+        d_v_BKDT = d_v_BKDT.at[:, :, :, :stop].add(_batched_product(d_rows, weights.astype(v.dtype), contract=(2, 2)))
+        d_k_BKDT = d_k_BKDT.at[:, :, :, :stop].add(_batched_product(q_rows, d_scores, contract=(2, 2)))
+        d_block = _batched_product(d_scores, k_BKTD[:, :, :stop], contract=(3, 2))
+        d_q.append(_unrowed(d_block.astype(q.dtype), stop - start))
+    d_k, d_v = d_k_BKDT.transpose(0, 3, 1, 2).astype(k.dtype), d_v_BKDT.transpose(0, 3, 1, 2).astype(v.dtype)
+    return jnp.concatenate(d_q, axis=1), d_k, d_v, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(seq: int) -> list[tuple[int, int]]:
+    """(first, past the last) position of each block of queries."""
+    size = max(_LEAST_BLOCK, -(-seq // _MOST_BLOCKS))
+    return [(start, min(start + size, seq)) for start in range(0, seq, size)]
+
+
+def _rows(x: Float[Array, "batch seq heads D"], start: int, stop: int, kv_heads: int) -> Float[Array, "batch K R D"]:
+    """A block of queries, or of what belongs to them, by key/value head: R = (query head in group, position)."""
+    batch, _, heads, head_size = x.shape
+    x_BSKGD = x[:, start:stop].reshape(batch, stop - start, kv_heads, heads // kv_heads, head_size)
+    return x_BSKGD.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
+
+
+def _unrowed(x: Float[Array, "batch K R D"], num_positions: int) -> Float[Array, "batch block heads D"]:
+    """Undoes `_rows`."""
+    batch, kv_heads, _, head_size = x.shape
+    x_BSKGD = x.reshape(batch, kv_heads, -1, num_positions, head_size).transpose(0, 3, 1, 2, 4)
+    return x_BSKGD.reshape(batch, num_positions, -1, head_size)
+
+
+def _scores(
+    q_rows: Float[Array, "batch K R D"],
+    k_BKDT: Float[Array, "batch K D seq"],
     start: int,
     stop: int,
-) -> Float[Array, "batch block heads head_size"]:
-    """Attention of the queries [start, stop), which read the keys [0, stop)."""
-    batch, _, heads, head_size = q.shape
-    kv_heads, rows = k_BKTD.shape[1], stop - start
-    group = heads // kv_heads
-    q_BKGSD = q[:, start:stop].reshape(batch, rows, kv_heads, group, head_size).transpose(0, 2, 3, 1, 4)
-    q_rows = q_BKGSD.reshape(batch, kv_heads, group * rows, head_size)
-    scores = _batched_product(q_rows, k_BKTD[:, :, :stop], contract=(3, 3))
-    scores_BKGST = scores.reshape(batch, kv_heads, group, rows, stop) / math.sqrt(head_size)
-    weights = _masked_softmax(scores_BKGST, _allowed(start, stop, segment_ids)).astype(v_BKTD.dtype)
-    out = _batched_product(weights.reshape(scores.shape), v_BKTD[:, :, :stop], contract=(3, 2)).astype(q.dtype)
-    return out.reshape(q_BKGSD.shape).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, head_size)
+    segments: Segments | None,
+) -> Float[Array, "batch K R keys"]:
+    """Scores of the queries [start, stop) and the keys [0, stop), -inf where a query may not read; fp32."""
+    scores = _batched_product(q_rows, k_BKDT[:, :, :, :stop], contract=(3, 2)) / math.sqrt(q_rows.shape[3])
+    batch, kv_heads, rows, keys = scores.shape
+    by_position = (batch, kv_heads, rows // (stop - start), stop - start, keys)
+    mask = jnp.broadcast_to(_allowed(start, stop, segments)[:, None, None], by_position)
+    return jnp.where(mask.reshape(scores.shape), scores, -jnp.inf)
 
 
 def _batched_product(
-    left: Float[Array, "batch kv_heads rows left"],
-    right: Float[Array, "batch kv_heads keys right"],
-    contract: tuple[int, int],
-) -> Float[Array, "batch kv_heads rows out"]:
+    left: Float[Array, "batch K a b"], right: Float[Array, "batch K c d"], contract: tuple[int, int]
+) -> Float[Array, "batch K rows out"]:
     """fp32 product over one axis of each, for every sequence and key/value head."""
     dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
@@ -95,10 +164,13 @@ def _masked_softmax(
     return jax.nn.softmax(jnp.where(mask, scores_BKGST, -jnp.inf), axis=-1)
 
 
-def _allowed(start: int, stop: int, segment_ids: Int[Array, "batch seq"] | None) -> Bool[Array, "batch_or_1 rows stop"]:
+def _allowed(start: int, stop: int, segments: Segments | None) -> Bool[Array, "batch_or_1 rows stop"]:
     """Which keys [0, stop) each of the queries [start, stop) may read; its own always, so no softmax is empty."""
     causal = jnp.tril(jnp.ones((1, stop - start, stop), dtype=bool), k=start)
-    if segment_ids is None:
+    if segments is None:
         return causal
-    same_segment = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
-    return same_segment & jnp.broadcast_to(causal, same_segment.shape)
+    together = segments.ids[:, start:stop, None] == segments.ids[:, None, :stop]
+    if segments.branches is not None:
+        keys = segments.branches[:, None, :stop]
+        together &= (keys == 0) | (keys == segments.branches[:, start:stop, None])
+    return together & jnp.broadcast_to(causal, together.shape)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, without ever holding all logits.
+"""Log-probabilities of given tokens and their normalisers, without ever holding all logits.
 
 The vocabulary is walked in chunks, forward and again backward: [tokens, chunk_size] logits live at a time instead
 of [tokens, vocab]. Chunks of vocabulary rather than of tokens, because each then adds to its own rows of the
@@ -28,10 +28,14 @@ def token_logprobs_reference(
     hidden: Float[Array, "tokens embed"],
     unembedding: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
-) -> Float[Array, " tokens"]:
-    """`log_softmax(hidden @ unembedding.T)[targets]` in fp32: the definition, and the oracle of the tests."""
+) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
+    """`log_softmax(logits)[targets]` and `logsumexp(logits)` of `logits = hidden @ unembedding.T`, in fp32.
+
+    The definition, and the oracle of the tests.
+    """
     logits_TV = product(hidden, unembedding.astype(hidden.dtype), 1, 1)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
+    logps = jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
+    return logps, jax.nn.logsumexp(logits_TV, axis=-1)
 
 
 def token_logprobs(
@@ -39,10 +43,10 @@ def token_logprobs(
     unembedding: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
     chunk_size: int,
-) -> Float[Array, " tokens"]:
+) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
     """The same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
 
-    Products run in hidden's dtype with fp32 sums; the result is fp32, gradients have the dtypes of their arguments.
+    Products run in hidden's dtype with fp32 sums; the results are fp32, gradients have the dtypes of their arguments.
     Targets must lie in [0, vocab). Any vocabulary size is served: the last chunk may be shorter.
     """
     if chunk_size < 1:
@@ -51,12 +55,14 @@ def token_logprobs(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logprobs(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> Array:
+def _token_logprobs(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> tuple[Array, Array]:
     return _forward(hidden, unembedding, targets, chunk_size)[0]
 
 
-def _forward(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> tuple[Array, tuple[Array, ...]]:
-    """The log-probabilities, and what the backward pass needs: the arguments and each token's log-sum-exp."""
+def _forward(
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """The results, and what the backward pass needs: the arguments and each token's log-sum-exp."""
     matrix = unembedding.astype(hidden.dtype)
 
     def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
@@ -70,12 +76,16 @@ def _forward(hidden: Array, unembedding: Array, targets: Array, chunk_size: int)
 
     nothing_yet = jnp.full(targets.shape, -jnp.inf, dtype=jnp.float32)
     log_sum_T, target_logit_T = _fold_chunks(step, (nothing_yet, nothing_yet), unembedding.shape[0], chunk_size)
-    return target_logit_T - log_sum_T, (hidden, unembedding, targets, log_sum_T)
+    return (target_logit_T - log_sum_T, log_sum_T), (hidden, unembedding, targets, log_sum_T)
 
 
-def _backward(chunk_size: int, saved: tuple[Array, ...], cotangent_T: Array) -> tuple[Array, Array, None]:
-    """`d logit = cotangent * (one_hot(target) - softmax)`; each chunk writes its own rows of d unembedding."""
+def _backward(chunk_size: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
+    """`d logit = d_logp * (one_hot(target) - softmax) + d_log_sum * softmax`.
+
+    Each chunk writes its own rows of d unembedding.
+    """
     hidden, unembedding, targets, log_sum_T = saved
+    d_logp_T, d_log_sum_T = cotangents
     matrix = unembedding.astype(hidden.dtype)
 
     def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
@@ -84,7 +94,8 @@ def _backward(chunk_size: int, saved: tuple[Array, ...], cotangent_T: Array) -> 
         columns_TC = jax.lax.broadcasted_iota(targets.dtype, logits_TC.shape, 1)
         is_target_TC = columns_TC == (targets - start)[:, None]
         softmax_TC = jnp.exp(logits_TC - log_sum_T[:, None])
-        d_logits_TC = (cotangent_T[:, None] * (is_target_TC.astype(jnp.float32) - softmax_TC)).astype(hidden.dtype)
+        d_target_TC = jnp.where(is_target_TC, d_logp_T[:, None], 0)
+        d_logits_TC = (d_target_TC + (d_log_sum_T - d_logp_T)[:, None] * softmax_TC).astype(hidden.dtype)
         rows_CE = jax.lax.dynamic_slice_in_dim(matrix, start, size)
         d_rows_CE = transposed_product(d_logits_TC, hidden).astype(unembedding.dtype)
         return (

@@ -13,23 +13,47 @@ from dataclasses import dataclass, field
 from simpo_pipeline.errors import ConfigError
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-LR_SCHEDULES = ("cosine", "linear", "constant")
+MOMENT_DTYPES = ("float32", "bfloat16")
+LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
+LOSS_TYPES = ("sigmoid", "hinge")
+# What the forward pass keeps of each layer for the backward pass; the rest is computed again.
+REMAT_POLICIES = ("full", "products", "none")
 
 
 @dataclass(frozen=True)
 class SimpoConfig:
-    """The two constants of SimPO, in the convention of Meng et al. 2024 (arXiv 2405.14734).
+    """The loss: SimPO's two constants, in the convention of Meng et al. 2024 (arXiv 2405.14734), and its variants.
 
     `gamma_beta_ratio` is the target margin between the two average log-probs, in nats per token; the paper's
-    absolute margin is `gamma = beta * gamma_beta_ratio`. See `simpo` for other projects' conventions.
+    absolute margin is `gamma = beta * gamma_beta_ratio`. See `simpo` for formulas and other projects' conventions.
+
+    Attributes:
+        loss_type: One of `LOSS_TYPES`.
+        label_smoothing: Share of pairs whose answers are taken to be the wrong way round; needs loss_type "sigmoid".
+        sft_weight: Weight of the chosen answers' cross entropy, nats per token (CPO's alpha); 0 leaves it out.
+        z_loss_weight: Weight of the mean square of the log-normaliser over answer tokens; 0 leaves it out.
     """
 
     beta: float = 2.0
     gamma_beta_ratio: float = 0.5
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    z_loss_weight: float = 0.0
 
     def __post_init__(self):
         _require_positive("simpo.beta", self.beta)
         _require_at_least_zero("simpo.gamma_beta_ratio", self.gamma_beta_ratio)
+        _require_choice("simpo.loss_type", self.loss_type, LOSS_TYPES)
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"simpo.label_smoothing is {self.label_smoothing}: give a number from 0 to below 0.5.")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ConfigError(
+                f"simpo.label_smoothing is {self.label_smoothing} with loss_type {self.loss_type!r}: only the sigmoid "
+                "loss has it. Set it to 0, or loss_type to 'sigmoid'."
+            )
+        _require_at_least_zero("simpo.sft_weight", self.sft_weight)
+        _require_at_least_zero("simpo.z_loss_weight", self.z_loss_weight)
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,9 @@ class OptimizerConfig:
     """AdamW with decoupled weight decay, clipping by global norm, and one schedule over the whole run.
 
     `warmup` below 1 is a fraction of the run's updates, rounded down; from 1 on it is a number of updates.
-    `lr_schedule` is one of `LR_SCHEDULES`; `min_lr_ratio * learning_rate` is where the decay ends.
+    `lr_schedule` is one of `LR_SCHEDULES`; `min_lr_ratio * learning_rate` is where the decay ends. "wsd" (warm-up,
+    stable, decay) falls linearly, in the last updates only: `decay` counts them as `warmup` does.
+    `moment_dtype` is that of Adam's first moment; the second, whose increments bfloat16 would round away, is float32.
     """
 
     learning_rate: float = 6e-7
@@ -49,6 +75,8 @@ class OptimizerConfig:
     warmup: float = 0.1
     lr_schedule: str = "cosine"
     min_lr_ratio: float = 0.0
+    decay: float = 0.2
+    moment_dtype: str = "float32"
 
     def __post_init__(self):
         _require_positive("optimizer.learning_rate", self.learning_rate)
@@ -58,16 +86,26 @@ class OptimizerConfig:
         _require_positive("optimizer.epsilon", self.epsilon)
         _require_positive("optimizer.max_grad_norm", self.max_grad_norm)
         _require_at_least_zero("optimizer.warmup", self.warmup)
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ConfigError(
-                f"optimizer.warmup is {self.warmup}: give a fraction of the run below 1, or a whole number of updates."
-            )
+        _require_at_least_zero("optimizer.decay", self.decay)
+        for name in ("warmup", "decay"):
+            length = getattr(self, name)
+            if length >= 1 and length != int(length):
+                raise ConfigError(
+                    f"optimizer.{name} is {length}: give a fraction of the run below 1, or a whole number of updates."
+                )
         _require_choice("optimizer.lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        _require_choice("optimizer.moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         _require_fraction("optimizer.min_lr_ratio", self.min_lr_ratio, below_one=False)
 
     def warmup_steps(self, num_train_steps: int) -> int:
         """Updates during which the learning rate rises, in a run of `num_train_steps` updates."""
-        return int(self.warmup * num_train_steps) if self.warmup < 1 else int(self.warmup)
+        return _updates(self.warmup, num_train_steps)
+
+    def decay_steps(self, num_train_steps: int) -> int:
+        """Updates during which the learning rate falls, in a run of `num_train_steps` updates."""
+        if self.lr_schedule == "wsd":
+            return _updates(self.decay, num_train_steps)
+        return num_train_steps - self.warmup_steps(num_train_steps)
 
 
 @dataclass(frozen=True)
@@ -75,9 +113,17 @@ class TrainerConfig:
     """One SimPO run from its first update to its last.
 
     `train_batch_size` counts pairs per update, `train_seq_len` tokens per response with its prompt.
-    Master weights and moments are float32 whatever `compute_dtype` (one of `COMPUTE_DTYPES`) is. `remat` recomputes
-    each layer in the backward pass instead of keeping its matrix products. `logprob_chunk_size` is how many vocabulary
-    entries' logits exist at a time, for all tokens of the batch.
+    Master weights are float32 whatever `compute_dtype` (one of `COMPUTE_DTYPES`) is.
+
+    Attributes:
+        packing: Pairs share rows, and the two answers of a pair share its prompt (`data.rows`); otherwise each
+            sequence has a row of `train_seq_len` tokens. The numbers are the same but for rounding.
+        grad_accumulation: Parts of an update's batch that go through the model one after the other, their gradients
+            summed in float32: less memory, the same numbers but for rounding.
+        remat: What the forward pass keeps for the backward pass: "full" each layer's input and computes all else
+            again, "products" the results of its matrix products too, "none" everything.
+        logprob_chunk_size: Vocabulary entries whose logits exist at a time, for all tokens of a part.
+        ema_decay: Keeps an exponential moving average of the weights with this decay per update; None keeps none.
     """
 
     num_train_steps: int
@@ -85,8 +131,11 @@ class TrainerConfig:
     train_seq_len: int
     seed: int = 0
     compute_dtype: str = "float32"
-    remat: bool = False
+    packing: bool = False
+    grad_accumulation: int = 1
+    remat: str = "products"
     logprob_chunk_size: int = 4096
+    ema_decay: float | None = None
     simpo: SimpoConfig = field(default_factory=SimpoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -101,13 +150,32 @@ class TrainerConfig:
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed is {self.seed}: give an integer from 0 to 2**64 - 1.")
         _require_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _require_count("grad_accumulation", self.grad_accumulation)
+        if self.train_batch_size % self.grad_accumulation:
+            raise ConfigError(
+                f"train_batch_size is {self.train_batch_size} pairs and grad_accumulation {self.grad_accumulation}: "
+                "give a number of parts that divides the batch."
+            )
+        _require_choice("remat", self.remat, REMAT_POLICIES)
         _require_count("logprob_chunk_size", self.logprob_chunk_size)
+        if self.ema_decay is not None:
+            _require_fraction("ema_decay", self.ema_decay, below_one=True)
         warmup_steps = self.optimizer.warmup_steps(self.num_train_steps)
         if warmup_steps >= self.num_train_steps:
             raise ConfigError(
                 f"optimizer.warmup is {warmup_steps} updates of a run of {self.num_train_steps}: the learning rate "
                 "would never reach its peak. Lower optimizer.warmup or raise num_train_steps."
             )
+        decay_steps = self.optimizer.decay_steps(self.num_train_steps)
+        if warmup_steps + decay_steps > self.num_train_steps:
+            raise ConfigError(
+                f"optimizer.warmup is {warmup_steps} and optimizer.decay {decay_steps} updates of a run of "
+                f"{self.num_train_steps}: lower one of them or raise num_train_steps."
+            )
+
+
+def _updates(length: float, num_train_steps: int) -> int:
+    return int(length * num_train_steps) if length < 1 else int(length)
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -3,14 +3,15 @@
     learning rate of update n (0-based); W warm-up updates, N = num_train_steps of the WHOLE run, r = min_lr_ratio
         n <  W     peak * n / W
         n >= W     peak * (r + (1 - r) * decay((n - W) / (N - W)))    cosine and linear fall from 1 to 0; constant: 1
+        wsd        peak, and in the last D updates    peak * (r + (1 - r) * (N - n) / D)
 
 as in Hugging Face's and Levanter's schedules. The rate is a function of optax's own update count, so updates 3..7 get
 the rates they would have had if nobody had stopped after update 2. `learning_rate_at` is the same function in numpy,
 for the host's logs.
 
 Weight decay is decoupled and spares norm weights, as in Hugging Face's trainers and Levanter: a parameter decays if
-it has more than one axis, not counting the axis that stacks the layers. Moments have the dtype of the parameters
-(float32). Parameters are trees of haliax NamedArrays; what else they are is not known here.
+it has more than one axis, not counting the axis that stacks the layers. Parameters are trees of haliax NamedArrays;
+what else they are is not known here.
 """
 
 from typing import Any
@@ -37,6 +38,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.Grad
             eps=config.epsilon,
             weight_decay=config.weight_decay,
             mask=decayed,
+            mu_dtype=config.moment_dtype,
         ),
     )
 
@@ -54,13 +56,14 @@ def apply_gradient(
 def learning_rate_schedule(config: OptimizerConfig, num_train_steps: int) -> optax.Schedule:
     """The rate as optax computes it on the device, from its update count."""
     peak, warmup_steps = config.learning_rate, config.warmup_steps(num_train_steps)
-    decay_steps = num_train_steps - warmup_steps
+    decay_steps = config.decay_steps(num_train_steps)
     if config.lr_schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.min_lr_ratio)
-    elif config.lr_schedule == "linear":
-        decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay_steps)
-    else:
+    elif config.lr_schedule == "constant" or not decay_steps:
         decay = optax.constant_schedule(peak)
+    else:
+        stable_steps = num_train_steps - warmup_steps - decay_steps
+        decay = optax.linear_schedule(peak, peak * config.min_lr_ratio, decay_steps, transition_begin=stable_steps)
     if warmup_steps == 0:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
@@ -71,13 +74,11 @@ def learning_rate_at(config: OptimizerConfig, num_train_steps: int, step: int) -
     warmup_steps = config.warmup_steps(num_train_steps)
     if step < warmup_steps:
         return config.learning_rate * step / warmup_steps
-    progress = min((step - warmup_steps) / (num_train_steps - warmup_steps), 1.0)
-    if config.lr_schedule == "cosine":
-        remaining = float(0.5 * (1 + np.cos(np.pi * progress)))
-    elif config.lr_schedule == "linear":
-        remaining = 1.0 - progress
-    else:
+    decay_steps = config.decay_steps(num_train_steps)
+    if config.lr_schedule == "constant" or not decay_steps:
         return config.learning_rate
+    progress = min(max(0, step - (num_train_steps - decay_steps)) / decay_steps, 1.0)
+    remaining = float(0.5 * (1 + np.cos(np.pi * progress))) if config.lr_schedule == "cosine" else 1.0 - progress
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 

@@ -2,8 +2,13 @@
 
 Meng, Xia and Chen 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward" (arXiv 2405.14734):
 
-    avg(y)  = mean over the tokens of response y of log p(token | everything before it)
-    loss    = -log sigmoid(beta * ((avg(chosen) - avg(rejected)) - gamma_beta_ratio)), mean over the pairs
+    avg(y)   = mean over the tokens of response y of log p(token | everything before it)
+    x        = beta * ((avg(chosen) - avg(rejected)) - gamma_beta_ratio)
+    sigmoid    -log sigmoid(x); with label smoothing s (Mitchell 2023) -(1 - s) * log sigmoid(x) - s * log sigmoid(-x)
+    hinge      max(0, 1 - x)
+    loss     = mean over the pairs  +  sft_weight * sft  +  z_loss_weight * z
+    sft      = mean over the chosen answers' tokens of -log p(token | ...)     (CPO, Xu et al. 2024, arXiv 2401.08417)
+    z        = mean over all answers' tokens of log(sum of exp(logits))^2      (PaLM, arXiv 2204.02311, section 5)
 
 Conventions elsewhere, for who ports settings:
 
@@ -11,6 +16,9 @@ Conventions elsewhere, for who ports settings:
     the paper                              absolute `gamma = beta * gamma_beta_ratio`
     TRL (CPO trainer, loss_type simpo)     absolute `simpo_gamma = beta * gamma_beta_ratio`, with `cpo_alpha = 0`:
                                            its default of 1 adds an SFT loss that SimPO does not have
+    TRL's loss_type "hinge"                takes summed, not average log-probs, and no gamma; princeton's is ours
+    princeton's `sft_weight`, TRL's `cpo_alpha`    our `sft_weight`; with gradient accumulation both take the mean over
+                                           each part's tokens, ours over the whole batch's
     Levanter's `simpo_accuracy`            counts margins above gamma_beta_ratio; ours, as TRL's, those above 0
 
 The module knows no model and no tokens: whoever calls decides which positions are the response.
@@ -23,24 +31,16 @@ from jaxtyping import Array, Float
 from simpo_pipeline.training.config import SimpoConfig
 
 
-def average_logps(
-    token_logps: Float[Array, "*lead seq"], loss_mask: Float[Array, "*lead seq"]
-) -> Float[Array, "*lead"]:
-    """Mean log-prob of the tokens under the mask, per sequence, in nats.
-
-    A sequence whose mask is empty averages to 0 (not NaN): it adds a constant to the loss and no gradient.
-    """
-    total = jnp.sum(token_logps * loss_mask, axis=-1)
-    return total / jnp.maximum(jnp.sum(loss_mask, axis=-1), jnp.ones((), loss_mask.dtype))
-
-
 def simpo_loss(
-    chosen_logps: Float[Array, " pairs"], rejected_logps: Float[Array, " pairs"], config: SimpoConfig
+    chosen_logps: Float[Array, " pairs"],
+    rejected_logps: Float[Array, " pairs"],
+    config: SimpoConfig,
+    weights: Float[Array, " pairs"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss and the metrics that describe it, from the average log-probs of each pair.
+    """The loss without its terms over tokens, and the metrics that describe it, from the average log-probs of pairs.
 
-    Metrics, each a mean over the pairs; a reward is `beta * avg(y)`, as in TRL:
-        loss                  the loss itself
+    All are sums over the pairs by `weights`, which for a mean are one over their number. A reward is `beta * avg(y)`,
+    as in TRL. Metrics:
         rewards/chosen        reward of the chosen response
         rewards/rejected      reward of the rejected response
         rewards/margins       chosen reward minus rejected reward, before gamma is taken off
@@ -48,15 +48,27 @@ def simpo_loss(
         logps/chosen          avg(chosen)
         logps/rejected        avg(rejected)
     """
+
+    def mean(values: Float[Array, " pairs"]) -> Float[Array, ""]:
+        return jnp.sum(weights * values)
+
     margins = chosen_logps - rejected_logps
-    loss = jnp.mean(-jax.nn.log_sigmoid(config.beta * (margins - config.gamma_beta_ratio)))
+    loss = mean(_pair_losses(config.beta * (margins - config.gamma_beta_ratio), config))
     metrics = {
-        "loss": loss,
-        "rewards/chosen": config.beta * jnp.mean(chosen_logps),
-        "rewards/rejected": config.beta * jnp.mean(rejected_logps),
-        "rewards/margins": config.beta * jnp.mean(margins),
-        "rewards/accuracies": jnp.mean((margins > 0).astype(margins.dtype)),
-        "logps/chosen": jnp.mean(chosen_logps),
-        "logps/rejected": jnp.mean(rejected_logps),
+        "rewards/chosen": config.beta * mean(chosen_logps),
+        "rewards/rejected": config.beta * mean(rejected_logps),
+        "rewards/margins": config.beta * mean(margins),
+        "rewards/accuracies": mean((margins > 0).astype(margins.dtype)),
+        "logps/chosen": mean(chosen_logps),
+        "logps/rejected": mean(rejected_logps),
     }
     return loss, metrics
+
+
+def _pair_losses(x: Float[Array, " pairs"], config: SimpoConfig) -> Float[Array, " pairs"]:
+    if config.loss_type == "hinge":
+        return jnp.maximum(1 - x, 0)
+    if not config.label_smoothing:
+        return -jax.nn.log_sigmoid(x)
+    smoothing = config.label_smoothing
+    return -(1 - smoothing) * jax.nn.log_sigmoid(x) - smoothing * jax.nn.log_sigmoid(-x)

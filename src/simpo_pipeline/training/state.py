@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.sharding import FSDP_RULES, with_shardings
+from simpo_pipeline.model.sharding import TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama
+from simpo_pipeline.training.config import TrainerConfig
+from simpo_pipeline.training.optimizer import build_optimizer
 
 
 class TrainState(eqx.Module):
-    """Master weights and moments in float32, and the run's key.
+    """Master weights in float32, moments, the run's key, and the weights' moving average where one is kept.
 
     SimPO draws nothing at random, so `rng` (raw threefry key data) is carried unchanged from the start of the run.
     """
@@ -31,19 +33,21 @@ class TrainState(eqx.Module):
     params: Llama
     opt_state: optax.OptState
     rng: UInt32[Array, "2"]
+    ema: Llama | None = None
 
 
-def abstract_state(model_config: LlamaConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state with a `jax.ShapeDtypeStruct` in place of each array, sharded over `mesh` by the FSDP rules.
+def abstract_state(model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> TrainState:
+    """The state with a `jax.ShapeDtypeStruct` in place of each array, sharded over `mesh` by the training rules.
 
     Moments lie as their parameters do; counts and the key are replicated.
     """
+    optimizer = build_optimizer(config.optimizer, config.num_train_steps)
 
     def fresh(params: Any, rng: UInt32[Array, "2"]) -> TrainState:
-        return TrainState(params, optimizer.init(params), rng)
+        return TrainState(params, optimizer.init(params), rng, None if config.ema_decay is None else params)
 
     state = jax.eval_shape(fresh, abstract_llama(model_config, jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32))
-    return with_shardings(state, mesh, FSDP_RULES)
+    return with_shardings(state, mesh, TRAINING_RULES)
 
 
 def state_digest(state: TrainState, *, step: int, data_position: int) -> str:

@@ -2,15 +2,19 @@
 
     (state, batch) -> (state, metrics)        the state is donated; metrics are fp32 scalars, replicated
 
-Both responses of every pair go through the model together, in one forward pass over [2 * pairs, seq] tokens. Pairs are
-split over the mesh axis "data"; a pair's two responses stay on one device. The program is the same for one device and
-for many: only the shardings of its arguments differ.
+Both responses of every pair go through the model together, in one forward pass over rows of tokens (`data.rows`). Rows
+are split over the mesh axis "data"; a pair lies on one device. The program is the same for one device and for many:
+only the shardings of its arguments differ. With gradient accumulation the parts of the batch go through one after the
+other, and their losses and gradients add up to those of the whole.
 
-Padding stands after the response and attention is causal, so it changes nothing before it and needs no mask.
-This module does not know which update it runs, where weights come from, or how batches are made.
+Padding stands after the tokens and attention is causal, so it changes nothing before it; the unembedding is multiplied
+only where a token of an answer is predicted. This module does not know which update it runs, where weights come from,
+or how batches are made.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +24,11 @@ from haliax import Axis, NamedArray
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
-from simpo_pipeline.data.loader import PairBatch
+from simpo_pipeline.data.rows import RowBatch, RowShape
 from simpo_pipeline.distributed.mesh import DATA_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.sharding import FSDP_RULES, fsdp_placement
+from simpo_pipeline.model.sharding import fsdp_placement
 from simpo_pipeline.model.transformer import (
     ANYWHERE,
     Llama,
@@ -33,99 +37,251 @@ from simpo_pipeline.model.transformer import (
     transform,
     unembedding,
 )
+from simpo_pipeline.ops.attention import Segments
 from simpo_pipeline.ops.logprobs import token_logprobs
 from simpo_pipeline.training.config import TrainerConfig
 from simpo_pipeline.training.optimizer import apply_gradient, build_optimizer
-from simpo_pipeline.training.simpo import average_logps, simpo_loss
+from simpo_pipeline.training.simpo import simpo_loss
 from simpo_pipeline.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Float[Array, ""]]
 
 
-class PairArrays(NamedTuple):
-    """A `PairBatch` on the devices: on the middle axis, 0 is the chosen response and 1 the rejected one."""
+class PartArrays(NamedTuple):
+    """Rows that go through the model together; fields as in `RowBatch`."""
 
-    tokens: Int32[Array, "pairs 2 seq"]
-    loss_mask: Float32[Array, "pairs 2 seq"]
+    tokens: Int32[Array, "*parts rows row_len"]
+    positions: Int32[Array, "*parts rows row_len"]
+    segments: Int32[Array, "*parts rows row_len"]
+    branches: Int32[Array, "*parts rows row_len"]
+    predict_at: Int32[Array, "*parts groups predictions"]
+    targets: Int32[Array, "*parts groups predictions"]
+    sequences: Int32[Array, "*parts groups predictions"]
+    pair_weights: Float32[Array, "*parts pairs"]
+    """Of each pair in the mean over the batch; 0 for those of other parts."""
+
+
+class BatchArrays(NamedTuple):
+    """A `RowBatch` on the devices, in parts."""
+
+    parts: PartArrays
+    answer_lens: Float32[Array, "pairs 2"]
+
+
+class LossSums(NamedTuple):
+    """What the parts of a batch add up to."""
+
+    loss: Float[Array, ""]
+    metrics: Metrics
+    margins: Float[Array, " pairs"]
+    """avg(chosen) - avg(rejected) of each pair, nats per token; 0 where it is another part's."""
 
 
 def build_train_step(
-    programs: Programs, model_config: LlamaConfig, trainer_config: TrainerConfig, mesh: Mesh
+    programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
 ) -> Program:
-    """Compiles `(TrainState, PairArrays) -> (TrainState, metrics)`; the state given is consumed.
+    """Compiles `(TrainState, BatchArrays) -> (TrainState, metrics)`; the state given is consumed.
 
-    Metrics are those of `simpo_loss`, and `grad_norm`, the global norm of the gradient before clipping.
+    Metrics are those of `part_loss`, and `grad_norm`, the global norm of the gradient before clipping.
     """
-    optimizer = build_optimizer(trainer_config.optimizer, trainer_config.num_train_steps)
-    placement = fsdp_placement(mesh, FSDP_RULES, jnp.dtype(trainer_config.compute_dtype))
+    optimizer = build_optimizer(config.optimizer, config.num_train_steps)
+    placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype))
 
-    def train_step(state: TrainState, batch: PairArrays) -> tuple[TrainState, Metrics]:
-        gradient = jax.value_and_grad(batch_loss, has_aux=True)
-        (_, metrics), grads = gradient(state.params, batch, trainer_config, placement)
+    def train_step(state: TrainState, batch: BatchArrays) -> tuple[TrainState, Metrics]:
+        metrics, grads = loss_and_gradient(state.params, batch, config, placement)
         params, opt_state = apply_gradient(optimizer, grads, state.opt_state, state.params)
-        return TrainState(params, opt_state, state.rng), metrics | {"grad_norm": optax.tree.norm(grads)}
+        ema = _averaged(state.ema, params, config.ema_decay)
+        return TrainState(params, opt_state, state.rng, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
-    state = abstract_state(model_config, optimizer, mesh)
+    state = abstract_state(model_config, config, mesh)
     return programs.compile(
         "train_step",
         train_step,
         state,
-        abstract_batch(trainer_config, mesh),
+        abstract_batch(config, mesh, shape),
         donate_argnums=(0,),
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())),
     )
 
 
-def batch_loss(
-    params: Llama, batch: PairArrays, config: TrainerConfig, placement: Placement = ANYWHERE
-) -> tuple[Float[Array, ""], Metrics]:
-    """The SimPO loss of a batch and its metrics; differentiable in `params`."""
-    pairs, responses, seq = batch.tokens.shape
-    tokens = batch.tokens.reshape(pairs * responses, seq)
-    logps = next_token_logps(params, tokens, config, placement).reshape(pairs, responses, seq)
-    averages = average_logps(logps, batch.loss_mask)
-    return simpo_loss(averages[:, 0], averages[:, 1], config.simpo)
+def build_eval_step(
+    programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
+) -> Program:
+    """Compiles `(params, BatchArrays) -> LossSums` of a batch, all replicated."""
+    placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype))
+
+    def eval_step(params: Llama, batch: BatchArrays) -> LossSums:
+        return _over_parts(lambda part: part_loss(params, part, batch.answer_lens, config, placement), batch)
+
+    params = abstract_state(model_config, config, mesh).params
+    return programs.compile(
+        "eval_step",
+        eval_step,
+        params,
+        abstract_batch(config, mesh, shape),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 
-def next_token_logps(
-    params: Llama, tokens: Int32[Array, "sequences seq"], config: TrainerConfig, placement: Placement = ANYWHERE
-) -> Float[Array, "sequences seq"]:
-    """Log-prob (fp32) at each position of the token after it; the last position's is of the row's first token."""
-    axes = (Axis("sequence", tokens.shape[0]), Axis("position", tokens.shape[1]))
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+def loss_and_gradient(
+    params: Llama, batch: BatchArrays, config: TrainerConfig, placement: Placement = ANYWHERE
+) -> tuple[Metrics, Llama]:
+    """The metrics of a batch, `loss` among them, and the gradient of the loss in `params`."""
+
+    def of_part(part: PartArrays) -> tuple[LossSums, Llama]:
+        def loss(params: Llama) -> tuple[Float[Array, ""], LossSums]:
+            sums = part_loss(params, part, batch.answer_lens, config, placement)
+            return sums.loss, sums
+
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return sums, gradient
+
+    sums, gradient = _over_parts(of_part, batch)
+    return sums.metrics, gradient
+
+
+def part_loss(
+    params: Llama,
+    part: PartArrays,
+    answer_lens: Float32[Array, "pairs 2"],
+    config: TrainerConfig,
+    placement: Placement = ANYWHERE,
+) -> LossSums:
+    """What a part adds to the batch's loss and metrics; differentiable in `params`.
+
+    Metrics are those of `simpo_loss`; `loss`; and, where their weights are not 0, `preference_loss`, `sft_loss` and
+    `z_loss`, the loss's terms before their weights.
+    """
+    logps, log_sums = answer_logps(params, part, config, placement)
+    is_answer = part.sequences >= 0
+    pair_logps = _sum_by_sequence(jnp.where(is_answer, logps, 0), part.sequences, answer_lens.shape)
+    averages = pair_logps / jnp.maximum(answer_lens, jnp.ones((), answer_lens.dtype))
+    loss, metrics = simpo_loss(averages[:, 0], averages[:, 1], config.simpo, part.pair_weights)
+    terms = {}
+    if config.simpo.sft_weight:
+        terms["sft_loss"] = -jnp.sum(pair_logps[:, 0]) / jnp.sum(answer_lens[:, 0]), config.simpo.sft_weight
+    if config.simpo.z_loss_weight:
+        squares = jnp.sum(jnp.where(is_answer, log_sums, 0) ** 2)
+        terms["z_loss"] = squares / jnp.sum(answer_lens), config.simpo.z_loss_weight
+    if terms:
+        metrics["preference_loss"] = loss
+    for name, (term, weight) in terms.items():
+        metrics[name] = term
+        loss = loss + weight * term
+    margins = jnp.where(part.pair_weights > 0, averages[:, 0] - averages[:, 1], 0)
+    return LossSums(loss, metrics | {"loss": loss}, margins)
+
+
+def answer_logps(
+    params: Llama, part: PartArrays, config: TrainerConfig, placement: Placement = ANYWHERE
+) -> tuple[Float[Array, "groups predictions"], Float[Array, "groups predictions"]]:
+    """The log-prob (fp32) of each predicted token, and the log-normaliser; anything where nothing is predicted."""
+    axes = (Axis("row", part.tokens.shape[0]), Axis("position", part.tokens.shape[1]))
     hidden, _ = transform(
         params,
-        NamedArray(tokens, axes),
-        NamedArray(positions, axes),
+        NamedArray(part.tokens, axes),
+        NamedArray(part.positions, axes),
         attend=attend_whole_sequences,
-        state=(),
+        state=Segments(part.segments, part.branches) if config.packing else None,
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
         placement=placement,
     )
-    logps = token_logprobs(
-        hidden.array.reshape(tokens.size, -1),
-        placement.weight(unembedding(params)).array,
-        jnp.roll(tokens, -1, axis=1).reshape(tokens.size),
+    num_groups = part.predict_at.shape[0]
+    by_group = hidden.array.reshape(num_groups, -1, hidden.array.shape[2])
+    predicting = jnp.take_along_axis(by_group, part.predict_at[:, :, None], axis=1)
+    group_axes = (Axis("group", num_groups), Axis("prediction", predicting.shape[1]), hidden.axes[2])
+    predicting = placement.hidden(NamedArray(predicting, group_axes))
+    logps, log_sums = token_logprobs(
+        placement.predicting(predicting.array.reshape(part.targets.size, -1)),
+        placement.unembedding(unembedding(params)).array,
+        part.targets.reshape(part.targets.size),
         config.logprob_chunk_size,
     )
-    return logps.reshape(tokens.shape)
+    return logps.reshape(part.targets.shape), log_sums.reshape(part.targets.shape)
 
 
-def abstract_batch(config: TrainerConfig, mesh: Mesh) -> PairArrays:
-    """The shapes and shardings of a batch: pairs over the mesh axis "data"."""
-    shape = (config.train_batch_size, 2, config.train_seq_len)
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return PairArrays(
-        tokens=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),  # pyright: ignore[reportArgumentType]
-        loss_mask=jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),  # pyright: ignore[reportArgumentType]
+def abstract_batch(config: TrainerConfig, mesh: Mesh, shape: RowShape) -> BatchArrays:
+    """The shapes and shardings of a batch: rows over the mesh axis "data"."""
+    num_parts, num_pairs = config.grad_accumulation, config.train_batch_size
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    by_token = array((num_parts, shape.num_rows // num_parts, shape.row_len), jnp.int32, _BY_ROW)
+    by_prediction = array((num_parts, shape.num_groups // num_parts, shape.num_predictions), jnp.int32, _BY_ROW)
+    weights = array((num_parts, num_pairs), jnp.float32, PartitionSpec())
+    return BatchArrays(
+        PartArrays(
+            tokens=by_token,
+            positions=by_token,
+            segments=by_token,
+            branches=by_token,
+            predict_at=by_prediction,
+            targets=by_prediction,
+            sequences=by_prediction,
+            pair_weights=weights,
+        ),
+        array((num_pairs, 2), jnp.float32, PartitionSpec()),
     )
 
 
-def place_batch(batch: PairBatch, mesh: Mesh) -> PairArrays:
-    """Puts a batch on the devices. Every process passes the whole batch and keeps its own rows; nothing is launched."""
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return PairArrays(
-        tokens=place(np.stack([batch.chosen_tokens, batch.rejected_tokens], axis=1), sharding),
-        loss_mask=place(np.stack([batch.chosen_loss_mask, batch.rejected_loss_mask], axis=1), sharding),
+def place_batch(batch: RowBatch, config: TrainerConfig, mesh: Mesh) -> BatchArrays:
+    """Puts a batch on the devices. Every process passes the whole batch and keeps its own rows; nothing is launched.
+
+    A batch of fewer pairs than the config says is filled up with pairs without weight.
+    """
+    num_parts, num_pairs = config.grad_accumulation, len(batch.pair_rows)
+    rows_of_part = batch.tokens.shape[0] // num_parts
+    weights = np.zeros((num_parts, config.train_batch_size), np.float32)
+    weights[batch.pair_rows // rows_of_part, np.arange(num_pairs)] = 1 / num_pairs
+    answer_lens = np.zeros((config.train_batch_size, 2), np.float32)
+    answer_lens[:num_pairs] = batch.answer_lens
+
+    def by_part(rows: np.ndarray) -> jax.Array:
+        return place(rows.reshape(num_parts, len(rows) // num_parts, -1), NamedSharding(mesh, _BY_ROW))
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return BatchArrays(
+        PartArrays(
+            tokens=by_part(batch.tokens),
+            positions=by_part(batch.positions),
+            segments=by_part(batch.segments),
+            branches=by_part(batch.branches),
+            predict_at=by_part(batch.predict_at),
+            targets=by_part(batch.targets),
+            sequences=by_part(batch.sequences),
+            pair_weights=place(weights, replicated),
+        ),
+        place(answer_lens, replicated),
     )
+
+
+_BY_ROW = PartitionSpec(None, DATA_AXIS)
+
+
+def _over_parts(function: Callable[[PartArrays], Any], batch: BatchArrays) -> Any:
+    """The sum of `function` over the parts of a batch, one after the other."""
+    first = jax.tree.map(lambda array: array[0], batch.parts)
+    if batch.parts.tokens.shape[0] == 1:
+        return function(first)
+
+    def add(sums: Any, part: PartArrays) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(part)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, batch.parts)[0]
+
+
+def _sum_by_sequence(
+    values: Float[Array, "groups predictions"], sequences: Int32[Array, "groups predictions"], shape: tuple[int, ...]
+) -> Float[Array, "pairs 2"]:
+    # A place past the last sequence is dropped.
+    at = jnp.where(sequences >= 0, sequences, math.prod(shape))
+    return jnp.zeros(math.prod(shape), values.dtype).at[at].add(values, mode="drop").reshape(shape)
+
+
+def _averaged(ema: Llama | None, params: Llama, decay: float | None) -> Llama | None:
+    if ema is None or decay is None:
+        return None
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

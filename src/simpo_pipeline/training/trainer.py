@@ -15,22 +15,27 @@ What happens between updates, and where metrics go, is not known here.
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simpo_pipeline.data.loader import PairBatch, PairLoader
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.rows import RowBatch
+from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.distributed.mesh import DATA_AXIS, place
-from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import Llama, init_llama
 from simpo_pipeline.training.config import TrainerConfig
+from simpo_pipeline.training.evaluation import Evaluation
 from simpo_pipeline.training.optimizer import build_optimizer, learning_rate_at
 from simpo_pipeline.training.state import TrainState, abstract_state, state_digest
-from simpo_pipeline.training.step import PairArrays, build_train_step, place_batch
+from simpo_pipeline.training.step import BatchArrays, LossSums, build_eval_step, build_train_step, place_batch
 
 # Called after each update with the number of finished updates and the update's metrics.
 OnStep = Callable[[int, dict[str, float]], None]
@@ -50,23 +55,25 @@ class Trainer:
     ):
         """Starts a run at update 0 from fp32 `params`, sharded as `abstract_params` says; they belong to the trainer.
 
-        Compiles the update before the first one runs. Prefer `start` or `start_random`.
+        The update is compiled when the loader's shape is known. Prefer `start` or `start_random`.
         """
         self.config = config
         self.model_config = model_config
         self.mesh = mesh
         self.step = 0
+        self._programs = programs
         abstract = _abstract(config, model_config, mesh)
         optimizer = build_optimizer(config.optimizer, config.num_train_steps)
-        init_moments = programs.compile(
-            "init_moments", optimizer.init, abstract.params, out_shardings=_shardings(abstract.opt_state)
+
+        def init_moments(params: Any) -> tuple[Any, Llama | None]:
+            return optimizer.init(params), None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+
+        program = programs.compile(
+            "init_moments", init_moments, abstract.params, out_shardings=_shardings((abstract.opt_state, abstract.ema))
         )
-        self._train_step = build_train_step(programs, model_config, config, mesh)
-        self._state: TrainState | None = TrainState(
-            params=params,
-            opt_state=init_moments(params),
-            rng=place(_key_data(config.seed), abstract.rng.sharding),
-        )
+        moments, ema = program(params)
+        rng = place(_key_data(config.seed), abstract.rng.sharding)
+        self._state: TrainState | None = TrainState(params, moments, rng, ema)
         self._why_no_state = ""
 
     @classmethod
@@ -121,6 +128,11 @@ class Trainer:
         return _abstract(self.config, self.model_config, self.mesh).params
 
     @property
+    def num_groups(self) -> int:
+        """Groups of rows that a loader is to make: one for each device and each part of a batch."""
+        return self.config.grad_accumulation * self.mesh.shape[DATA_AXIS]
+
+    @property
     def data_position(self) -> int:
         """Pairs read since the start of the run."""
         return self.step * self.config.train_batch_size
@@ -135,8 +147,9 @@ class Trainer:
         Args:
             stop: Finished updates at the end; `step` or more, and at most `config.num_train_steps`.
             loader: The run's batches; update n reads `loader.batch(n - 1)`.
-            on_step: Called after each update with `step` and its metrics: those of `simpo_loss`, `grad_norm` (before
-                clipping), `learning_rate`, `tokens` (without padding), `tokens_per_second` and `step_seconds`.
+            on_step: Called after each update with `step` and its metrics: those of `part_loss`, `grad_norm` (before
+                clipping), `learning_rate`, `tokens` (without padding), `padding_share`, `tokens_per_second` and
+                `step_seconds`.
 
         Raises:
             ConfigError: `stop` is behind `step` or beyond the run, or the loader's batches have another shape.
@@ -148,20 +161,45 @@ class Trainer:
                 f"{self.config.num_train_steps}; give a number from {self.step} to {self.config.num_train_steps}."
             )
         self._check_loader(loader)
+        if loader.num_updates != self.config.num_train_steps:
+            raise ConfigError(
+                f"the loader serves {loader.num_updates} updates and the run has {self.config.num_train_steps} "
+                "(num_train_steps). Make the loader from its config."
+            )
+        program = build_train_step(self._programs, self.model_config, self.config, self.mesh, loader.shape)
         while self.step < stop:
-            metrics = self._update(loader)
+            metrics = self._update(loader, program)
             on_step(self.step, metrics)
+
+    def evaluate(self, sweep: PairSweep) -> Evaluation:
+        """How the weights as they are do on the pairs of `sweep`, each counted once.
+
+        Raises:
+            ConfigError: the batches have another shape than the run's.
+        """
+        self._check_loader(sweep)
+        program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
+        sums: dict[str, float] = {}
+        margins: list[float] = []
+        for batch in sweep.batches():
+            self._check_tokens(batch, "the evaluation")
+            share = len(batch.pair_rows) / len(sweep.pairs)
+            found: LossSums = jax.device_get(program(self.params, place_batch(batch, self.config, self.mesh)))
+            for name, value in found.metrics.items():
+                sums[name] = sums.get(name, 0.0) + share * float(value)
+            margins += found.margins[: len(batch.pair_rows)].tolist()
+        return Evaluation(sums, tuple(margins))
 
     def free(self) -> None:
         """Deletes the device buffers; the trainer raises from then on. Freeing twice is allowed."""
         if self._state is not None:
             self._lose_state(f"it was freed after update {self.step}")
 
-    def _update(self, loader: PairLoader) -> dict[str, float]:
+    def _update(self, loader: PairLoader, program: Program) -> dict[str, float]:
         start = time.perf_counter()
         batch = loader.batch(self.step)
-        self._check_tokens(batch)
-        metrics = self._advance(place_batch(batch, self.mesh))
+        self._check_tokens(batch, f"the batch of update {self.step + 1}")
+        metrics = self._advance(place_batch(batch, self.config, self.mesh), program)
         wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if wrong:
             self._lose_state(f"update {self.step + 1} was not finite")
@@ -174,13 +212,14 @@ class Trainer:
         metrics["learning_rate"] = learning_rate_at(self.config.optimizer, self.config.num_train_steps, self.step)
         self.step += 1
         tokens = float(batch.num_tokens)
-        return metrics | {"tokens": tokens, "tokens_per_second": tokens / seconds, "step_seconds": seconds}
+        speed = {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+        return metrics | {"tokens": tokens, "padding_share": batch.padding_share, **speed}
 
-    def _advance(self, batch: PairArrays) -> dict[str, float]:
+    def _advance(self, batch: BatchArrays, program: Program) -> dict[str, float]:
         """Replaces the state by the next one; if that fails in any way, by none."""
         state, self._state = self.state, None
         self._why_no_state = f"update {self.step + 1} failed"
-        state, metrics = self._train_step(state, batch)
+        state, metrics = program(state, batch)
         # Metrics are replicated, so every process sees the same numbers and takes the same decisions.
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._state = state
@@ -190,21 +229,28 @@ class Trainer:
         state, self._state, self._why_no_state = self._state, None, why
         jax.tree.map(lambda leaf: leaf.delete(), state)
 
-    def _check_loader(self, loader: PairLoader) -> None:
-        got = (loader.batch_size, loader.seq_len)
-        wanted = (self.config.train_batch_size, self.config.train_seq_len)
+    def _check_loader(self, loader: PairLoader | PairSweep) -> None:
+        got = (loader.batch_size, loader.seq_len, loader.packing)
+        wanted = (self.config.train_batch_size, self.config.train_seq_len, self.config.packing)
         if got != wanted:
             raise ConfigError(
-                f"the loader gives batches of {got[0]} pairs of {got[1]} tokens; this run was compiled for "
-                f"{wanted[0]} pairs of {wanted[1]} (train_batch_size, train_seq_len). Make the loader from its config."
+                f"the loader gives batches of {got[0]} pairs of {got[1]} tokens with packing {got[2]}; this run has "
+                f"{wanted[0]} pairs of {wanted[1]} with packing {wanted[2]} (train_batch_size, train_seq_len, "
+                "packing). Make the loader from its config."
+            )
+        if loader.num_groups != self.num_groups:
+            raise ConfigError(
+                f"the loader gives {loader.num_groups} groups of rows, and the run has {self.config.grad_accumulation} "
+                f"parts (grad_accumulation) on {self.mesh.shape[DATA_AXIS]} devices; give it num_groups "
+                f"{self.num_groups}."
             )
 
-    def _check_tokens(self, batch: PairBatch) -> None:
-        largest = max(int(batch.chosen_tokens.max()), int(batch.rejected_tokens.max()))
+    def _check_tokens(self, batch: RowBatch, what: str) -> None:
+        largest = max(int(batch.tokens.max()), int(batch.targets.max()))
         if largest >= self.model_config.vocab_size:
             raise DataError(
-                f"the batch of update {self.step + 1} holds token {largest}, and the model knows tokens 0 to "
-                f"{self.model_config.vocab_size - 1}; prepare the pairs with the model's own tokenizer."
+                f"{what} holds token {largest}, and the model knows tokens 0 to {self.model_config.vocab_size - 1}; "
+                "prepare the pairs with the model's own tokenizer."
             )
 
 
@@ -215,12 +261,14 @@ def _abstract(config: TrainerConfig, model_config: LlamaConfig, mesh: Mesh) -> T
             f"train_seq_len is {config.train_seq_len} and the model's max_seq_len {model_config.max_seq_len}; "
             "lower train_seq_len."
         )
-    if config.train_batch_size % mesh.shape[DATA_AXIS]:
+    num_devices = mesh.shape[DATA_AXIS]
+    if not config.packing and config.train_batch_size % (config.grad_accumulation * num_devices):
         raise ConfigError(
-            f"train_batch_size is {config.train_batch_size} pairs and the mesh has {mesh.shape[DATA_AXIS]} devices on "
-            f"its axis {DATA_AXIS!r}; give a multiple of that."
+            f"train_batch_size is {config.train_batch_size} pairs, and the mesh has {num_devices} devices on its axis "
+            f"{DATA_AXIS!r}, each with {config.grad_accumulation} parts (grad_accumulation); give a multiple of "
+            f"{config.grad_accumulation * num_devices}, or set packing, which takes any."
         )
-    return abstract_state(model_config, build_optimizer(config.optimizer, config.num_train_steps), mesh)
+    return abstract_state(model_config, config, mesh)
 
 
 def _shardings(abstract: object) -> object:

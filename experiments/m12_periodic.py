@@ -1,0 +1,97 @@
+"""M12: 200 updates, with generation for 1,024 prompts after every 50, the last update included, in one job.
+
+    python experiments/m12_periodic.py [--preset tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
+
+M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50-to-100 -> ... -> infer-1024-to-200`.
+"""
+
+import dataclasses
+
+from m11_interleave import PRESETS as M11_PRESETS
+from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs
+
+from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.main import executor_main, parse_main_config
+from simpo_pipeline.executor.step import ExecutorStep, output_path_of
+from simpo_pipeline.tracking.factory import TrackerKind
+from steps.infer import InferConfig
+from steps.interleave import interleave_steps
+from steps.joined_job import joined_job
+from steps.schedule import expand_schedule
+from steps.session import JobFlags, tracker_for
+
+
+@dataclasses.dataclass(frozen=True)
+class PeriodicPreset:
+    """M11's model, data and engine under M12's schedule: generation after every `eval_every` updates."""
+
+    base: Preset
+    eval_every: int
+
+
+def _periodic(base: Preset, num_train_steps: int, eval_every: int, prompts: PromptsConfig) -> PeriodicPreset:
+    trainer = dataclasses.replace(base.trainer, num_train_steps=num_train_steps)
+    return PeriodicPreset(dataclasses.replace(base, trainer=trainer, prompts=prompts), eval_every)
+
+
+PRESETS = {
+    # 4 periods in a minute, for tests.
+    "tiny": _periodic(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16])),
+    "llama3_8b_v5p_32": _periodic(
+        M11_PRESETS["llama3_8b_v5p_32"],
+        200,
+        50,
+        PromptsConfig(
+            synthetic_prompt_count=1024,
+            synthetic_prompt_template="M12 prompt {index}: explain one practical ML idea in concise terms.",
+        ),
+    ),
+}
+
+
+def periodic(preset: PeriodicPreset) -> list[ExecutorStep]:
+    """fetch_model -> prepare_pairs -> (train -> infer) for each period -> report."""
+    base = preset.base
+    model, pairs = model_and_pairs(base)
+    return interleave_steps(
+        model=model,
+        pairs=pairs,
+        trainer=base.trainer,
+        segments=expand_schedule(base.trainer.num_train_steps, eval_every=preset.eval_every),
+        generation=InferConfig(
+            model_path=output_path_of(model),
+            prompts=base.prompts,
+            sampling=base.sampling,
+            chat=base.chat,
+            compute_dtype="bfloat16" if base.trainer.compute_dtype == "bfloat16" else "float32",
+            engine=base.engine,
+        ),
+        title="M12: generate after every period of training",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class M12Args(JobFlags):
+    """Flags of this experiment besides the executor's own."""
+
+    preset: str = "tiny"
+    tracker: TrackerKind = "jsonl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+
+
+if __name__ == "__main__":
+    args = parse_main_config(M12Args)
+    open_tracker = tracker_for(args.tracker, args, name=f"m12-{args.preset}", project="simpo-pipeline")
+    with joined_job(args) as job:
+        executor_main(
+            args,
+            steps=periodic(PRESETS[args.preset]),
+            description="generate after every period of training, with one live trainer",
+            session=args.job_session(open_tracker, job.group),
+            processes=job.processes,
+        )

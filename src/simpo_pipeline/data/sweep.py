@@ -1,0 +1,52 @@
+"""All pairs once, in their order: what an evaluation reads."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
+from simpo_pipeline.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class PairSweep:
+    """Serve each pair once, `batch_size` at a time, as rows of one shape; fields as in `loader.PairLoader`.
+
+    Raises:
+        DataError: there are no pairs, or one is longer than seq_len (named).
+    """
+
+    pairs: Sequence[TokenizedPair]
+    batch_size: int
+    seq_len: int
+    pad_id: int
+    packing: bool = False
+    num_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise DataError("there are no pairs to evaluate on; hold some out, or leave the evaluation out")
+        for pair in self.pairs:
+            if pair.longest > self.seq_len:
+                raise DataError(
+                    f"pair {pair.prompt_id!r} has {pair.longest} tokens, more than seq_len {self.seq_len}; "
+                    f"raise the sequence length or prepare the pairs with a shorter max_length"
+                )
+
+    @functools.cached_property
+    def shape(self) -> RowShape:
+        """The shape of every batch."""
+        if self.packing:
+            return packed_shape(self._batches, self.num_groups)
+        return padded_shape(self._batches, self.batch_size, self.seq_len, self.num_groups)
+
+    def batches(self) -> Iterator[RowBatch]:
+        """The batches; the last one may hold fewer pairs."""
+        rows = packed_rows if self.packing else padded_rows
+        for batch in self._batches:
+            yield rows(batch, self.shape, self.pad_id)
+
+    @property
+    def _batches(self) -> list[Sequence[TokenizedPair]]:
+        return [self.pairs[start : start + self.batch_size] for start in range(0, len(self.pairs), self.batch_size)]

@@ -1,0 +1,48 @@
+"""How weights do on pairs that they are not trained on, and how sure one can be of it. Plain Python."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Of the standard normal distribution, for 95% intervals.
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: Those of `step.part_loss`.
+        margins: avg(chosen) - avg(rejected) of each pair, nats per token, in the order of the pairs.
+    """
+
+    metrics: dict[str, float]
+    margins: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def accuracy(margins: Sequence[float]) -> Estimate:
+    """The share of pairs whose margin is above 0, with Wilson's interval (Wilson 1927)."""
+    n, p = len(margins), sum(margin > 0 for margin in margins) / len(margins)
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return Estimate(p, centre - half, centre + half)
+
+
+def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """By how much the accuracy on the same pairs rose, with the adjusted Wald interval for them (Agresti, Min 2005)."""
+    gained = sum(new > 0 >= old for old, new in zip(before, after, strict=True))
+    lost = sum(old > 0 >= new for old, new in zip(before, after, strict=True))
+    n, up, down = len(before) + 2, gained + 0.5, lost + 0.5
+    centre = (up - down) / n
+    half = _Z * math.sqrt(up + down - (up - down) ** 2 / n) / n
+    return Estimate((gained - lost) / len(before), centre - half, centre + half)

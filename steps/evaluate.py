@@ -1,0 +1,86 @@
+"""Evaluations of a training step on the pairs that `prepare_pairs` held out."""
+
+import dataclasses
+import logging
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.storage.files import exists
+from simpo_pipeline.storage.jsonl import JsonlWriter
+from simpo_pipeline.storage.paths import join
+from simpo_pipeline.tracking.tracker import Tracker
+from steps.prepare_pairs import VALIDATION_FILE
+
+if TYPE_CHECKING:
+    from simpo_pipeline.data.sweep import PairSweep
+    from simpo_pipeline.training.trainer import Trainer
+
+logger = logging.getLogger(f"simpo_pipeline.{__name__}")
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+
+def open_sweep(pairs_path: str, trainer: "Trainer", pad_id: int) -> "PairSweep":
+    """The held-out pairs, in batches as the trainer takes them.
+
+    Raises:
+        ConfigError: none were held out.
+    """
+    # Imported here because planning must not pay for pyarrow.
+    from simpo_pipeline.data.pairs import read_pairs
+    from simpo_pipeline.data.sweep import PairSweep
+
+    path = join(pairs_path, VALIDATION_FILE)
+    if not exists(path):
+        raise ConfigError(f"eval_every is set, but {path!r} is missing: set validation_fraction of prepare_pairs too")
+    return PairSweep(
+        pairs=read_pairs(path),
+        batch_size=trainer.config.train_batch_size,
+        seq_len=trainer.config.train_seq_len,
+        pad_id=pad_id,
+        packing=trainer.config.packing,
+        num_groups=trainer.num_groups,
+    )
+
+
+class Evaluator:
+    """Evaluates a trainer when it is told to; every process calls it, the leader writes a row each time."""
+
+    def __init__(
+        self, trainer: "Trainer", sweep: "PairSweep", tracker: Tracker, output_path: str, *, is_leader: bool
+    ) -> None:
+        self._trainer = trainer
+        self._sweep = sweep
+        self._tracker = tracker
+        self._file = JsonlWriter(join(output_path, EVALUATIONS_FILE)) if is_leader else None
+
+    def __enter__(self) -> "Evaluator":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.__exit__(kind, error, traceback)
+
+    def evaluate(self) -> None:
+        """Says how the weights as they are do on the held-out pairs."""
+        from simpo_pipeline.training.evaluation import accuracy
+
+        step, found = self._trainer.step, self._trainer.evaluate(self._sweep)
+        estimate = accuracy(found.margins)
+        row: dict[str, Any] = {
+            "step": step,
+            "pairs": len(found.margins),
+            **found.metrics,
+            "accuracy": dataclasses.asdict(estimate),
+            "margins": list(found.margins),
+        }
+        if self._file is not None:
+            self._file.write(row)
+        self._tracker.log({f"eval/{name}": value for name, value in found.metrics.items()}, step=step)
+        logger.info(
+            "after update %d: loss %.5f, accuracy %.3f (95%% %.3f to %.3f) on %d held-out pairs",
+            *(step, found.metrics["loss"], estimate.value, estimate.low, estimate.high, len(found.margins)),
+        )

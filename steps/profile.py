@@ -1,0 +1,22 @@
+"""A profiler trace of one update, on request: `--profile STEP`."""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Generator
+
+from simpo_pipeline.storage.files import upload
+from simpo_pipeline.storage.paths import join
+
+
+@contextlib.contextmanager
+def profiled(output_path: str, process_index: int) -> Generator[None]:
+    """Traces what runs in the block, for TensorBoard or Perfetto, into `profile/process-N` of a step's outputs."""
+    import jax  # here, because planning must not import it
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            yield
+        root = pathlib.Path(folder)
+        for file in sorted(path for path in root.rglob("*") if path.is_file()):
+            upload(file, join(output_path, f"profile/process-{process_index}", file.relative_to(root).as_posix()))

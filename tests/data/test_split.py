@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.split import is_held_out, split_pairs
+from simpo_pipeline.errors import ConfigError, DataError
+
+
+def pair(prompt_id: str) -> TokenizedPair:
+    return TokenizedPair(prompt_id, np.arange(3, dtype=np.int32), np.arange(4, dtype=np.int32), 1, 1)
+
+
+def test_about_the_asked_for_share_is_held_out_and_the_rest_trained_on_in_order():
+    pairs = [pair(f"p{index}") for index in range(1000)]
+    train, held_out = split_pairs(pairs, 0.2)
+    assert 160 <= len(held_out) <= 240
+    assert sorted([*train, *held_out], key=lambda pair: int(pair.prompt_id[1:])) == pairs
+    assert [pair.prompt_id for pair in train] == [pair.prompt_id for pair in pairs if pair not in held_out]
+
+
+def test_a_larger_share_holds_out_the_same_prompts_and_more():
+    few, many = ({f"p{i}" for i in range(200) if is_held_out(f"p{i}", share)} for share in (0.1, 0.3))
+    assert few < many
+
+
+def test_pairs_of_one_prompt_are_on_one_side_and_the_side_is_the_recorded_one():
+    train, held_out = split_pairs([pair(name) for name in ("a", "b", "a", "c", "b", "d", "e")], 0.5)
+    assert [each.prompt_id for each in held_out] == ["b", "c", "b", "d", "e"]
+    assert [each.prompt_id for each in train] == ["a", "a"]
+
+
+def test_nothing_is_held_out_unless_asked_for():
+    assert split_pairs([pair("a")], 0.0)[1] == []
+
+
+def test_a_split_without_pairs_on_one_side_is_refused():
+    with pytest.raises(DataError, match=r"0\.001 of 1 pairs leaves 1 to train on and 0 to evaluate on"):
+        split_pairs([pair("a")], 0.001)
+    with pytest.raises(DataError, match="leaves 0 to train on and 1"):
+        split_pairs([pair("a")], 0.999999)
+    with pytest.raises(ConfigError, match=r"validation_fraction is 1\.0"):
+        split_pairs([pair("a")], 1.0)

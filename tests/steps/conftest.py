@@ -44,12 +44,13 @@ def pairs_path(tmp_path_factory, model_path):
     def conversation(index, answer):
         return [{"role": "user", "content": f"{index} + 1?"}, {"role": "assistant", "content": answer}]
 
-    rows = [{"chosen": conversation(i, str(i + 1)), "rejected": conversation(i, "no idea")} for i in range(6)]
+    rows = [{"chosen": conversation(i, str(i + 1)), "rejected": conversation(i, "no idea")} for i in range(9)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PreparePairsConfig(
         source=PreferenceSource(path=str(folder / "pairs.jsonl")),
         model_path=model_path,
         max_length=TRAINER.train_seq_len,
+        validation_fraction=0.4,
         output_path=str(folder / "out"),
     )
     prepare_pairs(config)

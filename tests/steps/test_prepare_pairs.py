@@ -66,3 +66,11 @@ def test_too_long_pairs_are_cut_and_counted(prepare):
 def test_too_long_pairs_are_an_error_by_default(prepare):
     with pytest.raises(DataError, match="raise max_length, or set too_long"):
         prepare(max_length=60)
+
+
+def test_held_out_pairs_lie_in_a_file_of_their_own_and_are_not_trained_on(prepare, tmp_path):
+    everything, _ = prepare()
+    training, summary = prepare(validation_fraction=0.5)
+    held_out = read_pairs(str(tmp_path / "out" / "validation.parquet"))
+    assert (summary["num_training"], summary["num_validation"]) == (len(training), len(held_out)) == (1, 1)
+    assert {pair.prompt_id for pair in training + held_out} == {pair.prompt_id for pair in everything}

@@ -1,5 +1,6 @@
 """The report shows what was in its inputs, all of it as text, on a page that needs nothing else."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 from simpo_pipeline.errors import ConfigError, DataError, StorageError
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import Action, PlanRow, StepRun
+from simpo_pipeline.training.evaluation import accuracy
 from steps.report import ReportConfig, fenced, markdown_cell, printable, report, show_number, spread
 
 HOSTILE = (
@@ -202,6 +204,41 @@ def test_the_curves_pass_through_every_update_and_mark_the_generation(m11: tuple
     assert "loss at update 7: 0.142857" in page.texts
 
 
+def write_evaluations(output: str, margins: dict[int, list[float]]) -> None:
+    rows = [
+        {
+            "step": step,
+            "pairs": len(values),
+            "loss": 1.0 / (step + 1),
+            "rewards/margins": sum(values) / len(values),
+            "accuracy": dataclasses.asdict(accuracy(values)),
+            "margins": values,
+        }
+        for step, values in margins.items()
+    ]
+    Path(output, "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11: tuple[ReportConfig, StepRun]):
+    config, run = m11
+    write_evaluations(config.train_outputs[0], {0: [-1.0] * 6 + [1.0] * 4, 2: [-1.0] * 3 + [1.0] * 7})
+    write_evaluations(config.train_outputs[1], {7: [1.0] * 10})
+    report(config, run)
+    page = Page(written(config, "report.html"))
+    for expected in (
+        *("Held-out pairs", "Accuracy on held-out pairs", "held-out accuracy 0.4 to 1"),
+        *("0.400 (0.168 to 0.687)", "1.000 (0.722 to 1.000)", "accuracy at update 7: 1"),
+        # 6 of 10 gained, none lost.
+        "0.600 (0.173 to 0.827)",
+    ):
+        assert expected in page.texts, (expected, [text for text in page.texts if "0.6" in text])
+    assert page.tags.count("svg") == 4
+    assert "| 2 | 10 | 0.3333 | 0.4 | 0.700 (0.397 to 0.892) |" in written(config, "report.md")
+    summary = json.loads(written(config, "summary.json"))
+    assert summary["held_out_accuracy"] == dataclasses.asdict(accuracy([1.0] * 10))
+    assert summary["held_out_accuracy_gain"]["value"] == 0.6
+
+
 def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
@@ -209,6 +246,8 @@ def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, S
         "updates": 7,
         "final_loss": pytest.approx(1 / 7),
         "final_margin": pytest.approx(0.7),
+        "held_out_accuracy": None,
+        "held_out_accuracy_gain": None,
         "state_digests": DIGESTS,
         "generated_tokens": 8192,
         "samples_shown": 2,

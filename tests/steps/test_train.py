@@ -1,18 +1,20 @@
 """train runs its stretch of the run, writes a row per update, and hands on a live trainer it can go on with."""
 
 import dataclasses
+import shutil
 
 import pytest
 
+from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
-from steps.train import TrainConfig, train
+from steps.train import TrainConfig, WeightedPairs, train
 
 
 @pytest.fixture
 def run_stretch(model_path, pairs_path, trainer_config, step_run, tmp_path):
-    def run(stop_step, live=None, trainer=trainer_config):
+    def run(stop_step, live=None, trainer=trainer_config, pairs_path=pairs_path, run=step_run, **options):
         output_path = str(tmp_path / f"to-{stop_step}")
         config = TrainConfig(
             trainer=trainer,
@@ -21,8 +23,9 @@ def run_stretch(model_path, pairs_path, trainer_config, step_run, tmp_path):
             stop_step=stop_step,
             live=live,
             output_path=output_path,
+            **options,
         )
-        published = train(config, step_run)
+        published = train(config, run)
         rows = list(read_jsonl(f"{output_path}/metrics.jsonl"))
         return published, rows, read_json(f"{output_path}/summary.json")
 
@@ -59,3 +62,64 @@ def test_a_trainer_of_another_run_is_refused(run_stretch, trainer_config):
 def test_a_stop_outside_the_run_is_refused_before_anything_runs(run_stretch, stop_step):
     with pytest.raises(ConfigError, match=f"stop_step is {stop_step}, and the run has updates 1 to 3"):
         run_stretch(stop_step)
+
+
+def test_held_out_pairs_are_evaluated_before_the_first_update_and_then_every_so_many(run_stretch, tmp_path, pairs_path):
+    plain, _, _ = run_stretch(3)
+    first, _, _ = run_stretch(1, eval_every=2)
+    assert evaluated_after(tmp_path / "to-1") == [0]
+    second, _, _ = run_stretch(3, live=first.value, eval_every=2)
+    assert evaluated_after(tmp_path / "to-3") == [2], "not again what the stretch before evaluated"
+    assert second.digest == plain.digest, "an evaluation leaves no trace"
+    row = next(read_jsonl(str(tmp_path / "to-3" / "evaluations.jsonl")))
+    held_out = len(read_pairs(f"{pairs_path}/validation.parquet"))
+    assert row["pairs"] == len(row["margins"]) == held_out
+    positive = sum(margin > 0 for margin in row["margins"]) / held_out
+    assert row["accuracy"]["value"] == positive
+    assert row["accuracy"]["low"] < positive < row["accuracy"]["high"] or positive in (0, 1)
+    assert row["rewards/accuracies"] == pytest.approx(positive)
+
+
+def pairs_file(folder):
+    return f"{folder}/pairs.parquet"
+
+
+def evaluated_after(output):
+    return [row["step"] for row in read_jsonl(str(output / "evaluations.jsonl"))]
+
+
+def test_an_evaluation_without_held_out_pairs_is_refused(run_stretch, tmp_path, pairs_path):
+    copied = tmp_path / "without"
+    shutil.copytree(pairs_path, copied)
+    (copied / "validation.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"no validation\.parquet in .*: set validation_fraction"):
+        run_stretch(1, pairs_path=str(copied), eval_every=1)
+
+
+def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, trainer_config):
+    renamed = tmp_path / "others"
+    others = [
+        dataclasses.replace(pair, prompt_id=f"other-{i}") for i, pair in enumerate(read_pairs(pairs_file(pairs_path)))
+    ]
+    renamed.mkdir()
+    write_pairs(pairs_file(renamed), others)
+    both = (WeightedPairs(pairs_path, 3.0), WeightedPairs(str(renamed), 1.0))
+    published, rows, _ = run_stretch(3, pairs_path=both)
+    _, alone, _ = run_stretch(3)
+    assert published.value.step == 3
+    assert [row["loss"] for row in rows] != [row["loss"] for row in alone]
+    with pytest.raises(ConfigError, match="weight of here is 0"):
+        WeightedPairs("here", 0)
+    with pytest.raises(ConfigError, match="pairs_path is empty"):
+        TrainConfig(trainer_config, "model", (), 1)
+
+
+def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, session, step_run, tmp_path):
+    plain, _, _ = run_stretch(3)
+    session.profile = 2
+    try:
+        traced, _, _ = run_stretch(3)
+    finally:
+        session.profile = None
+    assert traced.digest == plain.digest
+    assert list((tmp_path / "to-3" / "profile").rglob("*.xplane.pb"))

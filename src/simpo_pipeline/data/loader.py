@@ -1,9 +1,8 @@
 """Batches of pairs in an order that is a pure function of (seed, step).
 
-Law: lay the permutations of epochs 0, 1, 2, ... end to end; update `step` (0-based) reads the positions
-[step * batch_size, (step + 1) * batch_size) of that line. So a run that stops and restarts at any step reads what it
-would have read, every epoch visits each pair exactly once, and a batch may span epochs. A batch larger than the data
-set is allowed and holds some pairs more than once.
+Law: update `step` (0-based) reads the places [step * batch_size, (step + 1) * batch_size) of the run's `PairOrder`. So
+a run that stops and restarts at any step reads what it would have read, and a batch may span epochs. A batch larger
+than the data set is allowed and holds some pairs more than once.
 
 Knows nothing of devices, shards or processes: every process builds the same whole batch in numpy.
 """
@@ -12,23 +11,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Int64
-
+from simpo_pipeline.data.order import Mixture, PairOrder
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
 from simpo_pipeline.errors import ConfigError, DataError
-
-
-def epoch_order(seed: int, epoch: int, num_pairs: int) -> Int64[np.ndarray, " pairs"]:
-    """Return the permutation of range(num_pairs) in which `epoch` visits the pairs.
-
-    Sorts raw Philox draws instead of calling Generator.permutation: numpy keeps the raw stream of a bit generator
-    stable for ever, the algorithms of Generator it does not, and a run must restart under another numpy.
-    """
-    draws = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_pairs)
-    return np.argsort(draws, kind="stable").astype(np.int64)
-
 
 _LEAST = {"batch_size": 1, "seq_len": 2, "seed": 0, "pad_id": 0, "num_updates": 1, "num_groups": 1}
 
@@ -39,9 +25,10 @@ class PairLoader:
 
     With `packing` rows are as long and as many as the run's batches need (`rows.packed_shape`); without, each sequence
     has a row of `seq_len` tokens. Rows fall into `num_groups` groups of equal size. `pad_id` fills what is left.
+    `mixture` says which of the pairs belong to which dataset; without, they are one.
 
     Raises:
-        ConfigError: batch_size < 1, seq_len < 2, a negative seed or pad_id, no updates.
+        ConfigError: batch_size < 1, seq_len < 2, a negative seed or pad_id, no updates, a mixture of other pairs.
         DataError: there are no pairs, or one is longer than seq_len (named).
     """
 
@@ -53,6 +40,7 @@ class PairLoader:
     num_updates: int
     packing: bool = False
     num_groups: int = 1
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -61,6 +49,10 @@ class PairLoader:
                 raise ConfigError(f"PairLoader: {name} is {got}; it must be at least {least}")
         if not self.pairs:
             raise DataError("there are no pairs to train on; check the source and how many were dropped as too long")
+        if self.mixture is not None and sum(self.mixture.sizes) != len(self.pairs):
+            raise ConfigError(
+                f"PairLoader: the mixture has {sum(self.mixture.sizes)} pairs, and {len(self.pairs)} are there"
+            )
         for pair in self.pairs:
             if pair.longest > self.seq_len:
                 raise DataError(
@@ -87,9 +79,9 @@ class PairLoader:
         return [self.pairs[index] for index in self.indices(step)]
 
     def indices(self, step: int) -> list[int]:
-        """Return which pairs update `step` reads, in row order, as indices into `pairs`."""
-        first, num_pairs = step * self.batch_size, len(self.pairs)
-        positions = range(first, first + self.batch_size)
-        epochs = range(positions[0] // num_pairs, positions[-1] // num_pairs + 1)
-        orders = {epoch: epoch_order(self.seed, epoch, num_pairs) for epoch in epochs}
-        return [int(orders[position // num_pairs][position % num_pairs]) for position in positions]
+        """Return which pairs update `step` reads, as indices into `pairs`."""
+        return self._order.read(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    @functools.cached_property
+    def _order(self) -> PairOrder:
+        return PairOrder(self.mixture or Mixture((len(self.pairs),), (1.0,)), self.seed)

@@ -56,7 +56,7 @@ def periodic(preset: PeriodicPreset) -> list[ExecutorStep]:
     model, pairs = model_and_pairs(base)
     return interleave_steps(
         model=model,
-        pairs=pairs,
+        pairs=[(pairs, 1.0)],
         trainer=base.trainer,
         segments=expand_schedule(base.trainer.num_train_steps, eval_every=preset.eval_every),
         generation=InferConfig(

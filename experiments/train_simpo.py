@@ -35,21 +35,23 @@ def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
     return ExecutorStep("make_model", make_model, MakeModelConfig(versioned(shape), versioned(seed)))
 
 
-def pairs_step(settings: TrainSimpoConfig, model: ExecutorStep) -> ExecutorStep:
-    """The training pairs, tokenised."""
-    source = settings.data.component.source.preference_source()
+def pairs_step(settings: TrainSimpoConfig, name: str, model: ExecutorStep) -> ExecutorStep:
+    """The pairs of one component, tokenised."""
+    component = settings.data.components[name]
+    source = component.source.preference_source()
     # One file is identified by what is in it, wherever it lies; globs and hub datasets by their names.
     is_file = source.split is None and is_local(source.path) and exists(source.path)
     return ExecutorStep(
-        "prepare_pairs",
+        "prepare_pairs" if len(settings.data.components) == 1 else f"prepare_pairs-{name}",
         prepare_pairs,
         PreparePairsConfig(
             source=source,
             source_id=versioned(crc32c_of(source.path) if is_file else str(source)),
             model_path=output_path_of(model),
             max_length=versioned(settings.build_trainer().train_seq_len),
-            too_long=versioned(settings.data.too_long),
+            too_long=versioned(component.too_long),
             unusable="drop",  # UltraFeedback has pairs with two equal answers; they are counted
+            validation_fraction=versioned(settings.validation_split_fraction or 0.0),
         ),
     )
 
@@ -57,10 +59,13 @@ def pairs_step(settings: TrainSimpoConfig, model: ExecutorStep) -> ExecutorStep:
 def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
     """The DAG of a settings file."""
     model = model_step(settings)
+    names = list(settings.data.components)
     return interleave_steps(
         model=model,
-        pairs=pairs_step(settings, model),
+        pairs=[(pairs_step(settings, name, model), settings.data.weight(name)) for name in names],
         trainer=settings.build_trainer(),
+        eval_every=settings.trainer.steps_per_eval,
+        tensor_parallel=settings.trainer.tensor_parallel,
         segments=settings.segments(),
         generation=settings.build_generation(output_path_of(model)),
         title=settings.trainer.tracker.name or TITLE,

@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
@@ -12,29 +13,33 @@ from simpo_pipeline.training.config import TrainerConfig
 from steps.infer import InferConfig, infer
 from steps.report import ReportConfig, report
 from steps.schedule import Segment
-from steps.train import TrainConfig, train
+from steps.train import TrainConfig, WeightedPairs, train
 
 
 def interleave_steps(
     *,
     model: ExecutorStep,
-    pairs: ExecutorStep,
+    pairs: Sequence[tuple[ExecutorStep, float]],
     trainer: TrainerConfig,
     segments: Sequence[Segment],
     generation: InferConfig | None,
     title: str,
+    eval_every: int | None = None,
+    tensor_parallel: int = 1,
 ) -> list[ExecutorStep]:
     """The steps from `model` and `pairs` to the report.
 
     Args:
         model: Step whose output is a model folder.
-        pairs: Step whose output is `prepare_pairs`'s.
+        pairs: Steps whose outputs are `prepare_pairs`'s, with the weights by which they are read.
         trainer: The whole run.
         segments: From `expand_schedule(trainer.num_train_steps, ...)`.
         generation: What every generation step does; its `model_path`, `trainer` and `step` are filled in here.
             Not needed when no segment generates.
         title: Heading of the report.
+        eval_every, tensor_parallel: As `TrainConfig` has them.
     """
+    pairs_path = _pairs_path(pairs)
     train_steps: list[ExecutorStep] = []
     infer_steps: list[ExecutorStep] = []
     repeats = len(segments) > 2 or sum(segment.infer for segment in segments) > 1
@@ -47,8 +52,10 @@ def interleave_steps(
             config=TrainConfig(
                 trainer=versioned(trainer),
                 model_path=output_path_of(model),
-                pairs_path=output_path_of(pairs),
+                pairs_path=pairs_path,
                 stop_step=versioned(segment.stop),
+                eval_every=versioned(eval_every),
+                tensor_parallel=tensor_parallel,
                 live=take(train_steps[-1]) if train_steps else None,
             ),
         )
@@ -61,7 +68,14 @@ def interleave_steps(
         infer_outputs=tuple(output_path_of(step) for step in infer_steps),
     )
     reporting = ExecutorStep(name="report", fn=report, config=outputs)
-    return [model, pairs, *train_steps, *infer_steps, reporting]
+    return [model, *(step for step, _ in pairs), *train_steps, *infer_steps, reporting]
+
+
+def _pairs_path(pairs: Sequence[tuple[ExecutorStep, float]]) -> Any:
+    if len(pairs) == 1:
+        return output_path_of(pairs[0][0])
+    # Beside the others a weight changes what is read; alone it does not.
+    return tuple(WeightedPairs(output_path_of(step), versioned(weight)) for step, weight in pairs)
 
 
 def _infer_step(

@@ -1,6 +1,8 @@
-"""Settings of the preference data: one component under `data.components`, from files or from the hub."""
+"""Settings of the preference data: components under `data.components`, each from files or from the hub."""
 
 import dataclasses
+import math
+import re
 from typing import cast
 
 from simpo_pipeline.data.config import PreferenceSource, TooLong
@@ -59,14 +61,19 @@ class ComponentSettings:
     source: SourceSettings
     format: FormatSettings = dataclasses.field(default_factory=FormatSettings)
 
+    @property
+    def too_long(self) -> TooLong:
+        """What `prepare_pairs` does with a pair that is too long."""
+        return cast(TooLong, self.format.slice_strategy)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """The training data.
 
     Attributes:
-        components: Exactly one dataset, under a name of its own.
-        train_weights: Weights by component; with one component there is nothing to weigh, so only a positive one fits.
+        components: The datasets, each under a name of its own, which says what its step is called.
+        train_weights: In which proportion pairs are read of each component, above 0; 1 where none is given.
         tokenizer: Folder or hub id whose tokenizer replaces the model's own, which base models need: theirs has no
             chat template.
     """
@@ -76,21 +83,26 @@ class DataSettings:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.components) != 1:
-            raise ConfigError(
-                f"data.components has {len(self.components)} datasets ({', '.join(self.components)}); "
-                "exactly one is trained on: leave out those of weight 0, and join others in one folder"
-            )
+        if not self.components:
+            raise ConfigError("data.components has no datasets; give at least one to train on")
         for name, weight in self.train_weights.items():
-            if name not in self.components or weight <= 0:
+            if name not in self.components or not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(
-                    f"data.train_weights gives {name} {weight}; only the component itself can have a weight, "
-                    "above 0: leave the others out"
+                    f"data.train_weights gives {name} {weight}; only components can have a weight "
+                    f"({', '.join(self.components)}), above 0: leave out those that are not trained on"
                 )
-        self._check_format()
+        for name, component in self.components.items():
+            self._check_name(name)
+            self._check_format(name, component.format)
 
-    def _check_format(self) -> None:
-        name, form = self.name, self.component.format
+    def _check_name(self, name: str) -> None:
+        if len(self.components) > 1 and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ConfigError(
+                f"data.components has a dataset named {name!r}; of several, each names a step: use letters, digits, "
+                "'.', '_' and '-'"
+            )
+
+    def _check_format(self, name: str, form: FormatSettings) -> None:
         if form.type != "preference_chat":
             raise ConfigError(
                 f"SimPO training requires preference_chat datasets. Component '{name}' has format {form.type}"
@@ -103,17 +115,6 @@ class DataSettings:
                 f"Invalid datasets: {name} ({form.slice_strategy})"
             )
 
-    @property
-    def name(self) -> str:
-        """The component's name."""
-        return next(iter(self.components))
-
-    @property
-    def component(self) -> ComponentSettings:
-        """The one dataset."""
-        return self.components[self.name]
-
-    @property
-    def too_long(self) -> TooLong:
-        """What `prepare_pairs` does with a pair that is too long."""
-        return cast(TooLong, self.component.format.slice_strategy)
+    def weight(self, name: str) -> float:
+        """In which proportion a component's pairs are read."""
+        return self.train_weights.get(name, 1.0)

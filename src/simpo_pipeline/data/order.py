@@ -10,6 +10,7 @@ Numpy and grain only: nothing is prefetched, no thread is started, and every pro
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import grain
 import numpy as np
@@ -57,7 +58,7 @@ class PairOrder:
 
     def read(self, places: Sequence[int]) -> list[int]:
         """The pairs at these places, by their indices in the list of all."""
-        return [int(self._order[place]) for place in places]
+        return [cast(int, self._order[place]) for place in places]
 
 
 def _seed_of(seed: int, dataset: int) -> int:

@@ -13,7 +13,6 @@ Prints tables of medians, then ratios, and one JSON line; progress goes to stder
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -26,6 +25,7 @@ from inference_contestants import OURS, PEERS, THREADS, Contestant, Process, con
 from inference_files import CACHE, model_folder, tiny_model_folder
 from inference_report import agreement, ceiling_fractions, figures_of, print_lines, print_table, ratios
 from inference_workloads import SCALING, WORKLOADS, Workload, encoded_prompts
+from machine import machine
 
 from simpo_pipeline.model.hf_weights import load_config
 
@@ -36,22 +36,6 @@ DTYPES = ("float32", "bfloat16")
 BATCH = 128
 
 Rates = dict[str, dict[str, float]]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    cpu = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.partition(":")[2].strip() for line in cpu if line.startswith("model name"))
-    flags = next(line for line in cpu if line.startswith("flags")).split()
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "instructions": sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}.intersection(flags)),
-        "load average": os.getloadavg()[0],
-        "python": sys.version.split()[0],
-        "jax": importlib.metadata.version("jax"),
-    }
 
 
 def measured_ceilings(*, small: bool) -> Rates:

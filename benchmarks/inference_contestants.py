@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from inference_files import environment, gguf_file
 from inference_workloads import Workload
+from machine import THREADS, busy_seconds
 
 HERE = pathlib.Path(__file__).resolve().parent
-THREADS = 2
 # Kind -> environment and script.
 PEERS: Mapping[str, tuple[str, str]] = {
     "transformers": ("transformers", "transformers_generate.py"),
@@ -121,11 +121,11 @@ class Process:
     def ask(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
         """One call; its answer, and how many CPUs other processes kept busy meanwhile, or the hypervisor took away."""
         assert self._process.stdin is not None
-        busy, own, start = _busy_seconds(), self._cpu_seconds(), time.perf_counter()
+        busy, own, start = busy_seconds(), self._cpu_seconds(), time.perf_counter()
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
         answer = self._read()
         seconds = time.perf_counter() - start
-        others = _busy_seconds() - busy - (self._cpu_seconds() - own)
+        others = busy_seconds() - busy - (self._cpu_seconds() - own)
         return answer | {"others_cpus": max(others, 0.0) / seconds}
 
     def close(self) -> None:
@@ -151,14 +151,6 @@ class Process:
         # The name before the last parenthesis may hold spaces.
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
-def _busy_seconds() -> float:
-    """CPU seconds that this machine has worked or was kept from working, over all CPUs."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
-        int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-    )
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def run_in_turn(

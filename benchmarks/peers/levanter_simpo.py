@@ -1,0 +1,86 @@
+"""A SimPO update on Levanter's Llama as a process that trains, in float32 (see training_protocol.py).
+
+Levanter has DPO and no SimPO; this is its DPO's sum of log-probs over one forward pass of all sequences, with the
+loss and optax's AdamW around it. Without recomputation, which is what it is fastest with.
+"""
+# pyright: reportMissingImports=false
+# It runs in an environment of its own.
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
+from levanter.models.lm_model import LmExample
+from levanter.trainer import TrainerConfig
+from training_protocol import (
+    BETA,
+    BETAS,
+    EPSILON,
+    GAMMA_BETA_RATIO,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    Pair,
+    Update,
+    serve_updates,
+)
+
+
+def laid_out(pairs: list[Pair], batch: hax.Axis, position: hax.Axis) -> LmExample:
+    """Chosen answers in the first half of the rows; the weights say what is predicted of the answers."""
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    starts = [pair.start for pair in pairs] * 2
+    tokens = np.zeros((batch.size, position.size), np.int32)
+    weights = np.zeros((batch.size, position.size), np.float32)
+    for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        tokens[row, : len(ids)] = ids
+        # A position's loss is that of the token after it.
+        weights[row, start - 1 : len(ids) - 1] = 1
+    return LmExample(hax.named(tokens, (batch, position)), hax.named(weights, (batch, position)))
+
+
+def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
+    path, longest = settings["model"], max(len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected))
+    trainer = TrainerConfig()
+    batch = hax.Axis("batch", 2 * len(pairs))
+    with trainer.use_device_mesh():
+        converter = LlamaConfig().hf_checkpoint_converter(path)
+        config = dataclasses.replace(
+            converter.config_from_hf_config(converter.default_hf_config), gradient_checkpointing=False
+        )
+        model = converter.load_pretrained(LlamaLMHeadModel, ref=path, config=config, dtype=jnp.float32)
+        example = laid_out(pairs, batch, config.max_Pos.resize(longest))
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(MAX_GRAD_NORM),
+            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=0.0),
+        )
+        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+    def loss_of(model: LlamaLMHeadModel, example: LmExample) -> jax.Array:
+        nll = model.compute_next_token_loss(example, reduction=hax.sum, reduction_axis="position").array
+        average = -nll / example.loss_weight.array.sum(axis=1)
+        chosen, rejected = average[: len(pairs)], average[len(pairs) :]
+        return -jax.nn.log_sigmoid(BETA * (chosen - rejected - GAMMA_BETA_RATIO)).mean()
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(example: LmExample, model: LlamaLMHeadModel, state: optax.OptState) -> Any:
+        loss, gradient = eqx.filter_value_and_grad(loss_of)(model, example)
+        updates, state = optimizer.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
+        return loss, eqx.apply_updates(model, updates), state
+
+    def update() -> float:
+        nonlocal model, state
+        with trainer.use_device_mesh():
+            loss, model, state = step(example, model, state)
+        return float(loss)
+
+    return update
+
+
+if __name__ == "__main__":
+    serve_updates(("marin-levanter", "jax"), load)

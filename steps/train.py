@@ -21,7 +21,11 @@ from steps.profile import profiled
 from steps.session import JobSession, session_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simpo_pipeline.data.loader import PairLoader
+    from simpo_pipeline.data.order import Mixture
+    from simpo_pipeline.data.pairs import TokenizedPair
     from simpo_pipeline.training.trainer import Trainer
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
@@ -81,6 +85,15 @@ class TrainConfig:
         return (WeightedPairs(self.pairs_path, 1.0),) if isinstance(self.pairs_path, str) else self.pairs_path
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The pairs of all datasets, which of them belong to which, and the token that fills what is left of a row."""
+
+    pairs: "Sequence[TokenizedPair]"
+    mixture: "Mixture"
+    pad_id: int
+
+
 def train(config: TrainConfig, run: StepRun) -> Live:
     """Runs the updates up to `stop_step`; writes `metrics.jsonl` and `summary.json`; returns the live trainer.
 
@@ -88,19 +101,21 @@ def train(config: TrainConfig, run: StepRun) -> Live:
 
     Raises:
         ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`.
+        DataError: a pair holds a token that the model does not know; no device has been touched.
     """
     session = session_of(run)
     is_leader = run.processes.is_leader
     # Metrics are equal on all hosts; the leader records them. Opened first, so that a tracker that cannot be opened
     # (no login, say) ends the job before any device is touched.
     tracker = session.tracker if is_leader else NoTracker()
+    data = _read_data(config)
     trainer = _start(config, session) if config.live is None else _take(config)
-    loader = _open_loader(config, trainer)
+    loader = _open_loader(config, trainer, data)
     first_step = trainer.step + 1
     rows: list[dict[str, float]] = []
     with (
         JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
-        _open_evaluator(config, trainer, loader.pad_id, tracker, is_leader) as evaluator,
+        _open_evaluator(config, trainer, data.pad_id, tracker, is_leader) as evaluator,
     ):
         if evaluator is not None and trainer.step == 0:
             evaluator.evaluate()
@@ -169,21 +184,31 @@ def _open_evaluator(
     return Evaluator(trainer, sweep, tracker, config.output_path, is_leader=is_leader)
 
 
-def _open_loader(config: TrainConfig, trainer: "Trainer") -> "PairLoader":
-    # Imported here because planning must not pay for transformers and pyarrow.
+def _read_data(config: TrainConfig) -> TrainingData:
+    # Imported here because planning must not pay for transformers, pyarrow and grain.
     from simpo_pipeline.data.chat import load_tokenizer, pad_token_id
-    from simpo_pipeline.data.loader import PairLoader
     from simpo_pipeline.data.order import Mixture
-    from simpo_pipeline.data.pairs import read_pairs
+    from simpo_pipeline.data.pairs import check_vocabulary, read_pairs
+    from simpo_pipeline.model.hf_weights import load_config
 
     datasets = [read_pairs(join(dataset.path, PAIRS_FILE)) for dataset in config.datasets]
+    pairs = [pair for dataset in datasets for pair in dataset]
+    pad_id = pad_token_id(load_tokenizer(config.model_path))
+    check_vocabulary(pairs, pad_id, load_config(config.model_path).vocab_size)
+    weights = tuple(dataset.weight for dataset in config.datasets)
+    return TrainingData(pairs, Mixture(tuple(map(len, datasets)), weights), pad_id)
+
+
+def _open_loader(config: TrainConfig, trainer: "Trainer", data: TrainingData) -> "PairLoader":
+    from simpo_pipeline.data.loader import PairLoader
+
     return PairLoader(
-        pairs=[pair for dataset in datasets for pair in dataset],
-        mixture=Mixture(tuple(map(len, datasets)), tuple(dataset.weight for dataset in config.datasets)),
+        pairs=data.pairs,
+        mixture=data.mixture,
         batch_size=config.trainer.train_batch_size,
         seq_len=config.trainer.train_seq_len,
         seed=config.trainer.seed,
-        pad_id=pad_token_id(load_tokenizer(config.model_path)),
+        pad_id=data.pad_id,
         num_updates=config.trainer.num_train_steps,
         packing=config.trainer.packing,
         num_groups=trainer.num_groups,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
-from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.errors import ConfigError, DataError
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from steps.train import TrainConfig, WeightedPairs, train
@@ -94,6 +94,18 @@ def test_an_evaluation_without_held_out_pairs_is_refused(run_stretch, tmp_path, 
     (copied / "validation.parquet").unlink()
     with pytest.raises(ConfigError, match=r"no validation\.parquet in .*: set validation_fraction"):
         run_stretch(1, pairs_path=str(copied), eval_every=1)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_before_a_device_is_touched(
+    run_stretch, pairs_path, tmp_path, monkeypatch
+):
+    pairs = read_pairs(pairs_file(pairs_path))
+    foreign = dataclasses.replace(pairs[1], chosen_tokens=pairs[1].chosen_tokens + 264)
+    (tmp_path / "foreign").mkdir()
+    write_pairs(pairs_file(tmp_path / "foreign"), [pairs[0], foreign])
+    monkeypatch.setattr("steps.train._start", None)
+    with pytest.raises(DataError, match=r"holds token .*, and the model knows tokens 0 to 263; prepare the pairs with"):
+        run_stretch(1, pairs_path=str(tmp_path / "foreign"))
 
 
 def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, trainer_config):

@@ -172,11 +172,17 @@ def test_sequences_longer_than_the_model_are_refused_before_compiling(start):
         start(train_seq_len=65)
 
 
-def test_tokens_beyond_the_vocabulary_are_refused_and_the_state_stays(start, tiny_run, five_pairs, make_loader):
+def test_tokens_beyond_the_vocabulary_are_refused_before_compiling(
+    start, tiny_run, five_pairs, make_loader, programs, monkeypatch
+):
     trainer = start()
     before = trainer.digest()
-    with pytest.raises(DataError, match="the batch of update 1 holds token 40, and the model knows tokens 0 to 39"):
+    monkeypatch.setattr(programs, "compile", None)
+    with pytest.raises(DataError, match="the padding token is 40, and the model knows tokens 0 to 39"):
         trainer.train_until(1, make_loader(five_pairs, tiny_run, pad_id=40), ignore)
+    beyond = dataclasses.replace(five_pairs[3], rejected_tokens=five_pairs[3].rejected_tokens + 40)
+    with pytest.raises(DataError, match=f"{beyond.prompt_id}' holds token .*, and the model knows tokens 0 to 39"):
+        trainer.train_until(1, make_loader([*five_pairs[:3], beyond], tiny_run), ignore)
     assert trainer.digest() == before
 
 

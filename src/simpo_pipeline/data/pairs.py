@@ -54,6 +54,26 @@ class TokenizedPair:
         return max(len(self.chosen_tokens), len(self.rejected_tokens))
 
 
+def check_vocabulary(pairs: Sequence[TokenizedPair], pad_id: int, vocab_size: int) -> None:
+    """Checks that a model of this many tokens knows all those of the pairs, and the one that fills what is left.
+
+    Raises:
+        DataError: it does not.
+    """
+    if pad_id >= vocab_size:
+        raise DataError(
+            f"the padding token is {pad_id}, and the model knows tokens 0 to {vocab_size - 1}; use the model's own "
+            "tokenizer"
+        )
+    for pair in pairs:
+        largest = max(int(pair.chosen_tokens.max()), int(pair.rejected_tokens.max()))
+        if largest >= vocab_size:
+            raise DataError(
+                f"pair {pair.prompt_id!r} holds token {largest}, and the model knows tokens 0 to {vocab_size - 1}; "
+                "prepare the pairs with the model's own tokenizer"
+            )
+
+
 def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
     """Write the pairs as one Parquet file: prompt_id, two lists of int32 tokens and where each answer starts.
 

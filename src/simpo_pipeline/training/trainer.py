@@ -23,11 +23,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from simpo_pipeline.data.loader import PairLoader
-from simpo_pipeline.data.rows import RowBatch
+from simpo_pipeline.data.pairs import check_vocabulary
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.distributed.mesh import DATA_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
-from simpo_pipeline.errors import ConfigError, DataError, TrainingError
+from simpo_pipeline.errors import ConfigError, TrainingError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import Llama, init_llama
@@ -153,6 +153,7 @@ class Trainer:
 
         Raises:
             ConfigError: `stop` is behind `step` or beyond the run, or the loader's batches have another shape.
+            DataError: a pair holds a token that the model does not know.
             TrainingError: an update gave a loss or gradient that is not finite; the state is gone.
         """
         if not self.step <= stop <= self.config.num_train_steps:
@@ -176,13 +177,13 @@ class Trainer:
 
         Raises:
             ConfigError: the batches have another shape than the run's.
+            DataError: a pair holds a token that the model does not know.
         """
         self._check_loader(sweep)
         program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
         sums: dict[str, float] = {}
         margins: list[float] = []
         for batch in sweep.batches():
-            self._check_tokens(batch, "the evaluation")
             share = len(batch.pair_rows) / len(sweep.pairs)
             found: LossSums = jax.device_get(program(self.params, place_batch(batch, self.config, self.mesh)))
             for name, value in found.metrics.items():
@@ -198,7 +199,6 @@ class Trainer:
     def _update(self, loader: PairLoader, program: Program) -> dict[str, float]:
         start = time.perf_counter()
         batch = loader.batch(self.step)
-        self._check_tokens(batch, f"the batch of update {self.step + 1}")
         metrics = self._advance(place_batch(batch, self.config, self.mesh), program)
         wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if wrong:
@@ -244,14 +244,7 @@ class Trainer:
                 f"parts (grad_accumulation) on {self.mesh.shape[DATA_AXIS]} devices; give it num_groups "
                 f"{self.num_groups}."
             )
-
-    def _check_tokens(self, batch: RowBatch, what: str) -> None:
-        largest = max(int(batch.tokens.max()), int(batch.targets.max()))
-        if largest >= self.model_config.vocab_size:
-            raise DataError(
-                f"{what} holds token {largest}, and the model knows tokens 0 to {self.model_config.vocab_size - 1}; "
-                "prepare the pairs with the model's own tokenizer."
-            )
+        check_vocabulary(loader.pairs, loader.pad_id, self.model_config.vocab_size)
 
 
 def _abstract(config: TrainerConfig, model_config: LlamaConfig, mesh: Mesh) -> TrainState:

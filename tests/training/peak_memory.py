@@ -1,0 +1,77 @@
+"""Makes updates, and prints the bytes that the compiler announced and the most that they took, as one line of JSON.
+
+A script of its own, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+
+import numpy as np
+
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.distributed.mesh import training_mesh
+from simpo_pipeline.distributed.programs import Programs, forbid_strays
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
+from simpo_pipeline.training.step import build_train_step
+from simpo_pipeline.training.trainer import Trainer
+
+MODEL = LlamaConfig(384, 1024, 8, 6, 6, 64, 16384, 512, tie_word_embeddings=True)
+NUM_PAIRS, PROMPT, ANSWER = 4, 128, 128
+
+
+def resident_bytes() -> int:
+    """What the process holds now."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """The most that it held since the peak was last forgotten."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def random_pair(rng: np.random.Generator, number: int) -> TokenizedPair:
+    prompt = rng.integers(0, MODEL.vocab_size, PROMPT)
+    answers = rng.integers(0, MODEL.vocab_size, (2, ANSWER))
+    chosen, rejected = (np.concatenate([prompt, answer]).astype(np.int32) for answer in answers)
+    return TokenizedPair(str(number), chosen, rejected, PROMPT, PROMPT)
+
+
+def main() -> None:
+    forbid_strays()
+    rng, programs, mesh = np.random.default_rng(0), Programs(), training_mesh()
+    config = TrainerConfig(
+        num_train_steps=3,
+        train_batch_size=NUM_PAIRS,
+        train_seq_len=PROMPT + ANSWER,
+        packing=sys.argv[1] == "packed",
+        remat=sys.argv[2],
+        optimizer=OptimizerConfig(warmup=0),
+    )
+    trainer = Trainer.start_random(config, MODEL, programs=programs, mesh=mesh)
+    loader = PairLoader(
+        pairs=[random_pair(rng, number) for number in range(NUM_PAIRS)],
+        batch_size=NUM_PAIRS,
+        seq_len=PROMPT + ANSWER,
+        seed=0,
+        pad_id=0,
+        num_updates=3,
+        packing=config.packing,
+        num_groups=trainer.num_groups,
+    )
+    # The same text is compiled once: the trainer will be given this very program.
+    program = build_train_step(programs, MODEL, config, mesh, loader.shape)
+    stated = program.memory_bytes
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    # The state lies there already, and is among what the compiler counts.
+    before = resident_bytes() - stated.aliased
+    trainer.train_until(3, loader, lambda step, metrics: None)
+    print(json.dumps({"announced": stated.peak, "taken": peak_bytes() - before}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "remat"), [("packed", "products"), ("padded", "full")])
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget peaks")
+def test_an_update_takes_as_much_memory_as_the_compiler_announced(rows: str, remat: str) -> None:
+    script = Path(__file__).parent / "peak_memory.py"
+    done = subprocess.run([sys.executable, str(script), rows, remat], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(done.stdout)
+    print(memory)
+    assert abs(memory["taken"] - memory["announced"]) < 0.1 * memory["announced"]

@@ -1,5 +1,6 @@
 """`executor_main` as a user meets it: a script, its output and its exit code."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -215,6 +216,17 @@ def test_a_damaged_summary_spoils_only_its_cells(prefix, capsys):
     broken = replace(SUMMARISED, fn=lambda config: write_json(join(config[0], "summary.json"), [1]))
     executor_main(Config(prefix=prefix), steps=[broken])
     assert capsys.readouterr().out.splitlines()[-1] == "Job finished with no error."
+
+
+def test_a_line_is_shown_once_though_a_library_gives_the_root_logger_a_handler(prefix, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    def log_after_import(config: Any):
+        logging.basicConfig(stream=sys.stdout)
+        logging.getLogger("simpo_pipeline.steps").info("a word of the step")
+
+    executor_main(Config(prefix=prefix), steps=[replace(SUMMARISED, fn=log_after_import)])
+    assert capsys.readouterr().out.count("a word of the step") == 1
 
 
 def test_a_failing_step_is_exit_code_one_with_its_traceback_and_the_session_hears_of_it(prefix, capsys):

@@ -225,8 +225,10 @@ def _log_lines(*, to_stderr: bool) -> Generator[None]:
     """Show INFO and above with the time, while the block runs."""
     handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-    level = _logger.level
+    level, propagate = _logger.level, _logger.propagate
     _logger.addHandler(handler)
+    # Libraries that a step imports may give the root logger a handler, and each line would be shown twice.
+    _logger.propagate = False
     _logger.setLevel(logging.INFO)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks; what it raises is told as a StorageError
     try:
@@ -234,3 +236,4 @@ def _log_lines(*, to_stderr: bool) -> Generator[None]:
     finally:
         _logger.removeHandler(handler)
         _logger.setLevel(level)
+        _logger.propagate = propagate

@@ -49,10 +49,12 @@ class FinishedJob:
 def launch(tmp_path_factory):
     """Runs a script in many real processes of one job, through the project's own launcher.
 
-    The jobs share what XLA has compiled: most of them run the same programs.
+    The jobs share what XLA has compiled, also those of other workers: most of them run the same programs.
     """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
 

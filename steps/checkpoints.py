@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
 from simpo_pipeline.executor.run import StepRun
@@ -40,7 +40,10 @@ def refuse_impossible(config: CheckpointConfig, run: StepRun) -> None:
 
 
 class StretchCheckpoints:
-    """Around the updates of one stretch; does nothing where `when` is never. A replay goes on from one and writes none."""
+    """Around the updates of one stretch; where `when` is never it does nothing.
+
+    A replay goes on from a checkpoint, and writes none.
+    """
 
     def __init__(self, config: CheckpointConfig, run: StepRun, mesh: "Mesh", *, after: int, until: int):
         """The stretch runs the updates after `after` up to `until`."""
@@ -48,19 +51,12 @@ class StretchCheckpoints:
         self._until = until
         self._writes = not run.replaying
         self._hands_on = run.is_used_live
-        self._files: Checkpoints | None = None
+        self._files = None if config.when == "never" else _open(config, run, mesh)
         self._trainer: Trainer | None = None
         self._progress: Callable[[], Progress] = dict
         self._signals = _StopSignals()
-        self.record: CheckpointRecord | None = None
+        self.record: CheckpointRecord | None = None if self._files is None else self._files.newest(after, until)
         """The finished checkpoint to go on from."""
-        if config.when != "never":
-            # Imported here because planning must not import jax, and no other job pays for orbax.
-            from simpo_pipeline.training.checkpoints import Checkpoints
-
-            folder = join(run.recorded_path or run.output_path, CHECKPOINTS_FOLDER)
-            self._files = Checkpoints(folder, config, run.processes, mesh, version=run.version)
-            self.record = self._files.newest(after, until)
 
     def earlier(self, name: str) -> list[Any]:
         """A part of the progress up to `record`; empty without one."""
@@ -130,6 +126,14 @@ class StretchCheckpoints:
         self._files.begin(
             trainer.state, step=trainer.step, data_position=trainer.data_position, progress=self._progress()
         )
+
+
+def _open(config: CheckpointConfig, run: StepRun, mesh: "Mesh") -> "Checkpoints":
+    # Imported here because planning must not import jax, and a job without checkpoints needs no orbax.
+    from simpo_pipeline.training.checkpoints import Checkpoints
+
+    folder = join(run.recorded_path or run.output_path, CHECKPOINTS_FOLDER)
+    return Checkpoints(folder, config, run.processes, mesh, version=run.version)
 
 
 class _StopSignals:

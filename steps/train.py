@@ -86,10 +86,11 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     with (
         JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
         _open_evaluator(config, trainer, loader.pad_id, tracker, is_leader) as evaluator,
-        checkpoints.watch(trainer, lambda: {"metrics": rows, "evaluations": evaluator.rows if evaluator else []}),
+        checkpoints.watch(trainer, lambda: _progress(rows, evaluator)),
     ):
-        for row in rows if metrics_file is not None else []:
-            metrics_file.write(row)
+        if metrics_file is not None:
+            for row in rows:
+                metrics_file.write(row)
         if evaluator is not None:
             _resume_evaluations(evaluator, checkpoints, trainer.step, config)
 
@@ -128,6 +129,11 @@ def _stretches(
         return [(config.stop_step, nullcontext())]
     around = profiled(config.output_path, run.processes.process_index)
     return [(profile - 1, nullcontext()), (profile, around), (config.stop_step, nullcontext())]
+
+
+def _progress(rows: list[dict[str, float]], evaluator: Evaluator | None) -> dict[str, list[Any]]:
+    """What a checkpoint remembers of the outputs so far; copies, since the lists grow on."""
+    return {"metrics": list(rows), "evaluations": [] if evaluator is None else list(evaluator.rows)}
 
 
 def _resume_evaluations(evaluator: Evaluator, checkpoints: StretchCheckpoints, step: int, config: TrainConfig) -> None:

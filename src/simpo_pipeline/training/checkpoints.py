@@ -99,8 +99,9 @@ class Checkpoints:
         record = CheckpointRecord(**found) if found is not None else None
         if record is not None and record.layout != self._layout:
             raise ConfigError(
-                f"checkpoint {self._path_of(record)!r} was written by {record.layout}, and this job has {self._layout}: "
-                f"other devices round otherwise. Start as many, or delete {self._folder!r} to compute it again."
+                f"checkpoint {self._path_of(record)!r} was written by {record.layout}, and this job has "
+                f"{self._layout}: other devices round otherwise. Start as many, or delete {self._folder!r} to compute "
+                "it again."
             )
         return record
 
@@ -137,6 +138,8 @@ class Checkpoints:
 
     def begin(self, state: TrainState, *, step: int, data_position: int, progress: dict[str, Any]) -> None:
         """Copies the state to the host, and begins to write it; the one begun before is finished first.
+
+        `progress` is written only at the end: the caller must not change it.
 
         Raises:
             StorageError: the one begun before could not be written.

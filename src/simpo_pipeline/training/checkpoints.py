@@ -81,7 +81,7 @@ class Checkpoints:
             barrier_sync_key_prefix=_key_of(self._folder) if count > 1 else None,
         )
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+            _handler(options),
             multiprocessing_options=options,
             timeout_secs=_WRITE_TIMEOUT_SECONDS,
             # Called in the leader when every process has written its part, right before orbax moves it into place.
@@ -151,9 +151,10 @@ class Checkpoints:
         self._all_written.clear()
         # A name of its own each time: a job that lost its lease must not write where the next holder does.
         name: str = self._processes.agree(f"{step:08d}-{uuid.uuid4().hex[:8]}")
-        self._pending = CheckpointRecord(name, step, data_position, digest, self._version, self._layout, progress)
-        with _orbax_border("write", self._path_of(self._pending)):
-            self._orbax.save(self._path_of(self._pending), args=ocp.args.PyTreeSave(_by_name(state)))
+        record = CheckpointRecord(name, step, data_position, digest, self._version, self._layout, progress)
+        with _orbax_border("write", self._path_of(record)):
+            self._orbax.save(self._path_of(record), args=ocp.args.PyTreeSave(_by_name(state)))
+        self._pending = record
 
     def settle(self, *, wait: bool = True) -> None:
         """Records the checkpoint that is being written, when every process has written its part.
@@ -205,6 +206,17 @@ class Checkpoints:
         for name in list_names(self._folder):
             if not name.endswith(_RECORD_SUFFIX) and name not in kept:
                 remove_tree(join(self._folder, name))
+
+
+def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Writes each array from the shards as they lie; whatever would launch a program on the way is turned off."""
+    # A replicated array is else cut by a program, and each replica writes a part.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=options,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        enable_pinned_host_transfer=False,
+    )
 
 
 def _by_name(state: TrainState) -> dict[str, Any]:

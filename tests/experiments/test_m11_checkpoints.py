@@ -38,7 +38,8 @@ def test_a_job_killed_in_update_4_goes_on_from_update_3_to_the_same_digest(launc
     # The replay of train-2 computes nothing, and train-5 at most what was not written yet.
     lines = [line for line in again.lines(0) if "INFO step" in line]
     assert 4 <= len(lines) <= 5, again.text
-    assert again.text.count("went on from checkpoint") == 2 * count, again.text
+    # That of update 3 may have been half written when the kill came.
+    assert again.text.count("went on from checkpoint") == count * (1 + (len(lines) == 4)), again.text
     assert digest(killed, "train-5") == digest(whole, "train-5")
     losses = [(output(prefix, "train-5") / "metrics.jsonl").read_text().count("\n") for prefix in (whole, killed)]
     assert losses == [5, 5]

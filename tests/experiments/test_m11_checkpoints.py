@@ -1,4 +1,4 @@
-"""M11 killed in its second stretch goes on from a checkpoint, on one process and on two, and exports what it trained."""
+"""M11 killed in its second stretch goes on from a checkpoint, on one process and on two, and exports its weights."""
 
 import json
 import pathlib

@@ -173,7 +173,7 @@ class Checkpoints:
         if self._processes.is_leader:
             write_json(self._path_of(pending) + _RECORD_SUFFIX, dataclasses.asdict(pending))
             logger.info("checkpoint %s, after update %d", self._path_of(pending), pending.step)
-            self._prune()
+            self._prune(pending)
 
     def close(self) -> None:
         """Ends what still writes; what is not recorded by then is no checkpoint."""
@@ -191,14 +191,21 @@ class Checkpoints:
                 return record
         return None
 
+    def _is_own(self, name: str) -> bool:
+        return read_json(join(self._folder, name + _RECORD_SUFFIX))["version"] == self._version
+
     def _recorded_names(self) -> list[str]:
         """The names of the finished checkpoints, by their updates."""
         names = [name for name in list_names(self._folder) if not name.startswith(".")]
         return sorted(name.removesuffix(_RECORD_SUFFIX) for name in names if name.endswith(_RECORD_SUFFIX))
 
-    def _prune(self) -> None:
-        """Removes older checkpoints than are kept, and what was never finished; nothing is being written now."""
-        kept = set(self._recorded_names()[-self._keep :])
+    def _prune(self, newest: CheckpointRecord) -> None:
+        """Removes older checkpoints than are kept, other versions', and what was never finished.
+
+        Nothing is being written now.
+        """
+        others = [name for name in self._recorded_names() if name != newest.name and self._is_own(name)]
+        kept = {newest.name, *others[max(0, len(others) - self._keep + 1) :]}
         for name in list_names(self._folder):
             if name.endswith(_RECORD_SUFFIX) and name.removesuffix(_RECORD_SUFFIX) not in kept:
                 remove_tree(join(self._folder, name))

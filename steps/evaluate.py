@@ -58,6 +58,8 @@ class Evaluator:
         self._sweep = sweep
         self._tracker = tracker
         self._file = JsonlWriter(join(output_path, EVALUATIONS_FILE)) if is_leader else None
+        self.rows: list[dict[str, Any]] = []
+        """What was written so far."""
 
     def __enter__(self) -> "Evaluator":
         return self
@@ -67,6 +69,12 @@ class Evaluator:
     ) -> None:
         if self._file is not None:
             self._file.__exit__(kind, error, traceback)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Puts a row into the step's outputs."""
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(row)
 
     def evaluate(self) -> None:
         """Says how the weights as they are do on the held-out pairs."""
@@ -81,8 +89,7 @@ class Evaluator:
             "accuracy": dataclasses.asdict(estimate),
             "margins": list(found.margins),
         }
-        if self._file is not None:
-            self._file.write(row)
+        self.write(row)
         self._tracker.log({f"eval/{name}": value for name, value in found.metrics.items()}, step=step)
         logger.info(
             "after update %d: loss %.5f, accuracy %.3f (95%% %.3f to %.3f) on %d held-out pairs",

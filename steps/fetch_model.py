@@ -74,11 +74,11 @@ def fetch_model(config: FetchModelConfig) -> None:
     else:
         folder = _folder_of(config.source, config.revision, (*MODEL_FILES, *TOKENIZER_FILES))
         _require_files(config.source, folder, (*REQUIRED_MODEL_FILES, *REQUIRED_TOKENIZER_FILES))
-        _copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), config.output_path)
+        copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), config.output_path)
     if config.tokenizer_source is not None:
         folder = _folder_of(config.tokenizer_source, None, TOKENIZER_FILES)
         _require_files(config.tokenizer_source, folder, REQUIRED_TOKENIZER_FILES)
-        _copy_files(folder, TOKENIZER_FILES, config.output_path)
+        copy_files(folder, TOKENIZER_FILES, config.output_path)
     files = list_files(config.output_path)
     summary = {
         "source": config.source,
@@ -119,7 +119,8 @@ def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
         )
 
 
-def _copy_files(folder: str, patterns: tuple[str, ...], output_path: str) -> None:
+def copy_files(folder: str, patterns: tuple[str, ...], output_path: str) -> None:
+    """Copies the files directly inside a folder whose names fit one of the patterns; both at any storage path."""
     for file in list_files(folder):
         name = file.relative_path
         # Repositories keep other formats (original/, onnx/) in folders of their own.

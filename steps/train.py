@@ -14,7 +14,8 @@ from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
-from simpo_pipeline.training.config import TrainerConfig
+from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
+from steps.checkpoints import StretchCheckpoints, refuse_impossible
 from steps.evaluate import Evaluator, open_sweep
 from steps.prepare_pairs import PAIRS_FILE
 from steps.profile import profiled
@@ -57,6 +58,8 @@ class TrainConfig:
             evaluated; None evaluates none.
         tensor_parallel: Over so many neighbouring devices each matrix is split too, in the step that starts the run.
         live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
+        checkpoint: When the state is written, for a job that was killed; no output depends on it, so it bears no
+            identity.
     """
 
     trainer: TrainerConfig
@@ -66,6 +69,7 @@ class TrainConfig:
     eval_every: int | None = None
     tensor_parallel: int = 1
     live: Any = None
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
@@ -97,28 +101,36 @@ class TrainingData:
 def train(config: TrainConfig, run: StepRun) -> Live:
     """Runs the updates up to `stop_step`; writes `metrics.jsonl` and `summary.json`; returns the live trainer.
 
-    With `eval_every` it writes `evaluations.jsonl` too.
+    With `eval_every` it writes `evaluations.jsonl` too. Where a job before this one left a checkpoint, it goes on from
+    there; the outputs are those of one that never stopped.
 
     Raises:
-        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`.
+        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`; or `checkpoint` asks
+            for what this job cannot do.
         DataError: a pair holds a token that the model does not know; no device has been touched.
+        TrainingError: a checkpoint is not what was written.
     """
     session = session_of(run)
+    refuse_impossible(config.checkpoint, run)
     is_leader = run.processes.is_leader
     # Metrics are equal on all hosts; the leader records them. Opened first, so that a tracker that cannot be opened
     # (no login, say) ends the job before any device is touched.
     tracker = session.tracker if is_leader else NoTracker()
     data = _read_data(config)
-    trainer = _start(config, session) if config.live is None else _take(config)
+    first_step = 1 if config.live is None else config.live.step + 1
+    trainer, checkpoints = _start(config, run, session) if config.live is None else _take(config, run)
     loader = _open_loader(config, trainer, data)
-    first_step = trainer.step + 1
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, float]] = checkpoints.earlier("metrics")
     with (
         JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
         _open_evaluator(config, trainer, data.pad_id, tracker, is_leader) as evaluator,
+        checkpoints.watch(trainer, lambda: _progress(rows, evaluator)),
     ):
-        if evaluator is not None and trainer.step == 0:
-            evaluator.evaluate()
+        if metrics_file is not None:
+            for row in rows:
+                metrics_file.write(row)
+        if evaluator is not None:
+            _resume_evaluations(evaluator, checkpoints, trainer.step, config)
 
         def record(step: int, metrics: dict[str, float]) -> None:
             row = {"step": step, **metrics}
@@ -133,6 +145,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
             )
             if evaluator is not None and step % (config.eval_every or 1) == 0:
                 evaluator.evaluate()
+            checkpoints.after_update()
 
         for stop, around in _stretches(trainer.step, config, session.profile, run):
             with around:
@@ -156,23 +169,48 @@ def _stretches(
     return [(profile - 1, nullcontext()), (profile, around), (config.stop_step, nullcontext())]
 
 
-def _start(config: TrainConfig, session: JobSession) -> "Trainer":
+def _progress(rows: list[dict[str, float]], evaluator: Evaluator | None) -> dict[str, list[Any]]:
+    """What a checkpoint remembers of the outputs so far; copies, since the lists grow on."""
+    return {"metrics": list(rows), "evaluations": [] if evaluator is None else list(evaluator.rows)}
+
+
+def _resume_evaluations(evaluator: Evaluator, checkpoints: StretchCheckpoints, step: int, config: TrainConfig) -> None:
+    """Writes the evaluations of before again, and makes the one that is due where the stretch begins."""
+    for row in checkpoints.earlier("evaluations"):
+        evaluator.write(row)
+    done = bool(evaluator.rows) and evaluator.rows[-1]["step"] == step
+    # A stretch that takes its trainer live begins where the one before has evaluated.
+    resumed = checkpoints.record is not None and step % (config.eval_every or 1) == 0
+    if step == 0 or (resumed and not done):
+        evaluator.evaluate()
+
+
+def _start(config: TrainConfig, run: StepRun, session: JobSession) -> "tuple[Trainer, StretchCheckpoints]":
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.mesh import training_mesh
     from simpo_pipeline.training.trainer import Trainer
 
-    mesh = training_mesh(config.tensor_parallel)
-    return Trainer.start(config.trainer, config.model_path, programs=session.programs, mesh=mesh)
+    # The programs first: they say whether this process may touch the devices.
+    programs, mesh = session.programs, training_mesh(config.tensor_parallel)
+    checkpoints = StretchCheckpoints(config.checkpoint, run, mesh, after=0, until=config.stop_step)
+    if checkpoints.record is None:
+        return Trainer.start(config.trainer, config.model_path, programs=programs, mesh=mesh), checkpoints
+    step, load = checkpoints.record.step, checkpoints.load
+    trainer = Trainer.resume(config.trainer, config.model_path, step, load, programs=programs, mesh=mesh)
+    return trainer, checkpoints
 
 
-def _take(config: TrainConfig) -> "Trainer":
+def _take(config: TrainConfig, run: StepRun) -> "tuple[Trainer, StretchCheckpoints]":
     trainer: Trainer = config.live
     if trainer.config != config.trainer:
         raise ConfigError(
             f"the live trainer is of another run: it has {trainer.config}, this step was given {config.trainer}; "
             "all stretches of one run share one trainer config"
         )
-    return trainer
+    checkpoints = StretchCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
+    if checkpoints.record is not None:
+        trainer.restore(checkpoints.record.step, checkpoints.load)
+    return trainer, checkpoints
 
 
 def _open_evaluator(

@@ -29,6 +29,7 @@ from simpo_pipeline.errors import (
     StepFailedError,
     StorageError,
 )
+from simpo_pipeline.executor.checkpoints import remove_checkpoints
 from simpo_pipeline.executor.commit import StepFiles
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.holder import utc_now
@@ -112,7 +113,8 @@ class Attempt:
     """One attempt at one step, by all processes.
 
     `consumers` are the steps that will use its live value. Unless `everywhere`, the step's function is called in the
-    leader alone, and the other processes wait for it. A `forced` step runs also if it is done.
+    leader alone, and the other processes wait for it. A `forced` step runs also if it is done. `is_used_live`: the
+    experiment has steps that use its live value, whether or not they are to run.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Attempt:
         replaying: bool,
         everywhere: bool,
         forced: bool,
+        is_used_live: bool = False,
     ):
         self._job = job
         self._step = step
@@ -133,6 +136,7 @@ class Attempt:
         self._replaying = replaying
         self._everywhere = everywhere
         self._forced = forced
+        self._is_used_live = is_used_live
         self._started = utc_now()
         self._output_path = job.scratch_path(step) if replaying else job.graph.output_paths[step]
         self._files = StepFiles(self._output_path, job.files, job.leases)
@@ -143,6 +147,7 @@ class Attempt:
         self._past_phase = False
         self._committed = False
         self.seconds = 0.0
+        self.left_checkpoints = False
 
     def execute(self) -> Ending:
         """Call the step's function and record the outcome; what goes wrong in the step is kept in `error`."""
@@ -274,7 +279,12 @@ class Attempt:
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
         if wants_run(step):
-            run = StepRun(step.name, self._output_path, job.processes, job.session, self._plan, self._replaying)
+            run = StepRun(
+                *(step.name, self._output_path, job.processes, job.session, self._plan, self._replaying),
+                recorded_path=job.graph.output_paths[step],
+                version=job.graph.identities[step].hash,
+                is_used_live=self._is_used_live,
+            )
             result = step.fn(config, run)
         else:
             result = step.fn(config)
@@ -316,6 +326,9 @@ class Attempt:
         self._write_info(Ended(round(self.seconds, 3), digest))
         self._files.put_status(Status.SUCCESS)
         self._committed = True
+        self.left_checkpoints = self._files.has_checkpoints
+        if self.left_checkpoints and not self._is_used_live:
+            remove_checkpoints(self._output_path)
 
     def _check_replay(self, digest: str | None) -> None:
         try:

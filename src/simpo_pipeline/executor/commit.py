@@ -17,11 +17,12 @@ from simpo_pipeline.executor.status import (
     STATUS_FILE,
     Status,
     StepRecord,
-    find_outputs,
+    is_of_checkpoint,
     manifest_bytes,
+    outputs_among,
 )
 from simpo_pipeline.storage.conditional import ConditionalFiles
-from simpo_pipeline.storage.files import json_bytes
+from simpo_pipeline.storage.files import json_bytes, list_files
 from simpo_pipeline.storage.paths import join
 
 
@@ -34,6 +35,7 @@ class StepFiles:
         self._leases = leases
         self._lease_path = join(output_path, LEASE_FILE)
         self._versions: dict[str, str | None] = {}
+        self.has_checkpoints = False
 
     def adopt(self, record: StepRecord) -> None:
         """Start from what was just seen at the output path."""
@@ -59,8 +61,10 @@ class StepFiles:
         self._put(INFO_FILE, json_bytes(info))
 
     def put_manifest(self) -> None:
-        """List every output file with its size and checksum."""
-        self._put(MANIFEST_FILE, manifest_bytes(find_outputs(self._output_path)))
+        """List every output file with its size and checksum; from then on it is known whether there are checkpoints."""
+        entries = list_files(self._output_path)
+        self.has_checkpoints = any(is_of_checkpoint(entry.relative_path) for entry in entries)
+        self._put(MANIFEST_FILE, manifest_bytes(outputs_among(self._output_path, entries)))
 
     def put_error(self, error: Mapping[str, Any]) -> None:
         """Record who failed, and how."""

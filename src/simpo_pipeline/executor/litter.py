@@ -4,6 +4,7 @@
     probe       .shared-<run id>, by which a run that is over made sure that all its hosts see one prefix
     temporary   .NAME.<32 hex digits>.tmp, left by a writer that was killed
     attempt     outputs in a step's folder that its manifest does not name, or all of them if the step did not succeed
+    checkpoint  .checkpoints/ in a step's folder: of a job that will not go on, or did not come to removing them
 
 Left alone: the executor's own records, whatever a living job may be using, and every folder that is no step's. Only
 what was listed is removed: of a step under its lease, so that no job begins meanwhile, and each file only in the
@@ -27,11 +28,13 @@ from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
 from simpo_pipeline.executor.output import json_document
 from simpo_pipeline.executor.parallel import in_parallel
 from simpo_pipeline.executor.status import (
+    CHECKPOINTS_FOLDER,
     LEASE_FILE,
     MANIFEST_FILE,
     OWN_FILES,
     STATUS_FILE,
     Status,
+    is_of_checkpoint,
     manifest_bytes,
     read_manifest,
 )
@@ -62,6 +65,7 @@ class Kind(StrEnum):
     PROBE = "probe"
     TEMPORARY = "temporary"
     ATTEMPT = "attempt"
+    CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -180,16 +184,21 @@ def _litter_of_step(prefix: str, step: SeenStep, now: float) -> Iterator[Item]:
         return
     versions = step.record.versions
     claim = Claim(step.path, versions.get(LEASE_FILE), versions.get(STATUS_FILE))
+    checkpoints = [entry for entry in step.files if is_of_checkpoint(step.name_of(entry))]
     for entry in step.files:
-        name = _temporary_for(entry)
+        name = _temporary_for(entry) if not is_of_checkpoint(step.name_of(entry)) else None
         # Who wants the lease of a dead job writes such a file beside it, so the executor's own are never urgent.
         lease = step.lease if name not in OWN_FILES else None
         if name is not None and _is_over(lease, [entry], now):
             yield Item(Kind.TEMPORARY, entry.relative_path, (entry,), claim)
     strays, status = _strays(prefix, step), step.file(STATUS_FILE)
+    recorded = [status] if status is not None else []
     # A step that just failed is about to be started again, perhaps from what it left: its status counts too.
-    if strays and _is_over(step.lease, [*strays, *([status] if status is not None else [])], now):
+    if strays and _is_over(step.lease, [*strays, *recorded], now):
         yield Item(Kind.ATTEMPT, step.path, tuple(strays), claim)
+    # A job that was killed is about to go on from them: so they are left alone for as long as any file of a living job.
+    if checkpoints and all(is_quiet(entry.modified, now) for entry in [*checkpoints, *recorded]):
+        yield Item(Kind.CHECKPOINT, join(step.path, CHECKPOINTS_FOLDER), tuple(checkpoints), claim)
 
 
 def _strays(prefix: str, step: SeenStep) -> list[FileEntry]:

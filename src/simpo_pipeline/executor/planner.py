@@ -42,6 +42,8 @@ class Planner:
         self._request = request
         self._processes = processes
         self._what_changed: dict[Step, str] | None = None
+        self.with_checkpoints: set[Step] = set()
+        """In the leader, the steps that had checkpoints when they were last looked at."""
 
     def check_same_steps(self) -> None:
         """Make sure that all processes of the job built the same DAG.
@@ -119,6 +121,7 @@ class Planner:
         if self._what_changed is None:
             new = [step for step, record in records.items() if record.status is None]
             self._what_changed = self._explain(new, names_beside)
+        self.with_checkpoints = {step for step, record in records.items() if record.has_checkpoints}
         for step, text in self._what_changed.items():
             records[step] = replace(records[step], what_changed=text)
         return records

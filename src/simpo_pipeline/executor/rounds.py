@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from simpo_pipeline.errors import SimpoPipelineError, StepCancelledError, StepFailedError
 from simpo_pipeline.executor.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
+from simpo_pipeline.executor.checkpoints import remove_unused_checkpoints
 from simpo_pipeline.executor.graph import Step
 from simpo_pipeline.executor.order import Order
 from simpo_pipeline.executor.plan import Decision
@@ -52,6 +53,7 @@ class Rounds:
         self._decisions: dict[Step, Decision] = {}
         self._attempted: dict[Step, Decision] = {}
         self._seconds: dict[Step, float] = {}
+        self._left_checkpoints: set[Step] = set()
         self._bad_endings: dict[Step, Ending] = {}
         self._errors: dict[Step, SimpoPipelineError] = {}
 
@@ -132,13 +134,19 @@ class Rounds:
         consumers, everywhere = self._future_consumers(step), step in self._everywhere
         forced = self._planner.is_forced(step) and step not in self._attempted
         attempt = Attempt(
-            self._job, step, self.rows(), consumers, replaying=replaying, everywhere=everywhere, forced=forced
+            *(self._job, step, self.rows(), consumers),
+            replaying=replaying,
+            everywhere=everywhere,
+            forced=forced,
+            is_used_live=step in self._order.consumers,
         )
         ending = attempt.execute()
         if ending is Ending.POSTPONED:
             _logger.info("%s is postponed: another job has it", step.name)
             return ending
         self._attempted[step] = decision
+        if attempt.left_checkpoints:
+            self._left_checkpoints.add(step)
         self._seconds[step] = attempt.seconds
         if attempt.error is not None:
             self._errors[step] = attempt.error
@@ -180,11 +188,20 @@ class Rounds:
             failed_need = self._bad_endings.get(step) is Ending.DEP_FAILED or decision.action is Action.BLOCKED
             if failed_need and step not in self._errors and any(self._is_bad(need) for need in self._needs[step]):
                 record_dep_failed(self._job, step)
+        for step in self._planner.with_checkpoints | self._left_checkpoints:
+            if all(self._is_done(other) for other in (step, *self._order.consumers.get(step, ()))):
+                remove_unused_checkpoints(self._job.graph.output_paths[step], self._job.leases)
         lease = join(self._job.scratch_folder, LEASE_FILE)
         if self._job.leases.holds(lease):
             self._job.leases.release(lease)
             if not self._errors:
                 remove_tree(self._job.scratch_folder)
+
+    def _is_done(self, step: Step) -> bool:
+        """Whether the step's outputs are recorded, by this job or before."""
+        if step in self._bad_endings or step not in self._decisions:
+            return False
+        return step in self._attempted or self._decisions[step].action in (Action.SKIP, Action.REPLAY)
 
     def _is_bad(self, step: Step) -> bool:
         blocked = step in self._decisions and self._decisions[step].action is Action.BLOCKED

@@ -47,3 +47,9 @@ class StepRun:
     plan: tuple[PlanRow, ...]
     replaying: bool
     """Whether only the live value of this call counts; its outputs will be thrown away."""
+    recorded_path: str = ""
+    """The step's own output path: `output_path`, but of a replay."""
+    version: str = ""
+    """Hash of the step's identity."""
+    is_used_live: bool = False
+    """Whether the experiment has steps that use the live value."""

@@ -30,6 +30,8 @@ LEASE_FILE = ".executor_status.lock"
 INFO_FILE = ".executor_info"
 MANIFEST_FILE = "manifest.json"
 ERROR_FILE = "error.json"
+# Hidden, so that no manifest lists what is in it (see checkpoints.py).
+CHECKPOINTS_FOLDER = ".checkpoints"
 OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, MANIFEST_FILE, ERROR_FILE)
 _MAX_TOKEN_BYTES = 64
 
@@ -71,6 +73,7 @@ class StepRecord:
     """For a step that never ran: how it differs from the nearest step of its name that did."""
     versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     """The version of each file of the executor's own that is there, by name; None where the listing does not tell."""
+    has_checkpoints: bool = False
 
     @property
     def done(self) -> bool:
@@ -96,7 +99,8 @@ def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
     if MANIFEST_FILE in entries:
         manifest = _find_damage(output_path, entries)
     own = {name: entry.version for name, entry in entries.items() if name in OWN_FILES}
-    return StepRecord(status, unreadable, manifest, ERROR_FILE in entries, lease, versions=own)
+    checkpoints = any(is_of_checkpoint(name) for name in entries)
+    return StepRecord(status, unreadable, manifest, ERROR_FILE in entries, lease, None, own, checkpoints)
 
 
 _TOKENS = {(len(token), crc32c_of_bytes(token)): token for token in (status.value.encode() for status in Status)}
@@ -158,14 +162,19 @@ def manifest_bytes(outputs: list[FileEntry]) -> bytes:
 
 def find_outputs(output_path: str) -> list[FileEntry]:
     """Every output that is there now, with its checksum."""
+    return outputs_among(output_path, list_files(output_path))
+
+
+def outputs_among(output_path: str, entries: list[FileEntry]) -> list[FileEntry]:
+    """The outputs in a listing of an output path, with their checksums."""
 
     def with_checksum(entry: FileEntry) -> FileEntry:
         checksum = entry.crc32c or crc32c_of(join(output_path, entry.relative_path))
         return FileEntry(entry.relative_path, entry.num_bytes, checksum)
 
-    entries = [entry for entry in list_files(output_path) if is_output(entry.relative_path)]
+    outputs = [entry for entry in entries if is_output(entry.relative_path)]
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 2)) as pool:
-        return list(pool.map(with_checksum, entries))
+        return list(pool.map(with_checksum, outputs))
 
 
 def read_manifest(output_path: str) -> list[FileEntry]:
@@ -198,3 +207,8 @@ def is_output(relative_path: str) -> bool:
     """Whether a file below an output path is the step's and not the executor's."""
     hidden = any(part.startswith(".") for part in relative_path.split("/"))
     return not hidden and relative_path not in (MANIFEST_FILE, ERROR_FILE)
+
+
+def is_of_checkpoint(relative_path: str) -> bool:
+    """Whether a file below an output path belongs to a checkpoint of the step."""
+    return relative_path.startswith(f"{CHECKPOINTS_FOLDER}/")

@@ -90,8 +90,8 @@ def load_weights(path: str, abstract: Llama) -> Llama:
         def read(name: str, part: Index) -> np.ndarray:
             return tensors[name].get_slice(name)[part]
 
-        layers = {field: _load_leaf(leaf, names, read) for field, names, leaf in _layer_leaves(abstract)}
-        top = {field: _load_leaf(leaf, [name], read) for field, name, leaf in _top_leaves(abstract)}
+        layers = {field: _load_leaf(leaf, names, read) for field, names, leaf in layer_leaves(abstract)}
+        top = {field: _load_leaf(leaf, [name], read) for field, name, leaf in top_leaves(abstract)}
     return Llama(
         embedding=top["embedding"],
         layers=LlamaLayers(**layers),
@@ -119,7 +119,7 @@ def save_weights(
     dtype = np.dtype(dtype)
     tensors = dict(_host_tensors(model))
     num_bytes = {name: tensor.size * dtype.itemsize for name, tensor in tensors.items()}
-    shards = _split(num_bytes, max_shard_bytes)
+    shards = split_into_files(num_bytes, max_shard_bytes)
     with staged_folder(path) as folder:
         write_json(str(folder / CONFIG_FILE), {**model.config.to_hf(), "torch_dtype": dtype.name})
         for file_name, names in shards.items():
@@ -127,9 +127,7 @@ def save_weights(
             cast = {name: np.ascontiguousarray(tensors[name].astype(dtype, copy=False)) for name in names}
             write_safetensors(folder / file_name, cast)
         if len(shards) > 1:
-            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
-            write_json(str(folder / INDEX_FILE), index)
+            write_json(str(folder / INDEX_FILE), index_of(shards, num_bytes))
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -139,7 +137,17 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
+def stored_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor, in Hugging Face's order: embedding, layer after layer, final norm, head."""
+    top = {name: _stored_shape(leaf.axes) for _, name, leaf in top_leaves(model)}
+    stacked = [(names, _stored_shape(leaf.axes[1:])) for _, names, leaf in layer_leaves(model)]
+    shapes = {TOP_TENSORS["embedding"]: top.pop(TOP_TENSORS["embedding"])}
+    for layer in range(model.config.num_layers):
+        shapes |= {names[layer]: shape for names, shape in stacked}
+    return shapes | top
+
+
+def top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
     """(field, tensor name, leaf) of the parameters outside the layers."""
     for field, name in TOP_TENSORS.items():
         leaf = getattr(model, field)
@@ -147,7 +155,7 @@ def _top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
             yield field, name, leaf
 
 
-def _layer_leaves(model: Llama) -> Iterator[tuple[str, list[str], NamedArray]]:
+def layer_leaves(model: Llama) -> Iterator[tuple[str, list[str], NamedArray]]:
     """(field, tensor name of each layer, leaf) of the stacked parameters."""
     for field, name in LAYER_TENSORS.items():
         names = [f"model.layers.{layer}.{name}.weight" for layer in range(model.config.num_layers)]
@@ -183,9 +191,7 @@ def _open_tensors(path: str, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, tuple[int, ...]]) -> None:
-    expected = {name: _stored_shape(leaf.axes) for _, name, leaf in _top_leaves(abstract)}
-    for _, names, leaf in _layer_leaves(abstract):
-        expected |= dict.fromkeys(names, _stored_shape(leaf.axes[1:]))
+    expected = stored_shapes(abstract)
     # Old exports hold the rotary frequencies, and some tied ones the head again; neither is a parameter.
     known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     known |= {TOP_TENSORS["head"]} if abstract.head is None else set()
@@ -246,16 +252,23 @@ def _refuse_remote_parts(model: Llama) -> None:
 
 def _host_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
     """(name, host array as stored) in Hugging Face's order: embedding, layer after layer, final norm, head."""
-    top = {name: np.asarray(leaf.array) for _, name, leaf in _top_leaves(model)}
-    stacked = [(names, np.asarray(leaf.array), _stored_shape(leaf.axes[1:])) for _, names, leaf in _layer_leaves(model)]
-    yield TOP_TENSORS["embedding"], top.pop(TOP_TENSORS["embedding"])
-    for layer in range(model.config.num_layers):
-        for names, array, shape in stacked:
-            yield names[layer], array[layer].reshape(shape)
-    yield from top.items()
+    top = {name: np.asarray(leaf.array) for _, name, leaf in top_leaves(model)}
+    layers = {
+        name: array
+        for _, names, leaf in layer_leaves(model)
+        for name, array in zip(names, np.asarray(leaf.array), strict=True)
+    }
+    for name, shape in stored_shapes(model).items():
+        yield name, top[name] if name in top else layers[name].reshape(shape)
 
 
-def _split(num_bytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+def index_of(files: Mapping[str, list[str]], num_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """The index of weights in several files, as `split_into_files` gives them."""
+    weight_map = {name: file_name for file_name, names in files.items() for name in names}
+    return {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
+
+
+def split_into_files(num_bytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
     """File name -> tensor names, in order; each file holds at most `max_shard_bytes`, or one tensor."""
     shards: list[list[str]] = [[]]
     filled = 0

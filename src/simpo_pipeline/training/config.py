@@ -18,6 +18,7 @@ LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
 LOSS_TYPES = ("sigmoid", "hinge")
 # What the forward pass keeps of each layer for the backward pass; the rest is computed again.
 REMAT_POLICIES = ("full", "products", "none")
+CHECKPOINT_TIMES = ("never", "every", "on_failure")
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,34 @@ class TrainerConfig:
                 f"optimizer.warmup is {warmup_steps} and optimizer.decay {decay_steps} updates of a run of "
                 f"{self.num_train_steps}: lower one of them or raise num_train_steps."
             )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of a run is written, for a job that was killed to go on from; it changes no result.
+
+    Attributes:
+        when: One of `CHECKPOINT_TIMES`. "every": after every so many updates, and at the end of a stretch whose trainer
+            goes on live. "on_failure": when a stretch fails or is told to stop between two updates, in a job of one
+            process. "never": a job that was killed computes the state again.
+        every: How many updates that is; for "every" alone.
+        keep: How many finished checkpoints of a stretch are kept, the newest; there is one more while it is written.
+    """
+
+    when: str = "never"
+    every: int | None = None
+    keep: int = 1
+
+    def __post_init__(self):
+        _require_choice("checkpoint.when", self.when, CHECKPOINT_TIMES)
+        if (self.when == "every") != (self.every is not None):
+            raise ConfigError(
+                f"checkpoint.when is {self.when!r} and checkpoint.every {self.every}: give a number of updates with "
+                "when 'every', and only then."
+            )
+        if self.every is not None:
+            _require_count("checkpoint.every", self.every)
+        _require_count("checkpoint.keep", self.keep)
 
 
 def _updates(length: float, num_train_steps: int) -> int:

@@ -39,6 +39,8 @@ from simpo_pipeline.training.step import BatchArrays, LossSums, build_eval_step,
 
 # Called after each update with the number of finished updates and the update's metrics.
 OnStep = Callable[[int, dict[str, float]], None]
+# Gives the state whose abstract form it gets.
+LoadState = Callable[[TrainState], TrainState]
 
 
 class Trainer:
@@ -48,21 +50,26 @@ class Trainer:
         self,
         config: TrainerConfig,
         model_config: LlamaConfig,
-        params: Llama,
+        params: Llama | None,
         *,
         programs: Programs,
         mesh: Mesh,
     ):
         """Starts a run at update 0 from fp32 `params`, sharded as `abstract_params` says; they belong to the trainer.
 
-        The update is compiled when the loader's shape is known. Prefer `start` or `start_random`.
+        Without `params` it has no state until it is given one by `restore`. The update is compiled when the loader's
+        shape is known. Prefer `start`, `start_random` or `resume`.
         """
         self.config = config
         self.model_config = model_config
         self.mesh = mesh
         self.step = 0
         self._programs = programs
+        self._state: TrainState | None = None
+        self._why_no_state = "it was given none yet"
         abstract = _abstract(config, model_config, mesh)
+        if params is None:
+            return
         optimizer = build_optimizer(config.optimizer, config.num_train_steps)
 
         def init_moments(params: Any) -> tuple[Any, Llama | None]:
@@ -73,8 +80,7 @@ class Trainer:
         )
         moments, ema = program(params)
         rng = place(_key_data(config.seed), abstract.rng.sharding)
-        self._state: TrainState | None = TrainState(params, moments, rng, ema)
-        self._why_no_state = ""
+        self._state = TrainState(params, moments, rng, ema)
 
     @classmethod
     def start(cls, config: TrainerConfig, model_path: str, *, programs: Programs, mesh: Mesh) -> "Trainer":
@@ -105,6 +111,37 @@ class Trainer:
         program = programs.compile("init_params", init_params, abstract.rng, out_shardings=_shardings(abstract.params))
         params = program(place(_key_data(config.seed), abstract.rng.sharding))
         return cls(config, model_config, params, programs=programs, mesh=mesh)
+
+    @classmethod
+    def resume(
+        cls, config: TrainerConfig, model_path: str, step: int, load: LoadState, *, programs: Programs, mesh: Mesh
+    ) -> "Trainer":
+        """A run after `step` updates, whose state `load` gives (see `restore`); of the folder only the config is read.
+
+        Raises:
+            ConfigError: the run does not fit the model or the mesh.
+        """
+        trainer = cls(config, load_config(model_path), None, programs=programs, mesh=mesh)
+        trainer.restore(step, load)
+        return trainer
+
+    def restore(self, step: int, load: LoadState) -> None:
+        """Replaces the state by that of the same run after `step` updates.
+
+        Args:
+            step: Finished updates of the state that `load` gives.
+            load: Makes the state from its abstract form, with those shapes, dtypes and shardings. The old state is
+                gone before it is called, so that no two lie on the devices at once.
+        """
+        if self._state is not None:
+            self._lose_state(f"it was to be replaced by that after update {step}")
+        self._state = load(_abstract(self.config, self.model_config, self.mesh))
+        self.step = step
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a whole state: no update failed, and the trainer was not freed."""
+        return self._state is not None
 
     @property
     def state(self) -> TrainState:

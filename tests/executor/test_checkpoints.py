@@ -1,0 +1,110 @@
+"""Checkpoints are no outputs; they stay as long as somebody may go on from them, and no longer."""
+
+import time
+
+import pytest
+
+from simpo_pipeline.errors import StepFailedError
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.litter import find_litter, remove_litter
+from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.status import CHECKPOINTS_FOLDER, read_manifest
+from simpo_pipeline.executor.step import ExecutorStep, take, this_output_path
+from simpo_pipeline.executor.survey import read_survey
+from simpo_pipeline.storage.files import list_files, write_text
+from simpo_pipeline.storage.paths import base_name, join
+
+HOUR = 3600.0
+
+
+class Fault:
+    """Whether a step fails."""
+
+    on = True
+
+
+def resumable(fault: Fault, calls: list[StepRun]):
+    """A step function that writes a checkpoint, and then ends well or not."""
+
+    def function(config: tuple, run: StepRun) -> Live:
+        calls.append(run)
+        if not run.replaying:
+            write_text(join(run.recorded_path, CHECKPOINTS_FOLDER, "00000001-a", "state"), "123")
+            write_text(join(run.recorded_path, CHECKPOINTS_FOLDER, "00000001-a.json"), "{}")
+        if fault.on:
+            raise ValueError("no such row")
+        write_text(join(run.output_path, "rows"), "1")
+        return Live("value", digest="same")
+
+    return function
+
+
+def execute(prefix: str, steps: list[ExecutorStep]) -> Executor:
+    executor = Executor(prefix)
+    try:
+        executor.run(steps)
+    except StepFailedError:
+        pass
+    return executor
+
+
+def checkpoints(path: str) -> list[str]:
+    return [entry.relative_path for entry in list_files(join(path, CHECKPOINTS_FOLDER))]
+
+
+def test_they_stay_when_the_step_fails_and_go_when_it_ends_well(prefix):
+    fault, calls = Fault(), []
+    step = ExecutorStep("alone", resumable(fault, calls), (this_output_path(),))
+    path = execute(prefix, [step]).output_paths[step]
+    assert len(checkpoints(path)) == 2
+    fault.on = False
+    execute(prefix, [step])
+    assert checkpoints(path) == []
+    assert [entry.relative_path for entry in read_manifest(path)] == ["rows"]
+    assert [(run.recorded_path, run.is_used_live) for run in calls] == [(path, False)] * 2
+    assert calls[0].version.startswith(path.rsplit("-", 1)[1])
+
+
+def test_they_stay_until_the_step_that_takes_the_live_value_has_ended_well(prefix):
+    fine, fault, calls = Fault(), Fault(), []
+    fine.on = False
+    first = ExecutorStep("first", resumable(fine, calls), (this_output_path(),))
+    second = ExecutorStep("second", resumable(fault, []), (this_output_path(), take(first)))
+    executor = execute(prefix, [first, second])
+    paths = [executor.output_paths[step] for step in (first, second)]
+    assert [len(checkpoints(path)) for path in paths] == [2, 2]
+    fault.on = False
+    execute(prefix, [first, second])
+    # A replay is told where the step's own outputs are, and that is not where it writes.
+    assert [(run.replaying, run.recorded_path) for run in calls] == [(False, paths[0]), (True, paths[0])]
+    assert calls[1].output_path != paths[0] and calls[1].is_used_live
+    assert [checkpoints(path) for path in paths] == [[], []]
+
+
+def test_what_a_job_that_was_killed_after_success_left_goes_at_the_next_run(prefix):
+    fault = Fault()
+    fault.on = False
+    step = ExecutorStep("alone", resumable(fault, []), (this_output_path(),))
+    path = execute(prefix, [step]).output_paths[step]
+    write_text(join(path, CHECKPOINTS_FOLDER, "00000001-a.json"), "{}")
+    execute(prefix, [step])
+    assert checkpoints(path) == []
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_gc_finds_those_that_were_left_alone_for_an_hour(prefix, failed):
+    fault = Fault()
+    fault.on = failed
+    step = ExecutorStep("alone", resumable(fault, []), (this_output_path(),))
+    path = execute(prefix, [step]).output_paths[step]
+    write_text(join(path, CHECKPOINTS_FOLDER, "00000001-a.json"), "{}")
+    survey = read_survey(prefix)
+    assert find_litter(survey, time.time() + 0.9 * HOUR) == []
+    found = find_litter(survey, time.time() + 1.1 * HOUR)
+    assert [(item.kind.value, item.path) for item in found] == [
+        ("checkpoint", f"{base_name(path)}/{CHECKPOINTS_FOLDER}")
+    ]
+    (removal,) = remove_litter(prefix, found)
+    assert len(removal.removed) == (2 if failed else 1)
+    assert checkpoints(path) == []

@@ -1,0 +1,232 @@
+"""From the words of the command line to what they ask for."""
+
+import argparse
+import dataclasses
+import pathlib
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from launcher.accelerators import parse_tpu_type
+from launcher.arguments import parse
+from launcher.bare_job import BareJob
+from launcher.clock import Clock, WallClock
+from launcher.commands import Commands, PrintedCommands, RealCommands
+from launcher.console import Console
+from launcher.docker_job import DockerJob
+from launcher.environment import is_secret, job_environment
+from launcher.errors import BadUsage, LaunchError
+from launcher.gcloud import config_value
+from launcher.gke import GkeJob
+from launcher.host_job import HostJob
+from launcher.image import Registry, ensure_image
+from launcher.kubectl import Kubectl
+from launcher.local import run_local
+from launcher.options import GkeOptions, ImageOptions, JobOptions, Place, Timing, TpuOptions, parse_capacity
+from launcher.pretence import SmoothCluster, SmoothTpu
+from launcher.source import Source, check_shipped, read_source
+from launcher.tools import Tools
+from launcher.tpu_commands import ExistingTpu
+from launcher.tpu_vm import TpuVmLaunch
+
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a launch finds around it; tests bring their own."""
+
+    root: pathlib.Path
+    variables: Mapping[str, str]
+    clock: Clock = dataclasses.field(default_factory=WallClock)
+    console: Console = dataclasses.field(default_factory=Console)
+    timing: Timing = dataclasses.field(default_factory=Timing)
+
+    @property
+    def logs(self) -> pathlib.Path:
+        """Where the lines of hosts are kept."""
+        return self.root / "runs" / "launches"
+
+
+class Application:
+    """One call of the launcher."""
+
+    def __init__(self, flags: argparse.Namespace, around: Surroundings) -> None:
+        self._flags = flags
+        self._around = around
+        # What only reads this machine is run in a dry run too.
+        self._here: Commands = RealCommands()
+
+    def run(self) -> int:
+        """Does what the flags say; returns the exit code."""
+        flags = self._flags
+        if flags.backend == "local":
+            if flags.subcommand:
+                raise BadUsage(f"`{flags.subcommand}` is for --tpu_name NAME or --backend gke; Ctrl-C ends a local job")
+            return run_local(flags.command, flags.local, flags.devices_per_host)
+        if flags.subcommand:
+            self._look_after_gke() if flags.backend == "gke" else self._look_after_tpu()
+        else:
+            self._launch_on_gke() if flags.backend == "gke" else self._launch_on_tpu()
+        return 0
+
+    def _launch_on_tpu(self) -> None:
+        flags = self._flags
+        place = Place(flags.tpu_name, *self._zone_and_project())
+        capacity = parse_capacity(flags.capacity_type or "on-demand")
+        tpu = TpuOptions(place, parse_tpu_type(flags.tpu_type), capacity, flags.version, flags.service_account)
+        image = self._image_options()
+        source = None if image.uri else read_source(self._around.root, self._here)
+        options = self._job_options(source)
+        tools = self._tools(PrintedCommands(self._around.console, SmoothTpu(tpu)))
+        job: HostJob = BareJob(options.run_id)
+        if image.use_docker:
+            job = DockerJob(options.run_id, self._image(image, Registry(place.region, place.project), source, tools))
+        launch = TpuVmLaunch(tpu, options, job, source, tools)
+        try:
+            launch.run()
+        except KeyboardInterrupt:
+            launch.interrupted()
+            raise
+
+    def _launch_on_gke(self) -> None:
+        flags = self._flags
+        zone, project = ("", "") if flags.image and not flags.cluster else self._zone_and_project()
+        gke = GkeOptions(
+            parse_tpu_type(flags.tpu_type),
+            flags.cluster,
+            zone,
+            project,
+            flags.namespace,
+            flags.queue,
+            parse_capacity(flags.capacity_type or "on-demand"),
+            flags.service_account or "default",
+        )
+        image = self._image_options()
+        source = None if image.uri else read_source(self._around.root, self._here)
+        options = self._job_options(source)
+        tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(options.run_id, gke.tpu_type.hosts)))
+        uri = self._image(image, Registry(_region(zone), project), source, tools)
+        job = self._gke_job(options.run_id, tools)
+        job.start(gke, options, uri)
+        if not options.foreground:
+            job.tell_how_to_follow()
+            return
+        try:
+            job.follow()
+        except KeyboardInterrupt:
+            job.interrupted()
+            raise
+
+    def _look_after_tpu(self) -> None:
+        flags = self._flags
+        place = Place(flags.tpu_name, *self._zone_and_project())
+        tools = self._tools(PrintedCommands(self._around.console, SmoothTpu()))
+        tpu = ExistingTpu(place, flags.run_id, tools)
+        if flags.subcommand == "logs":
+            tpu.logs(flags.foreground)
+        else:
+            {"status": tpu.status, "stop": tpu.stop, "clean": tpu.clean}[flags.subcommand]()
+
+    def _look_after_gke(self) -> None:
+        flags = self._flags
+        if not flags.run_id:
+            raise BadUsage(f"`{flags.subcommand} --backend gke` needs --run_id, the name of the JobSet")
+        tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(flags.run_id, 1, is_there=True)))
+        job = self._gke_job(flags.run_id, tools)
+        if flags.subcommand == "logs" and flags.foreground:
+            job.follow()
+        else:
+            verbs = {"logs": job.print_lines, "status": job.status, "stop": job.delete, "clean": job.delete}
+            verbs[flags.subcommand]()
+
+    def _gke_job(self, name: str, tools: Tools) -> GkeJob:
+        flags = self._flags
+        if flags.cluster:
+            zone, project = self._zone_and_project()
+            where = ["--location", zone, "--project", project, "--quiet"]
+            done = tools.commands.run(["gcloud", "container", "clusters", "get-credentials", flags.cluster, *where])
+            if done.code != 0:
+                raise LaunchError(f"the cluster {flags.cluster} is not to be reached: {done.err.strip()}")
+        kubectl = Kubectl(tools.commands, flags.namespace, tools.clock, tools.timing.poll)
+        return GkeJob(name, flags.namespace, kubectl, tools)
+
+    def _tools(self, printed: PrintedCommands) -> Tools:
+        around, flags = self._around, self._flags
+        timing = around.timing
+        if not flags.subcommand:
+            timing = dataclasses.replace(timing, start=flags.start_timeout)
+        commands: Commands = self._here
+        if flags.dry_run:
+            commands = printed
+            around.console.comment_only()
+        return Tools(commands, around.clock, around.console, timing, around.logs, flags.dry_run)
+
+    def _zone_and_project(self) -> tuple[str, str]:
+        zone = self._flags.zone or config_value(self._here, "compute/zone")
+        project = self._flags.project or config_value(self._here, "project")
+        if not zone:
+            raise BadUsage("Zone must be specified or set in gcloud config: --zone ZONE, such as us-central1-a")
+        if not project:
+            raise BadUsage("Project must be specified or set in gcloud config: --project PROJECT")
+        return zone, project
+
+    def _image_options(self) -> ImageOptions:
+        flags = self._flags
+        return ImageOptions(flags.image, flags.docker_repository, flags.image_name, not flags.no_docker)
+
+    def _image(self, options: ImageOptions, registry: Registry, source: Source | None, tools: Tools) -> str:
+        if source is None:
+            return options.uri
+        return ensure_image(registry, options, source, tools.commands, tools.console)
+
+    def _job_options(self, source: Source | None) -> JobOptions:
+        flags, console = self._flags, self._around.console
+        if source is not None:
+            check_shipped(flags.command, source)
+        given = job_environment(flags.environment, self._around.variables, console)
+        console.keep_secret(value for name, value in given.items() if is_secret(name))
+        commit = {} if source is None else {"GIT_COMMIT": source.commit}
+        options = JobOptions(
+            command=flags.command,
+            environment=commit | given,
+            run_id=flags.run_id,
+            retries=flags.retries,
+            foreground=flags.foreground,
+            autodelete=flags.autodelete,
+        )
+        variables = {"RUN_ID": options.run_id, **options.environment}
+        return dataclasses.replace(options, environment=variables)
+
+
+def _region(zone: str) -> str:
+    """Of a zone or of a region."""
+    return zone.rpartition("-")[0] if zone[-2:-1] == "-" else zone
+
+
+def _end(signal_number: int, frame: object) -> NoReturn:
+    """A closed terminal or a scheduler's SIGTERM ends the launcher, without a question; the job goes on."""
+    raise SystemExit(128 + signal_number)
+
+
+def main(words: Sequence[str], around: Surroundings) -> int:
+    """Runs the launcher; returns its exit code."""
+    flags = parse(words)
+    try:
+        return Application(flags, around).run()
+    except LaunchError as error:
+        around.console.complain(f"Error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        around.console.complain("Interrupted.")
+        return INTERRUPTED
+
+
+def main_of_process(root: pathlib.Path, variables: Mapping[str, str]) -> int:
+    """Runs the launcher as the program of this process."""
+    # A shell starts background commands with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    return main(sys.argv[1:], Surroundings(root, variables))

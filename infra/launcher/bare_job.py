@@ -1,0 +1,78 @@
+"""The job without docker: the tracked files and a virtual environment on each host; scripts for a POSIX shell."""
+
+import dataclasses
+import shlex
+
+from launcher.host_job import folder_of, numbered_lines_from, receive
+from launcher.options import JobOptions
+
+_STOP_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class BareJob:
+    """One job, as a session of processes in a folder of its own."""
+
+    run_id: str
+
+    def receive_source(self, size: int) -> str:
+        """Unpacks the tar file that comes as input, in place of what was there."""
+        folder = folder_of(self.run_id)
+        return (
+            f"mkdir -p {folder} && cd {folder} && {receive('source.tar', size)} && rm -rf source && mkdir source && "
+            "tar -xf source.tar -C source && rm source.tar"
+        )
+
+    def prepare(self) -> str:
+        """Sets up the virtual environment, so that all hosts can start within seconds of each other."""
+        return (
+            f'cd {folder_of(self.run_id)}/source && PATH="$HOME/.local/bin:$PATH" && '
+            "{ command -v uv > /dev/null || python3 -m pip install --user --quiet uv; } && "
+            "uv sync --quiet --extra tpu --no-default-groups"
+        )
+
+    def remove_stale(self) -> str:
+        """Keeps the log of this job's last attempt under another name, and forgets how it ended."""
+        folder = folder_of(self.run_id)
+        return (
+            f"mkdir -p {folder} && cd {folder} && "
+            'if [ -e log ]; then n=1; while [ -e "kept-$n.log" ]; do n=$((n + 1)); done; mv log "kept-$n.log"; fi && '
+            "rm -f pid exit_code"
+        )
+
+    def environment_text(self, job: JobOptions) -> str:
+        """The variables as a shell reads them."""
+        return "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(job.environment.items()))
+
+    def start(self, job: JobOptions, environment_size: int) -> str:
+        """Starts the command in a session of its own unless it was started, with variables that come as input."""
+        inner = f"{shlex.join(job.command)} > ../log 2>&1 < /dev/null; echo $? > ../exit_code"
+        return (
+            f"cd {folder_of(self.run_id)}/source && trap 'rm -f ../environment' EXIT; trap 'exit 1' HUP INT TERM; "
+            f"if [ ! -e ../pid ]; then {receive('../environment', environment_size)} && "
+            'set -a && . ../environment && set +a && PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH" && : > ../log && '
+            f"{{ setsid nohup sh -c {shlex.quote(inner)} > /dev/null 2>&1 < /dev/null & }} && echo $! > ../pid; fi"
+        )
+
+    def state(self) -> str:
+        """Tells whether it runs, and how it ended; a session that ended without a word was killed."""
+        return (
+            f"cd {folder_of(self.run_id)} 2> /dev/null && if [ -s exit_code ]; then "
+            'echo "@launch state exited $(cat exit_code) false"; '
+            "elif [ -e pid ] && kill -0 \"$(cat pid)\" 2> /dev/null; then echo '@launch state running 0 false'; "
+            "elif [ -e pid ]; then echo '@launch state exited 137 false'; "
+            "else echo '@launch state absent 0 false'; fi || echo '@launch state absent 0 false'"
+        )
+
+    def lines(self, first: int, follow: bool) -> str:
+        """Its numbered lines."""
+        read = 'tail -n +1 --pid="$(cat pid)" -f log' if follow else "cat log"
+        return f"cd {folder_of(self.run_id)} && {read} 2> /dev/null | {numbered_lines_from(first)}"
+
+    def stop(self) -> str:
+        """Asks the session to end, and ends it after a while."""
+        return (
+            f"cd {folder_of(self.run_id)} 2> /dev/null && pid=$(cat pid 2> /dev/null) && kill -s TERM -- -$pid && "
+            f"for _ in $(seq {_STOP_SECONDS}); do kill -s 0 -- -$pid 2> /dev/null || break; sleep 1; done; "
+            "kill -s KILL -- -$pid 2> /dev/null; echo '@launch stopped'"
+        )

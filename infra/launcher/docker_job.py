@@ -1,0 +1,79 @@
+"""The job as a container on each host: scripts for a POSIX shell.
+
+The container is named after the run, so two jobs never touch each other's. It runs detached: a broken connection, or a
+launcher that goes away, leaves it running. Ended containers stay, with their logs, until the same job starts again.
+"""
+
+import dataclasses
+import shlex
+
+from launcher.host_job import folder_of, numbered_lines_from, receive
+from launcher.options import JobOptions
+
+LABEL = "simpo-launch"
+# jax and the data loader share memory through it.
+_SHARED_MEMORY = "32gb"
+_STOP_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class DockerJob:
+    """One job, in containers of one image."""
+
+    run_id: str
+    image: str = ""
+
+    @property
+    def container(self) -> str:
+        """Its name on every host."""
+        return f"simpo-{self.run_id}"
+
+    def prepare(self) -> str:
+        """Gets the image, so that all hosts can start within seconds of each other."""
+        registry = self.image.partition("/")[0]
+        # Only Google's registries take the credentials of the TPU's service account.
+        is_google = registry.endswith(("-docker.pkg.dev", "gcr.io"))
+        login = [f"sudo gcloud auth configure-docker {shlex.quote(registry)} --quiet"] if is_google else []
+        return " && ".join([*login, f"sudo docker pull --quiet {shlex.quote(self.image)}"])
+
+    def remove_stale(self) -> str:
+        """Keeps the logs of this job's ended container and removes it."""
+        name, folder = self.container, folder_of(self.run_id)
+        return (
+            f"mkdir -p {folder} && "
+            f"for id in $(sudo docker ps --all --quiet --filter name=^{name}$); do "
+            f"sudo docker logs $id > {folder}/$id.log 2>&1; sudo docker rm $id > /dev/null || exit 1; done"
+        )
+
+    def environment_text(self, job: JobOptions) -> str:
+        """The variables as docker reads them."""
+        return "".join(f"{name}={value}\n" for name, value in sorted(job.environment.items()))
+
+    def start(self, job: JobOptions, environment_size: int) -> str:
+        """Starts the container unless it is there, with variables that come as input and are deleted again."""
+        file = f"{folder_of(self.run_id)}/environment"
+        # --init: a command that is process 1 would not hear SIGTERM.
+        options = ["--detach", "--init", "--name", self.container, "--label", f"{LABEL}={self.run_id}"]
+        options += ["--privileged", "--network", "host", "--shm-size", _SHARED_MEMORY]
+        run = f"sudo docker run {shlex.join(options)} --env-file {file} {shlex.join([self.image, *job.command])}"
+        return (
+            f"trap 'rm -f {file}' EXIT; trap 'exit 1' HUP INT TERM; "
+            f"sudo docker container inspect {self.container} > /dev/null 2>&1 || "
+            f"{{ {receive(file, environment_size)} && {run} > /dev/null; }}"
+        )
+
+    def state(self) -> str:
+        """Tells whether it runs, and how it ended."""
+        form = "@launch state {{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}"
+        inspect = f"sudo docker container inspect --format {shlex.quote(form)} {self.container}"
+        return f"{inspect} 2> /dev/null || echo '@launch state absent 0 false'"
+
+    def lines(self, first: int, follow: bool) -> str:
+        """Its numbered lines."""
+        flag = "--follow " if follow else ""
+        return f"sudo docker logs {flag}{self.container} 2>&1 | {numbered_lines_from(first)}"
+
+    def stop(self) -> str:
+        """Asks the container to end, and ends it after a while."""
+        name = self.container
+        return f"sudo docker stop -t {_STOP_SECONDS} {name} > /dev/null 2>&1; echo '@launch stopped'"

@@ -1,0 +1,48 @@
+"""The variables of a job, and which of them are secrets."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from launcher.console import Console
+from launcher.errors import BadUsage
+
+DEFAULTS = {
+    # jax's own default, 8482, is closed by firewalls that some organisations put up.
+    "JAX_COORDINATOR_PORT": "8476",
+    # Above 0 the TPU driver keeps the line to itself that says why it halted.
+    "TPU_MIN_LOG_LEVEL": "0",
+    "TPU_STDERR_LOG_LEVEL": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+# Passed on when they are set here.
+PASSED_ON = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_PROJECT")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable of that name holds what nobody may read."""
+    return _SECRET.search(name) is not None
+
+
+def job_environment(given: Sequence[Sequence[str]], own: Mapping[str, str], console: Console) -> dict[str, str]:
+    """The variables: defaults, those passed on, and those given as `-e NAME VALUE` or `-e NAME`.
+
+    Raises:
+        BadUsage: a variable that is to be passed on is not set, or `-e` has more than two words.
+    """
+    variables = {**DEFAULTS, **{name: own[name] for name in PASSED_ON if name in own}}
+    for words in given:
+        if len(words) == 2:
+            if is_secret(words[0]):
+                console.complain(
+                    f"Warning: `-e {words[0]} VALUE` shows a secret to everyone who lists this machine's processes; "
+                    f"export it and write `-e {words[0]}`."
+                )
+            variables[words[0]] = words[1]
+        elif len(words) == 1 and words[0] in own:
+            variables[words[0]] = own[words[0]]
+        elif len(words) == 1:
+            raise BadUsage(f"-e {words[0]} passes on your own {words[0]}, which is not set; export it, or give a value")
+        else:
+            raise BadUsage(f"-e {' '.join(words)}: write -e NAME VALUE, or -e NAME to pass on your own")
+    return variables

@@ -1,0 +1,234 @@
+"""A job on GKE: a JobSet is made, and followed. Queueing and restarts are the cluster's business."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from launcher.commands import Commands, Stream
+from launcher.errors import Busy, JobFailed, LaunchError, TpuGone, TpuLost
+from launcher.host_job import HostState
+from launcher.jobset import jobset_manifest, secret_manifest
+from launcher.kubectl import JobSet, Kubectl, Pod
+from launcher.options import GkeOptions, JobOptions
+from launcher.outcome import Following, HostEnd
+from launcher.tools import Tools, follow_dry
+
+# What a container waits for in vain.
+_HOPELESS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerError", "RunContainerError")
+
+
+class PodFeed:
+    """A pod, followed with kubectl."""
+
+    def __init__(self, pod: Pod, name: str, attempt: int, kubectl: Kubectl, commands: Commands) -> None:
+        self._pod = pod
+        self._jobset = name
+        self._attempt = attempt
+        self._kubectl = kubectl
+        self._commands = commands
+        self._stream: Stream | None = None
+
+    @property
+    def host(self) -> int:
+        return self._pod.host
+
+    def lines(self, first: int, follow: bool = True) -> Iterator[tuple[int, str]]:
+        self._stream = self._commands.open(self._kubectl.logs(self._pod.name, follow))
+        for number, line in enumerate(self._stream.lines(), start=1):
+            if number >= first and (line.endswith("\n") or self._has_ended()):
+                yield number, line.rstrip("\n")
+
+    def state(self) -> HostState | None:
+        try:
+            pods = self._kubectl.pods(self._jobset, self._attempt)
+        except LaunchError:
+            return None
+        return next((pod.host_state for pod in pods if pod.name == self._pod.name), HostState("evicted", 137))
+
+    @property
+    def was_cut(self) -> bool:
+        return self._stream is None or not self._stream.has_succeeded
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def _has_ended(self) -> bool:
+        """Whether a line without an end is the last one, and not cut off with the connection."""
+        state = self.state()
+        return state is not None and not state.is_running
+
+
+@dataclasses.dataclass(frozen=True)
+class GkeJob:
+    """A JobSet under a job's name in a cluster."""
+
+    name: str
+    namespace: str
+    kubectl: Kubectl
+    tools: Tools
+
+    def start(self, gke: GkeOptions, job: JobOptions, image: str) -> None:
+        """Makes the JobSet, in place of an ended one of the same name.
+
+        Raises:
+            Busy: it is queued or runs already.
+        """
+        there = self.kubectl.jobset(self.name)
+        if there is not None and not there.end:
+            raise Busy(
+                f"the JobSet {self.name} is there already, {_told(there)}. Follow it: "
+                f"{self._other('logs --foreground')}\nor end it: {self._other('stop')}"
+            )
+        if there is not None:
+            self.tools.console.say(f"The JobSet {self.name} is left from before ({_told(there)}): it is made anew.")
+            self._keep_lines(there)
+            self.kubectl.delete(self.name)
+        manifest = jobset_manifest(gke, job, image)
+        self.kubectl.create(manifest, json.dumps(manifest))
+        made = self.kubectl.jobset(self.name)
+        if made is None:
+            raise TpuGone(f"the JobSet {self.name} was deleted by somebody just after it was made")
+        names = ", ".join(sorted(job.environment))
+        self.kubectl.create(secret_manifest(job, made.uid), f"(a Secret with the values of {names})")
+
+    def follow(self) -> None:
+        """Follows it through all its attempts.
+
+        Raises:
+            JobFailed: it did not end well.
+            TpuGone: it was deleted.
+        """
+        last: HostEnd | None = None
+        while True:
+            jobset = self._wait_for_pods()
+            hosts, attempt = jobset.hosts, jobset.restarts
+            pods = self.kubectl.pods(self.name, attempt)
+            if pods:
+                last = self._followed(pods, attempt) or last
+            jobset = self._wait_for_verdict(attempt)
+            if jobset.end == "Completed":
+                self.tools.tell_success()
+                return
+            if jobset.end == "Failed":
+                told = "" if last is None else f"\n{last.told(hosts)}"
+                code = last.state.exit_code if last is not None and last.state is not None else 0
+                raise JobFailed(f"Job failed: {jobset.reason}{told}", code or 1)
+            self.tools.console.complain(f"Attempt {attempt + 1} was lost; JobSet starts the job again.")
+
+    def print_lines(self) -> None:
+        """What the pods of the last attempt have written."""
+        jobset = self._present()
+        for pod in self.kubectl.pods(self.name, jobset.restarts):
+            feed = PodFeed(pod, self.name, jobset.restarts, self.kubectl, self.tools.commands)
+            for _, line in feed.lines(1, follow=False):
+                self.tools.console.say(f"[host {pod.host}] {line}")
+
+    def status(self) -> None:
+        """The JobSet and its pods."""
+        jobset = self.kubectl.jobset(self.name)
+        if jobset is None:
+            self.tools.console.say(f"JobSet {self.name}: nothing of that name in namespace {self.namespace}.")
+            return
+        self.tools.console.say(f"JobSet   {self.name}, {_told(jobset)}, {jobset.restarts} restarts")
+        for pod in self.kubectl.pods(self.name, jobset.restarts):
+            code = "" if pod.exit_code is None else f", exit code {pod.exit_code}"
+            waiting = f" ({pod.waiting_for})" if pod.waiting_for else ""
+            self.tools.console.say(f"host {pod.host}   {pod.name}: {pod.phase}{waiting}{code}")
+
+    def delete(self) -> None:
+        """Removes the JobSet, its pods and its Secret; their lines are kept on this machine."""
+        jobset = self.kubectl.jobset(self.name)
+        if jobset is not None:
+            self._keep_lines(jobset)
+        self.kubectl.delete(self.name)
+        self.tools.console.say(f"The JobSet {self.name} is deleted. Its node pool costs as long as it has nodes.")
+
+    def interrupted(self) -> None:
+        """What Ctrl-C asks: whether the job is to end too."""
+        if self.tools.console.confirm(f"Delete the JobSet {self.name} too?"):
+            self.delete()
+        else:
+            self.tools.console.say("The job goes on.")
+            self.tell_how_to_follow()
+
+    def tell_how_to_follow(self) -> None:
+        """The commands that look after it."""
+        self.tools.console.say(
+            f"The JobSet {self.name} is made. Kueue starts it when there is room. It goes on without this "
+            "terminal.\n"
+            f"    follow: {self._other('logs --foreground')}\n"
+            f"    look:   {self._other('status')}\n"
+            f"    delete: {self._other('clean')}"
+        )
+
+    def _present(self) -> JobSet:
+        jobset = self.kubectl.jobset(self.name)
+        if jobset is None:
+            raise TpuGone(f"there is no JobSet {self.name} in namespace {self.namespace}")
+        return jobset
+
+    def _wait_for_pods(self) -> JobSet:
+        """Until all pods of an attempt have started, or the JobSet has ended."""
+        told = ""
+        deadline = float("inf")
+        while True:
+            jobset = self._present()
+            hosts = jobset.hosts
+            pods = self.kubectl.pods(self.name, jobset.restarts)
+            started = [pod for pod in pods if pod.phase in ("Running", "Succeeded", "Failed")]
+            if jobset.end or len(started) >= hosts:
+                return jobset
+            self._refuse_hopeless(pods)
+            state = f"{_told(jobset)}, {len(started)} of {hosts} pods have started"
+            if told != (told := state):
+                self.tools.console.say(f"JobSet {self.name}: {state}")
+            if jobset.is_suspended or not pods:
+                deadline = float("inf")
+            elif deadline == float("inf"):
+                deadline = self.tools.clock.now() + self.tools.timing.start
+            if self.tools.clock.now() >= deadline:
+                raise TpuLost(
+                    f"JobSet {self.name}: {state}, {self.tools.timing.start:.0f} s after Kueue let it in. "
+                    f"`kubectl --namespace {self.namespace} describe pods --selector simpo-launch={self.name}` says why"
+                )
+            self.tools.clock.sleep(self.tools.timing.poll)
+
+    def _refuse_hopeless(self, pods: list[Pod]) -> None:
+        for pod in pods:
+            if pod.waiting_for in _HOPELESS:
+                raise LaunchError(
+                    f"pod {pod.name} cannot start: {pod.waiting_for}. Can the node's service account read the image? "
+                    f"`kubectl --namespace {self.namespace} describe pod {pod.name}` says more; then "
+                    f"{self._other('stop')}"
+                )
+
+    def _wait_for_verdict(self, attempt: int) -> JobSet:
+        jobset = self._present()
+        while not jobset.end and jobset.restarts == attempt:
+            self.tools.clock.sleep(self.tools.timing.poll)
+            jobset = self._present()
+        return jobset
+
+    def _followed(self, pods: list[Pod], attempt: int) -> HostEnd | None:
+        tools = self.tools
+        feeds = [PodFeed(pod, self.name, attempt, self.kubectl, tools.commands) for pod in pods]
+        if tools.is_dry:
+            return follow_dry(feeds)
+        folder = tools.logs / self.name / f"attempt_{attempt + 1}"
+        return Following(feeds, tools.timing, tools.clock, tools.console, folder).first_failed()
+
+    def _keep_lines(self, jobset: JobSet) -> None:
+        for pod in self.kubectl.pods(self.name, jobset.restarts):
+            done = self.tools.commands.run(self.kubectl.logs(pod.name, follow=False)).out
+            path = self.tools.logs / self.name / f"{pod.name}.log"
+            if done and not self.tools.is_dry:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(self.tools.console.masked(done))
+
+    def _other(self, subcommand: str) -> str:
+        return f"python infra/launch.py {subcommand} --backend gke --run_id {self.name} --namespace {self.namespace}"
+
+
+def _told(jobset: JobSet) -> str:
+    return jobset.end or ("waiting in the queue" if jobset.is_suspended else "running")

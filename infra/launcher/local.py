@@ -1,0 +1,163 @@
+"""A job of many processes of this machine, each of which stands for a host with CPU devices of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+# How long the others have to end by themselves when one process has failed: longer than they need to find it silent
+# (`WatchConfig.silence_seconds`) and to record why the job ends.
+GRACE_SECONDS = 20.0
+INTERRUPT_SECONDS = 5.0
+LAST_LINES = 20
+POLL_SECONDS = 0.1
+
+
+class Host:
+    """One process of the job, and the thread that passes its lines on."""
+
+    def __init__(self, index: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.index = index
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        # A session of its own, so that Ctrl-C reaches it through us alone, and its children end with it.
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._pass_lines_on, daemon=True)
+        self._reader.start()
+
+    @property
+    def exit_code(self) -> int | None:
+        """As the shell would state it (128 + signal); None while the process runs."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def send(self, signal_number: int) -> None:
+        """Sends a signal to the process and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal_number)
+
+    def finish_reading(self) -> None:
+        """Waits until the lines that the process left are passed on."""
+        self._reader.join(timeout=INTERRUPT_SECONDS)
+
+    def _pass_lines_on(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.last_lines.append(line.rstrip("\n"))
+            print(f"[{self.index}] {line}", end="", flush=True)
+
+
+def host_environment(base: Mapping[str, str], index: int, count: int, port: int, devices: int) -> dict[str, str]:
+    """The environment that tells a process which job it belongs to, and gives it CPU devices of its own."""
+    return {
+        **base,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_for_all(hosts: Sequence[Host], grace_seconds: float) -> Host | None:
+    """Waits until every process has ended, and ends the rest some time after one failed.
+
+    Returns one that was seen to fail when no other was: when several end together, not always the one to blame, which
+    the lines of the job name.
+    """
+    first_failed: Host | None = None
+    deadline = float("inf")
+    while any(host.exit_code is None for host in hosts):
+        if first_failed is None:
+            first_failed = next((host for host in hosts if host.exit_code), None)
+            if first_failed is not None:
+                deadline = time.monotonic() + grace_seconds
+        if time.monotonic() > deadline:
+            end_all(hosts, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    return first_failed or next((host for host in hosts if host.exit_code), None)
+
+
+def end_all(hosts: Sequence[Host], signal_number: int) -> None:
+    """Sends a signal to every process that still runs."""
+    for host in hosts:
+        if host.exit_code is None:
+            host.send(signal_number)
+
+
+def interrupt_all(hosts: Sequence[Host]) -> None:
+    """Asks every process to end, and waits a little: one may be stuck in a collective, or frozen."""
+    end_all(hosts, signal.SIGINT)
+    deadline = time.monotonic() + INTERRUPT_SECONDS
+    while any(host.exit_code is None for host in hosts) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: float = GRACE_SECONDS) -> int:
+    """Runs the command in `count` processes of one job; returns the job's exit code."""
+    # SIGINT too: a shell starts background commands with SIGINT ignored, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_on_termination)
+    port = free_port()
+    hosts: list[Host] = []
+    try:
+        for index in range(count):
+            hosts.append(Host(index, command, host_environment(os.environ, index, count, port, devices)))
+        first_failed = wait_for_all(hosts, grace_seconds)
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):  # asked again: then without waiting
+            interrupt_all(hosts)
+        print("Job interrupted.", file=sys.stderr)
+        return 130
+    finally:
+        for host in hosts:
+            host.send(signal.SIGKILL)  # also what an ended process left behind in its session
+    for host in hosts:
+        host.finish_reading()
+    if first_failed is None:
+        print("Job finished with no error.", flush=True)
+        return 0
+    tell_failure(first_failed, count)
+    return first_failed.exit_code or 1
+
+
+def tell_failure(host: Host, count: int) -> None:
+    """Says which process failed first, with the last that it wrote."""
+    lines = "\n".join(f"    {line}" for line in host.last_lines)
+    print(
+        f"Job failed: host {host.index} of {count} ended with exit code {host.exit_code}, and no other did before. Its "
+        f"last lines:\n{lines}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def end_on_termination(signal_number: int, frame: object) -> NoReturn:
+    """Neither Ctrl-C, nor a closed terminal, nor a scheduler's SIGTERM is to leave a process behind."""
+    raise KeyboardInterrupt

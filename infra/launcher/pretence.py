@@ -1,0 +1,85 @@
+"""What a dry run takes for the answers of commands: everything goes well, and there was nothing before."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.commands import Done
+from launcher.options import TpuOptions
+
+
+class SmoothTpu:
+    """A TPU that is not there until it is asked for, and whose job then ends with 0."""
+
+    def __init__(self, tpu: TpuOptions | None = None) -> None:
+        self._tpu = tpu
+        self._is_there = tpu is None
+
+    def answer(self, argv: Sequence[str]) -> Done:
+        """Of a gcloud or docker command."""
+        words = tuple(argv)
+        if "images" in words:
+            return Done(words, 1, "", "NOT_FOUND")
+        if "create" in words:
+            self._is_there = True
+        if "describe" in words:
+            return self._described(words)
+        if "ssh" in words:
+            return Done(words, 0, _host_answer(words[-1]), "")
+        return Done(words, 0, "", "")
+
+    def _described(self, words: tuple[str, ...]) -> Done:
+        if not self._is_there:
+            return Done(words, 1, "", "NOT_FOUND")
+        if "queued-resources" in words:
+            return Done(words, 0, '{"state": {"state": "ACTIVE"}}', "")
+        hosts = 1 if self._tpu is None else self._tpu.tpu_type.hosts
+        kind = "" if self._tpu is None else self._tpu.tpu_type.name
+        node = {"state": "READY", "health": "HEALTHY", "acceleratorType": kind, "networkEndpoints": ["host"] * hosts}
+        return Done(words, 0, json.dumps(node), "")
+
+
+def _host_answer(script: str) -> str:
+    if "@launch state" in script:
+        return "@launch state exited 0 false\n"
+    if "@launch current" in script:
+        return "@launch current JOB docker\n"
+    return ""
+
+
+class SmoothCluster:
+    """A cluster in which a JobSet, once made, runs at once and ends with 0."""
+
+    def __init__(self, name: str, hosts: int, is_there: bool = False) -> None:
+        self._name = name
+        self._hosts = hosts
+        self._is_there = is_there
+        self._has_ended = False
+
+    def answer(self, argv: Sequence[str]) -> Done:
+        """Of a kubectl, gcloud or docker command."""
+        words = tuple(argv)
+        if "images" in words:
+            return Done(words, 1, "", "NOT_FOUND")
+        if "create" in words:
+            self._is_there = True
+        if "logs" in words:
+            self._has_ended = True
+        if "get" in words and "jobset" in words:
+            return Done(words, 0, json.dumps(self._jobset()), "") if self._is_there else Done(words, 1, "", "NotFound")
+        if "get" in words and "pods" in words:
+            return Done(words, 0, json.dumps({"items": [self._pod(host) for host in range(self._hosts)]}), "")
+        return Done(words, 0, "", "")
+
+    def _jobset(self) -> dict[str, Any]:
+        conditions = [{"type": "Completed", "status": "True"}] if self._has_ended else []
+        slice_job = {"template": {"spec": {"parallelism": self._hosts}}}
+        return {
+            "metadata": {"uid": "UID"},
+            "spec": {"replicatedJobs": [slice_job]},
+            "status": {"conditions": conditions},
+        }
+
+    def _pod(self, host: int) -> dict[str, Any]:
+        labels = {"batch.kubernetes.io/job-completion-index": str(host)}
+        return {"metadata": {"name": f"{self._name}-slice-0-{host}", "labels": labels}, "status": {"phase": "Running"}}

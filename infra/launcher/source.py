@@ -1,0 +1,77 @@
+"""What is shipped to the hosts: the files that git tracks, as they are now."""
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+import tarfile
+from collections.abc import Sequence
+
+from launcher.commands import Commands
+from launcher.errors import BadUsage
+from launcher.gcloud import require
+
+_TAG_LETTERS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tracked files of a repository.
+
+    Attributes:
+        archive: A tar file, the same bytes for the same files.
+        commit: What is checked out, with `-dirty` if files differ from it.
+        files: Paths relative to the repository's root.
+    """
+
+    root: pathlib.Path
+    archive: bytes
+    commit: str
+    files: frozenset[str]
+
+    @property
+    def tag(self) -> str:
+        """Names exactly these contents."""
+        return hashlib.sha256(self.archive).hexdigest()[:_TAG_LETTERS]
+
+
+def read_source(root: pathlib.Path, commands: Commands) -> Source:
+    """Packs the tracked files of the repository at `root`."""
+    git = ["git", "-C", str(root), "--no-optional-locks"]
+    listed = require(commands.run([*git, "ls-files", "-z"])).out.split("\0")
+    files = sorted(name for name in listed if name and (root / name).is_file())
+    commit = require(commands.run([*git, "rev-parse", "HEAD"])).out.strip()
+    changed = require(commands.run([*git, "status", "--porcelain", "--untracked-files=no"])).out.strip()
+    return Source(root, _packed(root, files), commit + ("-dirty" if changed else ""), frozenset(files))
+
+
+def _packed(root: pathlib.Path, files: Sequence[str]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in files:
+            contents = (root / name).read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(contents)
+            entry.mode = 0o755 if (root / name).stat().st_mode & 0o100 else 0o644
+            archive.addfile(entry, io.BytesIO(contents))
+    return packed.getvalue()
+
+
+def check_shipped(command: Sequence[str], source: Source) -> None:
+    """Finds files that the command names, that are here, and that the hosts would not have.
+
+    Raises:
+        BadUsage: there is one.
+    """
+    for word in command:
+        path = pathlib.Path(word.partition("=")[2] if word.startswith("-") else word)
+        if path.is_absolute() and path.is_file() and word != command[0]:
+            raise BadUsage(
+                f"the command names {str(path)!r}, a file of this machine that the hosts do not have; move it into the "
+                "repository, `git add` it and name it relative to the repository"
+            )
+        if path.name and not path.is_absolute() and (source.root / path).is_file() and str(path) not in source.files:
+            raise BadUsage(
+                f"the command names {str(path)!r}, which git does not track, so it is not shipped to the hosts; "
+                f"`git add {path}` first"
+            )

@@ -1,0 +1,157 @@
+"""A job on a TPU VM: its whole life, and the attempts that preemption asks for."""
+
+import pathlib
+
+from launcher.bare_job import BareJob
+from launcher.docker_job import DockerJob
+from launcher.errors import Busy, JobFailed, LaunchError, TpuLost, Unreachable
+from launcher.gcloud import Gcloud, Node
+from launcher.host_job import HostJob, name_current, tell_jobs
+from launcher.hosts import Hosts
+from launcher.options import JobOptions, TpuOptions
+from launcher.outcome import Following, HostEnd
+from launcher.provisioning import Provisioner
+from launcher.source import Source
+from launcher.ssh_feed import feeds_of
+from launcher.tools import Tools, follow_dry
+
+
+class TpuVmLaunch:
+    """One job on one TPU."""
+
+    def __init__(self, tpu: TpuOptions, options: JobOptions, job: HostJob, source: Source | None, tools: Tools) -> None:
+        self._tpu = tpu
+        self._options = options
+        self._job = job
+        self._source = source
+        self._tools = tools
+        self._gcloud = Gcloud(tools.commands, tpu.place, tools.clock, tools.timing.poll)
+        self._provisioner = Provisioner(self._gcloud, tpu, tools.timing, tools.clock, tools.console)
+        self._hosts: Hosts | None = None
+
+    def run(self) -> None:
+        """Runs the job to its end, or until it is started if it is not to be followed.
+
+        A TPU that was lost is made anew, `retries` times at most. A command that failed is not run again.
+
+        Raises:
+            LaunchError: the job did not end well.
+        """
+        attempt = 1
+        while True:
+            try:
+                self._attempt(attempt)
+                break
+            except TpuLost as lost:
+                self._hosts = None
+                if 0 <= self._options.retries < attempt:
+                    raise TpuLost(f"{lost} (attempt {attempt}, and --retries is {self._options.retries})") from lost
+                self._tools.console.complain(f"Attempt {attempt} lost its TPU: {lost}. Trying again.")
+                attempt += 1
+        if not self._options.foreground:
+            self._tell_how_to_follow()
+            return
+        if self._options.autodelete:
+            self._provisioner.delete()
+        self._tools.tell_success()
+
+    def interrupted(self) -> None:
+        """What Ctrl-C asks: whether the job, or what it waits for, is to end too."""
+        console = self._tools.console
+        if self._hosts is None:
+            if console.confirm(f"Delete TPU {self._tpu.place.tpu_name} and its request too?"):
+                self._provisioner.delete()
+                console.say("The request is deleted.")
+            else:
+                console.say(f"The request stays in the queue. Delete it: {self._other('clean')}")
+        elif console.confirm(f"Stop the job {self._job.run_id} on all hosts too?"):
+            self._hosts.require("stopping the job", self._job.stop())
+            console.say(f"The job is stopped. The TPU stays, and costs; delete it: {self._other('clean')}")
+        else:
+            console.say("The job goes on.")
+            self._tell_how_to_follow()
+
+    def _attempt(self, attempt: int) -> None:
+        node = self._provisioner.acquire()
+        try:
+            hosts = self._started(node)
+        except Busy:
+            raise
+        except LaunchError as failure:
+            self._raise_if_lost(failure)
+            if self._hosts is not None:
+                self._hosts.attempt(self._job.stop())
+            raise
+        if not self._options.foreground:
+            return
+        failed = self._follow(hosts, attempt)
+        if failed is None:
+            return
+        self._raise_if_lost(JobFailed(failed.told(hosts.count), 1))
+        hosts.attempt(self._job.stop())
+        self._fail(failed, hosts.count, attempt)
+
+    def _started(self, node: Node) -> Hosts:
+        tools = self._tools
+        hosts = Hosts(tools.commands, self._gcloud, node.hosts, tools.timing, tools.clock, 1 if tools.is_dry else 0)
+        self._refuse_running_jobs(hosts)
+        if isinstance(self._job, BareJob) and self._source is not None:
+            archive = self._source.archive
+            about = f"(a tar file of {len(self._source.files)} tracked files)"
+            hosts.require("sending the sources", self._job.receive_source(len(archive)), archive, about)
+        tools.console.say(f"Preparing {hosts.count} hosts.")
+        named = name_current(self._job.run_id, "docker" if isinstance(self._job, DockerJob) else "bare")
+        hosts.require("preparing", f"{self._job.remove_stale()} && {named} && {self._job.prepare()}")
+        variables = self._job.environment_text(self._options).encode()
+        about = f"(the values of {', '.join(sorted(self._options.environment))})"
+        tools.console.say(f"Starting the job {self._job.run_id}.")
+        self._hosts = hosts
+        hosts.require("starting the job", self._job.start(self._options, len(variables)), variables, about)
+        return hosts
+
+    def _refuse_running_jobs(self, hosts: Hosts) -> None:
+        """A TPU has room for one job. Ended ones of others stay as they are."""
+        for answer in hosts.require("looking for other jobs", tell_jobs()):
+            for fact in answer.facts:
+                words = fact.split()
+                if words[0] == "job" and words[2] in ("running", "restarting", "paused"):
+                    raise Busy(
+                        f"the job {words[1]} runs on host {answer.host} of TPU {self._tpu.place.tpu_name}. Follow it: "
+                        f"{self._other('logs --foreground')}\nor end it: {self._other('stop')}"
+                    )
+
+    def _follow(self, hosts: Hosts, attempt: int) -> HostEnd | None:
+        tools = self._tools
+        feeds = feeds_of(hosts, self._job, self._gcloud, tools.commands)
+        if tools.is_dry:
+            return follow_dry(feeds)
+        return Following(feeds, tools.timing, tools.clock, tools.console, self._folder(attempt)).first_failed()
+
+    def _folder(self, attempt: int) -> pathlib.Path:
+        return self._tools.logs / self._job.run_id / f"attempt_{attempt}"
+
+    def _raise_if_lost(self, failure: LaunchError) -> None:
+        reason = self._provisioner.why_lost()
+        if reason:
+            raise TpuLost(f"{reason}; before that, {failure}") from failure
+
+    def _fail(self, failed: HostEnd, count: int, attempt: int) -> None:
+        if self._options.autodelete:
+            self._provisioner.delete()
+        told = f"Job failed: {failed.told(count)}\nAll lines: {self._folder(attempt)}"
+        if failed.state is None:
+            raise Unreachable(f"{told}\nThe TPU is healthy; look at it: {self._other('status')}")
+        raise JobFailed(told, failed.state.exit_code or 1)
+
+    def _other(self, subcommand: str) -> str:
+        return f"python infra/launch.py {subcommand} {self._tpu.place.flags}"
+
+    def _tell_how_to_follow(self) -> None:
+        self._tools.console.say(
+            f"The job {self._job.run_id} is started on TPU {self._tpu.place.tpu_name}. It goes on without this "
+            "terminal, is not started again when the TPU is preempted, and the TPU costs until it is deleted.\n"
+            f"    follow: {self._other('logs --foreground')}\n"
+            f"    look:   {self._other('status')}\n"
+            f"    end:    {self._other('stop')}\n"
+            f"    delete: {self._other('clean')}"
+        )

@@ -1,0 +1,194 @@
+"""The life of a job on GKE, and what can go wrong with it, with a kubectl that is played."""
+
+import pytest
+
+CLUSTER = ("--backend", "gke", "--namespace", "team")
+SPOKEN = {"lines": ["step 1", "step 2"]}
+FAILS = {"code": 3, "lines": ["ValueError: no"]}
+
+
+@pytest.fixture
+def launch(cloud):
+    def run(*flags: str, run_id: str = "m11", **more):
+        words = ("--foreground", *CLUSTER, "--tpu_type", "v5p-16", "--image", "proj/image:tag", "--run_id", run_id)
+        return cloud.call(*words, *flags, "--", "python", "experiments/m11.py", "a b", **more)
+
+    return run
+
+
+def test_a_job_lives_from_the_queue_to_the_last_line_of_all_hosts(cloud, launch):
+    cloud.plan(attempts=[{"suspended": 2, "pending": 2, "pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
+    done = launch()
+    assert done.code == 0, done.err
+    assert done.last_line == cloud.finished
+    assert [done.host_lines(host) for host in range(2)] == [["step 1", "step 2"]] * 2
+    assert "waiting in the queue, 0 of 2 pods have started" in done.out
+    pod = cloud.state["jobset"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"] == ["python", "experiments/m11.py", "a b"]
+
+
+def test_the_manifest_leaves_queueing_to_kueue_and_restarts_to_jobset(cloud, launch):
+    launch("--spot", "--retries", "4", "--queue", "ours", "--service_account", "runner")
+    made = cloud.state["jobset"]
+    assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ours"
+    assert made["spec"]["failurePolicy"]["maxRestarts"] == 4
+    slice_job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (slice_job["parallelism"], slice_job["completions"], slice_job["backoffLimit"]) == (2, 2, 0)
+    pod = slice_job["template"]["spec"]
+    assert pod["serviceAccountName"] == "runner"
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x2",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_an_attempt_that_was_lost_is_followed_by_the_next_and_success_is_success(cloud, launch):
+    lost = {"pods": {"0": {"code": 143}, "1": {"code": 137}}, "end": "restart"}
+    cloud.plan(attempts=[lost, {"suspended": 1, "pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
+    done = launch()
+    assert done.code == 0, done.err
+    assert "Attempt 1 was lost; JobSet starts the job again." in done.err
+    assert done.last_line == cloud.finished and done.host_lines(1)[-2:] == ["step 1", "step 2"]
+
+
+def test_a_program_that_fails_ends_the_jobset_and_is_shown(cloud, launch):
+    cloud.plan(attempts=[{"pods": {"1": FAILS}, "end": "Failed", "message": "jobset failed by PodFailurePolicy"}])
+    done = launch()
+    assert done.code == 3
+    assert "jobset failed by PodFailurePolicy" in done.err and "    ValueError: no" in done.err
+    assert cloud.finished not in done.out
+
+
+def test_a_pod_without_memory_is_told_so(cloud, launch):
+    pod = {"code": 137, "reason": "OOMKilled"}
+    cloud.plan(attempts=[{"pods": {"0": pod}, "end": "Failed", "message": "m"}])
+    done = launch()
+    assert done.code == 137 and "for lack of the host's memory" in done.err
+
+
+def test_an_image_that_cannot_be_read_is_told_while_pods_wait(cloud, launch):
+    cloud.plan(attempts=[{"pending": 99, "waiting": "ImagePullBackOff", "end": "Completed"}])
+    done = launch()
+    assert done.code == 1 and "ImagePullBackOff" in done.err and "describe pod" in done.err
+
+
+def test_pods_that_never_start_are_given_up(cloud, launch):
+    cloud.plan(attempts=[{"pending": 999, "end": "Completed"}])
+    done = launch("--start_timeout", "5")
+    assert done.code == 1 and "5 s after Kueue let it in" in done.err
+
+
+def test_a_wait_in_the_queue_has_no_end_of_its_own(cloud, launch):
+    cloud.plan(attempts=[{"suspended": 12, "end": "Completed"}])
+    assert launch("--start_timeout", "5").code == 0
+
+
+def test_a_jobset_that_is_there_is_not_started_beside_itself(cloud, launch):
+    cloud.plan(attempts=[{"end": "Completed"}])
+    assert cloud.call(*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "true").code == 0
+    done = launch()
+    assert done.code == 1 and "is there already" in done.err
+
+
+def test_an_ended_jobset_is_replaced_and_its_lines_are_kept(cloud, launch):
+    cloud.plan(attempts=[{"pods": {"0": FAILS, "1": FAILS}, "end": "Failed"}])
+    assert launch(run_id="again").code == 3
+    assert launch(run_id="again").code == 3
+    kept = list((cloud.root / "runs" / "launches" / "again").glob("again-slice-0-*.log"))
+    assert len(kept) == 2 and kept[0].read_text() == "ValueError: no\n"
+
+
+@pytest.mark.parametrize(
+    ("match", "said", "advice"),
+    [
+        ("create", 'no matches for kind "JobSet"', "The cluster lacks JobSet"),
+        ("create", "Forbidden: cannot create", "may not do this"),
+        ("get jobset", "error: current-context is not set", "give --cluster NAME"),
+    ],
+)
+def test_a_refusal_comes_with_what_to_do(cloud, launch, match, said, advice):
+    cloud.plan(faults=[{"match": match, "err": said}])
+    done = launch()
+    assert done.code == 1 and said in done.err and advice in done.err
+
+
+def test_passing_troubles_of_the_cluster_are_waited_out(cloud, launch):
+    cloud.plan(faults=[{"match": "get jobset", "err": "i/o timeout", "times": 2}])
+    assert launch().code == 0
+
+
+def test_a_jobset_that_somebody_deletes_is_told(cloud, launch):
+    cloud.plan(faults=[{"match": "get pods", "err": "ignored", "times": 0}], attempts=[{"suspended": 99}])
+    cloud.interrupt_when = None
+    looks = iter(range(10))
+
+    def delete(state):
+        if next(looks) == 3:
+            cloud.write(cloud.state | {"jobset": None})
+        return False
+
+    cloud.interrupt_when = delete
+    done = launch()
+    assert done.code == 1 and "there is no JobSet m11 in namespace team" in done.err
+
+
+def test_a_cluster_is_asked_for_by_name(cloud, launch):
+    done = launch("--cluster", "tpus", "--zone", "us-central1", "--project", "proj")
+    assert done.code == 0, done.err
+    (words,) = cloud.calls("get-credentials")
+    assert words[1:] == "container clusters get-credentials tpus --location us-central1 --project proj --quiet".split()
+
+
+def test_a_cluster_that_is_not_to_be_reached_is_told(cloud, launch):
+    cloud.plan(faults=[{"match": "get-credentials", "err": "not found"}])
+    done = launch("--cluster", "tpus", "--zone", "us-central1", "--project", "proj")
+    assert done.code == 1 and "the cluster tpus is not to be reached: not found" in done.err
+
+
+def test_secrets_are_in_a_secret_that_goes_with_the_jobset_and_nowhere_else(cloud, launch):
+    done = launch(variables={"HF_TOKEN": "hf_verysecret"})
+    assert done.code == 0
+    assert cloud.state["secret"]["stringData"]["HF_TOKEN"] == "hf_verysecret"
+    assert cloud.state["secret"]["stringData"]["JAX_COORDINATOR_PORT"] == "8476"
+    assert cloud.state["secret"]["metadata"]["ownerReferences"][0]["uid"] == "u-1"
+    assert "verysecret" not in done.out + done.err + cloud.everything_said() + str(cloud.state["jobset"])
+
+
+def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
+    cloud.plan(attempts=[{"pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
+    done = cloud.call(*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "true")
+    assert done.code == 0 and "finished" not in done.out
+    named = (*CLUSTER, "--run_id", "m11")
+    for word in ("logs --foreground", "status", "clean"):
+        assert f"python infra/launch.py {word} --backend gke --run_id m11 --namespace team" in done.out
+    assert "running, 0 restarts" in cloud.call("status", *named).out
+    assert cloud.call("logs", *named).host_lines(0) == ["step 1", "step 2"]
+    followed = cloud.call("logs", "--foreground", *named)
+    assert followed.code == 0 and followed.last_line == cloud.finished
+    assert cloud.call("clean", *named).code == 0
+    assert cloud.state["jobset"] is None and cloud.state["secret"] is None
+    assert "nothing of that name" in cloud.call("status", *named).out
+
+
+@pytest.mark.parametrize(("answer", "is_there"), [("y", False), ("n", True)])
+def test_ctrl_c_asks_whether_the_jobset_is_to_go(cloud, launch, answer, is_there):
+    cloud.plan(attempts=[{"suspended": 99}])
+    cloud.answers = [answer]
+    cloud.interrupt_when = lambda state: state["secret"] is not None
+    assert launch().code == 130
+    assert (cloud.state["jobset"] is not None) == is_there
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tpu_type", "v3-32"], "GKE has no v3-32"),
+        (["--tpu_type", "v5p-16", "--capacity_type", "best-effort"], "has no capacity 'best-effort'"),
+        (["--tpu_type", "v5p-16", "--namespace", "No"], "--namespace 'No'"),
+    ],
+)
+def test_what_gke_has_not_is_refused(cloud, flags, message):
+    done = cloud.call("--backend", "gke", *flags, "--image", "i", "--", "true")
+    assert done.code == 2 and message in done.err

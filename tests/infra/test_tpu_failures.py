@@ -1,0 +1,365 @@
+"""What can go wrong with a job on a TPU VM, and what the launcher makes of it."""
+
+import dataclasses
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+INFRA = pathlib.Path(__file__).resolve().parents[2] / "infra"
+
+WHERE = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
+FAILS = {"code": 3, "lines": ["step 1", "ValueError: no"]}
+SILENT = ("docker logs --follow", "inspect --format")
+HANGS = {"hangs": True, "lines": ["waiting"]}
+
+
+class TestTheCommandFails:
+    def test_the_exit_code_and_the_last_lines_are_those_of_the_host_that_failed(self, cloud):
+        cloud.has_tpu()
+        cloud.plan(containers=[{"1": FAILS}])
+        done = cloud.launch("--image", "i")
+        assert done.code == 3
+        assert "host 1 of 2 ended with exit code 3, and no other did before. Its last lines:" in done.err
+        assert "    ValueError: no" in done.err
+        assert cloud.finished not in done.out
+
+    def test_a_healthy_tpu_is_not_made_anew_for_it(self, cloud):
+        cloud.plan(containers=[{"all": FAILS}])
+        assert cloud.launch_on_one_host("--spot", "--retries", "10").code == 3
+        assert cloud.state["made"] == 1 and cloud.state["deleted"] == 0
+
+    def test_hosts_that_wait_for_the_one_that_failed_are_stopped(self, cloud):
+        cloud.has_tpu()
+        cloud.plan(containers=[{"0": HANGS, "1": FAILS}])
+        assert cloud.launch("--image", "i").code == 3
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "exited"
+
+    def test_a_host_without_memory_is_told_so(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(containers=[{"all": {"code": 137, "oom": True}}])
+        done = cloud.launch_on_one_host()
+        assert done.code == 137 and "for lack of the host's memory" in done.err
+
+    def test_its_container_stays_and_its_lines_are_on_this_machine(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(containers=[{"all": FAILS}])
+        done = cloud.launch_on_one_host("--run_id", "kept-here")
+        assert "simpo-kept-here" in cloud.containers(0)
+        log = cloud.root / "runs" / "launches" / "kept-here" / "attempt_1" / "host_0.log"
+        assert log.read_text().splitlines()[-1] == "ValueError: no" and str(log.parent) in done.err
+
+
+class TestTheRequest:
+    def test_a_failed_request_is_told_with_its_reason_when_no_retry_is_left(self, cloud):
+        cloud.plan(lives=[[["FAILED", None, "no more capacity in the zone"]]])
+        done = cloud.launch_on_one_host("--retries", "0")
+        assert done.code == 1 and "no more capacity in the zone" in done.err and cloud.state["made"] == 1
+
+    def test_it_is_made_again_as_often_as_asked(self, cloud):
+        cloud.plan(lives=[[["FAILED", None, "no"]]] * 5)
+        done = cloud.launch_on_one_host("--retries", "2")
+        assert done.code == 1 and "attempt 3, and --retries is 2" in done.err and cloud.state["made"] == 3
+
+    def test_retries_below_zero_have_no_end(self, cloud):
+        cloud.plan(lives=[[["FAILED", None, "no"]]] * 4)
+        assert cloud.launch_on_one_host("--retries", "-1").code == 0
+        assert cloud.state["made"] == 5
+
+    @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+    def test_an_ended_one_from_before_is_replaced(self, cloud, state):
+        cloud.write(cloud.state | {"request": {"state": state}})
+        done = cloud.launch_on_one_host("--retries", "0")
+        assert done.code == 0 and "left from before" in done.out and cloud.state["deleted"] == 1
+
+    def test_one_that_is_being_suspended_is_waited_for_and_replaced(self, cloud):
+        cloud.write(cloud.state | {"steps": [["SUSPENDING", None], ["SUSPENDING", None], ["SUSPENDED", None]]})
+        assert cloud.launch_on_one_host("--retries", "0").code == 0
+
+    def test_one_that_is_being_deleted_is_waited_for(self, cloud):
+        cloud.write(cloud.state | {"steps": [["DELETING", None], ["DELETING", None], [None, None]]})
+        assert cloud.launch_on_one_host("--retries", "0").code == 0
+
+    def test_one_that_somebody_deletes_is_not_made_again(self, cloud):
+        cloud.plan(lives=[[["WAITING_FOR_RESOURCES", None], [None, None]]])
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "was deleted by somebody" in done.err and cloud.state["made"] == 1
+
+    def test_an_answer_that_was_lost_finds_the_request(self, cloud):
+        cloud.has_tpu(state="CREATING", kind="v5p-8", request="PROVISIONING")
+        cloud.write(cloud.state | {"steps": [["ACTIVE", "READY"]]})
+        cloud.plan(faults=[{"match": "queued-resources describe", "err": "503 UNAVAILABLE", "times": 2}])
+        assert cloud.launch_on_one_host().code == 0
+
+    def test_a_tpu_that_never_comes_up_is_given_up_and_tried_again(self, cloud):
+        cloud.plan(lives=[[["PROVISIONING", "CREATING"]]])
+        done = cloud.launch_on_one_host("--start_timeout", "5", "--retries", "0")
+        assert done.code == 1 and "was not ready 5 s after it left the queue" in done.err
+
+    @pytest.mark.parametrize(
+        ("said", "advice"),
+        [
+            ("RESOURCE_EXHAUSTED: Quota limit", "step 2 of infra/README.md"),
+            ("PERMISSION_DENIED: tpu.nodes.create", "step 1 of infra/README.md"),
+            ("SERVICE_DISABLED", "gcloud services enable tpu.googleapis.com"),
+            ("You do not currently have an active account selected", "gcloud auth login"),
+        ],
+    )
+    def test_a_refusal_comes_with_what_to_do(self, cloud, said, advice):
+        cloud.plan(faults=[{"match": "queued-resources create", "err": said}])
+        done = cloud.launch_on_one_host("--retries", "0")
+        assert done.code == 1 and said in done.err and advice in done.err
+
+    def test_a_create_command_whose_answer_is_lost_is_no_failure(self, cloud):
+        cloud.plan(faults=[{"match": "queued-resources create", "err": "ALREADY_EXISTS"}])
+        cloud.write(cloud.state | {"steps": [[None, None], ["ACTIVE", "READY"]], "made": 1, "wanted": "v5p-8"})
+        assert cloud.launch_on_one_host().code == 0
+
+
+class TestTheTpu:
+    def test_one_of_another_type_is_left_alone(self, cloud):
+        cloud.has_tpu()
+        done = cloud.launch_on_one_host()
+        assert done.code == 2 and "is a v5p-16, and --tpu_type asks for v5p-8" in done.err
+        assert cloud.state["deleted"] == 0
+
+    def test_one_that_was_taken_before_is_replaced(self, cloud):
+        cloud.has_tpu(state="PREEMPTED", kind="v5p-8", request=None)
+        assert cloud.launch_on_one_host("--retries", "0").code == 0
+        assert cloud.state["deleted"] == 1
+
+    def test_one_that_somebody_stopped_is_told(self, cloud):
+        cloud.has_tpu(state="STOPPED", kind="v5p-8")
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "somebody stopped it" in done.err
+
+    def test_one_that_is_ill_is_waited_for(self, cloud):
+        cloud.has_tpu(kind="v5p-8", health="UNHEALTHY_MAINTENANCE")
+        cloud.write(cloud.state | {"steps": [["ACTIVE", "REPAIRING"], ["ACTIVE", "REPAIRING"], ["ACTIVE", "READY"]]})
+        done = cloud.launch_on_one_host()
+        assert done.code == 0 and "TPU REPAIRING" in done.out
+
+    def test_one_that_is_taken_more_often_than_retries_allow_is_given_up(self, cloud):
+        cloud.plan(containers=[{"all": HANGS | {"preempts": True}}])
+        done = cloud.launch_on_one_host("--spot", "--retries", "1")
+        assert done.code == 1 and "TPU PREEMPTED" in done.err and "attempt 2, and --retries is 1" in done.err
+        assert cloud.finished not in done.out
+
+    def test_one_that_is_deleted_while_the_job_runs_is_not_made_again(self, cloud):
+        cloud.plan(containers=[{"all": HANGS}], faults=[{"match": "docker logs", "at": "host 0", "kind": "delete"}])
+        done = cloud.launch_on_one_host("--spot")
+        assert done.code == 1 and "was deleted by somebody" in done.err and cloud.state["made"] == 1
+
+    def test_one_that_is_taken_while_hosts_are_prepared_is_made_again(self, cloud):
+        fault = {"match": "docker pull", "at": "host 0", "kind": "fail", "code": 1, "err": "connection closed"}
+        cloud.plan(faults=[fault])
+        cloud.has_tpu(kind="v5p-8")
+        cloud.write(cloud.state | {"steps": [["ACTIVE", "READY"], ["SUSPENDED", "PREEMPTED"]]})
+        done = cloud.launch_on_one_host("--spot")
+        assert done.code == 0 and "Attempt 1 lost its TPU" in done.err, done.err
+
+
+class TestTheConnection:
+    @pytest.fixture(autouse=True)
+    def has_tpu(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+
+    def test_hosts_that_do_not_answer_yet_are_waited_for(self, cloud):
+        cloud.plan(faults=[{"match": "told", "at": "host 0", "kind": "refuse", "times": 3}])
+        assert cloud.launch_on_one_host().code == 0
+
+    def test_a_host_that_never_answers_is_named(self, cloud):
+        cloud.plan(faults=[{"match": "told", "at": "host 0", "kind": "refuse", "times": 99}])
+        done = cloud.launch_on_one_host("--start_timeout", "5")
+        assert done.code == 1 and "host 0 could not be reached by ssh for 5 s" in done.err
+
+    def test_lines_come_once_when_the_connection_breaks_in_the_middle_of_one(self, cloud):
+        lines = [f"line {number}" for number in range(9)]
+        fault = {"match": "docker logs", "at": "host 0", "kind": "cut", "lines": 4}
+        cloud.plan(containers=[{"all": {"lines": lines}}], faults=[fault])
+        done = cloud.launch_on_one_host()
+        assert done.code == 0 and done.host_lines(0) == lines
+
+    def test_lines_come_once_when_gcloud_repeats_the_command_by_itself(self, cloud):
+        lines = [f"line {number}" for number in range(9)]
+        fault = {"match": "docker logs", "at": "host 0", "kind": "repeat", "lines": 4}
+        cloud.plan(containers=[{"all": {"lines": lines}}], faults=[fault])
+        done = cloud.launch_on_one_host()
+        # The cut line and the first of the repetition stand in one line, and come with the next look.
+        assert done.code == 0 and sorted(set(done.host_lines(0))) == lines and len(done.host_lines(0)) == len(lines)
+
+    def test_a_job_that_gcloud_starts_twice_runs_once_with_all_its_variables(self, cloud):
+        cloud.plan(faults=[{"match": "docker run", "at": "host 0", "kind": "repeat"}])
+        assert cloud.launch_on_one_host("-e", "MINE", "all of it").code == 0
+        assert len(cloud.state["started"]) == 1
+        (container,) = cloud.containers(0).values()
+        assert container["environment"]["MINE"] == "all of it"
+
+    def test_variables_that_did_not_arrive_whole_start_nothing(self, cloud):
+        cloud.plan(faults=[{"match": "docker run", "at": "host 0", "kind": "repeat", "early": True}])
+        assert cloud.launch_on_one_host("-e", "MINE", "all of it").code == 0
+        assert len(cloud.state["started"]) == 1
+        (container,) = cloud.containers(0).values()
+        assert container["environment"]["MINE"] == "all of it"
+
+    def test_a_host_that_falls_silent_is_named_and_the_job_is_left(self, cloud):
+        silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 99} for words in SILENT]
+        cloud.plan(containers=[{"all": HANGS}], faults=silence)
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "host 0 of 1 did not answer any more" in done.err
+
+    def test_a_silence_that_ends_is_no_failure(self, cloud):
+        silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 2} for words in SILENT]
+        cloud.plan(faults=silence)
+        cloud.timing = dataclasses.replace(cloud.timing, reach=1e6)
+        done = cloud.launch_on_one_host()
+        assert done.code == 0 and done.host_lines(0) == ["hello from 0"]
+
+
+class TestHostsAndImages:
+    def test_an_image_that_hosts_cannot_read_is_told(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(faults=[{"match": "docker pull", "at": "docker 0", "err": "denied: Permission artifactregistry"}])
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "preparing: host 0 ended with exit code 1: denied" in done.err
+
+    def test_a_container_that_does_not_start_is_told(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(faults=[{"match": "docker run", "at": "docker 0", "code": 125, "err": "no space left on device"}])
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "starting the job: host 0 ended with exit code 125: no space left" in done.err
+
+    def test_a_job_that_starts_on_some_hosts_only_is_stopped_on_all(self, cloud):
+        cloud.has_tpu()
+        cloud.plan(
+            containers=[{"all": HANGS}], faults=[{"match": "docker run", "at": "docker 1", "code": 125, "err": "no"}]
+        )
+        done = cloud.launch("--image", "i")
+        assert done.code == 1 and "starting the job: host 1 ended with exit code 125" in done.err
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "exited"
+
+    def test_an_image_that_cannot_be_built_ends_the_launch_before_anything_costs(self, cloud):
+        cloud.plan(faults=[{"match": "docker build", "err": "step 3 failed"}])
+        done = cloud.launch()
+        assert done.code == 1 and "step 3 failed" in done.err and cloud.state["made"] == 0
+
+    def test_an_image_that_cannot_be_pushed_comes_with_the_repository_to_make(self, cloud):
+        cloud.plan(faults=[{"match": "docker push", "err": 'name unknown: Repository "simpo" not found'}])
+        done = cloud.launch()
+        assert done.code == 1 and "gcloud artifacts repositories create simpo" in done.err
+
+
+class TestOtherJobs:
+    def test_another_job_that_runs_is_left_alone_and_named(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.put_container(0, "theirs", state="running")
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "the job theirs runs on host 0" in done.err
+        assert cloud.containers(0)["simpo-theirs"]["state"] == "running" and not cloud.state["started"]
+
+    def test_this_job_is_not_started_beside_itself(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.put_container(0, cloud.run_id, state="running")
+        done = cloud.launch_on_one_host()
+        assert done.code == 1 and "logs --foreground --tpu_name m11" in done.err
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
+
+    def test_an_ended_container_of_this_job_goes_and_its_log_stays(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.put_container(0, "theirs", lines=["their last words"])
+        cloud.put_container(0, cloud.run_id, lines=["my last words"])
+        assert cloud.launch_on_one_host().code == 0
+        assert cloud.containers(0)["simpo-theirs"]["lines"] == ["their last words"]
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["lines"] == ["hello from 0"]
+        (log,) = (cloud.home(0) / ".simpo-launch" / cloud.run_id).glob("*.log")
+        assert log.read_text() == "my last words\n"
+
+
+class TestCtrlC:
+    @pytest.mark.parametrize(("answer", "state"), [("y", "exited"), ("n", "running"), (None, "running")])
+    def test_it_asks_whether_the_job_is_to_end_too(self, cloud, answer, state):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(containers=[{"all": HANGS}])
+        cloud.answers = [answer]
+        cloud.interrupt_when = lambda state: bool(state["started"])
+        done = cloud.launch_on_one_host()
+        assert done.code == 130
+        assert cloud.questions == [f"Stop the job {cloud.run_id} on all hosts too? [y/N] "]
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == state
+        assert ("logs --foreground" in done.out) == (state == "running")
+
+    def test_asked_again_it_leaves_the_job_alone(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(containers=[{"all": HANGS}])
+        cloud.answers = [KeyboardInterrupt]
+        cloud.interrupt_when = lambda state: bool(state["started"])
+        assert cloud.launch_on_one_host().code == 130
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
+
+    @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
+    def test_in_the_queue_it_asks_whether_the_request_is_to_go(self, cloud, answer, is_there):
+        cloud.plan(lives=[[["WAITING_FOR_RESOURCES", None]]])
+        cloud.answers = [answer]
+        cloud.interrupt_when = lambda state: state["request"] == {"state": "WAITING_FOR_RESOURCES"}
+        assert cloud.launch_on_one_host().code == 130
+        assert (cloud.state["request"] is not None) == is_there
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_itself_ends_on_a_signal_and_leaves_the_job_where_nobody_can_be_asked(cloud, tmp_path, number):
+    # A copy, so that the lines of hosts are kept beside it.
+    shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
+    cloud.has_tpu(kind="v5p-8")
+    cloud.plan(containers=[{"all": HANGS}])
+    words = ["--foreground", *cloud.where, "--tpu_type", "v5p-8", "--image", "i", "--run_id", "mine", "--", "true"]
+    program = [sys.executable, str(tmp_path / "infra" / "launch.py"), *words]
+    with subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        # A line is shown before the next one is there.
+        assert any("[host 0] waiting" in line for line in launcher.stdout)
+        launcher.send_signal(number)
+        rest = launcher.stdout.read()
+    assert launcher.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert cloud.finished not in rest
+    assert cloud.containers(0)["simpo-mine"]["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tpu_type", "v5p-32", "--", "true"], "--backend gke, or --local N"),
+        ([*WHERE, "--", "true"], "--tpu_type is missing"),
+        ([*WHERE, "--tpu_type", "v9-8", "--", "true"], "'v9-8' is unknown; write KIND-SIZE"),
+        ([*WHERE, "--tpu_type", "v5p-24", "--", "true"], "chips come in powers of two"),
+        ([*WHERE, "--tpu_type", "v5p-8", "--capacity_type", "cheap", "--", "true"], "Unknown capacity type: cheap"),
+        (["--tpu_name", "M11", *WHERE[2:], "--tpu_type", "v5p-8", "--", "true"], "names begin with a small letter"),
+        (["--tpu_name", "m", "--zone", "mars", "--project", "p", "--tpu_type", "v5p-8", "--", "true"], "is no zone"),
+        (["--tpu_name", "m", "--tpu_type", "v5p-8", "--", "true"], "Zone must be specified or set in gcloud config"),
+        ([*WHERE, "--tpu_type", "v5p-8", "--run_id", "My Run", "--", "true"], "--run_id 'My Run'"),
+        ([*WHERE, "--tpu_type", "v5p-8", "-e", "A", "B", "C", "--", "true"], "write -e NAME VALUE"),
+        ([*WHERE, "--tpu_type", "v5p-8", "-e", "UNSET_HERE", "--", "true"], "which is not set"),
+        ([*WHERE, "--tpu_type", "v5p-8", "-e", "A-B", "C", "--", "true"], "is no name of a variable"),
+        ([*WHERE, "--tpu_type", "v5p-8", "-e", "A", "1\n2", "--", "true"], "a value of several lines"),
+        ([*WHERE, "--tpu_type", "v5p-8", "--image", "i", "--no_docker", "--", "true"], "give only one of them"),
+        (["--backend", "gke", "--tpu_type", "v5p-8", "--no_docker", "--", "true"], "pods on GKE start from an image"),
+        (["--backend", "local", "--", "true"], "--backend local needs --local N"),
+        (["--local", "2", "--backend", "gke", "--tpu_type", "v5p-8", "--", "true"], "leave it out for --backend gke"),
+        (["stop", *WHERE, "--", "true"], "`stop` takes no command"),
+        (["logs", "--local", "2"], "--local"),
+        (["stop", "--backend", "gke"], "needs --run_id"),
+    ],
+)
+def test_wrong_words_are_told_and_nothing_is_made(cloud, words, message):
+    done = cloud.call(*words)
+    assert done.code == 2 and message in done.err, done.err
+    assert cloud.state["made"] == 0 and not cloud.state["built"]
+
+
+def test_a_machine_without_gcloud_is_told_what_to_install(cloud, monkeypatch):
+    (cloud.folder / "bin" / "gcloud").unlink()
+    monkeypatch.setenv("PATH", str(cloud.folder / "bin"))
+    done = cloud.launch_on_one_host()
+    assert done.code == 2 and "there is no program 'gcloud' here; install the Google Cloud CLI" in done.err

@@ -77,6 +77,18 @@ class LossSums(NamedTuple):
     """avg(chosen) - avg(rejected) of each pair, nats per token; 0 where it is another part's."""
 
 
+def build_init_moments(programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> Program:
+    """Compiles `params -> (moments, moving average or None)`, those of a run at its first update."""
+    abstract = abstract_state(model_config, config, mesh)
+    optimizer = build_optimizer(config.optimizer, config.num_train_steps)
+
+    def init_moments(params: Any) -> tuple[Any, Llama | None]:
+        return optimizer.init(params), None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+
+    wanted = jax.tree.map(lambda leaf: leaf.sharding, (abstract.opt_state, abstract.ema))
+    return programs.compile("init_moments", init_moments, abstract.params, out_shardings=wanted)
+
+
 def build_train_step(
     programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
 ) -> Program:

@@ -23,6 +23,7 @@ from simpo_pipeline.inference.sizing import size_engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
+from simpo_pipeline.ops.attention_tpu import kernel_takes
 from simpo_pipeline.preflight.cache import ResultCache, default_folder
 from simpo_pipeline.preflight.compiled import PlannedPrograms, compile_ahead
 from simpo_pipeline.preflight.examine import Examined, Planned, examine
@@ -133,7 +134,7 @@ class Plan:
             row_len=shape.row_len,
             num_predictions=shape.num_groups * shape.num_predictions,
             remat=self._job.trainer.remat,
-            kernel=False,
+            kernel=kernel_takes(shape.row_len, self._model.head_dim, None),
         )
 
     def _of_generation(self, host: int) -> Iterator[Planned]:

@@ -16,6 +16,7 @@ from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.forward import Drawn, decode, lay_out, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.packing import pack, unpack
+from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit
 from simpo_pipeline.inference.scheduler import Round
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -50,6 +51,7 @@ class EnginePrograms:
         self._programs = programs
         self._dtype = dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = self._vocab_split(mesh)
         attention = backend_for(mesh)
         given = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
         self.weights_bytes = bytes_per_device(given)
@@ -128,6 +130,13 @@ class EnginePrograms:
             cache = self._copy_pages(cache, self._placed(table))
         return cache
 
+    def _vocab_split(self, mesh: Mesh) -> VocabSplit:
+        """How the logits of `TENSOR_PARALLEL_RULES` lie."""
+        parts = mesh.shape[TENSOR_PARALLEL_RULES["vocab"]]
+        if parts == 1 or self._model.vocab_size % parts:
+            return UNSPLIT
+        return VocabSplit(parts, lambda array: jax.lax.with_sharding_constraint(array, self._replicated))
+
     def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program:
         """Makes the other programs take the layers as `lay_out` gives them; the program that does so."""
         both = with_shardings(jax.eval_shape(lay_out, given.layers), mesh, TENSOR_PARALLEL_RULES)
@@ -156,7 +165,7 @@ class EnginePrograms:
     def _compile_mixed(self, num_tokens: int, num_rows: int) -> Program:
         return self._compile_round(
             f"prefill_{num_tokens}_decode_{num_rows}",
-            functools.partial(prefill_and_decode, dtype=self._dtype),
+            functools.partial(prefill_and_decode, dtype=self._dtype, split=self._split),
             self._weights.stacked,
             (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
@@ -165,7 +174,9 @@ class EnginePrograms:
     def _compile_decode(self, num_rows: int) -> Program:
         return self._compile_round(
             f"decode_{num_rows}",
-            functools.partial(decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype),
+            functools.partial(
+                decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype, split=self._split
+            ),
             self._weights.by_layer,
             (self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),

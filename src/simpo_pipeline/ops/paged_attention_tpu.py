@@ -136,7 +136,8 @@ def _attend_chunks(
         return jnp.where(is_query[:, None, None], out, 0)
 
     # Without any query the kernel would not wait for the first page that it fetched.
-    return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
+    with jax.named_scope("chunks"):
+        return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
 
 
 def _kernel(

@@ -20,7 +20,9 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_INTEGER = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+_INTEGER = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
+# The compiler writes the largest number there is where it has no idea.
+_NO_IDEA = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _parse(line: str, lines: Mapping[str, list[str]]) -> Instruction | None:
         opcode=opcode[1],
         result=result,
         op_name=op_name[1] if op_name else "",
-        cycles=int(cycles[1]) if cycles else 0,
+        cycles=int(cycles[1]) if cycles and int(cycles[1]) < _NO_IDEA else 0,
         called=called,
         trips=trips,
         text=line,

@@ -87,8 +87,8 @@ def train_work(
     passes = 3 + (remat == "full")
     parameters = model.num_parameters
     kept = tokens * model.hidden_size * 2 * (model.num_layers + 1)
-    # The backward pass computes scores again within the kernel: 5 products where the forward pass has 2.
-    kernel_flops = attention * (passes - 2 + 2.5) if kernel else 0.0
+    # The kernels of the backward pass, one for queries and one for keys and values, have 7 products, the forward one 2.
+    kernel_flops = attention * (passes - 2 + 3.5) if kernel else 0.0
     qkvo = tokens * model.head_dim * 2 * (2 * model.num_heads + 2 * model.num_kv_heads) * model.num_layers
     return Work(
         flops=3 * (linear + attention + head),

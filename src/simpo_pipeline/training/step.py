@@ -33,7 +33,6 @@ from simpo_pipeline.model.transformer import (
     ANYWHERE,
     Llama,
     Placement,
-    attend_whole_sequences,
     transform,
     unembedding,
 )
@@ -193,7 +192,7 @@ def answer_logps(
         params,
         NamedArray(part.tokens, axes),
         NamedArray(part.positions, axes),
-        attend=attend_whole_sequences,
+        attend=placement.attend,
         state=Segments(part.segments, part.branches) if config.packing else None,
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,

@@ -56,7 +56,7 @@ class LoweredProgram:
     lowered: jax.stages.Lowered
     parts: Mapping[str, str]
     devices: frozenset[Any]
-    options: Mapping[str, str | bool]
+    options: Mapping[str, bool | int]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -67,6 +67,11 @@ class LoweredProgram:
     def stablehlo_fingerprint(self) -> str:
         """SHA-256 (hex) of the program's text, which does not name devices."""
         return hashlib.sha256(self.parts["StableHLO"].encode()).hexdigest()
+
+    def compile(self, **more_options: str | bool | int) -> jax.stages.Compiled:
+        """The executable, with more options of the compiler where some are given."""
+        options: dict[str, Any] = {**self.options, **more_options}
+        return self.lowered.compile(options)
 
     @property
     def launch(self) -> Launch:
@@ -133,7 +138,7 @@ class Programs:
         *abstract_args: Any,
         donate_argnums: Sequence[int] = (),
         out_shardings: Any = None,
-        compiler_options: Mapping[str, bool] | None = None,
+        compiler_options: Mapping[str, bool | int] | None = None,
     ) -> Program:
         """Compiles `function` ahead for the given abstract arguments.
 
@@ -166,7 +171,7 @@ class Programs:
         known = self._by_fingerprint.get((name, launch.fingerprint))
         if known is not None:
             return known
-        compiled = lowered.lowered.compile(dict(lowered.options))
+        compiled = lowered.compile()
         logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, launch.fingerprint[:12])
         self._show_progress()
         made = Program(launch, compiled, self._before_launch)
@@ -190,7 +195,7 @@ def lower_program(
     *abstract_args: Any,
     donate_argnums: Sequence[int] = (),
     out_shardings: Any = None,
-    compiler_options: Mapping[str, bool] | None = None,
+    compiler_options: Mapping[str, bool | int] | None = None,
 ) -> LoweredProgram:
     """What `Programs.compile` compiles, of the same arguments; descriptions of devices do, too."""
 
@@ -200,7 +205,7 @@ def lower_program(
     program.__name__ = program.__qualname__ = name
     jitted = jax.jit(program, donate_argnums=tuple(donate_argnums), out_shardings=out_shardings)
     lowered = jitted.lower(*abstract_args)
-    options: dict[str, str | bool] = dict(compiler_options or {})
+    options = dict(compiler_options or {})
     parts = _parts(lowered.as_text(), abstract_args, out_shardings) | {"compiler options": str(options)}
     return LoweredProgram(name, lowered, parts, frozenset(_devices_of(abstract_args, out_shardings)), options)
 

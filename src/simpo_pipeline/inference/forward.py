@@ -20,12 +20,13 @@ from simpo_pipeline.inference.logprobs import token_logprobs
 from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit, draw_tokens
 from simpo_pipeline.inference.seen_tokens import mark_seen
 from simpo_pipeline.model.transformer import (
+    AnyLlama,
     Llama,
     LlamaLayers,
     Placement,
     UnstackedLlama,
-    as_matrices,
     logits,
+    merged,
     transform,
     unstacked,
 )
@@ -90,17 +91,17 @@ def decode(
     max_steps: int,
     dtype: DTypeLike,
     split: VocabSplit = UNSPLIT,
+    head_parts: int = 1,
 ) -> tuple[KVCache, Drawn]:
-    """Draws up to `num_steps` tokens a row, fewer when a stop token comes.
+    """Draws up to `num_steps` tokens a row, fewer when a stop token comes; `head_parts` as in `transformer.merged`.
 
     Ends when no row may draw any more, and already when `num_ended` of them have ended.
     """
-    if isinstance(weights, Llama):
-        weights = as_matrices(weights)
+    params = merged(weights, head_parts) if isinstance(weights, Llama) else weights
 
     def draw_one_each(state: _Decoding) -> _Decoding:
-        hidden, cache = _hidden(weights, state.cache, state.tokens, _decode_places(batch, state), dtype)
-        return _after_draw(weights, batch, step, state._replace(cache=cache), hidden, split)
+        hidden, cache = _hidden(params, state.cache, state.tokens, _decode_places(batch, state), dtype)
+        return _after_draw(params, batch, step, state._replace(cache=cache), hidden, split)
 
     def goes_on(state: _Decoding) -> Bool[Array, ""]:
         may_draw = jnp.asarray(batch.num_steps) > 0
@@ -140,7 +141,7 @@ def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decodin
 
 
 def _after_draw(
-    weights: Llama | UnstackedLlama,
+    weights: AnyLlama,
     batch: DecodeBatch,
     step: UInt32[Array, ""],
     state: _Decoding,
@@ -216,7 +217,7 @@ def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
 
 
 def _hidden(
-    weights: Llama | UnstackedLlama,
+    weights: AnyLlama,
     cache: KVCache,
     tokens: Int[Array, " tokens"],
     places: TokenPlaces,

@@ -41,15 +41,24 @@ def splash_attention(
     """
     seq, heads, head_size = q.shape[1:]
     block = math.gcd(seq, _LARGEST_BLOCK)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     kernel = make_splash_mha_single_device(
         MultiHeadMask([CausalMask((seq, seq))] * heads),
-        block_sizes=BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
     q_BHSD, k_BHSD, v_BHSD = (array.swapaxes(1, 2) for array in (q * (1 / math.sqrt(head_size)), k, v))
-    return jax.vmap(kernel)(q_BHSD, k_BHSD, v_BHSD).swapaxes(1, 2)
+    out_BHSD: Array = jax.vmap(kernel)(q_BHSD, k_BHSD, v_BHSD)  # pyright: ignore[reportAssignmentType]
+    return out_BHSD.swapaxes(1, 2)
 
 
 def kernel_takes(seq: int, head_size: int, segments: Segments | None) -> bool:

@@ -113,7 +113,9 @@ def _attend_on_one_device(
     parts = []
     if num_single:
         single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
-        out = _kernel(q[:num_single], kv_pages, *single, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
+        # Each has its query, so all of them wait for their blocks.
+        all_of_them = jnp.full(1, num_single, jnp.int32)
+        out = _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
         parts.append(jnp.where(kv_lens[:num_single, None, None] > 0, out, 0))
     if num_single < kv_lens.shape[0]:
         starts = query_starts[num_single:] - num_single
@@ -129,7 +131,12 @@ def _attend_chunks(
     kv_lens: Int[Array, " seqs"],
 ) -> Float[Array, "tokens heads head_size"]:
     def attend() -> Float[Array, "tokens heads head_size"]:
-        rest = page_table, query_starts, kv_lens
+        # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
+        # none without keys, and none after the last query.
+        has_queries = query_starts[1:] > query_starts[:-1]
+        rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+        num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
+        rest = page_table, query_starts, kv_lens, num_seqs
         out = _kernel(q, kv_pages, *rest, queries_per_block=_CHUNK_QUERIES_PER_BLOCK)
         # The kernel leaves anything where there is no query.
         is_query = jnp.arange(q.shape[0], dtype=jnp.int32) < query_starts[-1]
@@ -146,6 +153,7 @@ def _kernel(
     page_table: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_and_end"],
     kv_lens: Int[Array, " seqs"],
+    num_seqs: Int[Array, "1"],
     *,
     queries_per_block: int,
 ) -> Float[Array, "tokens heads head_size"]:
@@ -153,11 +161,6 @@ def _kernel(
     kv_heads = kv_pages.shape[2] // 2
     shape = KernelShape(kv_pages.shape[1], page_table.shape[1], q.shape[1], kv_heads, head_size, itemsize)
     blocks = blocks_for(shape, queries_per_block)
-    has_queries = query_starts[1:] > query_starts[:-1]
-    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
-    # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
-    # none without keys, and none after the last query.
-    num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
     out = ragged_paged_attention(
         _with_all_lanes(q),
         kv_pages,

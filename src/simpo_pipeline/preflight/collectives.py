@@ -35,7 +35,7 @@ class Traffic:
     dtype: str
     count: int
     moved_bytes: int
-    received_bytes: float
+    received_bytes: int | float
     largest_bytes: int
     largest_type: str
 

@@ -74,10 +74,9 @@ def compile_ahead(program: LoweredProgram, cache: ResultCache) -> CompilerResult
 def _compile(program: LoweredProgram) -> CompilerResult:
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
         # The compiled program's own `as_text` fails on TPU programs with asynchronous collectives.
-        dumped: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         start = time.perf_counter()
         try:
-            compiled = program.lowered.compile({**program.options, **dumped})
+            compiled = program.compile(xla_dump_to=folder, xla_dump_hlo_as_text=True)
         except Exception as error:  # XLA raises RuntimeError for most, ValueError for some; the report shows it
             return CompilerResult({}, "", f"{type(error).__name__}: {error}", time.perf_counter() - start)
         seconds = time.perf_counter() - start

@@ -85,10 +85,12 @@ def parse_module(text: str) -> Module:
             current = head[2]
             lines[current] = []
             entry = current if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
-        elif current is not None:
+        elif current is not None and line.startswith("  "):
             lines[current].append(line.strip())
+        elif current is not None and lines[current]:
+            lines[current][-1] += line  # what a kernel says of itself has several lines
     if entry is None:
         raise ValueError(f"no ENTRY computation among {len(lines)}; is this the text of an HLO module?")
     parsed = {
@@ -101,8 +103,8 @@ def parse_module(text: str) -> Module:
 def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
     """Every instruction that runs, those within fusions, loops and branches included.
 
-    Of a conditional the branch for false runs, unless the conditional's `op_name` has a part in `taken`, the names of
-    scopes: then it is the one for true.
+    Of a conditional the branch for false runs, unless it is right within a scope of a name in `taken`: then it is the
+    one for true.
     """
     found: list[Executed] = []
 
@@ -197,7 +199,7 @@ def _runs(instruction: Instruction, taken: Collection[str]) -> tuple[str, ...]:
     """Of the computations that an instruction names, those that it runs."""
     match instruction.opcode:
         case "conditional":
-            is_taken = not set(instruction.op_name.split("/")).isdisjoint(taken)
+            is_taken = instruction.op_name.split("/")[-2:-1] in ([scope] for scope in taken)
             return instruction.called[-1:] if is_taken else instruction.called[:1]
         case "fusion" | "call" | "while" | "async-start":
             return instruction.called

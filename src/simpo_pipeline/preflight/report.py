@@ -145,7 +145,7 @@ def _first_line(error: str) -> str:
     return lines[0][:300] if lines else ""
 
 
-def _gb(num_bytes: float) -> str:
+def _gb(num_bytes: int | float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
 
 

@@ -5,9 +5,12 @@ operations. What the program does beside it (casts, norms, relayouts, padding) i
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.preflight.topology import Chip
+
+Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,11 @@ class Work:
         scopes: Of the program's conditionals, those under these names take their true branch (`hlo.executed`).
     """
 
-    flops: float
-    repeated_flops: float = 0.0
-    kernel_flops: float = 0.0
-    hbm_bytes: float = 0.0
-    kernel_hbm_bytes: float = 0.0
+    flops: Number
+    repeated_flops: Number = 0.0
+    kernel_flops: Number = 0.0
+    hbm_bytes: Number = 0.0
+    kernel_hbm_bytes: Number = 0.0
     scopes: tuple[str, ...] = ()
 
 
@@ -45,7 +48,7 @@ class Roofline:
         return max(self.compute_seconds, self.hbm_seconds, self.link_seconds)
 
 
-def roofline(work: Work, chip: Chip, num_chips: int, received_bytes: float, num_links: int) -> Roofline:
+def roofline(work: Work, chip: Chip, num_chips: int, received_bytes: Number, num_links: int) -> Roofline:
     """The bound of `work` spread over chips, each of which receives so many bytes over so many links."""
     return Roofline(
         compute_seconds=(work.flops + work.repeated_flops) / num_chips / chip.peak_flops,
@@ -100,7 +103,14 @@ def train_work(
 
 
 def generation_work(
-    model: LlamaConfig, num_tokens: int, num_drawn: int, read_tokens: int, context: float, itemsize: int, *, scopes=()
+    model: LlamaConfig,
+    num_tokens: int,
+    num_drawn: int,
+    read_tokens: int,
+    context: Number,
+    itemsize: int,
+    *,
+    scopes: Iterable[str] = (),
 ) -> Work:
     """One pass over `num_tokens` tokens, of which `num_drawn` draw the next one, so that only these need logits.
 

@@ -11,7 +11,7 @@ from simpo_pipeline.distributed.programs import LoweredProgram, Program, Program
 from simpo_pipeline.errors import ProgramError
 from simpo_pipeline.preflight.cache import ResultCache
 
-logger = logging.getLogger(f"simpo_pipeline.{__name__}")
+logger = logging.getLogger(__name__)
 
 _MEMORY_FIELDS = ("argument", "output", "alias", "temp", "generated_code")
 

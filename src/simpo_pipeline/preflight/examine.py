@@ -54,15 +54,15 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What is known of one program; without `memory`, `roofline` and `estimate` where it did not compile."""
+    """What is known of one program; without `memory`, `roofline` and `estimate` where it was not or did not compile."""
 
     name: str
     host: int | None
     num_chips: int
     turns: int
     stablehlo: str
-    compile_seconds: float
     work: Work
+    compile_seconds: float = 0.0
     error: str = ""
     memory: ProgramMemory | None = None
     traffic: tuple[Traffic, ...] = ()
@@ -79,8 +79,8 @@ class Examined:
         return self.estimate.seconds / self.roofline.seconds
 
 
-def examine(planned: Planned, result: CompilerResult, chip: Chip) -> Examined:
-    """The figures of a program that the compiler has answered for."""
+def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Examined:
+    """The figures of a program, as far as the compiler was asked."""
     devices = list(planned.lowered.devices)
     known: dict[str, Any] = {
         "name": planned.lowered.name,
@@ -88,9 +88,11 @@ def examine(planned: Planned, result: CompilerResult, chip: Chip) -> Examined:
         "num_chips": len(devices),
         "turns": planned.turns,
         "stablehlo": planned.lowered.stablehlo_fingerprint,
-        "compile_seconds": result.seconds,
         "work": planned.work,
     }
+    if result is None:
+        return Examined(**known)
+    known["compile_seconds"] = result.seconds
     if result.error:
         return Examined(**known, error=result.error)
     instructions = executed(parse_module(result.hlo), planned.work.scopes)

@@ -81,7 +81,9 @@ def as_text(report: Report) -> str:
 def _program_text(same: Sequence[Examined], capacity: int) -> str:
     # The slowest of the hosts stands for all; their programs differ in nothing but the way collectives are routed.
     each = max(same, key=lambda one: one.estimate.seconds if one.estimate else 0.0)
-    where = f"{each.num_chips} chips" + (f", on each of {len(same)} hosts" if len(same) > 1 else "")
+    compiled_on = [str(one.host) for one in same if one.memory is not None]
+    on_hosts = f", on each of {len(same)} hosts, compiled for {' and '.join(compiled_on)}"
+    where = f"{each.num_chips} chips" + (on_hosts if len(same) > 1 else "")
     prints = {one.stablehlo for one in same}
     print_text = f"StableHLO {each.stablehlo[:12]}" + (" on all" if len(prints) == 1 and len(same) > 1 else "")
     lines = [f"{each.name} ({where}), {print_text if len(prints) == 1 else 'StableHLO DIFFERS'}"]

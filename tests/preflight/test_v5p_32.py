@@ -24,6 +24,8 @@ SMALLEST_GRADIENT_BYTES = 1024 * 4096 * 4
 # 1,088 pages of 128 tokens, keys and values of 2 heads of 128 on each chip, in bfloat16.
 CACHE_OF_A_LAYER_BYTES = 1088 * 128 * 2 * 2 * 128 * 2
 LAYERS = 32
+MOST_BYTES = {"start": 7 * GB, "train": 60 * GB, "hand over": 13 * GB, "empty cache": 16 * GB, "generate": 20 * GB}
+EXPECTED_RATIO = {"train_step": 1.7, "engine_decode_64": 2.9}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,9 @@ def compiled(report, name: str) -> list[dict]:
 
 def test_all_of_it_fits_with_the_trainer_resident(report):
     assert report["fits"] and not report["failures"]
-    assert {phase["name"] for phase in report["phases"]} == {"start", "train", "hand over", "empty cache", "generate"}
-    assert {phase["name"]: phase["total_bytes"] <= MOST_BYTES[phase["name"]] for phase in report["phases"]} == {
-        name: True for name in MOST_BYTES
-    }
+    totals = {phase["name"]: phase["total_bytes"] for phase in report["phases"]}
+    assert set(totals) == set(MOST_BYTES)
+    assert not {name: total for name, total in totals.items() if total > MOST_BYTES[name]}
     (generate,) = (phase for phase in report["phases"] if phase["name"] == "generate")
     assert generate["beside"]["trainer"] > 6 * GB
 

@@ -220,7 +220,7 @@ def merged(model: Llama, parts: int) -> MergedLlama:
     """The same for programs of few tokens on TPUs, whose heads lie in so many equal parts over devices.
 
     Queries, keys and values are one product, by part; and no weight has an axis of heads, which XLA's TPU backend would
-    copy out of the stack before each product. Of the 165 us that it expected of a layer for 64 sequences of an 8B model
+    copy out of the stack before each product. Of the 150 us that it expected of a layer for 64 sequences of an 8B model
     on 4 chips of a v5p, the copies were 35.
     """
     layers, config = model.layers, model.config

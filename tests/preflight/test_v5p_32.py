@@ -75,10 +75,11 @@ def test_the_handoff_moves_bfloat16_alone(report):
 
 
 def test_the_cache_is_updated_in_place(report):
-    for name in ("engine_decode_64", "engine_prefill_4096", "engine_prefill_4096_decode_64"):
+    for name in ("engine_decode_64", "engine_prefill_4096", "engine_prefill_4096_decode_64", "engine_copy_pages"):
         for program in compiled(report, name):
             assert program["memory"]["aliased"] >= LAYERS * CACHE_OF_A_LAYER_BYTES
             assert program["largest_copy_bytes"] < CACHE_OF_A_LAYER_BYTES
+            assert program["memory"]["temporary"] < LAYERS * CACHE_OF_A_LAYER_BYTES // 2
 
 
 @pytest.mark.parametrize("name", ["train_step", "engine_decode_64"])

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
-from simpo_pipeline.ops.paged_xla import attend_in_tiles, copy_pages, storable_values
+from simpo_pipeline.ops.paged_xla import attend_in_tiles, storable_values
 
 # The kernel's vectors are so long; HBM pads shorter ones to it anyway, so a head of 64 takes no more memory for it.
 _LANES = 128
@@ -69,7 +69,8 @@ class TpuPagedAttention:
         target: Int[Array, " n"],
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
         """See `PagedAttention.copy`."""
-        return copy_pages(pages, source, target)
+        (kv_pages,) = pages
+        return (_copied_one_by_one(kv_pages, source, target),)
 
     def attend(
         self,
@@ -95,6 +96,23 @@ class TpuPagedAttention:
             # The kernel does not say over which axes its result varies.
             check_vma=False,
         )(q, kv_pages, page_table, query_starts, kv_lens)
+
+
+def _copied_one_by_one(
+    kv_pages: Shaped[Array, "pages page_size two_kv_heads lanes"], source: Int[Array, " n"], target: Int[Array, " n"]
+) -> Shaped[Array, "pages page_size two_kv_heads lanes"]:
+    """Slices keep the layout of the pages. A scatter of whole pages wants another one, and XLA would bring the cache
+    there and back: 23 ms expected for one of 4.6 GB on a chip of a v5p, and as much memory again.
+    """
+    last = kv_pages.shape[0] - 1
+    read = [lax.dynamic_slice_in_dim(kv_pages, jnp.clip(page, 0, last), 1) for page in source]
+    # Else XLA might put off a read until its page is written over, and keep a copy of all pages for that.
+    kv_pages, read = lax.optimization_barrier((kv_pages, read))
+    for page, copied in zip(target, read, strict=True):
+        at = jnp.clip(page, 0, last)
+        kept = lax.dynamic_slice_in_dim(kv_pages, at, 1)
+        kv_pages = lax.dynamic_update_slice_in_dim(kv_pages, jnp.where(page <= last, copied, kept), at, 0)
+    return kv_pages
 
 
 def _attend_on_one_device(

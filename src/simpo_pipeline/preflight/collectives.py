@@ -50,7 +50,7 @@ def traffic_of(instructions: Iterable[Executed], num_devices: int) -> list[Traff
         size = _group_size(each.instruction.text, num_devices)
         moved, dtype = _moved(kind, each.instruction.result, each.instruction.opcode.endswith("-start"), size)
         received = _received_share(kind, size) * moved
-        groups[kind, dtype].append((each.times, moved, received, each.instruction.result.split("{")[0]))
+        groups[kind, dtype].append((each.times, moved, received, each.instruction.result.lstrip("(").split("{")[0]))
     found = [
         Traffic(
             kind=kind,

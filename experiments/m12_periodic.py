@@ -1,6 +1,7 @@
 """M12: 200 updates, with generation for 1,024 prompts after every 50, the last update included, in one job.
 
     python experiments/m12_periodic.py [--preset tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
+                                       [--preflight v5p-32]
 
 M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50-to-100 -> ... -> infer-1024-to-200`.
 """
@@ -8,18 +9,20 @@ M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50
 import dataclasses
 
 from m11_interleave import PRESETS as M11_PRESETS
-from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs
+from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of
+from simpo_pipeline.inference.config import EngineConfig
 from simpo_pipeline.tracking.factory import TrackerKind
 from steps.infer import InferConfig
 from steps.interleave import interleave_steps
 from steps.joined_job import joined_job
+from steps.preflight import PreflightFlags, preflight_main
 from steps.schedule import expand_schedule
-from steps.session import JobFlags, tracker_for
+from steps.session import tracker_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +33,27 @@ class PeriodicPreset:
     eval_every: int
 
 
-def _periodic(base: Preset, num_train_steps: int, eval_every: int, prompts: PromptsConfig) -> PeriodicPreset:
+# All 256 prompts of a host at once, 17 pages each: split over four chips, a fifth of the memory of one.
+_ENGINE = EngineConfig(
+    max_seqs=256,
+    max_seq_len=4096,
+    page_size=128,
+    num_pages=4608,
+    prefill_chunk_tokens=4096,
+    decode_steps_per_call=64,
+)
+
+
+def _periodic(
+    base: Preset, num_train_steps: int, eval_every: int, prompts: PromptsConfig, engine: EngineConfig
+) -> PeriodicPreset:
     trainer = dataclasses.replace(base.trainer, num_train_steps=num_train_steps)
-    return PeriodicPreset(dataclasses.replace(base, trainer=trainer, prompts=prompts), eval_every)
+    return PeriodicPreset(dataclasses.replace(base, trainer=trainer, prompts=prompts, engine=engine), eval_every)
 
 
 PRESETS = {
     # 4 periods in a minute, for tests.
-    "tiny": _periodic(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16])),
+    "tiny": _periodic(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16]), EngineConfig()),
     "llama3_8b_v5p_32": _periodic(
         M11_PRESETS["llama3_8b_v5p_32"],
         200,
@@ -46,6 +62,7 @@ PRESETS = {
             synthetic_prompt_count=1024,
             synthetic_prompt_template="M12 prompt {index}: explain one practical ML idea in concise terms.",
         ),
+        _ENGINE,
     ),
 }
 
@@ -72,7 +89,7 @@ def periodic(preset: PeriodicPreset) -> list[ExecutorStep]:
 
 
 @dataclasses.dataclass(frozen=True)
-class M12Args(JobFlags):
+class M12Args(PreflightFlags):
     """Flags of this experiment besides the executor's own."""
 
     preset: str = "tiny"
@@ -86,6 +103,8 @@ class M12Args(JobFlags):
 
 if __name__ == "__main__":
     args = parse_main_config(M12Args)
+    if args.preflight is not None:
+        preflight_main(preflight_job(PRESETS[args.preset].base), args)
     open_tracker = tracker_for(args.tracker, args, name=f"m12-{args.preset}", project="simpo-pipeline")
     with joined_job(args) as job:
         executor_main(

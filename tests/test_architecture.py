@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "simpo_pipeline"
 ROWS = (
     {"experiments", "benchmarks"},
     {"steps"},
-    {"training", "inference", "handoff"},
+    {"training", "inference", "handoff", "preflight"},
     {"model", "data"},
     {"ops"},
     {"distributed", "tracking", "executor"},

@@ -74,25 +74,20 @@ def test_the_meshes_cover_all_devices_and_this_process_devices():
     assert list(training_mesh().devices.flat) == jax.devices()
     assert list(local_mesh().devices.flat) == jax.local_devices()
     assert list(global_mesh().devices.flat) == jax.devices()
-    assert hosts_mesh().devices.tolist() == [jax.local_devices()]
+    assert hosts_mesh(jax.devices(), jax.local_devices()).devices.tolist() == [jax.local_devices()]
 
 
 def devices_of(*process_indices: int):
     return [SimpleNamespace(process_index=process, id=number) for number, process in enumerate(process_indices)]
 
 
-def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused():
     unequal = devices_of(0, 0, 1)
-    monkeypatch.setattr(jax, "devices", lambda: unequal)
     with pytest.raises(ConfigError, match=r"the processes have \[2, 1\] devices; a job needs the same number in each"):
-        hosts_mesh()
+        hosts_mesh(unequal, unequal[:2])
     equal = devices_of(0, 0, 1, 1)
-    monkeypatch.setattr(jax, "devices", lambda: equal)
-    monkeypatch.setattr(jax, "local_devices", lambda: equal[:1:-1])
-    with pytest.raises(ConfigError, match="jax lists the devices of this process as"):
-        hosts_mesh()
+    with pytest.raises(ConfigError, match=r"the engine's devices are .* and those of their process, by id"):
+        hosts_mesh(equal, equal[:1:-1])
 
 
 def test_what_differs_between_two_programs_is_told_by_its_first_line():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import scipy.stats
 
 from simpo_pipeline.inference.config import MAX_STOP_TOKENS
-from simpo_pipeline.inference.sampling import _BLOCK, SamplingRows, _inverse_cdf, draw_tokens
+from simpo_pipeline.inference.sampling import _BLOCK, SamplingRows, VocabSplit, _inverse_cdf, draw_tokens
 from simpo_pipeline.inference.seen_tokens import seen_bits, seen_words
 from simpo_pipeline.inference.token_filters import _TOP_TOKENS, kept_threshold
 
@@ -198,6 +199,17 @@ def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
 def test_a_filter_that_keeps_one_token_is_greedy(settings: dict) -> None:
     logits = np.random.default_rng(0).normal(size=(2000, 600))
     np.testing.assert_array_equal(drawn_from(logits, rows_of(2000, **settings)), logits.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("vocab", [2400, 8 * _BLOCK], ids=["slices_of_blocks_and_a_bit", "slices_of_whole_blocks"])
+def test_slices_of_the_vocabulary_draw_the_tokens_of_the_whole(vocab: int) -> None:
+    num_rows = 1000
+    logits = np.random.default_rng(0).normal(size=(num_rows, vocab)).astype(np.float32)
+    sampling = rows_of(num_rows, temperature=np.where(np.arange(num_rows) % 2, 0.7, 0))
+    in_slices = jax.jit(functools.partial(draw_tokens, split=VocabSplit(parts=4)))
+    nothing_seen = np.zeros((num_rows, seen_words(vocab)), np.uint32)
+    tokens = in_slices(logits, sampling, np.uint32(0), np.full(num_rows, POSITION, np.int32), nothing_seen)
+    np.testing.assert_array_equal(tokens, drawn_from(logits, sampling))
 
 
 def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():

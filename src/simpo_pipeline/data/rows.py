@@ -112,6 +112,13 @@ def padded_shape(
     return _with_predictions(RowShape(2 * batch_size, seq_len, num_groups, 1), batches, False)
 
 
+def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
+    """A `padded_shape` that holds any batches: all but the first token of each sequence are an answer's."""
+    num_rows = 2 * batch_size
+    num_predictions = _rounded_up(num_rows // num_groups * (seq_len - 1), _PREDICTIONS_STEP)
+    return RowShape(num_rows, seq_len, num_groups, num_predictions)
+
+
 def packed_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
     """The batch in packed rows; rows beyond those that it fills are empty."""
     rows = {

@@ -4,9 +4,12 @@ Meshes are passed as arguments and never made ambient: under `jax.set_mesh`, an 
 runs on every device of the mesh, which is how one host comes to launch a program that its peers do not.
 
 All meshes over all devices list them in one order, by process and then by id, so that arrays can go from one to
-another in one program, and each process holds one contiguous block.
+another in one program, and each process holds one contiguous block. Where devices can be given, none is asked for, so
+that meshes can be made of the devices of a described topology.
 """
 
+import collections
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +22,17 @@ DATA_AXIS = "data"
 MODEL_AXIS = "model"
 HOST_AXIS = "host"
 
+# A device of jax, or the description of one.
+Device = Any
 
-def training_mesh(tensor_parallel: int = 1) -> Mesh:
+
+def training_mesh(tensor_parallel: int = 1, devices: Iterable[Device] | None = None) -> Mesh:
     """A mesh `(data, model)` over every device of the job, so many neighbours on `model`.
 
     Raises:
         ConfigError: the devices cannot be split so.
     """
-    devices = _all_devices()
+    devices = _in_order(jax.devices() if devices is None else devices)
     if tensor_parallel < 1 or devices.size % tensor_parallel:
         raise ConfigError(
             f"tensor_parallel is {tensor_parallel} and the job has {devices.size} devices; give a divisor of that."
@@ -34,35 +40,35 @@ def training_mesh(tensor_parallel: int = 1) -> Mesh:
     return Mesh(devices.reshape(-1, tensor_parallel), (DATA_AXIS, MODEL_AXIS))
 
 
-def local_mesh() -> Mesh:
-    """A mesh `(model,)` over the devices of this process, in the order in which jax lists them."""
-    return Mesh(np.array(jax.local_devices()), (MODEL_AXIS,))
+def local_mesh(devices: Sequence[Device] | None = None) -> Mesh:
+    """A mesh `(model,)` over the devices of this process, or over those of one that are given, as jax lists them."""
+    return Mesh(np.array(jax.local_devices() if devices is None else devices), (MODEL_AXIS,))
 
 
 def global_mesh() -> Mesh:
     """A mesh `(model,)` over every device of the job."""
-    return Mesh(_all_devices(), (MODEL_AXIS,))
+    return Mesh(_in_order(jax.devices()), (MODEL_AXIS,))
 
 
-def hosts_mesh() -> Mesh:
-    """A mesh `(host, model)` over every device of the job, whose row of this process is its `local_mesh`.
+def hosts_mesh(devices: Iterable[Device], own: Sequence[Device]) -> Mesh:
+    """A mesh `(host, model)` over the devices of the job, whose row of the process of the devices `own` is just these.
 
     Raises:
-        ConfigError: the processes have unequal numbers of devices.
+        ConfigError: the processes have unequal numbers of devices, or `own` is not all of a process's, ordered by id.
     """
-    devices = _all_devices()
-    per_process = [sum(device.process_index == index for device in devices) for index in range(jax.process_count())]
-    if len(set(per_process)) > 1:
+    in_order = _in_order(devices)
+    per_process = collections.Counter(device.process_index for device in in_order)
+    if len(set(per_process.values())) > 1:
         raise ConfigError(
-            f"the processes have {per_process} devices; a job needs the same number in each, so that weights can be "
-            "laid out alike on every host"
+            f"the processes have {list(per_process.values())} devices; a job needs the same number in each, so that "
+            "weights can be laid out alike on every host"
         )
-    rows = devices.reshape(len(per_process), -1)
-    own = list(rows[jax.process_index()])
-    if own != jax.local_devices():
+    rows = in_order.reshape(len(per_process), -1)
+    (row,) = (list(row) for row in rows if row[0].process_index == own[0].process_index)
+    if row != list(own):
         raise ConfigError(
-            f"jax lists the devices of this process as {jax.local_devices()}, not by id as {own}; weights could not "
-            "be regrouped without a copy"
+            f"the engine's devices are {list(own)}, and those of their process, by id, {row}; weights can be laid out "
+            "on all devices of a process in this order, others could not be regrouped without a copy"
         )
     return Mesh(rows, (HOST_AXIS, MODEL_AXIS))
 
@@ -83,5 +89,5 @@ def place(arrays: Any, sharding: Sharding) -> Any:
     return jax.tree.map(put, arrays)
 
 
-def _all_devices() -> np.ndarray:
-    return np.array(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
+def _in_order(devices: Iterable[Device]) -> np.ndarray:
+    return np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))

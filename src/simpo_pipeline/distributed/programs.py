@@ -42,6 +42,44 @@ class MemoryBytes:
         return self.arguments + self.outputs - self.aliased + self.temporary
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoweredProgram:
+    """A program as it goes to the compiler.
+
+    Attributes:
+        parts: All that makes the program what it is, by name.
+        devices: What it runs on; empty where it runs on the default device.
+        options: The compiler's, for this program only.
+    """
+
+    name: str
+    lowered: jax.stages.Lowered
+    parts: Mapping[str, str]
+    devices: frozenset[Any]
+    options: Mapping[str, bool | int]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the parts: equal in every process that compiles the same program for the same devices."""
+        return hashlib.sha256("\0".join(self.parts.values()).encode()).hexdigest()
+
+    @functools.cached_property
+    def stablehlo_fingerprint(self) -> str:
+        """SHA-256 (hex) of the program's text, which does not name devices."""
+        return hashlib.sha256(self.parts["StableHLO"].encode()).hexdigest()
+
+    def compile(self, **more_options: str | bool | int) -> jax.stages.Compiled:
+        """The executable, with more options of the compiler where some are given."""
+        options: dict[str, Any] = {**self.options, **more_options}
+        return self.lowered.compile(options)
+
+    @property
+    def launch(self) -> Launch:
+        """What the ledger records of it."""
+        num_processes = len({device.process_index for device in self.devices})
+        return Launch(self.name, self.fingerprint, max(1, len(self.devices)), max(1, num_processes))
+
+
 class Program:
     """An XLA executable with a name. Calling it launches it and records the launch.
 
@@ -100,7 +138,7 @@ class Programs:
         *abstract_args: Any,
         donate_argnums: Sequence[int] = (),
         out_shardings: Any = None,
-        compiler_options: Mapping[str, bool] | None = None,
+        compiler_options: Mapping[str, bool | int] | None = None,
     ) -> Program:
         """Compiles `function` ahead for the given abstract arguments.
 
@@ -118,29 +156,26 @@ class Programs:
             ProgramError: the program spans processes and is not the same in all.
         """
 
-        def program(*args: Any) -> Any:
-            return function(*args)
-
-        program.__name__ = program.__qualname__ = name
-        jitted = jax.jit(program, donate_argnums=tuple(donate_argnums), out_shardings=out_shardings)
         start = time.perf_counter()
-        lowered = jitted.lower(*abstract_args)
-        devices = _devices_of(abstract_args, out_shardings)
-        num_processes = max(1, len({device.process_index for device in devices}))
-        options: dict[str, str | bool] = dict(compiler_options or {})
-        parts = _parts(lowered.as_text(), abstract_args, out_shardings) | {"compiler options": str(options)}
-        fingerprint = _fingerprint(parts)
-        if self._group is not None and num_processes > 1:
-            agree_on_program(self._group, name, fingerprint, parts)
-        known = self._by_fingerprint.get((name, fingerprint))
+        lowered = lower_program(
+            name,
+            function,
+            *abstract_args,
+            donate_argnums=donate_argnums,
+            out_shardings=out_shardings,
+            compiler_options=compiler_options,
+        )
+        launch = lowered.launch
+        if self._group is not None and launch.num_processes > 1:
+            agree_on_program(self._group, name, launch.fingerprint, lowered.parts)
+        known = self._by_fingerprint.get((name, launch.fingerprint))
         if known is not None:
             return known
-        compiled = lowered.compile(options)
-        logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, fingerprint[:12])
+        compiled = lowered.compile()
+        logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, launch.fingerprint[:12])
         self._show_progress()
-        launch = Launch(name, fingerprint, max(1, len(devices)), num_processes)
         made = Program(launch, compiled, self._before_launch)
-        self._by_fingerprint[name, fingerprint] = made
+        self._by_fingerprint[name, launch.fingerprint] = made
         return made
 
     def _before_launch(self, launch: Launch) -> None:
@@ -152,6 +187,27 @@ class Programs:
     def _show_progress(self) -> None:
         if self._group is not None:
             self._group.standing.progress()
+
+
+def lower_program(
+    name: str,
+    function: Callable[..., Any],
+    *abstract_args: Any,
+    donate_argnums: Sequence[int] = (),
+    out_shardings: Any = None,
+    compiler_options: Mapping[str, bool | int] | None = None,
+) -> LoweredProgram:
+    """What `Programs.compile` compiles, of the same arguments; descriptions of devices do, too."""
+
+    def program(*args: Any) -> Any:
+        return function(*args)
+
+    program.__name__ = program.__qualname__ = name
+    jitted = jax.jit(program, donate_argnums=tuple(donate_argnums), out_shardings=out_shardings)
+    lowered = jitted.lower(*abstract_args)
+    options = dict(compiler_options or {})
+    parts = _parts(lowered.as_text(), abstract_args, out_shardings) | {"compiler options": str(options)}
+    return LoweredProgram(name, lowered, parts, frozenset(_devices_of(abstract_args, out_shardings)), options)
 
 
 def agree_on_program(group: ProcessGroup, name: str, fingerprint: str, parts: Mapping[str, str]) -> None:
@@ -222,10 +278,6 @@ def _parts(stablehlo: str, abstract_args: Any, out_shardings: Any) -> dict[str, 
         "StableHLO": stablehlo,
         "shardings": "\n".join(shardings),
     }
-
-
-def _fingerprint(parts: Mapping[str, str]) -> str:
-    return hashlib.sha256("\0".join(parts.values()).encode()).hexdigest()
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def executor_main(
     config = config if config is not None else parse_main_config(ExecutorMainConfig)
     processes = processes or Processes()
     _show_any_text()
-    with _log_lines(to_stderr=config.json):
+    with log_lines(to_stderr=config.json):
         executor = _executor(config, description, session, processes)
         try:
             if config.dry_run or config.explain:
@@ -221,7 +221,7 @@ def _results_alone_on_stdout() -> Generator[None]:
 
 
 @contextmanager
-def _log_lines(*, to_stderr: bool) -> Generator[None]:
+def log_lines(*, to_stderr: bool) -> Generator[None]:
     """Show INFO and above with the time, while the block runs."""
     handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))

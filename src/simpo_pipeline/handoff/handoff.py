@@ -142,15 +142,8 @@ def _on_all_hosts(wanted: NamedSharding, held: NamedSharding) -> NamedSharding:
     """The layout over all devices of the source of which the wanted one is this process's part."""
     if wanted.device_set == held.device_set:
         return wanted
-    mesh = hosts_mesh()
-    own_row = mesh.devices[jax.process_index()]
     assert isinstance(wanted.mesh, Mesh)
-    if list(wanted.mesh.devices.flat) != list(own_row):
-        raise ModelError(
-            f"the engine wants weights on {list(wanted.mesh.devices.flat)}; they can be handed over to all devices of "
-            f"the job, or to those of this process, {list(own_row)}"
-        )
-    return NamedSharding(mesh, wanted.spec)
+    return NamedSharding(hosts_mesh(held.device_set, list(wanted.mesh.devices.flat)), wanted.spec)
 
 
 def _own_part(leaf: jax.Array, wanted: NamedSharding) -> jax.Array:

@@ -1,7 +1,7 @@
 """The device programs of one engine, compiled ahead for fixed shapes; which one a round takes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.forward import Drawn, decode, lay_out, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.packing import pack, unpack
+from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit
 from simpo_pipeline.inference.scheduler import Round
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -28,6 +29,9 @@ from simpo_pipeline.ops.paged_attention import backend_for
 _SMALLEST_PROGRAM = 4096
 # Else XLA leaves out roundings to bfloat16 between operations that it fuses, others in each program.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+# Windows of weights may be so large: of a decode step of an 8B model on 4 chips of a v5p the compiler then expects 5%
+# less than with its own 16 MiB.
+_TPU_DECODE_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": 65536}
 # Pages copied in one program; more are copied in several.
 _PAGES_PER_COPY = 16
 
@@ -50,6 +54,13 @@ class EnginePrograms:
         self._programs = programs
         self._dtype = dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = self._vocab_split(mesh)
+        num_devices = mesh.shape[TENSOR_PARALLEL_RULES["kv_heads"]]
+        self._head_parts = num_devices if model.num_kv_heads % num_devices == 0 else 1
+        self._decode_options = {
+            **COMPILER_OPTIONS,
+            **(_TPU_DECODE_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}),
+        }
         attention = backend_for(mesh)
         given = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
         self.weights_bytes = bytes_per_device(given)
@@ -128,6 +139,13 @@ class EnginePrograms:
             cache = self._copy_pages(cache, self._placed(table))
         return cache
 
+    def _vocab_split(self, mesh: Mesh) -> VocabSplit:
+        """How the logits of `TENSOR_PARALLEL_RULES` lie."""
+        parts = mesh.shape[TENSOR_PARALLEL_RULES["vocab"]]
+        if parts == 1 or self._model.vocab_size % parts:
+            return UNSPLIT
+        return VocabSplit(parts, lambda array: jax.lax.with_sharding_constraint(array, self._replicated))
+
     def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program:
         """Makes the other programs take the layers as `lay_out` gives them; the program that does so."""
         both = with_shardings(jax.eval_shape(lay_out, given.layers), mesh, TENSOR_PARALLEL_RULES)
@@ -156,7 +174,7 @@ class EnginePrograms:
     def _compile_mixed(self, num_tokens: int, num_rows: int) -> Program:
         return self._compile_round(
             f"prefill_{num_tokens}_decode_{num_rows}",
-            functools.partial(prefill_and_decode, dtype=self._dtype),
+            functools.partial(prefill_and_decode, dtype=self._dtype, split=self._split),
             self._weights.stacked,
             (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
@@ -165,14 +183,21 @@ class EnginePrograms:
     def _compile_decode(self, num_rows: int) -> Program:
         return self._compile_round(
             f"decode_{num_rows}",
-            functools.partial(decode, max_steps=self._sizes.decode_steps_per_call, dtype=self._dtype),
+            functools.partial(
+                decode,
+                max_steps=self._sizes.decode_steps_per_call,
+                dtype=self._dtype,
+                split=self._split,
+                head_parts=self._head_parts,
+            ),
             self._weights.by_layer,
             (self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
+            options=self._decode_options,
         )
 
     def _compile_round(
-        self, name: str, function: Callable[..., Any], weights: Any, batches: tuple[Any, ...], out_shardings: Any
+        self, name: str, function: Callable[..., Any], weights: Any, batches: tuple[Any, ...], **how: Any
     ) -> Program:
         """A program of weights, cache and packed batches of the shapes of these."""
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batches)
@@ -181,12 +206,17 @@ class EnginePrograms:
             return function(weights, cache, *unpack(words, like))
 
         words = self._abstract(pack(batches))
-        return self._compile(name, run, weights, self._cache, words, donate_argnums=(1,), out_shardings=out_shardings)
+        return self._compile(name, run, weights, self._cache, words, donate_argnums=(1,), **how)
 
-    def _compile(self, name: str, function: Callable[..., Any], *abstract_args: Any, **how: Any) -> Program:
-        return self._programs.compile(
-            f"engine_{name}", function, *abstract_args, compiler_options=COMPILER_OPTIONS, **how
-        )
+    def _compile(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *abstract_args: Any,
+        options: Mapping[str, bool | int] = COMPILER_OPTIONS,
+        **how: Any,
+    ) -> Program:
+        return self._programs.compile(f"engine_{name}", function, *abstract_args, compiler_options=options, **how)
 
     def _abstract(self, array: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated)

@@ -17,9 +17,19 @@ from simpo_pipeline.inference.batches import DecodeBatch, PrefillBatch
 from simpo_pipeline.inference.config import MAX_LOGPROBS
 from simpo_pipeline.inference.kv_cache import KVCache, TokenPlaces
 from simpo_pipeline.inference.logprobs import token_logprobs
-from simpo_pipeline.inference.sampling import draw_tokens
+from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit, draw_tokens
 from simpo_pipeline.inference.seen_tokens import mark_seen
-from simpo_pipeline.model.transformer import Llama, LlamaLayers, Placement, UnstackedLlama, logits, transform, unstacked
+from simpo_pipeline.model.transformer import (
+    AnyLlama,
+    Llama,
+    LlamaLayers,
+    Placement,
+    UnstackedLlama,
+    logits,
+    merged,
+    transform,
+    unstacked,
+)
 
 
 class Drawn(NamedTuple):
@@ -47,7 +57,7 @@ def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers,
 
 def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
     """The cache with the keys and values of the batch's tokens in it."""
-    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch), dtype)
+    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch, cache), dtype)
     return cache
 
 
@@ -59,15 +69,16 @@ def prefill_and_decode(
     step: UInt32[Array, ""],
     *,
     dtype: DTypeLike,
+    split: VocabSplit = UNSPLIT,
 ) -> tuple[KVCache, Drawn]:
     """The cache with the keys and values of `chunks` in it, and one token for each row of `batch`, in one forward."""
     num_rows = batch.tokens.shape[0]
     state = _first_state(cache, batch, max_steps=1)
-    places = _joined(_decode_places(batch, state), _prefill_places(chunks))
+    places = _joined(_decode_places(batch, state), _prefill_places(chunks, cache))
     tokens = jnp.concatenate([state.tokens, jnp.asarray(chunks.tokens)])
     hidden, cache = _hidden(weights, cache, tokens, places, dtype)
     own = NamedArray(hidden.array[:num_rows], (Axis("token", num_rows), hidden.axes[1]))
-    end = _after_draw(weights, batch, step, state._replace(cache=cache), own)
+    end = _after_draw(weights, batch, step, state._replace(cache=cache), own, split)
     return end.cache, end.drawn
 
 
@@ -79,15 +90,18 @@ def decode(
     *,
     max_steps: int,
     dtype: DTypeLike,
+    split: VocabSplit = UNSPLIT,
+    head_parts: int = 1,
 ) -> tuple[KVCache, Drawn]:
-    """Draws up to `num_steps` tokens a row, fewer when a stop token comes.
+    """Draws up to `num_steps` tokens a row, fewer when a stop token comes; `head_parts` as in `transformer.merged`.
 
     Ends when no row may draw any more, and already when `num_ended` of them have ended.
     """
+    params = merged(weights, head_parts) if isinstance(weights, Llama) else weights
 
     def draw_one_each(state: _Decoding) -> _Decoding:
-        hidden, cache = _hidden(weights, state.cache, state.tokens, _decode_places(batch, state), dtype)
-        return _after_draw(weights, batch, step, state._replace(cache=cache), hidden)
+        hidden, cache = _hidden(params, state.cache, state.tokens, _decode_places(batch, state), dtype)
+        return _after_draw(params, batch, step, state._replace(cache=cache), hidden, split)
 
     def goes_on(state: _Decoding) -> Bool[Array, ""]:
         may_draw = jnp.asarray(batch.num_steps) > 0
@@ -127,12 +141,17 @@ def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decodin
 
 
 def _after_draw(
-    weights: Llama | UnstackedLlama, batch: DecodeBatch, step: UInt32[Array, ""], state: _Decoding, hidden: NamedArray
+    weights: AnyLlama,
+    batch: DecodeBatch,
+    step: UInt32[Array, ""],
+    state: _Decoding,
+    hidden: NamedArray,
+    split: VocabSplit,
 ) -> _Decoding:
     """The state after each living row has drawn a token from its hidden state [token, embed]."""
     out = logits(weights, hidden).array
     positions = _positions(batch, state)
-    tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen)
+    tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen, split)
     chosen, top_ids, top_logprobs = token_logprobs(out, tokens, batch.sampling)
     at = state.num_done
     stopped = jnp.any(tokens[:, None] == batch.sampling.stop_tokens, axis=-1)
@@ -158,25 +177,31 @@ def _positions(batch: DecodeBatch, state: _Decoding) -> Int[Array, " rows"]:
 def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenPlaces:
     num_rows = batch.tokens.shape[0]
     positions = _positions(batch, state)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
     return TokenPlaces(
         page_table=batch.page_table,
         query_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
         kv_lens=positions + 1,
-        seqs=jnp.arange(num_rows, dtype=jnp.int32),
+        pages=_pages(batch.page_table, rows, positions, state.cache),
         positions=positions,
         num_single=num_rows,
     )
 
 
-def _prefill_places(batch: PrefillBatch) -> TokenPlaces:
+def _prefill_places(batch: PrefillBatch, cache: KVCache) -> TokenPlaces:
     return TokenPlaces(
         page_table=batch.page_table,
         query_starts=batch.query_starts,
         kv_lens=batch.kv_lens,
-        seqs=batch.seqs,
+        pages=_pages(batch.page_table, batch.seqs, batch.positions, cache),
         positions=batch.positions,
         num_single=0,
     )
+
+
+def _pages(page_table: Any, seqs: Any, positions: Any, cache: KVCache) -> Int[Array, " tokens"]:
+    """The page that each token's keys and values go into; any for a place that holds no token."""
+    return jnp.asarray(page_table)[jnp.asarray(seqs), jnp.asarray(positions) // cache.page_size]
 
 
 def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
@@ -185,14 +210,14 @@ def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
         page_table=jnp.concatenate([single.page_table, chunks.page_table]),
         query_starts=jnp.concatenate([single.query_starts[:-1], num_single + jnp.asarray(chunks.query_starts)]),
         kv_lens=jnp.concatenate([single.kv_lens, chunks.kv_lens]),
-        seqs=jnp.concatenate([single.seqs, num_single + jnp.asarray(chunks.seqs)]),
+        pages=jnp.concatenate([single.pages, chunks.pages]),
         positions=jnp.concatenate([single.positions, chunks.positions]),
         num_single=num_single,
     )
 
 
 def _hidden(
-    weights: Llama | UnstackedLlama,
+    weights: AnyLlama,
     cache: KVCache,
     tokens: Int[Array, " tokens"],
     places: TokenPlaces,

@@ -29,7 +29,7 @@ class TokenPlaces(eqx.Module):
     page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]  # a sequence's pages in order; any page after its last
     query_starts: Int[Array | np.ndarray, " seqs_and_end"]  # sequence s has tokens [query_starts[s], query_starts[s+1])
     kv_lens: Int[Array | np.ndarray, " seqs"]  # tokens of each sequence, those of this batch included; 0 for none
-    seqs: Int[Array | np.ndarray, " tokens"]  # which sequence each token is of
+    pages: Int[Array, " tokens"]  # of its sequence's, the one that each token goes into
     positions: Int[Array | np.ndarray, " tokens"]  # in its sequence; -1 for a place in the batch that holds no token
     num_single: int = eqx.field(static=True)
 
@@ -54,7 +54,7 @@ class KVCache(eqx.Module):
         page_table = layer * self.num_pages + jnp.asarray(places.page_table)
         positions = jnp.asarray(places.positions)
         past_the_last = self.pages[0].shape[0]
-        page = jnp.where(positions >= 0, page_table[places.seqs, positions // self.page_size], past_the_last)
+        page = jnp.where(positions >= 0, layer * self.num_pages + places.pages, past_the_last)
         pages = self.attention.write(self.pages, k, v, page, positions % self.page_size)
         query_starts, kv_lens = jnp.asarray(places.query_starts), jnp.asarray(places.kv_lens)
         out = self.attention.attend(q, pages, page_table, query_starts, kv_lens, num_single=places.num_single)

@@ -14,7 +14,8 @@ from haliax import NamedArray
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from simpo_pipeline.model.transformer import ANYWHERE, Placement
+from simpo_pipeline.model.transformer import ANYWHERE, Attend, Placement, attend_whole_sequences
+from simpo_pipeline.ops.attention_tpu import causal_attention_on
 
 # Name of a parameter axis -> name of the mesh axis it is split over.
 ShardingRules = Mapping[str, str]
@@ -67,10 +68,11 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
 
     Left to itself, XLA splits the sum over "embed" instead, with every device computing every sequence. Matrices
     are cast to `dtype` before they travel; gradients are summed over devices in their own dtype, and each device
-    receives only its part of the sum. On one device there is nothing to place.
+    receives only its part of the sum. On one device there is nothing to place. TPUs attend by a kernel of their own.
     """
+    attend = _attend_on(mesh)
     if mesh.size == 1:
-        return ANYWHERE
+        return ANYWHERE._replace(attend=attend)
 
     def at(array: NamedArray, spec: PartitionSpec) -> NamedArray:
         return NamedArray(jax.lax.with_sharding_constraint(array.array, NamedSharding(mesh, spec)), array.axes)
@@ -100,7 +102,16 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
         hidden=lambda hidden: at(hidden, PartitionSpec("data")),
         unembedding=gathered_by({}),
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
+        attend=attend,
     )
+
+
+def _attend_on(mesh: Mesh) -> Attend:
+    """How whole sequences attend on the devices of a mesh; their rows lie over "data", their heads over "model"."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return attend_whole_sequences
+    attention = causal_attention_on(mesh, "data", "model")
+    return lambda layer, q, k, v, state: (attention(q, k, v, state), state)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
-from simpo_pipeline.ops.paged_xla import attend_in_tiles, copy_pages, storable_values
+from simpo_pipeline.ops.paged_xla import attend_in_tiles, storable_values
 
 # The kernel's vectors are so long; HBM pads shorter ones to it anyway, so a head of 64 takes no more memory for it.
 _LANES = 128
@@ -69,7 +69,8 @@ class TpuPagedAttention:
         target: Int[Array, " n"],
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
         """See `PagedAttention.copy`."""
-        return copy_pages(pages, source, target)
+        (kv_pages,) = pages
+        return (_copied_one_by_one(kv_pages, source, target),)
 
     def attend(
         self,
@@ -97,6 +98,23 @@ class TpuPagedAttention:
         )(q, kv_pages, page_table, query_starts, kv_lens)
 
 
+def _copied_one_by_one(
+    kv_pages: Shaped[Array, "pages page_size two_kv_heads lanes"], source: Int[Array, " n"], target: Int[Array, " n"]
+) -> Shaped[Array, "pages page_size two_kv_heads lanes"]:
+    """Slices keep the layout of the pages. A scatter of whole pages wants another one, and XLA would bring the cache
+    there and back: 23 ms expected for one of 4.6 GB on a chip of a v5p, and as much memory again.
+    """
+    last = kv_pages.shape[0] - 1
+    read = [lax.dynamic_slice_in_dim(kv_pages, jnp.clip(page, 0, last), 1) for page in source]
+    # Else XLA might put off a read until its page is written over, and keep a copy of all pages for that.
+    kv_pages, read = lax.optimization_barrier((kv_pages, read))
+    for page, copied in zip(target, read, strict=True):
+        at = jnp.clip(page, 0, last)
+        kept = lax.dynamic_slice_in_dim(kv_pages, at, 1)
+        kv_pages = lax.dynamic_update_slice_in_dim(kv_pages, jnp.where(page <= last, copied, kept), at, 0)
+    return kv_pages
+
+
 def _attend_on_one_device(
     q: Float[Array, "tokens heads head_size"],
     kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
@@ -113,7 +131,9 @@ def _attend_on_one_device(
     parts = []
     if num_single:
         single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
-        out = _kernel(q[:num_single], kv_pages, *single, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
+        # Each has its query, so all of them wait for their blocks.
+        all_of_them = jnp.full(1, num_single, jnp.int32)
+        out = _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
         parts.append(jnp.where(kv_lens[:num_single, None, None] > 0, out, 0))
     if num_single < kv_lens.shape[0]:
         starts = query_starts[num_single:] - num_single
@@ -129,14 +149,20 @@ def _attend_chunks(
     kv_lens: Int[Array, " seqs"],
 ) -> Float[Array, "tokens heads head_size"]:
     def attend() -> Float[Array, "tokens heads head_size"]:
-        rest = page_table, query_starts, kv_lens
+        # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
+        # none without keys, and none after the last query.
+        has_queries = query_starts[1:] > query_starts[:-1]
+        rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+        num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
+        rest = page_table, query_starts, kv_lens, num_seqs
         out = _kernel(q, kv_pages, *rest, queries_per_block=_CHUNK_QUERIES_PER_BLOCK)
         # The kernel leaves anything where there is no query.
         is_query = jnp.arange(q.shape[0], dtype=jnp.int32) < query_starts[-1]
         return jnp.where(is_query[:, None, None], out, 0)
 
     # Without any query the kernel would not wait for the first page that it fetched.
-    return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
+    with jax.named_scope("chunks"):
+        return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
 
 
 def _kernel(
@@ -145,6 +171,7 @@ def _kernel(
     page_table: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_and_end"],
     kv_lens: Int[Array, " seqs"],
+    num_seqs: Int[Array, "1"],
     *,
     queries_per_block: int,
 ) -> Float[Array, "tokens heads head_size"]:
@@ -152,11 +179,6 @@ def _kernel(
     kv_heads = kv_pages.shape[2] // 2
     shape = KernelShape(kv_pages.shape[1], page_table.shape[1], q.shape[1], kv_heads, head_size, itemsize)
     blocks = blocks_for(shape, queries_per_block)
-    has_queries = query_starts[1:] > query_starts[:-1]
-    rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
-    # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
-    # none without keys, and none after the last query.
-    num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
     out = ragged_paged_attention(
         _with_all_lanes(q),
         kv_pages,

@@ -33,7 +33,6 @@ from simpo_pipeline.model.transformer import (
     ANYWHERE,
     Llama,
     Placement,
-    attend_whole_sequences,
     transform,
     unembedding,
 )
@@ -75,6 +74,18 @@ class LossSums(NamedTuple):
     metrics: Metrics
     margins: Float[Array, " pairs"]
     """avg(chosen) - avg(rejected) of each pair, nats per token; 0 where it is another part's."""
+
+
+def build_init_moments(programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> Program:
+    """Compiles `params -> (moments, moving average or None)`, those of a run at its first update."""
+    abstract = abstract_state(model_config, config, mesh)
+    optimizer = build_optimizer(config.optimizer, config.num_train_steps)
+
+    def init_moments(params: Any) -> tuple[Any, Llama | None]:
+        return optimizer.init(params), None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+
+    wanted = jax.tree.map(lambda leaf: leaf.sharding, (abstract.opt_state, abstract.ema))
+    return programs.compile("init_moments", init_moments, abstract.params, out_shardings=wanted)
 
 
 def build_train_step(
@@ -181,7 +192,7 @@ def answer_logps(
         params,
         NamedArray(part.tokens, axes),
         NamedArray(part.positions, axes),
-        attend=attend_whole_sequences,
+        attend=placement.attend,
         state=Segments(part.segments, part.branches) if config.packing else None,
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,

@@ -15,10 +15,8 @@ What happens between updates, and where metrics go, is not known here.
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -33,9 +31,16 @@ from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import Llama, init_llama
 from simpo_pipeline.training.config import TrainerConfig
 from simpo_pipeline.training.evaluation import Evaluation
-from simpo_pipeline.training.optimizer import build_optimizer, learning_rate_at
+from simpo_pipeline.training.optimizer import learning_rate_at
 from simpo_pipeline.training.state import TrainState, abstract_state, state_digest
-from simpo_pipeline.training.step import BatchArrays, LossSums, build_eval_step, build_train_step, place_batch
+from simpo_pipeline.training.step import (
+    BatchArrays,
+    LossSums,
+    build_eval_step,
+    build_init_moments,
+    build_train_step,
+    place_batch,
+)
 
 # Called after each update with the number of finished updates and the update's metrics.
 OnStep = Callable[[int, dict[str, float]], None]
@@ -70,14 +75,7 @@ class Trainer:
         abstract = _abstract(config, model_config, mesh)
         if params is None:
             return
-        optimizer = build_optimizer(config.optimizer, config.num_train_steps)
-
-        def init_moments(params: Any) -> tuple[Any, Llama | None]:
-            return optimizer.init(params), None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
-
-        program = programs.compile(
-            "init_moments", init_moments, abstract.params, out_shardings=_shardings((abstract.opt_state, abstract.ema))
-        )
+        program = build_init_moments(programs, model_config, config, mesh)
         moments, ema = program(params)
         rng = place(_key_data(config.seed), abstract.rng.sharding)
         self._state = TrainState(params, moments, rng, ema)

@@ -1,0 +1,66 @@
+"""The flag `--preflight` where it must not work, and the plan that it makes from a preset."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.preflight.topology import find_topology
+from simpo_pipeline.training.config import TrainerConfig
+from steps.preflight import PreflightFlags, PreflightJob
+from steps.preflight_plan import Plan
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+JOB = PreflightJob(
+    model=LlamaConfig(64, 128, 2, 4, 2, 16, 264, 512),
+    trainer=TrainerConfig(num_train_steps=7, train_batch_size=8, train_seq_len=384),
+    prompts=PromptsConfig(synthetic_prompt_count=128, synthetic_prompt_template="Prompt {index}."),
+    sampling=SamplingParams(max_tokens=16),
+    engine=EngineConfig(),
+    engine_dtype="float32",
+)
+
+
+def run_m11(*flags: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(ROOT / "experiments" / "m11_interleave.py"), *flags]
+    return subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_an_unknown_topology_is_bad_usage_and_told_before_anything_runs(tmp_path):
+    done = run_m11("--preflight", "v5p-33", "--prefix", str(tmp_path))
+    assert done.returncode == 2
+    assert "error: --preflight 'v5p-33' is no topology that is known here; give one of v5p-16, v5p-32" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler for TPUs is installed")
+def test_without_the_compiler_the_extra_is_named(tmp_path):
+    done = run_m11("--preset", "tiny", "--preflight", "v5p-16", "--prefix", str(tmp_path))
+    assert done.returncode == 2
+    assert "the extra `tpu`: uv run --isolated --extra tpu python ..." in done.stderr
+
+
+def test_the_flags_take_each_topology_that_is_known():
+    assert PreflightFlags(preflight="v6e-16").preflight == "v6e-16"
+    with pytest.raises(ConfigError):
+        PreflightFlags(preflight="v6e-17")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": None}, "give the preset its `llama`"),
+        ({"trainer": dataclasses.replace(JOB.trainer, packing=True)}, "with packing off"),
+    ],
+    ids=["no shape", "packed rows"],
+)
+def test_a_job_whose_shapes_are_not_known_ahead_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        Plan(dataclasses.replace(JOB, **changes), find_topology("v5p-32"), [])

@@ -98,7 +98,7 @@ class Plan:
         if len(memory) < len({each.name for each in examined}):
             return []
         state = bytes_per_device(self._state)
-        beside_params = state - bytes_per_device(self._state.params)
+        params = bytes_per_device(self._state.params)
         rounds = {name: needs for name, needs in memory.items() if "decode" in name or "prefill" in name}
         code = sum(needs.code for needs in memory.values())
         weights = memory["handoff"].outputs
@@ -107,9 +107,10 @@ class Plan:
             return {name: memory[name] for name in names}
 
         return [
-            phase("start", {}, running("init_moments"), code),
+            # Moments depend on the parameters' shapes alone, so these are no arguments of the program.
+            phase("start", {"parameters": params}, running("init_moments"), code),
             phase("train", {}, running("train_step"), code),
-            phase("hand over", {"moments of the trainer": beside_params}, running("handoff"), code),
+            phase("hand over", {"moments of the trainer": state - params}, running("handoff"), code),
             phase("empty cache", {"trainer": state, "weights": weights}, running("engine_empty_cache"), code),
             # Weights and cache are arguments of each round; the program that copies pages needs next to nothing.
             phase("generate", {"trainer": state}, rounds, code),

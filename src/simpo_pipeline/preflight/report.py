@@ -106,12 +106,16 @@ def _program_text(same: Sequence[Examined], capacity: int) -> str:
     if each.work.flops:
         repeated = f" and {each.work.repeated_flops:.3g} again" if each.work.repeated_flops else ""
         lines.append(f"  model        {each.work.flops:.3g} FLOP{repeated}{unit}")
-    lines += [
-        f"  roofline     {_ms(bound.seconds)}{unit}: compute {_ms(bound.compute_seconds)}, HBM "
-        f"{_ms(bound.hbm_seconds)}, links {_ms(bound.link_seconds)}",
-        f"  estimate     {_ms(estimate.seconds)}{unit}, {each.ratio:.2f} x: compiler {_ms(estimate.compiler_seconds)}, "
-        f"kernels {_ms(estimate.kernel_seconds)}, collectives waited for {_ms(estimate.waited_seconds)}",
-    ]
+    if bound.seconds:
+        lines.append(
+            f"  roofline     {_ms(bound.seconds)}{unit}: compute {_ms(bound.compute_seconds)}, HBM "
+            f"{_ms(bound.hbm_seconds)}, links {_ms(bound.link_seconds)}"
+        )
+    ratio = f", {each.ratio:.2f} x" if each.ratio else ""
+    lines.append(
+        f"  estimate     {_ms(estimate.seconds)}{unit}{ratio}: compiler {_ms(estimate.compiler_seconds)}, "
+        f"kernels {_ms(estimate.kernel_seconds)}, collectives waited for {_ms(estimate.waited_seconds)}"
+    )
     return "\n".join(lines)
 
 

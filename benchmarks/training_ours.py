@@ -3,17 +3,7 @@
 from typing import Any
 
 import numpy as np
-from peers.training_protocol import (
-    BETA,
-    BETAS,
-    EPSILON,
-    GAMMA_BETA_RATIO,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    Pair,
-    Update,
-    serve_updates,
-)
+from peers.training_protocol import RECIPE, Pair, Update, serve_updates
 
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.pairs import TokenizedPair
@@ -33,13 +23,13 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
         train_seq_len=longest,
         packing=settings["packing"],
         remat=settings["remat"],
-        simpo=SimpoConfig(beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO),
+        simpo=SimpoConfig(beta=RECIPE.beta, gamma_beta_ratio=RECIPE.gamma_beta_ratio),
         optimizer=OptimizerConfig(
-            learning_rate=LEARNING_RATE,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            epsilon=EPSILON,
-            max_grad_norm=MAX_GRAD_NORM,
+            learning_rate=RECIPE.learning_rate,
+            beta1=RECIPE.betas[0],
+            beta2=RECIPE.betas[1],
+            epsilon=RECIPE.epsilon,
+            max_grad_norm=RECIPE.max_grad_norm,
             warmup=0,
             lr_schedule="constant",
         ),

@@ -18,17 +18,7 @@ import optax
 from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 from levanter.models.lm_model import LmExample
 from levanter.trainer import TrainerConfig
-from training_protocol import (
-    BETA,
-    BETAS,
-    EPSILON,
-    GAMMA_BETA_RATIO,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    Pair,
-    Update,
-    serve_updates,
-)
+from training_protocol import RECIPE, Pair, Update, serve_updates
 
 
 def laid_out(pairs: list[Pair], batch: hax.Axis, position: hax.Axis) -> LmExample:
@@ -56,8 +46,10 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
         model = converter.load_pretrained(LlamaLMHeadModel, ref=path, config=config, dtype=jnp.float32)
         example = laid_out(pairs, batch, config.max_Pos.resize(longest))
         optimizer = optax.chain(
-            optax.clip_by_global_norm(MAX_GRAD_NORM),
-            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPSILON, weight_decay=0.0),
+            optax.clip_by_global_norm(RECIPE.max_grad_norm),
+            optax.adamw(
+                RECIPE.learning_rate, b1=RECIPE.betas[0], b2=RECIPE.betas[1], eps=RECIPE.epsilon, weight_decay=0.0
+            ),
         )
         state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
@@ -65,7 +57,7 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
         nll = model.compute_next_token_loss(example, reduction=hax.sum, reduction_axis="position").array
         average = -nll / example.loss_weight.array.sum(axis=1)
         chosen, rejected = average[: len(pairs)], average[len(pairs) :]
-        return -jax.nn.log_sigmoid(BETA * (chosen - rejected - GAMMA_BETA_RATIO)).mean()
+        return -jax.nn.log_sigmoid(RECIPE.beta * (chosen - rejected - RECIPE.gamma_beta_ratio)).mean()
 
     @eqx.filter_jit(donate="all-except-first")
     def step(example: LmExample, model: LlamaLMHeadModel, state: optax.OptState) -> Any:

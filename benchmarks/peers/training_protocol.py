@@ -14,9 +14,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# What every contestant does: SimPO as in the paper, AdamW, clipping by the global norm.
-BETA, GAMMA_BETA_RATIO = 2.0, 0.5
-LEARNING_RATE, BETAS, EPSILON, MAX_GRAD_NORM = 1e-6, (0.9, 0.95), 1e-8, 1.0
+
+class Recipe(NamedTuple):
+    """What every contestant does: SimPO as in the paper, AdamW, clipping by the global norm."""
+
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+RECIPE = Recipe()
 
 
 class Pair(NamedTuple):

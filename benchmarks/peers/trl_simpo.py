@@ -10,17 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from training_protocol import (
-    BETA,
-    BETAS,
-    EPSILON,
-    GAMMA_BETA_RATIO,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    Pair,
-    Update,
-    serve_updates,
-)
+from training_protocol import RECIPE, Pair, Update, serve_updates
 from transformers import AutoModelForCausalLM
 from trl.experimental.cpo import CPOTrainer
 
@@ -30,7 +20,7 @@ IGNORED = -100
 def make_trainer(model: torch.nn.Module) -> CPOTrainer:
     trainer = CPOTrainer.__new__(CPOTrainer)
     trainer.accelerator = Accelerator(cpu=True)
-    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", BETA, BETA * GAMMA_BETA_RATIO
+    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", RECIPE.beta, RECIPE.beta * RECIPE.gamma_beta_ratio
     trainer.label_smoothing, trainer.alpha, trainer.cpo_alpha = 0.0, 0.0, 0.0
     trainer.is_encoder_decoder, trainer.aux_loss_enabled, trainer.pad_token_id = False, False, 0
     trainer.model = model
@@ -53,7 +43,9 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
     torch.set_num_threads(settings["threads"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     trainer = make_trainer(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RECIPE.learning_rate, betas=RECIPE.betas, eps=RECIPE.epsilon, weight_decay=0.0
+    )
     starts = [pair.start for pair in pairs]
     chosen = collated("chosen", [pair.chosen for pair in pairs], starts)
     batch = chosen | collated("rejected", [pair.rejected for pair in pairs], starts)
@@ -62,7 +54,7 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
         optimizer.zero_grad()
         loss, _ = trainer.get_batch_loss_metrics(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.max_grad_norm)
         optimizer.step()
         return loss.item()
 

@@ -46,6 +46,27 @@ def test_collectives_are_summed_by_kind_and_type(module):
     assert (moved.kind, moved.count, moved.received_bytes) == ("collective-permute", 1, 16)
 
 
+SCATTERED = """HloModule step
+
+%all-reduce-scatter.1 (input: f32[8,16]) -> f32[8,4] {
+  %input = f32[8,16]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,16]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[8,4]{1,0} dynamic-slice(%all-reduce.1, %zero, %place), dynamic_slice_sizes={8,4}
+}
+
+ENTRY %main (gradient: f32[8,16]) -> f32[8,4] {
+  %gradient = f32[8,16]{1,0} parameter(0)
+  ROOT %mine = f32[8,4]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_sum_of_which_only_a_slice_is_made_is_a_reduce_scatter():
+    (scattered,) = traffic_of(executed(parse_module(SCATTERED)), 4)
+    assert (scattered.kind, scattered.moved_bytes) == ("reduce-scatter", 8 * 16 * 4)
+    assert scattered.received_bytes == 8 * 16 * 4 * 3 / 4
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from simpo_pipeline.preflight.hlo import Executed, array_bytes, array_types
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# How TPUs sum and scatter at once: a fusion by a computation of this name, of an all-reduce and a slice of its result,
+# of which only the slice is made.
+_SUMS_AND_SCATTERS = "all-reduce-scatter"
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -49,6 +52,8 @@ def traffic_of(instructions: Iterable[Executed], num_devices: int) -> list[Traff
             continue
         size = _group_size(each.instruction.text, num_devices)
         moved, dtype = _moved(kind, each.instruction.result, each.instruction.opcode.endswith("-start"), size)
+        if kind == "all-reduce" and each.computation.startswith(_SUMS_AND_SCATTERS):
+            kind = "reduce-scatter"
         received = _received_share(kind, size) * moved
         groups[kind, dtype].append((each.times, moved, received, each.instruction.result.lstrip("(").split("{")[0]))
     found = [

@@ -63,12 +63,14 @@ class Executed:
         times: Bodies of loops whose length is not known ahead count once.
         each_turn: Whether it is in such a loop, so that `times` is that of each turn.
         fused: Whether it is part of a fusion, which carries the cycles of all its parts.
+        computation: The name of the one that it stands in.
     """
 
     instruction: Instruction
     times: int
     each_turn: bool = False
     fused: bool = False
+    computation: str = ""
 
 
 def parse_module(text: str) -> Module:
@@ -110,7 +112,7 @@ def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
 
     def visit(computation: str, times: int, each_turn: bool, fused: bool) -> None:
         for instruction in module.computations.get(computation, ()):
-            found.append(Executed(instruction, times, each_turn, fused))
+            found.append(Executed(instruction, times, each_turn, fused, computation))
             is_loop, is_fusion = instruction.opcode == "while", instruction.opcode == "fusion"
             turns = 1 if not is_loop or instruction.trips is None else instruction.trips
             unknown = is_loop and instruction.trips is None

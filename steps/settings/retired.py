@@ -62,8 +62,8 @@ TRAIN_SIMPO: Mapping[str, str] = {
     "leave the key out",
     "trainer.per_device_eval_parallelism": "held-out pairs go through the model as others do, so leave the key out",
     "trainer.model_averaging": "set trainer.ema_decay, the decay of a moving average of the weights, or leave it out",
-    "trainer.checkpointer": "a job that died replays what it needs; checkpoints are flags of m11_interleave.py, so leave "
-    "the key out",
+    "trainer.checkpointer": "a job that died replays what it needs; checkpoints are flags of m11_interleave.py, so "
+    "leave the key out",
     "trainer.initialize_from": "set initialize_from_hf to a model in Hugging Face layout",
     "trainer.id": "outputs are named by what a step is; set trainer.tracker.name to name the run",
     "optimizer.type": "the optimizer is AdamW, so leave the key out",

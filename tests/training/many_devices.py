@@ -38,8 +38,6 @@ RUN = TrainerConfig(
     logprob_chunk_size=16,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )
-# (devices that split the batch, devices that split each layer)
-MESHES = ((2, 1), (1, 2), (4, 1), (2, 2))
 VARIANTS = {
     "padded": {},
     "packed": {"packing": True},
@@ -48,8 +46,13 @@ VARIANTS = {
     "all layers again": {"packing": True, "remat": "full"},
     "no layer again": {"packing": True, "remat": "none"},
 }
-# Each mesh with both layouts, and with parts.
-ON_MESHES = ("padded", "packed", "2 parts")
+# (devices that split the batch, devices that split each layer), and what is tried there.
+MESHES = {
+    (2, 1): ("packed",),
+    (1, 2): ("packed",),
+    (4, 1): ("padded", "packed"),
+    (2, 2): ("padded", "packed", "2 parts"),
+}
 
 
 def mesh_of(data: int, model: int) -> Mesh:
@@ -91,8 +94,8 @@ def main() -> None:
     configs = {name: dataclasses.replace(RUN, **changes) for name, changes in VARIANTS.items()}
     one, one_rows = train(programs, configs["padded"], mesh_of(1, 1))
     curves = {f"{name} on (1, 1)": train(programs, config, mesh_of(1, 1))[1] for name, config in configs.items()}
-    for mesh in MESHES:
-        for name in ON_MESHES:
+    for mesh, names in MESHES.items():
+        for name in names:
             curves[f"{name} on {mesh}"] = train(programs, configs[name], mesh_of(*mesh))[1]
     four, _ = train(programs, RUN, mesh_of(4, 1))
     interleaved, _ = train(programs, RUN, mesh_of(4, 1), (1, 3))

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.slow
 def found() -> dict:
     script = Path(__file__).with_name("many_devices.py")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_layouts_parts_remat_and_meshes_change_no_loss(found):
-    assert len(found["curves"]) == 8 + 4 * 3
+    assert len(found["curves"]) == 8 + 7
     for name, curve in found["curves"].items():
         for one, other in zip(found["one"], curve, strict=True):
             for metric in ("loss", "grad_norm", "rewards/chosen", "rewards/accuracies", "logps/rejected"):

@@ -1,5 +1,6 @@
 """The update compiled for four chips of a v5p by a machine without one: what travels between them."""
 
+import math
 import re
 
 import numpy as np
@@ -46,18 +47,40 @@ def v5p_devices():
         yield topologies.get_topology_desc(topology_name="v5p:2x2x1", platform="tpu").devices
 
 
-@pytest.mark.slow
-def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(v5p_devices):
-    mesh = Mesh(np.array(v5p_devices).reshape(-1, 1), (DATA_AXIS, MODEL_AXIS))
+def compiled(devices, tensor_parallel):
+    """The update's text without its sums of which only a slice is made, and how many of those there are."""
+    mesh = Mesh(np.array(devices).reshape(-1, tensor_parallel), (DATA_AXIS, MODEL_AXIS))
     program = build_train_step(Programs(), MODEL, RUN, mesh, RowShape(8, 512, mesh.shape[DATA_AXIS], 512))
     text, num_scattered = SCATTERED.subn("", program.as_text())
-    whole = {1024 * 1024, 1024 * 2048, 1024 * 8192}
-    sizes = [
-        int(np.prod([int(part) for part in shape.split(",") if part]))
+    return text, num_scattered + text.count(" reduce-scatter(")
+
+
+def summed_shapes(text):
+    """The shapes of all that is summed whole."""
+    return [
+        tuple(int(part) for part in shape.split(",") if part)
         for types in ALL_REDUCE.findall(text)
         for shape in SHAPE.findall(types)
     ]
+
+
+@pytest.mark.slow
+def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(v5p_devices):
+    text, num_scattered = compiled(v5p_devices, 1)
+    whole = {1024 * 1024, 1024 * 2048, 1024 * 8192}
+    sizes = [math.prod(shape) for shape in summed_shapes(text)]
     # The gradients of a layer's 7 matrices and of the two tables.
-    assert num_scattered + text.count(" reduce-scatter(") >= 8
+    assert num_scattered >= 8
     assert not whole.intersection(sizes), f"all-reduces of {sorted(whole.intersection(sizes))} numbers"
     assert "reduce-scatter" in text or "collective-permute" in text
+
+
+@pytest.mark.slow
+def test_nor_with_matrices_split_over_two_chips(v5p_devices):
+    text, num_scattered = compiled(v5p_devices, 2)
+    assert num_scattered >= 8
+    # By shape: hidden states, which the two chips do sum, may have as many numbers as a matrix.
+    shapes = {tuple(sorted(shape)) for shape in summed_shapes(text)}
+    attention = {(512, 1024), (1024, 1024), (4, 128, 1024), (8, 128, 1024)}
+    whole = attention | {(1024, 2048), (1024, 4096), (1024, 8192)}
+    assert not whole & shapes, f"all-reduces of {sorted(whole & shapes)}"

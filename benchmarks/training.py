@@ -19,7 +19,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,27 +84,25 @@ def random_pairs(shape: Sequence[tuple[int, int, int]]) -> list[tuple[list[int],
 
 def train(entry: Contestant, pairs: list[Any], num_updates: int, log: pathlib.Path) -> dict[str, Any]:
     """Starts the contestant, has it make its updates, and ends it."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings, log.open("w") as errors:
-        told = {"model": str(model_folder()), "threads": THREADS, "pairs": pairs, **entry.settings}
-        settings.write(json.dumps(told))
-        settings.flush()
-        command = [*entry.command(), settings.name]
+    settings = {"model": str(model_folder()), "threads": THREADS, "pairs": pairs, **entry.settings}
+    command = [*entry.command(), json.dumps(settings)]
+    with log.open("w") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
         )
-        assert process.stdin is not None and process.stdout is not None
-        answers: list[dict[str, Any]] = []
-        try:
-            versions = _answer(process, entry, log)["versions"]
-            for _ in range(1 + num_updates):
-                busy = busy_seconds()
-                process.stdin.write("\n")
-                answers.append(_answer(process, entry, log))
-                answers[-1]["busy_cpus"] = (busy_seconds() - busy) / answers[-1]["seconds"]
-        finally:
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
+    assert process.stdin is not None and process.stdout is not None
+    answers: list[dict[str, Any]] = []
+    try:
+        versions = _answer(process, entry, log)["versions"]
+        for _ in range(1 + num_updates):
+            busy = busy_seconds()
+            process.stdin.write("{}\n")
+            answers.append(_answer(process, entry, log))
+            answers[-1]["busy_cpus"] = (busy_seconds() - busy) / answers[-1]["seconds"]
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
     return {"versions": versions, "answers": answers}
 
 

@@ -1,9 +1,9 @@
-"""Our trainer as a process that trains (see peers/training_protocol.py): the trainer as users have it."""
+"""Our trainer as a process that trains (see peers/protocol.py): the trainer as users have it."""
 
 from typing import Any
 
 import numpy as np
-from peers.training_protocol import RECIPE, Pair, Update, serve_updates
+from peers.protocol import RECIPE, Pair, Update, serve_updates
 
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.pairs import TokenizedPair

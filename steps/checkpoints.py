@@ -129,25 +129,11 @@ class StretchCheckpoints:
 
 
 def _open(config: CheckpointConfig, run: StepRun, mesh: "Mesh") -> "Checkpoints":
-    _keep_log_lines_single()
     # Imported here because planning must not import jax, and a job without checkpoints needs no orbax.
     from simpo_pipeline.training.checkpoints import Checkpoints
 
     folder = join(run.recorded_path or run.output_path, CHECKPOINTS_FOLDER)
     return Checkpoints(folder, config, run.processes, mesh, version=run.version)
-
-
-def _keep_log_lines_single() -> None:
-    """Gives the root logger a handler that leaves our lines to ours.
-
-    Where it has none, orbax's logging (absl) gives it one that prints every line of this package a second time.
-    """
-    root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setLevel(logging.WARNING)
-        handler.addFilter(lambda record: not record.name.startswith("simpo_pipeline"))
-        root.addHandler(handler)
 
 
 class _StopSignals:

@@ -1,4 +1,4 @@
-"""A SimPO update on Levanter's Llama as a process that trains, in float32 (see training_protocol.py).
+"""A SimPO update on Levanter's Llama as a process that trains, in float32 (see protocol.py).
 
 Levanter has DPO and no SimPO; this is its DPO's sum of log-probs over one forward pass of all sequences, with the
 loss and optax's AdamW around it. Without recomputation, which is what it is fastest with.
@@ -18,7 +18,7 @@ import optax
 from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 from levanter.models.lm_model import LmExample
 from levanter.trainer import TrainerConfig
-from training_protocol import RECIPE, Pair, Update, serve_updates
+from protocol import RECIPE, Pair, Update, serve_updates
 
 
 def laid_out(pairs: list[Pair], batch: hax.Axis, position: hax.Axis) -> LmExample:

@@ -1,9 +1,13 @@
-"""How a process that generates talks to the benchmark: one JSON object a line, requests in and answers out.
+"""How a process that generates or trains talks to the benchmark: one JSON object a line, requests in and answers out.
 
 It is started with its settings as one JSON argument, and says once that it is ready, with the versions of what it is
-made of; then each request `{"prompts": [[token, ...], ...], "max_tokens": n}` gets one answer. Between requests it
-sleeps in a read, so that several of them can take turns on one machine. Standard library only: every environment
-imports it.
+made of; then each request gets one answer:
+
+    {"prompts": [[token, ...], ...], "max_tokens": n}     of one that generates (`serve`)
+    {}                                                    of one that trains (`serve_updates`): one update
+
+Between requests it sleeps in a read, so that several of them can take turns on one machine. Standard library only:
+every environment imports it.
 """
 
 import importlib.metadata
@@ -12,12 +16,36 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Prompts = list[list[int]]
 # Serves all prompts to the end, greedily and past every end token. Its answer: the generated `tokens` of each prompt;
 # `prefill_seconds`, `decode_seconds` and the `decode_tokens` drawn in those, where it can tell; and what else it likes.
 Generate = Callable[[Prompts, int], dict[str, Any]]
+# One update; its loss.
+Update = Callable[[], float]
+
+
+class Recipe(NamedTuple):
+    """What every contestant that trains does: SimPO as in the paper, AdamW, clipping by the global norm."""
+
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+    learning_rate: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+RECIPE = Recipe()
+
+
+class Pair(NamedTuple):
+    """Token ids, and where the answers start."""
+
+    chosen: list[int]
+    rejected: list[int]
+    start: int
 
 
 def peak_rss_bytes() -> int:
@@ -28,7 +56,40 @@ def peak_rss_bytes() -> int:
 
 
 def serve(distributions: Sequence[str], load: Callable[[dict[str, Any]], Generate]) -> None:
-    """Loads, then answers until its input ends; `distributions` are those whose versions it states."""
+    """Loads, then generates until its input ends; `distributions` are those whose versions it states."""
+
+    def load_all(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        generate = load(settings)
+
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            prompts, max_tokens = request["prompts"], request["max_tokens"]
+            found = generate(prompts, max_tokens)
+            wrong = [len(tokens) for tokens in found["tokens"] if len(tokens) != max_tokens]
+            assert len(found["tokens"]) == len(prompts) and not wrong, f"not {max_tokens} tokens each: {wrong}"
+            counts = {"prompt_tokens": sum(map(len, prompts)), "generated_tokens": sum(map(len, found["tokens"]))}
+            return found | counts
+
+        return answer
+
+    _answer_requests(distributions, load_all)
+
+
+def serve_updates(distributions: Sequence[str], load: Callable[[dict[str, Any], list[Pair]], Update]) -> None:
+    """Loads, then makes an update for each request, all on the same pairs.
+
+    Settings: `model` (a folder), `threads`, and `pairs`, each as `Pair`.
+    """
+
+    def load_all(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        update = load(settings, [Pair(*pair) for pair in settings["pairs"]])
+        return lambda request: {"loss": update()}
+
+    _answer_requests(distributions, load_all)
+
+
+def _answer_requests(
+    distributions: Sequence[str], load: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]
+) -> None:
     # Answers get a descriptor of their own: what libraries print goes where errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -36,22 +97,10 @@ def serve(distributions: Sequence[str], load: Callable[[dict[str, Any]], Generat
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    generate = load(json.loads(sys.argv[1]))
+    answer = load(json.loads(sys.argv[1]))
     say({"versions": {name: importlib.metadata.version(name) for name in distributions}})
     for line in sys.stdin:
         request = json.loads(line)
-        prompts, max_tokens = request["prompts"], request["max_tokens"]
         start = time.perf_counter()
-        answer = generate(prompts, max_tokens)
-        seconds = time.perf_counter() - start
-        wrong = [len(tokens) for tokens in answer["tokens"] if len(tokens) != max_tokens]
-        assert len(answer["tokens"]) == len(prompts) and not wrong, f"not {max_tokens} tokens each: {wrong}"
-        say(
-            answer
-            | {
-                "seconds": seconds,
-                "prompt_tokens": sum(map(len, prompts)),
-                "generated_tokens": sum(map(len, answer["tokens"])),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-        )
+        found = answer(request)
+        say(found | {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()})

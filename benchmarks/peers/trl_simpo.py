@@ -1,4 +1,4 @@
-"""TRL's SimPO as a process that trains, in float32 (see training_protocol.py).
+"""TRL's SimPO as a process that trains, in float32 (see protocol.py).
 
 `CPOTrainer.get_batch_loss_metrics` is called on a trainer object that holds just the settings it reads: what TRL and
 transformers do around an update (logging, schedules, hooks) is left out of its time.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from training_protocol import RECIPE, Pair, Update, serve_updates
+from protocol import RECIPE, Pair, Update, serve_updates
 from transformers import AutoModelForCausalLM
 from trl.experimental.cpo import CPOTrainer
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simpo_pipeline.data.order import Mixture, PairOrder
-from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.pairs import TokenizedPair, check_lengths
 from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
 from simpo_pipeline.errors import ConfigError, DataError
 
@@ -53,12 +53,7 @@ class PairLoader:
             raise ConfigError(
                 f"PairLoader: the mixture has {sum(self.mixture.sizes)} pairs, and {len(self.pairs)} are there"
             )
-        for pair in self.pairs:
-            if pair.longest > self.seq_len:
-                raise DataError(
-                    f"pair {pair.prompt_id!r} has {pair.longest} tokens, more than seq_len {self.seq_len}; "
-                    f"raise the sequence length or prepare the pairs with a shorter max_length"
-                )
+        check_lengths(self.pairs, self.seq_len)
 
     @functools.cached_property
     def shape(self) -> RowShape:

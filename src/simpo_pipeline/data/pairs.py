@@ -54,6 +54,20 @@ class TokenizedPair:
         return max(len(self.chosen_tokens), len(self.rejected_tokens))
 
 
+def check_lengths(pairs: Sequence[TokenizedPair], seq_len: int) -> None:
+    """Checks that every sequence has at most `seq_len` tokens.
+
+    Raises:
+        DataError: one has more; the first such pair is named.
+    """
+    for pair in pairs:
+        if pair.longest > seq_len:
+            raise DataError(
+                f"pair {pair.prompt_id!r} has {pair.longest} tokens, more than seq_len {seq_len}; "
+                f"raise the sequence length or prepare the pairs with a shorter max_length"
+            )
+
+
 def check_vocabulary(pairs: Sequence[TokenizedPair], pad_id: int, vocab_size: int) -> None:
     """Checks that a model of this many tokens knows all those of the pairs, and the one that fills what is left.
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from simpo_pipeline.data.pairs import TokenizedPair
+from simpo_pipeline.data.pairs import TokenizedPair, check_lengths
 from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
 from simpo_pipeline.errors import DataError
 
@@ -27,12 +27,7 @@ class PairSweep:
     def __post_init__(self) -> None:
         if not self.pairs:
             raise DataError("there are no pairs to evaluate on; hold some out, or leave the evaluation out")
-        for pair in self.pairs:
-            if pair.longest > self.seq_len:
-                raise DataError(
-                    f"pair {pair.prompt_id!r} has {pair.longest} tokens, more than seq_len {self.seq_len}; "
-                    f"raise the sequence length or prepare the pairs with a shorter max_length"
-                )
+        check_lengths(self.pairs, self.seq_len)
 
     @functools.cached_property
     def shape(self) -> RowShape:

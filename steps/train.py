@@ -16,7 +16,7 @@ from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
 from steps.checkpoints import StretchCheckpoints, refuse_impossible
-from steps.evaluate import Evaluator, open_sweep
+from steps.evaluate import Evaluator, open_sweep, read_held_out
 from steps.prepare_pairs import PAIRS_FILE
 from steps.profile import profiled
 from steps.session import JobSession, session_of
@@ -54,8 +54,8 @@ class TrainConfig:
         model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
         pairs_path: Output of `prepare_pairs`, or several with their weights.
         stop_step: The last update of this stretch, counted over the whole run.
-        eval_every: After every so many updates, and before the first, the pairs that `prepare_pairs` held out are
-            evaluated; None evaluates none.
+        eval_every: After every so many updates, before the first and after the last of the run, the pairs that
+            `prepare_pairs` held out are evaluated; None evaluates none.
         tensor_parallel: Over so many neighbouring devices each matrix is split too, in the step that starts the run.
         live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
         checkpoint: When the state is written, for a job that was killed; no output depends on it, so it bears no
@@ -88,13 +88,21 @@ class TrainConfig:
         """The datasets to train on; one alone has all the weight."""
         return (WeightedPairs(self.pairs_path, 1.0),) if isinstance(self.pairs_path, str) else self.pairs_path
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out pairs are evaluated after an update."""
+        return self.eval_every is not None and (step % self.eval_every == 0 or step == self.trainer.num_train_steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The pairs of all datasets, which of them belong to which, and the token that fills what is left of a row."""
+    """The pairs of all datasets, which of them belong to which, and the token that fills what is left of a row.
+
+    `held_out` is None where none are to be evaluated.
+    """
 
     pairs: "Sequence[TokenizedPair]"
     mixture: "Mixture"
+    held_out: "Sequence[TokenizedPair] | None"
     pad_id: int
 
 
@@ -105,13 +113,14 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     there; the outputs are those of one that never stopped.
 
     Raises:
-        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`; or `checkpoint` asks
-            for what this job cannot do.
-        DataError: a pair holds a token that the model does not know; no device has been touched.
+        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`; or `checkpoint`,
+            `eval_every` or `--profile` ask for what this job cannot do.
+        DataError: a pair holds a token that the model does not know, or too many; no device has been touched.
         TrainingError: a checkpoint is not what was written.
     """
     session = session_of(run)
     refuse_impossible(config.checkpoint, run)
+    _refuse_profile_beyond(session.profile, config.trainer.num_train_steps)
     is_leader = run.processes.is_leader
     # Metrics are equal on all hosts; the leader records them. Opened first, so that a tracker that cannot be opened
     # (no login, say) ends the job before any device is touched.
@@ -123,7 +132,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     rows: list[dict[str, float]] = checkpoints.earlier("metrics")
     with (
         JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
-        _open_evaluator(config, trainer, data.pad_id, tracker, is_leader) as evaluator,
+        _open_evaluator(config, trainer, data, tracker, is_leader) as evaluator,
         checkpoints.watch(trainer, lambda: _progress(rows, evaluator)),
     ):
         if metrics_file is not None:
@@ -143,13 +152,14 @@ def train(config: TrainConfig, run: StepRun) -> Live:
                 *(step, config.trainer.num_train_steps, metrics["loss"], metrics["learning_rate"]),
                 *(metrics["grad_norm"], metrics["step_seconds"], metrics["tokens_per_second"]),
             )
-            if evaluator is not None and step % (config.eval_every or 1) == 0:
+            if evaluator is not None and config.evaluates_after(step):
                 evaluator.evaluate()
             checkpoints.after_update()
 
         for stop, around in _stretches(trainer.step, config, session.profile, run):
             with around:
                 trainer.train_until(stop, loader, record)
+        session.has_profiled |= session.profile is not None and first_step <= session.profile <= trainer.step
     # Its parts lie in several processes, and each hashes its own.
     digest = joint_digest(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
@@ -157,6 +167,11 @@ def train(config: TrainConfig, run: StepRun) -> Live:
         write_json(join(config.output_path, "summary.json"), summary)
     tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
+
+
+def _refuse_profile_beyond(profile: int | None, num_train_steps: int) -> None:
+    if profile is not None and profile > num_train_steps:
+        raise ConfigError(f"--profile {profile}: the run has updates 1 to {num_train_steps}")
 
 
 def _stretches(
@@ -180,7 +195,7 @@ def _resume_evaluations(evaluator: Evaluator, checkpoints: StretchCheckpoints, s
         evaluator.write(row)
     done = bool(evaluator.rows) and evaluator.rows[-1]["step"] == step
     # A stretch that takes its trainer live begins where the one before has evaluated.
-    resumed = checkpoints.record is not None and step % (config.eval_every or 1) == 0
+    resumed = checkpoints.record is not None and config.evaluates_after(step)
     if step == 0 or (resumed and not done):
         evaluator.evaluate()
 
@@ -214,11 +229,11 @@ def _take(config: TrainConfig, run: StepRun) -> "tuple[Trainer, StretchCheckpoin
 
 
 def _open_evaluator(
-    config: TrainConfig, trainer: "Trainer", pad_id: int, tracker: Tracker, is_leader: bool
+    config: TrainConfig, trainer: "Trainer", data: TrainingData, tracker: Tracker, is_leader: bool
 ) -> AbstractContextManager[Evaluator | None]:
-    if config.eval_every is None:
+    if data.held_out is None:
         return nullcontext()
-    sweep = open_sweep([dataset.path for dataset in config.datasets], trainer, pad_id)
+    sweep = open_sweep(data.held_out, trainer, data.pad_id)
     return Evaluator(trainer, sweep, tracker, config.output_path, is_leader=is_leader)
 
 
@@ -226,15 +241,20 @@ def _read_data(config: TrainConfig) -> TrainingData:
     # Imported here because planning must not pay for transformers, pyarrow and grain.
     from simpo_pipeline.data.chat import load_tokenizer, pad_token_id
     from simpo_pipeline.data.order import Mixture
-    from simpo_pipeline.data.pairs import check_vocabulary, read_pairs
+    from simpo_pipeline.data.pairs import check_lengths, check_vocabulary, read_pairs
     from simpo_pipeline.model.hf_weights import load_config
 
     datasets = [read_pairs(join(dataset.path, PAIRS_FILE)) for dataset in config.datasets]
     pairs = [pair for dataset in datasets for pair in dataset]
     pad_id = pad_token_id(load_tokenizer(config.model_path))
-    check_vocabulary(pairs, pad_id, load_config(config.model_path).vocab_size)
+    held_out = None
+    if config.eval_every is not None:
+        held_out = read_held_out([dataset.path for dataset in config.datasets])
+    for some in (pairs, held_out or []):
+        check_vocabulary(some, pad_id, load_config(config.model_path).vocab_size)
+        check_lengths(some, config.trainer.train_seq_len)
     weights = tuple(dataset.weight for dataset in config.datasets)
-    return TrainingData(pairs, Mixture(tuple(map(len, datasets)), weights), pad_id)
+    return TrainingData(pairs, Mixture(tuple(map(len, datasets)), weights), held_out, pad_id)
 
 
 def _open_loader(config: TrainConfig, trainer: "Trainer", data: TrainingData) -> "PairLoader":

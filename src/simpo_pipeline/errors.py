@@ -104,3 +104,8 @@ class CoordinationError(SimpoPipelineError, RuntimeError):
 
 class PeerFailedError(CoordinationError):
     """Another process of the job failed, and this one stopped to follow it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,7 @@ from steps.session import JobFlags, JobSession, tracker_for
 from steps.settings.trainer import TRACKERS, TrackerSettings
 
 T = TypeVar("T")
+FlagsT = TypeVar("FlagsT", bound="ExperimentFlags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,19 @@ def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mappin
     return decode_yaml(cls, text, source=path, flags=flags, retired=retired)
 
 
-def parse_command_line(cls: type[T], words: Sequence[str], retired: Mapping[str, str]) -> tuple[T, ExperimentFlags]:
-    """The settings and the executor's flags in a command line; `--help` prints the flags and exits.
+def parse_command_line(
+    cls: type[T], words: Sequence[str], retired: Mapping[str, str], flags_class: type[FlagsT]
+) -> tuple[T, FlagsT]:
+    """The settings and the flags in a command line; `--help` prints the flags and exits.
 
     Raises:
         ConfigError: a flag, the file or a setting is wrong.
     """
     file_words, others = split_flags(words, ["config_path"])
-    own_words, settings_words = split_flags(others, [*setting_names(ExperimentFlags), "help"])
+    own_words, settings_words = split_flags(others, [*setting_names(flags_class), "help"])
     if "-h" in own_words or "--help" in own_words:
         print(f"--config_path FILE.yaml, and any setting as --key.path value, below {', '.join(setting_names(cls))}.")
-    flags = parse_arguments(ExperimentFlags, own_words)
+    flags = parse_arguments(flags_class, own_words)
     path = parse_flags(file_words, COMMAND_LINE).get("config_path")
     if not isinstance(path, str):
         raise ConfigError("--config_path is missing; give a YAML file, such as one of experiments/configs/")
@@ -71,10 +74,10 @@ def setting_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str]) -> tuple[T, ExperimentFlags]:
+def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
     """As `parse_command_line` of this script's own words; an error is told plainly, and the script exits with 2."""
     try:
-        return parse_command_line(cls, sys.argv[1:], retired)
+        return parse_command_line(cls, sys.argv[1:], retired, flags_class)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -108,7 +108,10 @@ class DataSettings:
                 f"SimPO training requires preference_chat datasets. Component '{name}' has format {form.type}"
             )
         if form.pack:
-            raise ConfigError(f"Packed preference_chat datasets are not supported yet. Packed datasets: {name}")
+            raise ConfigError(
+                f"Packed preference_chat datasets are not supported yet. Packed datasets: {name}; set trainer.packing "
+                "instead, which packs what is read of all of them"
+            )
         if form.slice_strategy not in SLICE_STRATEGIES:
             raise ConfigError(
                 f"preference_chat slice_strategy must be one of {', '.join(SLICE_STRATEGIES)}. "

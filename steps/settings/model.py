@@ -72,7 +72,8 @@ class ModelSettings:
     Attributes:
         max_seq_len: For a loaded model a limit of this run, which may be below the checkpoint's.
         initializer_range: Spread of random weights; a loaded model has no use for it.
-        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        gradient_checkpointing: Compute each layer again in the backward pass; else only what lies between its matrix
+            products. `trainer.remat` wins over it.
     """
 
     type: str = "llama"

@@ -9,7 +9,7 @@ _EMPTY_CACHE = "every generation starts with an empty cache and gives it back at
 _KERNELS = "attention picks its kernel and block sizes by backend and shape, so leave the key out"
 _LOGGING = "trackers launch no device program, so rows and metrics are logged whenever they exist; leave the key out"
 _HELD_OUT = "set validation_split_fraction, which holds out part of the training data; leave the key out"
-_EXPORT = "weights are written by the step `export` (m11_interleave.py --export), so leave the key out"
+_EXPORT = "the trained weights are written with the flag --export fp32 or bf16, so leave the key out"
 _PAIRS_OUTPUT = "tokenised pairs are an output of their own below --prefix, so leave the key out"
 _ORDER = "pairs are always shuffled, each epoch anew from trainer.seed, so leave the key out"
 _ROWS = "rows are outputs of their step below --prefix, one file a host and one merged, so leave the key out"
@@ -62,8 +62,8 @@ TRAIN_SIMPO: Mapping[str, str] = {
     "leave the key out",
     "trainer.per_device_eval_parallelism": "held-out pairs go through the model as others do, so leave the key out",
     "trainer.model_averaging": "set trainer.ema_decay, the decay of a moving average of the weights, or leave it out",
-    "trainer.checkpointer": "a job that died replays what it needs; checkpoints are flags of m11_interleave.py, so "
-    "leave the key out",
+    "trainer.checkpointer": "checkpoints are written with the flags --checkpoint.when and --checkpoint.every, so leave "
+    "the key out",
     "trainer.initialize_from": "set initialize_from_hf to a model in Hugging Face layout",
     "trainer.id": "outputs are named by what a step is; set trainer.tracker.name to name the run",
     "optimizer.type": "the optimizer is AdamW, so leave the key out",

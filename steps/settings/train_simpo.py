@@ -85,7 +85,7 @@ class TrainSimpoConfig:
             compute_dtype=self.trainer.compute_dtype,
             packing=self.trainer.packing,
             grad_accumulation=self.trainer.grad_accumulation,
-            remat="full" if self.model.gradient_checkpointing else "products",
+            remat=self.trainer.remat or ("full" if self.model.gradient_checkpointing else "products"),
             ema_decay=self.trainer.ema_decay,
             simpo=SimpoConfig(
                 beta=self.beta,

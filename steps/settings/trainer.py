@@ -58,6 +58,7 @@ class TrainerSettings:
         seed: Of the data's order and of random weights.
         mp: Precision; master weights are float32, so only the dtype of the computation is free.
         packing, grad_accumulation, ema_decay: As `TrainerConfig` has them.
+        remat: As `TrainerConfig` has it; None is "full", or "products" where model.gradient_checkpointing is false.
         tensor_parallel: Over so many neighbouring devices each matrix is split, besides the split over all others.
         steps_per_eval: Held-out pairs are evaluated before the first update and after every so many.
     """
@@ -68,6 +69,7 @@ class TrainerSettings:
     mp: str = "f32"
     packing: bool = False
     grad_accumulation: int = 1
+    remat: str | None = None
     ema_decay: float | None = None
     tensor_parallel: int = 1
     steps_per_eval: int | None = None

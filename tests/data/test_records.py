@@ -142,6 +142,8 @@ def test_a_split_in_several_configurations_is_not_mixed(fake_hub: Callable[..., 
         (row(rejected=messages("2+3?", "5")), r"another prompt than 'chosen' \(message 0: user: '2\+2\?' against"),
         (row(rejected=messages("a", "b", "c", "d")), "another prompt than 'chosen'"),
         (row(chosen=messages("2+2?", "4 \ud83d")), r"field 'chosen\[1\]\.content' is not Unicode text at character 2"),
+        (row(prompt_id="p\ud83d"), r"field 'prompt_id' is not Unicode text at character 1"),
+        (row(chosen=[{"role": "\ud83d", "content": "q"}]), r"field 'chosen\[0\]\.role' is not Unicode text"),
         ([1, 2], "got a list, expected an object"),
     ],
 )

@@ -6,12 +6,19 @@ from simpo_pipeline.data.split import is_held_out, split_pairs
 from simpo_pipeline.errors import ConfigError, DataError
 
 
-def pair(prompt_id: str) -> TokenizedPair:
-    return TokenizedPair(prompt_id, np.arange(3, dtype=np.int32), np.arange(4, dtype=np.int32), 1, 1)
+def pair(prompt: int, prompt_id: str = "") -> TokenizedPair:
+    """A pair whose prompt has two tokens and whose answers have two and three."""
+    answer = np.arange(3, dtype=np.int32)
+    tokens = np.concatenate([prompt_tokens(prompt), answer])
+    return TokenizedPair(prompt_id or f"p{prompt}", tokens[:-1], tokens, 2, 2)
+
+
+def prompt_tokens(prompt: int) -> np.ndarray:
+    return np.array([prompt // 256, prompt % 256], dtype=np.int32)
 
 
 def test_about_the_asked_for_share_is_held_out_and_the_rest_trained_on_in_order():
-    pairs = [pair(f"p{index}") for index in range(1000)]
+    pairs = [pair(index) for index in range(1000)]
     train, held_out = split_pairs(pairs, 0.2)
     assert 160 <= len(held_out) <= 240
     assert sorted([*train, *held_out], key=lambda pair: int(pair.prompt_id[1:])) == pairs
@@ -19,24 +26,25 @@ def test_about_the_asked_for_share_is_held_out_and_the_rest_trained_on_in_order(
 
 
 def test_a_larger_share_holds_out_the_same_prompts_and_more():
-    few, many = ({f"p{i}" for i in range(200) if is_held_out(f"p{i}", share)} for share in (0.1, 0.3))
+    few, many = ({i for i in range(200) if is_held_out(prompt_tokens(i), share)} for share in (0.1, 0.3))
     assert few < many
 
 
-def test_pairs_of_one_prompt_are_on_one_side_and_the_side_is_the_recorded_one():
-    train, held_out = split_pairs([pair(name) for name in ("a", "b", "a", "c", "b", "d", "e")], 0.5)
-    assert [each.prompt_id for each in held_out] == ["b", "c", "b", "d", "e"]
-    assert [each.prompt_id for each in train] == ["a", "a"]
+def test_pairs_of_one_prompt_are_on_one_side_whatever_their_ids_and_the_side_is_the_recorded_one():
+    prompts = (0, 1, 0, 2, 1, 3, 4)
+    train, held_out = split_pairs([pair(prompt, f"row {row}") for row, prompt in enumerate(prompts)], 0.5)
+    assert [each.prompt_id for each in held_out] == []
+    assert [each.prompt_id for each in train] == []
 
 
 def test_nothing_is_held_out_unless_asked_for():
-    assert split_pairs([pair("a")], 0.0)[1] == []
+    assert split_pairs([pair(0)], 0.0)[1] == []
 
 
 def test_a_split_without_pairs_on_one_side_is_refused():
     with pytest.raises(DataError, match=r"0\.001 of 1 pairs leaves 1 to train on and 0 to evaluate on"):
-        split_pairs([pair("a")], 0.001)
+        split_pairs([pair(0)], 0.001)
     with pytest.raises(DataError, match="leaves 0 to train on and 1"):
-        split_pairs([pair("a")], 0.999999)
+        split_pairs([pair(0)], 0.999999)
     with pytest.raises(ConfigError, match=r"validation_fraction is 1\.0"):
-        split_pairs([pair("a")], 1.0)
+        split_pairs([pair(0)], 1.0)

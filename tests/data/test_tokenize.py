@@ -1,5 +1,6 @@
 """Records to pairs: policies for what does not fit, and the counts of them."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,21 @@ UNUSABLE = [
 def test_a_pair_without_preference_is_an_error(tokenizer: Any, bad: PreferenceRecord, complaint: str):
     with pytest.raises(DataError, match=rf"pairs\.jsonl, line 3: .*{complaint}.* set unusable to 'drop'"):
         tokenize_pairs([bad], tokenizer, max_length=64)
+
+
+def test_answers_that_the_template_makes_equal_are_no_preference(tokenizer: Any):
+    trimming = copy.deepcopy(tokenizer)
+    trimming.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    assert trimming.chat_template != tokenizer.chat_template
+    records = [record("Yes", "Yes\n", prompt_id="equal"), record("Yes", "No", prompt_id="good")]
+    with pytest.raises(
+        DataError, match=r"line 3: the chat template makes the same tokens of .* set unusable to 'drop'"
+    ):
+        tokenize_pairs(records, trimming, max_length=64)
+    pairs, stats = tokenize_pairs(records, trimming, max_length=64, unusable="drop")
+    assert [pair.prompt_id for pair in pairs] == ["good"]
+    assert stats.num_dropped_unusable == 1
+    assert len(tokenize_pairs(records, tokenizer, max_length=64)[0]) == 2
 
 
 def test_pairs_without_preference_can_be_dropped_and_are_counted(tokenizer: Any):

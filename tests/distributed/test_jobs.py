@@ -64,7 +64,10 @@ def test_every_process_launches_the_same_programs_over_many_processes(launch, tm
     [
         ("ambient_zeros", r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in ambient_zeros"),
         ("eager_op", r"process 0 of 2.*JAX tried to execute function jit\(_reduce_sum\).*toy_job\.py:\d+ in eager_op"),
-        ("device_tracker", r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in log"),
+        pytest.param(
+            *("device_tracker", r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in log"),
+            marks=pytest.mark.slow,
+        ),
         (
             "other_constant",
             r"program 'update' of process 1 is not program 'update' of process 0: StableHLO differs at line \d+, "

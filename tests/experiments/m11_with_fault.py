@@ -61,5 +61,5 @@ if __name__ == "__main__":
     args = parse_main_config(m11.M11Args)
     with joined_job(args) as job:
         session = JobSession(group=job.group)
-        steps = m11.interleave(m11.PRESETS["tiny"], args.export, args.checkpoint)
+        steps = m11.interleave(m11.PRESETS["tiny"], args)
         executor_main(args, steps=steps, session=session, processes=job.processes)

@@ -25,6 +25,20 @@ def printed(prefix) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("preset", ["tiny", "llama3_8b_v5p_32"])
+def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, tmp_path):
+    words = ["--preset", preset, "--prefix", str(tmp_path), "--dry_run", "--export", "bf16"]
+    command = [sys.executable, "experiments/m12_periodic.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert len([step for step in steps if step.startswith("train-")]) == 4
+    assert len([step for step in steps if step.startswith("infer-")]) == 4
+    assert steps[-2:] == ["export", "report"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_generation_follows_every_period_the_last_update_included_and_once(printed, prefix):
     assert printed.splitlines()[-1] == "Job finished with no error."
     for stop in STOPS:
@@ -41,6 +55,7 @@ def test_generation_follows_every_period_the_last_update_included_and_once(print
     assert steps == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_the_periods(printed):
     lines = [line.split() for line in printed.splitlines() if line.startswith("MEMORY")]
     assert tuple(int(stop) for _, stop, _, _ in lines) == STOPS

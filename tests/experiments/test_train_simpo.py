@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
 
-from steps.settings.command_line import ExperimentFlags, setting_names
+from steps.settings.command_line import setting_names
 from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
 from steps.settings.train_simpo import TrainSimpoConfig
 
@@ -88,9 +89,36 @@ def test_help_names_the_flags():
     assert all(name in done.stdout for name in ("--config_path", "inference_eval", "--prefix", "--tracker"))
 
 
+def test_checkpoints_and_an_export_are_flags_and_leave_the_other_steps_as_they_were(tmp_path):
+    words = ["--config_path", TINY, "--prefix", str(tmp_path), "--dry_run"]
+    keeping = ["--export", "bf16", "--export_weights", "ema", "--checkpoint.when", "every", "--checkpoint.every", "2"]
+    plain, kept = run(*words, "--trainer.ema_decay", "0.9"), run(*words, "--trainer.ema_decay", "0.9", *keeping)
+    plain_steps, kept_steps = planned_steps(plain), planned_steps(kept)
+    assert kept_steps == [*plain_steps[:-1], "export", "report"]
+    assert [row for row in kept.stdout.splitlines() if not row.startswith("export")] == plain.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--export", "fp16"], "error: --export 'fp16' is unknown; choose one of fp32, bf16"),
+        (["--export_weights", "ema"], "error: --export_weights is 'ema', but nothing is exported; add --export"),
+        (
+            ["--export", "fp32", "--export_weights", "ema"],
+            "error: --export_weights is 'ema', and this run keeps no average: set trainer.ema_decay",
+        ),
+    ],
+)
+def test_an_export_of_what_will_not_be_there_is_refused(words, message, tmp_path):
+    done = run("--config_path", TINY, "--prefix", str(tmp_path), "--dry_run", *words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [message]
+
+
 @pytest.mark.parametrize("settings", [TrainSimpoConfig, SampleLmMultihostConfig])
 def test_no_setting_has_the_name_of_a_flag(settings):
-    assert not {*setting_names(settings)} & {*setting_names(ExperimentFlags), "config_path", "help"}
+    flags = runpy.run_path(str(ROOT / "experiments/train_simpo.py"))["TrainFlags"]
+    assert not {*setting_names(settings)} & {*setting_names(flags), "config_path", "help"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ TRL needs torch, several GB that this project's environment does without; run it
 
 `CPOTrainer.cpo_loss` and `CPOTrainer.get_batch_loss_metrics` are TRL's methods, called on a trainer object that holds
 just the settings they read; only the model is ours, a function that returns the stored logits. TRL's `simpo_gamma` is
-absolute (beta * ratio), and `cpo_alpha` must be 0. Everything is float64.
+absolute (beta * ratio); `cpo_alpha` is our `sft_weight`. Everything is float64.
 """
 
 # torch and trl are not installed where pyright runs.
@@ -25,27 +25,29 @@ from accelerate import Accelerator
 from trl.experimental.cpo import CPOTrainer
 
 SETTINGS = [(2.0, 0.5), (2.5, 0.3), (10.0, 0.3), (1.0, 0.0), (0.1, 1.6)]
+SMOOTHING, SFT_WEIGHT = 0.1, 0.7
 PAIRS, SEQ, VOCAB = 6, 9, 13
 IGNORED = -100
 
 
-def make_trainer(beta: float, ratio: float) -> CPOTrainer:
+def make_trainer(beta: float, ratio: float, smoothing: float = 0.0, sft_weight: float = 0.0) -> CPOTrainer:
     trainer = CPOTrainer.__new__(CPOTrainer)
     trainer.accelerator = Accelerator(cpu=True)
     trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", beta, beta * ratio
-    trainer.label_smoothing, trainer.alpha, trainer.cpo_alpha = 0.0, 0.0, 0.0
+    trainer.label_smoothing, trainer.alpha, trainer.cpo_alpha = smoothing, 0.0, sft_weight
     trainer.is_encoder_decoder, trainer.aux_loss_enabled, trainer.pad_token_id = False, False, 0
     return trainer
 
 
-def from_logps(rng: np.random.Generator, beta: float, ratio: float) -> dict:
+def from_logps(rng: np.random.Generator, beta: float, ratio: float, smoothing: float = 0.0) -> dict:
     chosen, rejected = (-rng.gamma(2.0, 0.7, size=PAIRS) for _ in range(2))
-    losses, chosen_rewards, rejected_rewards = make_trainer(beta, ratio).cpo_loss(
+    losses, chosen_rewards, rejected_rewards = make_trainer(beta, ratio, smoothing).cpo_loss(
         torch.from_numpy(chosen), torch.from_numpy(rejected)
     )
     return {
         "beta": beta,
         "gamma_beta_ratio": ratio,
+        "label_smoothing": smoothing,
         "chosen_logps": chosen.tolist(),
         "rejected_logps": rejected.tolist(),
         "losses": losses.tolist(),
@@ -54,7 +56,7 @@ def from_logps(rng: np.random.Generator, beta: float, ratio: float) -> dict:
     }
 
 
-def from_logits(rng: np.random.Generator, beta: float, ratio: float) -> dict:
+def from_logits(rng: np.random.Generator, beta: float, ratio: float, sft_weight: float = 0.0) -> dict:
     """Rows 0..PAIRS-1 are the chosen responses, the rest the rejected ones; prompts and padding are masked."""
     logits = rng.normal(scale=2.0, size=(2 * PAIRS, SEQ, VOCAB)).round(4)
     tokens = rng.integers(1, VOCAB, size=(2 * PAIRS, SEQ))
@@ -72,15 +74,17 @@ def from_logits(rng: np.random.Generator, beta: float, ratio: float) -> dict:
     def model(*_args, **_kwargs):
         return SimpleNamespace(logits=torch.from_numpy(logits))
 
-    loss, metrics = make_trainer(beta, ratio).get_batch_loss_metrics(model, batch)
-    kept = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    loss, metrics = make_trainer(beta, ratio, sft_weight=sft_weight).get_batch_loss_metrics(model, batch)
+    kept = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+    found = {name: float(metrics[name]) for name in (*kept, "logps/rejected", *(["nll_loss"] if sft_weight else []))}
     return {
         "beta": beta,
         "gamma_beta_ratio": ratio,
+        "sft_weight": sft_weight,
         "logits": logits.tolist(),
         "tokens": tokens.tolist(),
         "is_response": is_response.astype(int).tolist(),
-        "metrics": {"loss": loss.item()} | {name: metrics[name] for name in (*kept, "logps/chosen", "logps/rejected")},
+        "metrics": {"loss": loss.item()} | found,
     }
 
 
@@ -90,6 +94,8 @@ def main() -> None:
         "made_with": {"trl": trl.__version__, "torch": torch.__version__},
         "from_logps": [from_logps(rng, beta, ratio) for beta, ratio in SETTINGS],
         "from_logits": from_logits(rng, 2.0, 0.5),
+        "smoothed": [from_logps(rng, beta, ratio, SMOOTHING) for beta, ratio in SETTINGS],
+        "with_sft": from_logits(rng, 2.0, 0.5, SFT_WEIGHT),
     }
     path = Path(__file__).with_name("trl_simpo.json")
     path.write_text(json.dumps(golden, separators=(",", ":")) + "\n")

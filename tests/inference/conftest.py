@@ -78,11 +78,11 @@ def engine_of(mesh: Mesh, programs: Programs) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
-def greedy_tokens(weights: Llama) -> Callable[[Sequence[int], int], list[int]]:
-    """The oracle: the whole sequence through the model for each token, no cache, no batch."""
+def next_logits(weights: Llama) -> Callable[[Sequence[int]], np.ndarray]:
+    """The oracle: the whole sequence, of at most 64 tokens, through the model; no cache, no batch."""
 
     @jax.jit
-    def next_token(weights: Llama, tokens: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    def after(weights: Llama, tokens: jax.Array, num_tokens: jax.Array) -> jax.Array:
         axes = (Axis("batch", 1), Axis("position", tokens.shape[0]))
         hidden, _ = transform(
             weights,
@@ -92,14 +92,24 @@ def greedy_tokens(weights: Llama) -> Callable[[Sequence[int], int], list[int]]:
             state=None,
             dtype=jnp.float32,
         )
-        return jnp.argmax(logits(weights, hidden).array[0, num_tokens - 1])
+        return logits(weights, hidden).array[0, num_tokens - 1]
+
+    def next_logits(tokens: Sequence[int]) -> np.ndarray:
+        padded = np.zeros(64, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(after(weights, padded, np.int32(len(tokens))))
+
+    return next_logits
+
+
+@pytest.fixture(scope="session")
+def greedy_tokens(next_logits: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int], int], list[int]]:
+    """The likeliest tokens after a prompt, by the oracle."""
 
     def generate(prompt: Sequence[int], num_new: int) -> list[int]:
         tokens = list(prompt)
         for _ in range(num_new):
-            padded = np.zeros(64, np.int32)
-            padded[: len(tokens)] = tokens
-            tokens.append(int(next_token(weights, padded, np.int32(len(tokens)))))
+            tokens.append(int(np.argmax(next_logits(tokens))))
         return tokens[len(prompt) :]
 
     return generate

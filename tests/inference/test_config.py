@@ -24,6 +24,21 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, Sampl
         ({"stop": ("",)}, "stop must be"),
         ({"min_tokens": 2}, r"min_tokens must lie in \[0, max_tokens=1\], got 2"),
         ({"logprobs": 21}, "logprobs"),
+        ({"max_tokens": 16.0}, "max_tokens must be a whole number, got 16.0"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"n": True}, "n must be a whole number, got True"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"logprobs": 2.0}, "logprobs must be a whole number, got 2.0"),
+        ({"top_k": 2**31}, r"top_k must lie in \[0, 2147483647\]"),
+        ({"stop_token_ids": (1.5,)}, "each of stop_token_ids must be a whole number, got 1.5"),
+        ({"stop_token_ids": None}, r"stop_token_ids must be a tuple, \(\) for none, got None"),
+        ({"stop": "end"}, r"stop must be a tuple, \(\) for none, got 'end'"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": 1e-40}, "temperature must be 0 .* or at least 1e-06, got 1e-40"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty must lie in"),
+        ({"min_p": math.nan}, "min_p"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false"),
     ],
 )
 def test_sampling_params_that_mean_nothing_are_refused_by_name(wrong: dict, named: str) -> None:
@@ -35,6 +50,11 @@ def test_sampling_params_that_mean_nothing_are_refused_by_name(wrong: dict, name
 def test_an_engine_size_below_one_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"engine\.{field}"):
         EngineConfig(**{"max_seqs": 1, "max_seq_len": 1, field: 0})
+
+
+def test_half_a_sequence_is_no_size() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.max_seqs must be a whole number, got 2\.5"):
+        EngineConfig(max_seqs=2.5)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])

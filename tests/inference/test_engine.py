@@ -1,15 +1,18 @@
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from exact_sampling import exact_probabilities, require_draws_from
 
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine, GenerationStats, check_requests
-from simpo_pipeline.inference.sequence import Completion, Request
+from simpo_pipeline.inference.scheduler import Scheduler
+from simpo_pipeline.inference.sequence import Completion, Request, Sequence
 from simpo_pipeline.model.transformer import Llama
 
 VOCAB = 300
@@ -19,6 +22,10 @@ ROOMY = {"max_seqs": 256, "prefill_chunk_tokens": 256, "num_pages": 20_000, "dec
 # Pages for a few sequences at a time.
 TIGHT = {"max_seqs": 9, "num_pages": 20, "decode_steps_per_call": 3}
 DRAWING = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
+PENALISED = SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.6)
+TELLING = SamplingParams(max_tokens=12, top_k=9, min_p=0.01, logprobs=2, stop_token_ids=(7,), min_tokens=3)
+# All that a row of the sampler holds, in one batch.
+KINDS = (GREEDY, DRAWING, PENALISED, TELLING)
 
 
 def requests_of(count: int, sampling: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
@@ -44,8 +51,8 @@ def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
         pytest.param(ROOMY, marks=pytest.mark.slow),
         TIGHT,
         {"page_size": 1, "num_pages": 400, "prefill_chunk_tokens": 10},  # prompts cut in several chunks
-        {"page_size": 64, "decode_steps_per_call": 50},
-        {"max_seqs": 1, "decode_steps_per_call": 1},
+        pytest.param({"page_size": 64, "decode_steps_per_call": 50}, marks=pytest.mark.slow),
+        pytest.param({"max_seqs": 1, "decode_steps_per_call": 1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -64,8 +71,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
     weights: Llama, engine_of: Callable[..., Engine]
 ) -> None:
     requests = [
-        dataclasses.replace(request, sampling=(GREEDY, DRAWING)[index % 2])
-        for index, request in enumerate(requests_of(200))
+        dataclasses.replace(request, sampling=KINDS[index % 4]) for index, request in enumerate(requests_of(90))
     ]
     roomy = engine_of(**ROOMY)
     together = tokens_of(roomy.generate(weights, requests, step=3)[0])
@@ -74,8 +80,88 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
     tight, stats = engine_of(**TIGHT).generate(weights, requests, step=3)
     assert stats.num_preemptions > 0
     assert tokens_of(tight) == together
-    for index in (0, 77, 199):
+    for index in (0, 37, 89):
         assert tokens_of(roomy.generate(weights, requests[index : index + 1], step=3)[0]) == [together[index]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.6},
+        {"top_k": 5, "temperature": 1.5},
+        {"top_p": 0.4},
+        {"min_p": 0.5},
+        {"repetition_penalty": 2.0, "top_k": 9},
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_is_what_is_drawn_from(
+    settings: dict, weights: Llama, engine_of: Callable[..., Engine], next_logits: Callable
+) -> None:
+    prompt = requests_of(1)[0].prompt_tokens
+    sampling = SamplingParams(max_tokens=1, seed=11, **settings)
+    requests = [Request(prompt, 0, sample, sampling) for sample in range(4000)]
+    drawn = tokens_of(engine_of(**ROOMY).generate(weights, requests, step=0)[0])
+    counts = np.bincount([token for (token,) in drawn], minlength=VOCAB)
+    seen = prompt if "repetition_penalty" in settings else ()
+    require_draws_from(counts, exact_probabilities(next_logits(prompt), seen=seen, **settings))
+    others = [
+        dataclasses.replace(request, sampling=dataclasses.replace(sampling, seed=12)) for request in requests[:50]
+    ]
+    assert tokens_of(engine_of(**ROOMY).generate(weights, others, step=0)[0]) != drawn[:50]
+
+
+@pytest.mark.parametrize("sizes", [{}, TIGHT], ids=["pages enough", "pages too few"])
+def test_repeated_tokens_are_penalised_as_by_the_plain_definition(
+    sizes: dict, weights: Llama, engine_of: Callable[..., Engine], next_logits: Callable
+) -> None:
+    requests = requests_of(9, PENALISED)
+    completions, stats = engine_of(**sizes).generate(weights, requests, step=0)
+    assert (stats.num_preemptions > 0) == (sizes is TIGHT)
+    for request, tokens in zip(requests, tokens_of(completions), strict=True):
+        so_far = list(request.prompt_tokens)
+        for token in tokens:
+            chances = exact_probabilities(next_logits(so_far), seen=tuple(so_far), repetition_penalty=1.6)
+            assert token == np.argmax(chances)
+            so_far.append(token)
+
+
+def test_no_stop_token_is_drawn_before_the_least_number_of_tokens(
+    weights: Llama, engine_of: Callable[..., Engine], greedy_tokens: Callable
+) -> None:
+    prompt = requests_of(1)[0].prompt_tokens
+    first, second, *_ = greedy_tokens(prompt, 2)
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, stop_token_ids=(first, second))
+    at_once, later = (
+        engine_of().generate(weights, [Request(prompt, 0, 0, dataclasses.replace(sampling, min_tokens=least))], step=0)
+        for least in (0, 4)
+    )
+    assert at_once[0][0].tokens == (first,)
+    assert len(later[0][0].tokens) >= 4
+    assert not {first, second} & {*later[0][0].tokens[:4]}
+
+
+def test_what_ended_before_a_failing_round_is_told(
+    weights: Llama, engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, told, ended = engine_of(max_seqs=2), [], []
+    run, ran = engine._programs.run, Scheduler.ran
+
+    def note(scheduler: Scheduler, *round_and_rows: Any) -> list[Sequence]:
+        found = ran(scheduler, *round_and_rows)
+        ended.extend(found)
+        return found
+
+    def fail_when_some_have_ended(*arguments: Any) -> Any:
+        if ended:
+            raise RuntimeError("the device is gone")
+        return run(*arguments)
+
+    monkeypatch.setattr(Scheduler, "ran", note)
+    monkeypatch.setattr(engine._programs, "run", fail_when_some_have_ended)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.generate(weights, requests_of(5), step=0, on_finished=told.extend)
+    assert told == [sequence.completion() for sequence in ended] != []
 
 
 def test_samples_of_one_prompt_differ_and_come_back_with_the_seed(
@@ -130,7 +216,7 @@ def test_no_requests_are_served_without_a_launch(
 
 
 def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(**ROOMY)
+    engine, tight = engine_of(**ROOMY), engine_of(**TIGHT)
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **facts: str | int) -> None:
@@ -139,9 +225,15 @@ def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[...,
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for sampling in (GREEDY, DRAWING, SamplingParams(20, stop_token_ids=(1, 2, 3))):
+        for sampling in (GREEDY, DRAWING, SamplingParams(20, stop_token_ids=(1, 2, 3)), PENALISED, TELLING):
             for count in (1, 7, 200):
                 engine.generate(weights, requests_of(count, sampling), step=1)
+        prompt = tuple(range(40))
+        samples = [Request(prompt[:length], length, sample, DRAWING) for length in (29, 40) for sample in range(9)]
+        _, shared = engine.generate(weights, samples, step=1)
+        assert shared.shared_tokens > 0
+        _, stats = tight.generate(weights, [*samples, *requests_of(20)], step=1)
+        assert stats.num_preemptions > 0
         assert compiled == []
         jax.jit(lambda: np.float32(1) * 3)()
         assert len(compiled) == 1, "the listener hears a compilation"
@@ -175,6 +267,11 @@ def test_what_could_never_be_served_is_refused_by_index_and_numbers(
     fine = Request((1,), 0, 0, SamplingParams(2))
     with pytest.raises(CapacityError, match=message):
         check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_tokens))], config, VOCAB)
+
+
+def test_a_page_size_that_tokens_would_depend_on_is_refused(engine_of: Callable[..., Engine]) -> None:
+    with pytest.raises(ConfigError, match=r"page_size is 24; on these devices it must divide 64"):
+        engine_of(page_size=24)
 
 
 def test_an_engine_for_longer_sequences_than_the_model_has_positions_is_refused(

@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-import scipy.stats
+from exact_sampling import exact_probabilities, require_draws_from
 
 from simpo_pipeline.inference.config import MAX_STOP_TOKENS
 from simpo_pipeline.inference.sampling import _BLOCK, SamplingRows, VocabSplit, _inverse_cdf, draw_tokens
@@ -24,8 +24,6 @@ NEUTRAL = {
     "first_stop": np.int32(0),
     "logprobs": np.int32(-1),
 }
-# What hypotheses are rejected at; the draws are fixed, so a test that passes once passes always.
-ALPHA = 1e-6
 NUM_DRAWS = 20_000
 # A multiple neither of the bits in a word of `seen` nor of the width of the blocks that are searched.
 VOCAB = 333
@@ -52,52 +50,6 @@ def drawn_from(
     bits = np.broadcast_to(seen_bits(seen, vocab), (num_rows, seen_words(vocab)))
     positions = np.full(num_rows, position, np.int32)
     return np.asarray(draw(logits.astype(np.float32), sampling, np.uint32(step), positions, bits))
-
-
-def exact_probabilities(
-    logits: np.ndarray,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seen: tuple[int, ...] = (),
-    banned: tuple[int, ...] = (),
-) -> np.ndarray:
-    """The distribution of one row by its definition: sort, accumulate, cut, renormalise; float64."""
-    scores = logits.astype(np.float64)
-    for token in set(seen):
-        scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
-    scores[list(banned)] = -np.inf
-    probabilities = normalised(np.exp((scores - scores.max()) / temperature))
-    if top_k:
-        last = np.sort(probabilities)[::-1][min(top_k, len(probabilities)) - 1]
-        probabilities = normalised(np.where(probabilities >= last, probabilities, 0))
-    if top_p < 1:
-        ranked = np.sort(probabilities)[::-1]
-        last = ranked[np.cumsum(ranked) - ranked < top_p][-1]
-        probabilities = normalised(np.where(probabilities >= last, probabilities, 0))
-    return normalised(np.where(probabilities >= min_p * probabilities.max(), probabilities, 0))
-
-
-def normalised(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum()
-
-
-def require_draws_from(counts: np.ndarray, probabilities: np.ndarray) -> None:
-    """Pearson's test, the rarest tokens together as one; besides, no token too many and none too few."""
-    expected = probabilities * counts.sum()
-    assert counts[expected == 0].sum() == 0, "drawn, but filtered out"
-    assert counts[expected > 30].all(), "kept, but never drawn"
-    common = expected >= 5
-    expected = np.append(expected[common], expected[~common].sum())
-    counts = np.append(counts[common], counts[~common].sum())
-    if expected[-1] == 0:
-        expected, counts = expected[:-1], counts[:-1]
-    if len(counts) > 1:
-        statistic = np.sum((counts - expected) ** 2 / expected)
-        assert statistic < scipy.stats.chi2.isf(ALPHA, len(counts) - 1)
 
 
 @pytest.mark.parametrize(

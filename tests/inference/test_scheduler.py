@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams, pages_for
 from simpo_pipeline.inference.scheduler import Round, Scheduler
@@ -144,16 +144,19 @@ def test_a_round_ends_early_when_some_have_ended_while_others_wait() -> None:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests arrive at any time; rounds draw any number of tokens that the engine may draw.
 
-    `memory` plays the devices: each slot of each page holds the tokens up to the one that was stored there, on which
-    its keys and values depend.
+    Chunks of up to three prompts share a round, some of them cut; pages are too few for all that run. `memory` plays
+    the devices: each slot of each page holds the tokens up to the one that was stored there, on which its keys and
+    values depend.
     """
+
+    most_chunks = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes = EngineSizes(
-            max_seqs=4, max_seq_len=24, page_size=4, num_pages=9, prefill_chunk_tokens=14, decode_steps_per_call=3
+            max_seqs=6, max_seq_len=24, page_size=4, num_pages=12, prefill_chunk_tokens=40, decode_steps_per_call=3
         )
-        self.scheduler = Scheduler(self.sizes, (4, 14))
+        self.scheduler = Scheduler(self.sizes, (4, 14, 40))
         self.sequences: list[Sequence] = []
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -189,6 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.ran(current, drawn)
 
     def check_round(self, current: Round) -> None:
+        SchedulerMachine.most_chunks = max(SchedulerMachine.most_chunks, len(current.chunks))
         assert sum(chunk.num_tokens for chunk in current.chunks) <= self.sizes.prefill_chunk_tokens
         assert len(current.chunks) <= self.sizes.max_prefill_seqs
         assert current.num_steps == 1 or not current.chunks
@@ -260,5 +264,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.pool.num_free == self.sizes.num_pages
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def test_no_page_is_lost_or_shared_by_mistake_and_every_request_ends():
+    run_state_machine_as_test(
+        SchedulerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+    )
+    assert SchedulerMachine.most_chunks >= 3, "no round computed several prompts together"

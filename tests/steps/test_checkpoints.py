@@ -207,7 +207,9 @@ def test_files_that_are_gone_are_told_with_what_to_delete(run_train, tmp_path):
     for path in folder.rglob("*"):
         if path.is_file():
             path.unlink()
-    with pytest.raises(StorageError, match=r"cannot be read .* delete '.*json' and start again"):
+    with pytest.raises(
+        StorageError, match=r"cannot be read .* start again, and if its files are lost, delete '.*json' first"
+    ):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
 

@@ -10,6 +10,7 @@ from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError,
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import read_finished_rows
+from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
@@ -104,13 +105,19 @@ def test_in_one_process_one_engine_over_all_devices_is_the_same(model_path, step
     assert rows_of(tmp_path / "global_mesh") == rows_of(tmp_path / "host_data_parallel")
 
 
-def test_hosts_that_drew_other_tokens_from_one_engine_are_told(model_path, step_run, tmp_path):
-    def hear_another(digest):
-        return [digest, "of other tokens"]
+def test_hosts_that_drew_other_tokens_from_one_engine_are_told():
+    def check_both(*drawn):
+        said = []
+        completed = [
+            [Completion(Request((1, 2), 0, 0, SamplingParams(max_tokens=3)), each, "length")] for each in drawn
+        ]
+        for each in completed:
+            check_same_tokens(Processes(gather=lambda digest: [said.append(digest)]), each)
+        check_same_tokens(Processes(process_index=0, process_count=2, gather=lambda digest: said), completed[0])
 
-    two = Processes(process_index=0, process_count=2, gather=hear_another)
+    check_both((5, 6, 7), (5, 6, 7))
     with pytest.raises(CoordinationError, match="gave process 1 other tokens than process 0"):
-        check_same_tokens(two, [])
+        check_both((5, 6, 7), (5, 6, 8))
 
 
 def write_shards(folder, shards):

@@ -3,12 +3,15 @@
 import dataclasses
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.errors import ConfigError, DataError
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
+from steps.session import JobSession
 from steps.train import TrainConfig, WeightedPairs, train
 
 
@@ -64,12 +67,14 @@ def test_a_stop_outside_the_run_is_refused_before_anything_runs(run_stretch, sto
         run_stretch(stop_step)
 
 
-def test_held_out_pairs_are_evaluated_before_the_first_update_and_then_every_so_many(run_stretch, tmp_path, pairs_path):
+def test_held_out_pairs_are_evaluated_before_the_first_update_every_so_many_and_after_the_last(
+    run_stretch, tmp_path, pairs_path
+):
     plain, _, _ = run_stretch(3)
     first, _, _ = run_stretch(1, eval_every=2)
     assert evaluated_after(tmp_path / "to-1") == [0]
     second, _, _ = run_stretch(3, live=first.value, eval_every=2)
-    assert evaluated_after(tmp_path / "to-3") == [2], "not again what the stretch before evaluated"
+    assert evaluated_after(tmp_path / "to-3") == [2, 3], "not again what the stretch before evaluated"
     assert second.digest == plain.digest, "an evaluation leaves no trace"
     row = next(read_jsonl(str(tmp_path / "to-3" / "evaluations.jsonl")))
     held_out = len(read_pairs(f"{pairs_path}/validation.parquet"))
@@ -88,10 +93,13 @@ def evaluated_after(output):
     return [row["step"] for row in read_jsonl(str(output / "evaluations.jsonl"))]
 
 
-def test_an_evaluation_without_held_out_pairs_is_refused(run_stretch, tmp_path, pairs_path):
+def test_an_evaluation_without_held_out_pairs_is_refused_before_a_device_is_touched(
+    run_stretch, tmp_path, pairs_path, monkeypatch
+):
     copied = tmp_path / "without"
     shutil.copytree(pairs_path, copied)
     (copied / "validation.parquet").unlink()
+    monkeypatch.setattr("steps.train._start", None)
     with pytest.raises(ConfigError, match=r"no validation\.parquet in .*: set validation_fraction"):
         run_stretch(1, pairs_path=str(copied), eval_every=1)
 
@@ -106,6 +114,20 @@ def test_a_token_that_the_model_does_not_know_is_refused_before_a_device_is_touc
     monkeypatch.setattr("steps.train._start", None)
     with pytest.raises(DataError, match=r"holds token .*, and the model knows tokens 0 to 263; prepare the pairs with"):
         run_stretch(1, pairs_path=str(tmp_path / "foreign"))
+
+
+@pytest.mark.parametrize("file", ["pairs.parquet", "validation.parquet"])
+def test_a_pair_too_long_for_the_run_is_refused_before_a_device_is_touched(
+    run_stretch, pairs_path, tmp_path, trainer_config, monkeypatch, file
+):
+    folder = tmp_path / "long"
+    shutil.copytree(pairs_path, folder)
+    pairs = read_pairs(f"{folder}/{file}")
+    tokens = np.concatenate([pairs[0].chosen_tokens, np.ones(96, np.int32)])
+    write_pairs(f"{folder}/{file}", [*pairs[1:], dataclasses.replace(pairs[0], chosen_tokens=tokens)])
+    monkeypatch.setattr("steps.train._start", None)
+    with pytest.raises(DataError, match=f"{pairs[0].prompt_id}' has {len(tokens)} tokens, more than seq_len 96"):
+        run_stretch(1, pairs_path=str(folder), eval_every=1)
 
 
 def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, trainer_config):
@@ -126,12 +148,25 @@ def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, 
         TrainConfig(trainer_config, "model", (), 1)
 
 
-def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, session, step_run, tmp_path):
+def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, session, monkeypatch, tmp_path):
     plain, _, _ = run_stretch(3)
-    session.profile = 2
-    try:
-        traced, _, _ = run_stretch(3)
-    finally:
-        session.profile = None
+    monkeypatch.setattr(session, "profile", 2)
+    traced, _, _ = run_stretch(3)
     assert traced.digest == plain.digest
-    assert list((tmp_path / "to-3" / "profile").rglob("*.xplane.pb"))
+    (trace,) = (tmp_path / "to-3" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = [event.name for plane in planes for line in plane.lines for event in line.events]
+    print(sorted({n for n in names}))
+    assert names.count("train_step") == 1
+
+
+def test_a_profile_of_an_update_that_does_not_run_is_refused_or_told(
+    run_stretch, session, step_run, monkeypatch, caplog
+):
+    monkeypatch.setattr(session, "profile", 4)
+    monkeypatch.setattr("steps.train._start", None)
+    with pytest.raises(ConfigError, match="--profile 4: the run has updates 1 to 3"):
+        run_stretch(3)
+    skipped = JobSession(profile=2)
+    skipped.close(None)
+    assert caplog.messages == ["--profile 2: this job did not run that update, so there is no trace"]

@@ -48,6 +48,25 @@ def test_rows_written_before_an_error_are_kept(folder):
     assert list(read_jsonl(join(folder, "x"))) == [{"n": 1}]
 
 
+def test_a_full_disk_is_a_storage_error_also_where_the_rest_cannot_be_written_at_the_end(tmp_path: Path):
+    program = (
+        "import resource, signal, sys\n"
+        "from simpo_pipeline.errors import StorageError\n"
+        "from simpo_pipeline.storage.jsonl import JsonlWriter\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    with JsonlWriter(sys.argv[1]) as writer:\n"
+        "        for number in range(1000):\n"
+        "            writer.write({'n': number})\n"
+        "except StorageError as error:\n"
+        "    assert 'File too large' in str(error), error\n"
+        "    sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+
+
 def test_rows_written_before_a_kill_are_kept(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     program = (

@@ -1,5 +1,7 @@
 """Makes updates, and prints the bytes that the compiler announced and the most that they took, as one line of JSON.
 
+    python tests/training/peak_memory.py packed|padded none|products|full small|smollm2
+
 A script of its own, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
 """
 
@@ -19,7 +21,11 @@ from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from simpo_pipeline.training.step import build_train_step
 from simpo_pipeline.training.trainer import Trainer
 
-MODEL = LlamaConfig(384, 1024, 8, 6, 6, 64, 16384, 512, tie_word_embeddings=True)
+MODELS = {
+    "small": LlamaConfig(384, 1024, 8, 6, 6, 64, 16384, 512, tie_word_embeddings=True),
+    # The shape of SmolLM2-135M.
+    "smollm2": LlamaConfig(576, 1536, 30, 9, 3, 64, 49152, 2048, tie_word_embeddings=True),
+}
 NUM_PAIRS, PROMPT, ANSWER = 4, 128, 128
 
 
@@ -34,16 +40,16 @@ def peak_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def random_pair(rng: np.random.Generator, number: int) -> TokenizedPair:
-    prompt = rng.integers(0, MODEL.vocab_size, PROMPT)
-    answers = rng.integers(0, MODEL.vocab_size, (2, ANSWER))
+def random_pair(rng: np.random.Generator, number: int, vocab_size: int) -> TokenizedPair:
+    prompt = rng.integers(0, vocab_size, PROMPT)
+    answers = rng.integers(0, vocab_size, (2, ANSWER))
     chosen, rejected = (np.concatenate([prompt, answer]).astype(np.int32) for answer in answers)
     return TokenizedPair(str(number), chosen, rejected, PROMPT, PROMPT)
 
 
 def main() -> None:
     forbid_strays()
-    rng, programs, mesh = np.random.default_rng(0), Programs(), training_mesh()
+    rng, programs, mesh, model = np.random.default_rng(0), Programs(), training_mesh(), MODELS[sys.argv[3]]
     config = TrainerConfig(
         num_train_steps=3,
         train_batch_size=NUM_PAIRS,
@@ -52,9 +58,9 @@ def main() -> None:
         remat=sys.argv[2],
         optimizer=OptimizerConfig(warmup=0),
     )
-    trainer = Trainer.start_random(config, MODEL, programs=programs, mesh=mesh)
+    trainer = Trainer.start_random(config, model, programs=programs, mesh=mesh)
     loader = PairLoader(
-        pairs=[random_pair(rng, number) for number in range(NUM_PAIRS)],
+        pairs=[random_pair(rng, number, model.vocab_size) for number in range(NUM_PAIRS)],
         batch_size=NUM_PAIRS,
         seq_len=PROMPT + ANSWER,
         seed=0,
@@ -64,7 +70,7 @@ def main() -> None:
         num_groups=trainer.num_groups,
     )
     # The same text is compiled once: the trainer will be given this very program.
-    program = build_train_step(programs, MODEL, config, mesh, loader.shape)
+    program = build_train_step(programs, model, config, mesh, loader.shape)
     stated = program.memory_bytes
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     # The state lies there already, and is among what the compiler counts.

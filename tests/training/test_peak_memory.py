@@ -12,7 +12,9 @@ import pytest
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget peaks")
 def test_an_update_takes_as_much_memory_as_the_compiler_announced(rows: str, remat: str) -> None:
     script = Path(__file__).parent / "peak_memory.py"
-    done = subprocess.run([sys.executable, str(script), rows, remat], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(script), rows, remat, "small"], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     memory = json.loads(done.stdout)
     print(memory)

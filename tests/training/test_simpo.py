@@ -69,9 +69,24 @@ def test_metrics_from_logits_equal_trl():
     assert ours(chosen, rejected, config) == pytest.approx(case["metrics"], abs=2 * TOLERANCE)
 
 
-@pytest.mark.parametrize("case", GOLDEN["from_logps"], ids=lambda case: f"{case['beta']}-{case['gamma_beta_ratio']}")
+def test_the_sft_term_and_its_weight_are_trls_nll_loss_and_cpo_alpha():
+    case = GOLDEN["with_sft"]
+    logps, mask = token_logps_and_mask(case)
+    chosen, rejected = np.split((logps * mask).sum(axis=1) / mask.sum(axis=1), 2)
+    pairs = len(chosen)
+    sft = -(logps * mask)[:pairs].sum() / mask[:pairs].sum()
+    assert sft == pytest.approx(case["metrics"]["nll_loss"], abs=TOLERANCE)
+    preference = ours(chosen, rejected, SimpoConfig(beta=case["beta"], gamma_beta_ratio=case["gamma_beta_ratio"]))
+    assert preference["loss"] + case["sft_weight"] * sft == pytest.approx(case["metrics"]["loss"], abs=2 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "case",
+    GOLDEN["from_logps"] + GOLDEN["smoothed"],
+    ids=lambda case: f"{case['beta']}-{case['gamma_beta_ratio']}-{case['label_smoothing']}",
+)
 def test_losses_and_rewards_of_each_pair_equal_trl(case):
-    config = SimpoConfig(beta=case["beta"], gamma_beta_ratio=case["gamma_beta_ratio"])
+    config = SimpoConfig(**{name: case[name] for name in ("beta", "gamma_beta_ratio", "label_smoothing")})
     for pair, (chosen, rejected) in enumerate(zip(case["chosen_logps"], case["rejected_logps"], strict=True)):
         metrics = ours(np.array([chosen]), np.array([rejected]), config)
         assert metrics["loss"] == pytest.approx(case["losses"][pair], rel=TOLERANCE, abs=TOLERANCE)

@@ -67,11 +67,11 @@ def summed_shapes(text):
 @pytest.mark.slow
 def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(v5p_devices):
     text, num_scattered = compiled(v5p_devices, 1)
-    whole = {1024 * 1024, 1024 * 2048, 1024 * 8192}
     sizes = [math.prod(shape) for shape in summed_shapes(text)]
     # The gradients of a layer's 7 matrices and of the two tables.
     assert num_scattered >= 8
-    assert not whole.intersection(sizes), f"all-reduces of {sorted(whole.intersection(sizes))} numbers"
+    # Norms' scales and scalars are; the smallest matrix has ten times as many numbers.
+    assert max(sizes) < 100_000, f"all-reduces of {sorted(sizes)[-5:]} numbers"
     assert "reduce-scatter" in text or "collective-permute" in text
 
 
@@ -82,5 +82,6 @@ def test_nor_with_matrices_split_over_two_chips(v5p_devices):
     # By shape: hidden states, which the two chips do sum, may have as many numbers as a matrix.
     shapes = {tuple(sorted(shape)) for shape in summed_shapes(text)}
     attention = {(512, 1024), (1024, 1024), (4, 128, 1024), (8, 128, 1024)}
-    whole = attention | {(1024, 2048), (1024, 4096), (1024, 8192)}
+    of_a_layer = attention | {(1024, 2048), (1024, 4096), (1024, 8192)}
+    whole = of_a_layer | {tuple(sorted((4, *shape))) for shape in of_a_layer}
     assert not whole & shapes, f"all-reduces of {sorted(whole & shapes)}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from simpo_pipeline.data.records import Message
-from simpo_pipeline.errors import DataError
+from simpo_pipeline.errors import DataError, first_line
 from simpo_pipeline.storage.files import list_files, read_bytes
 from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
 
@@ -83,7 +83,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
-                f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]}); expected a folder with "
+                f"{path}: no tokenizer could be loaded ({first_line(error)}); expected a folder with "
                 f"tokenizer.json and tokenizer_config.json, or the id of a model on the hub"
             ) from error
     if not tokenizer.chat_template:

@@ -76,6 +76,7 @@ def parse_record(row: object, *, default_id: str, where: str) -> PreferenceRecor
     prompt_id = fields.get("prompt_id")
     if prompt_id is not None and not isinstance(prompt_id, str):
         raise DataError(f"{where}: field 'prompt_id' is {_kind(prompt_id)}, expected a string")
+    _check_text(prompt_id or "", "prompt_id", where)
     chosen, rejected = (_parse_messages(fields, field, where) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise DataError(
@@ -113,12 +114,15 @@ def _parse_message(value: object, field: str, where: str) -> Message:
             raise DataError(f"{where}: field '{field}.{part}' is missing, expected a string")
         if not isinstance(parts[part], str):
             raise DataError(f"{where}: field '{field}.{part}' is {_kind(parts[part])}, expected a string")
-    message = Message(role=cast(str, parts["role"]), content=cast(str, parts["content"]))
+        _check_text(cast(str, parts[part]), f"{field}.{part}", where)
+    return Message(role=cast(str, parts["role"]), content=cast(str, parts["content"]))
+
+
+def _check_text(text: str, field: str, where: str) -> None:
     try:
-        message.content.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        text.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer takes
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field '{field}.content' is not Unicode text at character {error.start}") from error
-    return message
+        raise DataError(f"{where}: field '{field}' is not Unicode text at character {error.start}") from error
 
 
 def _first_difference(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> str:

@@ -82,11 +82,13 @@ def _tokenize_record(
 ) -> tuple[str, TokenizedPair | None]:
     """Say what became of a record: 'kept', 'truncated', 'too long' or 'unusable'; the first two with its pair."""
     complaint = _complaint(record)
+    pair = None if complaint else _tokenize_pair(record, tokenizer)
+    if pair is not None and np.array_equal(pair.chosen_tokens, pair.rejected_tokens):
+        complaint = "the chat template makes the same tokens of 'chosen' and 'rejected', expected two different answers"
     if complaint and unusable == "raise":
         raise DataError(f"{record.where}: {complaint}; correct the row, or set unusable to 'drop'")
-    if complaint:
+    if complaint or pair is None:
         return "unusable", None
-    pair = _tokenize_pair(record, tokenizer)
     if pair.longest <= max_length:
         return "kept", pair
     if too_long == "raise":

@@ -73,8 +73,15 @@ class ExecutorMainConfig:
 
 def parse_main_config(config_class: type[ConfigT]) -> ConfigT:
     """The config in the command line; a bad one is told in one sentence, and the script exits with 2."""
-    try:
+    with usage_errors_told():
         return parse_arguments(config_class, sys.argv[1:])
+
+
+@contextmanager
+def usage_errors_told() -> Generator[None]:
+    """Around what a script makes of its command line: a ConfigError is one sentence, and the script exits with 2."""
+    try:
+        yield
     except ConfigError as error:
         _exit_with_usage_error(error)
 

@@ -12,6 +12,8 @@ from simpo_pipeline.errors import ConfigError
 MAX_STOP_TOKENS = 8
 # Alternatives to each token that a program can report, as many as vLLM's default.
 MAX_LOGPROBS = 20
+# Of numbers that go to the device as int32, and the least divisor of logits, which float32 must hold afterwards.
+_LARGEST_INT, _LEAST = 2**31 - 1, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +56,24 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(
                 f"temperature must be a finite number of at least 0 (0 is greedy), got {self.temperature}"
             )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}")
+        if 0 < self.temperature < _LEAST:
+            raise ConfigError(f"temperature must be 0 (greedy) or at least {_LEAST}, got {self.temperature}")
+        if not 0 <= self.top_k <= _LARGEST_INT:
+            raise ConfigError(f"top_k must lie in [0, {_LARGEST_INT}] (0 keeps every token), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1] (1 keeps every token), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1] (0 keeps every token), got {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not _LEAST <= self.repetition_penalty <= 1 / _LEAST:
             raise ConfigError(
-                f"repetition_penalty must be a finite number above 0 (1 is none), got {self.repetition_penalty}"
+                f"repetition_penalty must lie in [{_LEAST}, {1 / _LEAST}] (1 is none), got {self.repetition_penalty}"
             )
         if self.n < 1:
             raise ConfigError(f"n must be at least 1, got {self.n}")
@@ -78,12 +83,29 @@ class SamplingParams:
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"logprobs must be None or lie in [0, {MAX_LOGPROBS}], got {self.logprobs}")
 
+    def _check_types(self) -> None:
+        for name in ("max_tokens", "top_k", "n", "seed", "min_tokens"):
+            _require_whole(name, getattr(self, name))
+        if self.logprobs is not None:
+            _require_whole("logprobs", self.logprobs)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
+        for name in ("stop_token_ids", "stop"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ConfigError(f"{name} must be a tuple, () for none, got {getattr(self, name)!r}")
+        for token in self.stop_token_ids:
+            _require_whole("each of stop_token_ids", token)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+
     def _check_ends(self) -> None:
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_token_ids)}")
         if any(token < 0 for token in self.stop_token_ids):
             raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
-        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
+        if not all(isinstance(string, str) and string for string in self.stop):
             raise ConfigError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"min_tokens must lie in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
@@ -115,8 +137,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if field.name != "memory_utilization" and size is not None and size < 1:
-                raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
+            if field.name != "memory_utilization" and size is not None:
+                _require_whole(f"engine.{field.name}", size)
+                if size < 1:
+                    raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
         if not 0 < self.memory_utilization <= 1:
             raise ConfigError(f"engine.memory_utilization must lie in (0, 1], got {self.memory_utilization}")
 
@@ -141,6 +165,11 @@ class EngineSizes:
     def max_prefill_seqs(self) -> int:
         """Sequences whose prompts share one prefill: as many as 16 tokens of each allow."""
         return min(self.max_seqs, pages_for(self.prefill_chunk_tokens, 16))
+
+
+def _require_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, got {value!r}")
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -27,6 +27,7 @@ from simpo_pipeline.inference.sequence import Completion, Request, Sequence, Tok
 from simpo_pipeline.inference.stop_strings import StopMatcher
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama
+from simpo_pipeline.ops.paged_attention import backend_for
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class GenerationStats:
     Attributes:
         prompt_tokens: Tokens of all prompts, once for each sample.
         shared_tokens: Prompt and generated tokens that were not computed (again), because pages held them.
-        generated_tokens: Tokens drawn.
-        decoded_tokens: Those of rounds that drew tokens only.
+        generated_tokens: Tokens of all completions.
+        decoded_tokens: Tokens drawn in rounds that drew tokens only; those behind a stop string are counted here alone.
         setup_seconds: Wall time to lay out the weights and to make an empty cache.
         prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
         decode_seconds: Wall time of rounds that drew tokens only.
@@ -103,8 +104,16 @@ class Engine:
 
         `decode` gives the text of tokens; requests with stop strings need it.
 
-        Raises: ConfigError if the engine is to hold longer sequences than the model has positions for.
+        Raises:
+            ConfigError: the engine is to hold longer sequences than the model has positions for, or pages of a size
+                that would change tokens.
         """
+        keys = backend_for(mesh).keys_per_block
+        if keys is not None and keys % sizes.page_size:
+            raise ConfigError(
+                f"engine.page_size is {sizes.page_size}; on these devices it must divide {keys}, the keys that are "
+                "summed at once, else tokens would depend on it"
+            )
         if sizes.max_seq_len > model_config.max_seq_len:
             raise ConfigError(
                 f"engine.max_seq_len is {sizes.max_seq_len}, but the model has only "
@@ -124,7 +133,12 @@ class Engine:
         )
 
     def check(self, requests: Requests) -> None:
-        """Raises CapacityError or ConfigError for the first request that could never be served."""
+        """Refuses what could never be served, before any device work.
+
+        Raises:
+            CapacityError: as `check_requests`.
+            ConfigError: a request has stop strings, and the engine cannot tell the text of tokens.
+        """
         check_requests(requests, self.sizes, self.model_config.vocab_size)
         if self._text_of is None and any(request.sampling.stop for request in requests):
             raise ConfigError("requests have stop strings, but the engine was made without `decode`; give it one")
@@ -146,9 +160,10 @@ class Engine:
 
         `weights` that are not laid out yet are laid out for this call. `step` (finished updates of the weights) enters
         every sampling key. `on_progress` is called after each round, `on_finished` after rounds in which requests
-        ended, both while the devices compute the next one.
+        ended, both while the devices compute the next one; where that fails, before the error goes on.
 
-        Raises: CapacityError, before any device work, for a request that could never be served.
+        Raises:
+            CapacityError, ConfigError: as `check`, before any device work.
         """
         self.check(requests)
         if not requests:
@@ -164,24 +179,28 @@ class Engine:
         ended: list[Sequence] = []
 
         def tell() -> None:
-            if on_finished is not None and ended:
-                on_finished([sequence.completion() for sequence in ended])
+            finished = [sequence.completion() for sequence in ended]
+            ended.clear()
+            if on_finished is not None and finished:
+                on_finished(finished)
             if on_progress is not None and tally.num_rounds:
                 on_progress(tally.num_generated, tally.num_finished, len(work), tally.elapsed)
 
         current = tally.scheduled(scheduler.next_round)
-        while current is not None:
-            cache, drawn = self._programs.run(laid_out, cache, current, np.uint32(step))
-            tally.launched()
-            tell()  # of the round before, while the devices are busy with this one
-            if drawn is None:
-                jax.block_until_ready(cache)
-            rows = _take(current, drawn)
-            tally.waited(current, sum(len(tokens) for tokens, _ in rows))
-            ended = tally.scheduled(functools.partial(scheduler.ran, current, rows))
-            tally.num_finished += len(ended)
-            current = tally.scheduled(scheduler.next_round)
-        tell()
+        try:
+            while current is not None:
+                cache, drawn = self._programs.run(laid_out, cache, current, np.uint32(step))
+                tally.launched()
+                tell()  # of the round before, while the devices are busy with this one
+                if drawn is None:
+                    jax.block_until_ready(cache)
+                rows = _take(current, drawn)
+                tally.waited(current, sum(len(tokens) for tokens, _ in rows))
+                ended += tally.scheduled(functools.partial(scheduler.ran, current, rows))
+                tally.num_finished += len(ended)
+                current = tally.scheduled(scheduler.next_round)
+        finally:
+            tell()
         num_generated = sum(len(sequence.generated) for sequence in work)
         return [sequence.completion() for sequence in work], tally.stats(requests, num_generated, scheduler)
 

@@ -68,17 +68,13 @@ class RowStream:
             self._writer.write(row)
         self._upload_if_due()
 
-    def close(self) -> None:
-        """Makes every row readable."""
-        self._writer.close()
-
     def __enter__(self) -> "RowStream":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._writer.__exit__(kind, error, trace)
 
     def _upload_if_due(self) -> None:
         started = self._now()

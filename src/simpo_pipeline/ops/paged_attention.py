@@ -27,6 +27,8 @@ class PagedAttention(Protocol):
 
     name: ClassVar[str]
     default_page_size: ClassVar[int]
+    keys_per_block: ClassVar[int | None]
+    """Page sizes that divide it give the same results to the bit; None where any does, or none is promised to."""
     kv_heads_axis: ClassVar[int]
     """The axis of each array that can be split over devices into whole key/value heads, keys and values of each."""
 

@@ -26,6 +26,7 @@ class CpuPagedAttention:
     # Pages of a whole key block are gathered twice as fast as smaller ones (30 layers, 128 sequences of 100 tokens,
     # SmolLM2-135M in fp32 on 2 cores of a Zen 5: 53 ms a step, and 102 ms with pages of 8 tokens).
     default_page_size: ClassVar[int] = KEYS_PER_BLOCK
+    keys_per_block: ClassVar[int | None] = KEYS_PER_BLOCK
     kv_heads_axis: ClassVar[int] = 1
 
     def empty(

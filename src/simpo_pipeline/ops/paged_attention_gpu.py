@@ -23,6 +23,7 @@ class GpuPagedAttention:
     name: ClassVar[str] = "gpu"
     # A whole key block, so that a block is one gather of one page a sequence.
     default_page_size: ClassVar[int] = KEYS_PER_BLOCK
+    keys_per_block: ClassVar[int | None] = KEYS_PER_BLOCK
     kv_heads_axis: ClassVar[int] = 2
 
     def empty(

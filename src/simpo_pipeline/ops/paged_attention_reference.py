@@ -15,6 +15,7 @@ class ReferencePagedAttention:
 
     name: ClassVar[str] = "reference"
     default_page_size: ClassVar[int] = 1
+    keys_per_block: ClassVar[int | None] = None
     kv_heads_axis: ClassVar[int] = 2
 
     def empty(

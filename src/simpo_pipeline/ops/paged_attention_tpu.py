@@ -40,6 +40,7 @@ class TpuPagedAttention:
     # The kernel copies page by page and keeps the page table in scalar memory: large pages are fewer, longer copies
     # and a short table.
     default_page_size: ClassVar[int] = 128
+    keys_per_block: ClassVar[int | None] = None
     kv_heads_axis: ClassVar[int] = 2
 
     def empty(

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-from simpo_pipeline.errors import DataError
+from simpo_pipeline.errors import DataError, SimpoPipelineError
 from simpo_pipeline.storage.fence import held_fences
 from simpo_pipeline.storage.files import make_parent, open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
@@ -60,13 +60,20 @@ class JsonlWriter:
             write_bytes(self.path, b"".join(self._lines))
 
     def close(self) -> None:
-        """Write what is left; a second close does nothing."""
+        """Write what is left; a second close does nothing.
+
+        Raises:
+            StorageError: it could not be written.
+        """
         if self._closed:
             return
-        self.flush()
         self._closed = True
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                with storage_border("write", self.path):
+                    self._file.close()
 
     def __enter__(self) -> "JsonlWriter":
         return self
@@ -74,7 +81,12 @@ class JsonlWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except SimpoPipelineError:
+            if error is None:
+                raise
+            # What ended the block goes on; that the rest could not be written either must not take its place.
 
 
 def read_jsonl(path: str) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError, TrainingError
+from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError, TrainingError, first_line
 from simpo_pipeline.executor.live import joint_digest
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.storage.fence import check_fences
@@ -121,8 +121,8 @@ class Checkpoints:
             found = self._orbax.restore(path, args=arguments)
         except Exception as error:  # orbax and tensorstore raise their own types; all mean that it cannot be read
             raise StorageError(
-                f"checkpoint {path!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); delete "
-                f"{path + _RECORD_SUFFIX!r} and start again."
+                f"checkpoint {path!r} cannot be read ({type(error).__name__}: {first_line(error)}); start again, and "
+                f"if its files are lost, delete {path + _RECORD_SUFFIX!r} first."
             ) from error
         state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
         own = state_digest(state, step=record.step, data_position=record.data_position)
@@ -247,7 +247,7 @@ def _orbax_border(action: str, path: str) -> Generator[None]:
     except SimpoPipelineError:
         raise
     except Exception as error:
-        detail = f"{type(error).__name__}: {str(error).split(chr(10), 1)[0]}"
+        detail = f"{type(error).__name__}: {first_line(error)}"
         raise StorageError(
             f"cannot {action} checkpoint {path!r} ({detail}). Check the path and your permissions."
         ) from error

@@ -204,7 +204,8 @@ class CheckpointConfig:
 
 
 def _updates(length: float, num_train_steps: int) -> int:
-    return int(length * num_train_steps) if length < 1 else int(length)
+    # 0.29 * 100 is a little less than 29.
+    return int(length * num_train_steps + 1e-9) if length < 1 else int(length)
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -1,8 +1,10 @@
 """How weights do on pairs that they are not trained on, and how sure one can be of it. Plain Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from simpo_pipeline.training.config import SimpoConfig
 
 # Of the standard normal distribution, for 95% intervals.
 _Z = 1.959963984540054
@@ -28,6 +30,33 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class BatchMetrics:
+    """The metrics of `step.part_loss` of one batch, and how many of each thing they are means over."""
+
+    metrics: Mapping[str, float]
+    num_pairs: int
+    num_chosen_tokens: int
+    num_answer_tokens: int
+
+    def count(self, name: str) -> int:
+        """How many things a metric is a mean over."""
+        return {"sft_loss": self.num_chosen_tokens, "z_loss": self.num_answer_tokens}.get(name, self.num_pairs)
+
+
+def join_metrics(batches: Sequence[BatchMetrics], simpo: SimpoConfig) -> dict[str, float]:
+    """The metrics of all batches as if they were one, however many pairs and tokens each of them has."""
+    joined: dict[str, float] = {}
+    for name in batches[0].metrics:
+        total = sum(batch.count(name) * batch.metrics[name] for batch in batches)
+        joined[name] = total / sum(batch.count(name) for batch in batches)
+    if "preference_loss" in joined:
+        weights = {"sft_loss": simpo.sft_weight, "z_loss": simpo.z_loss_weight}
+        terms = [weight * joined[name] for name, weight in weights.items() if name in joined]
+        joined["loss"] = joined["preference_loss"] + sum(terms)
+    return joined
 
 
 def accuracy(margins: Sequence[float]) -> Estimate:

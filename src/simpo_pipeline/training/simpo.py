@@ -17,6 +17,7 @@ Conventions elsewhere, for who ports settings:
     TRL (CPO trainer, loss_type simpo)     absolute `simpo_gamma = beta * gamma_beta_ratio`, with `cpo_alpha = 0`:
                                            its default of 1 adds an SFT loss that SimPO does not have
     TRL's loss_type "hinge"                takes summed, not average log-probs, and no gamma; princeton's is ours
+    TRL's `label_smoothing`                as ours, for its loss_type simpo; 0 there too unless it is set
     princeton's `sft_weight`, TRL's `cpo_alpha`    our `sft_weight`; with gradient accumulation both take the mean over
                                            each part's tokens, ours over the whole batch's
     Levanter's `simpo_accuracy`            counts margins above gamma_beta_ratio; ours, as TRL's, those above 0

@@ -30,7 +30,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import Llama, init_llama
 from simpo_pipeline.training.config import TrainerConfig
-from simpo_pipeline.training.evaluation import Evaluation
+from simpo_pipeline.training.evaluation import BatchMetrics, Evaluation, join_metrics
 from simpo_pipeline.training.optimizer import learning_rate_at
 from simpo_pipeline.training.state import TrainState, abstract_state, state_digest
 from simpo_pipeline.training.step import (
@@ -216,15 +216,15 @@ class Trainer:
         """
         self._check_loader(sweep)
         program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
-        sums: dict[str, float] = {}
+        batches: list[BatchMetrics] = []
         margins: list[float] = []
         for batch in sweep.batches():
-            share = len(batch.pair_rows) / len(sweep.pairs)
             found: LossSums = jax.device_get(program(self.params, place_batch(batch, self.config, self.mesh)))
-            for name, value in found.metrics.items():
-                sums[name] = sums.get(name, 0.0) + share * float(value)
-            margins += found.margins[: len(batch.pair_rows)].tolist()
-        return Evaluation(sums, tuple(margins))
+            metrics = {name: float(value) for name, value in found.metrics.items()}
+            num_pairs, (chosen, rejected) = len(batch.answer_lens), batch.answer_lens.sum(axis=0).astype(int).tolist()
+            batches.append(BatchMetrics(metrics, num_pairs, chosen, chosen + rejected))
+            margins += found.margins[:num_pairs].tolist()
+        return Evaluation(join_metrics(batches, self.config.simpo), tuple(margins))
 
     def free(self) -> None:
         """Deletes the device buffers; the trainer raises from then on. Freeing twice is allowed."""

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -228,9 +229,9 @@ def _sizes(
             f"engine.max_seq_len is {config.engine.max_seq_len}, and the model was made for sequences of up to "
             f"{model.max_seq_len} tokens; lower it"
         )
-    hosts = processes.gather(
-        {"work": dataclasses.asdict(Work.of(requests)), "memory_bytes": available_memory_bytes(mesh)}
-    )
+    machine = socket.gethostname()
+    memory_bytes = available_memory_bytes(mesh, processes.gather(machine).count(machine))
+    hosts = processes.gather({"work": dataclasses.asdict(Work.of(requests)), "memory_bytes": memory_bytes})
     work = Work.merged([Work(**host["work"]) for host in hosts])
     memory_bytes = min(host["memory_bytes"] for host in hosts)
     return size_engine(config.engine, model, config.compute_dtype, work, mesh, memory_bytes)

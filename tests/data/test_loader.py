@@ -34,6 +34,19 @@ def make_loader(num_pairs: int, batch_size: int, seed: int = 0) -> PairLoader:
     return PairLoader(pairs, batch_size=batch_size, seq_len=6, seed=seed, pad_id=PAD, num_updates=10)
 
 
+def test_packed_rows_hold_less_padding_than_padded_ones():
+    rng = np.random.default_rng(0)
+    # Answers of 10 to 300 tokens, most of them short, as real ones are.
+    pairs = [make_pair(index, 40, *np.clip(rng.gamma(1.5, 60, 2), 10, 300).astype(int)) for index in range(64)]
+    padded, packed = (
+        PairLoader(pairs, batch_size=8, seq_len=340, seed=0, pad_id=PAD, num_updates=8, packing=packing)
+        for packing in (False, True)
+    )
+    for step in range(8):
+        assert packed.batch(step).num_tokens == padded.batch(step).num_tokens
+        assert packed.batch(step).padding_share < 0.6 * padded.batch(step).padding_share
+
+
 # grain's shuffle walks through 65,536 places to find those of a small data set, so examples are few.
 @settings(max_examples=10, deadline=None)
 @given(num_pairs=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 2**64 - 1))

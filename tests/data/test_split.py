@@ -33,8 +33,8 @@ def test_a_larger_share_holds_out_the_same_prompts_and_more():
 def test_pairs_of_one_prompt_are_on_one_side_whatever_their_ids_and_the_side_is_the_recorded_one():
     prompts = (0, 1, 0, 2, 1, 3, 4)
     train, held_out = split_pairs([pair(prompt, f"row {row}") for row, prompt in enumerate(prompts)], 0.5)
-    assert [each.prompt_id for each in held_out] == []
-    assert [each.prompt_id for each in train] == []
+    assert [each.prompt_id for each in held_out] == ["row 1", "row 3", "row 4", "row 6"]
+    assert [each.prompt_id for each in train] == ["row 0", "row 2", "row 5"]
 
 
 def test_nothing_is_held_out_unless_asked_for():

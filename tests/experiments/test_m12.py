@@ -34,7 +34,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, tmp_path):
     steps = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert len([step for step in steps if step.startswith("train-")]) == 4
     assert len([step for step in steps if step.startswith("infer-")]) == 4
-    assert steps[-2:] == ["export", "report"]
+    assert steps.count("export") == 1
     assert not list(tmp_path.iterdir())
 
 

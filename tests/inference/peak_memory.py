@@ -1,4 +1,6 @@
-"""Generates with an engine, and prints the bytes it announced and the most it took, as one line of JSON.
+"""Generates with an engine, and prints the bytes it was given, announced, and took at most, as one line of JSON.
+
+    python tests/inference/peak_memory.py float32|bfloat16 drawing|prompts
 
 A script of its own, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
 """
@@ -16,7 +18,7 @@ from simpo_pipeline.distributed.programs import Programs, forbid_strays
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
-from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.inference.sizing import Work, size_engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama, init_llama
@@ -37,7 +39,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    dtype = sys.argv[1]
+    dtype, load = sys.argv[1:]
     forbid_strays()
     mesh, programs = local_mesh(), Programs()
     shapes = with_shardings(abstract_llama(MODEL, dtype), mesh, TENSOR_PARALLEL_RULES)
@@ -48,15 +50,17 @@ def main() -> None:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), init_llama(MODEL, key))
 
     weights = programs.compile("init", init, key, out_shardings=placement)(np.array([0, 1], np.uint32))
-    # Short sequences in a cache for long ones: the cache is what there is of memory.
-    requests = [Request((1, 2, 3), index, 0, SamplingParams(40, temperature=0.7, top_p=0.9)) for index in range(200)]
-    config = EngineConfig(max_seqs=100, max_seq_len=1024)
-    sizes = size_engine(config, MODEL, dtype, Work(200, 3, 1024, 200_000), mesh, available_memory_bytes(mesh))
+    # Short sequences in a cache for long ones, so that the cache is most of it; or chunks of long prompts in a small one.
+    prompt, num_new, given = {"drawing": (3, 40, 1_500_000_000), "prompts": (900, 8, 600_000_000)}[load]
+    sampling = SamplingParams(num_new, temperature=0.7, top_p=0.9)
+    requests = [Request((*range(prompt - 1), index), index, 0, sampling) for index in range(200 if prompt < 10 else 60)]
+    config = EngineConfig(max_seqs=100, max_seq_len=1024, memory_utilization=1.0)
+    sizes = size_engine(config, MODEL, dtype, Work(200, prompt, 1024, 200_000), mesh, given)
     engine = Engine(MODEL, sizes, mesh, programs, dtype)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes() - engine.memory.weights
     engine.generate(weights, requests, step=0)
-    print(json.dumps({"announced": engine.memory.total, "taken": peak_bytes() - before}))
+    print(json.dumps({"given": given, "announced": engine.memory.total, "taken": peak_bytes() - before}))
 
 
 if __name__ == "__main__":

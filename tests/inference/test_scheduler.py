@@ -162,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Few prompts, made of few tokens: many begin alike, and many are the same.
     @rule(
-        first=st.integers(0, 1),
+        first=st.integers(0, 3),
         num_prompt=st.integers(1, 12),
         last=st.integers(0, 1),
         max_tokens=st.integers(1, 12),

@@ -78,4 +78,6 @@ def test_what_memory_cannot_hold_is_refused_with_what_is_needed_and_what_there_i
 
 
 def test_the_machines_free_memory_is_known(mesh: Mesh) -> None:
-    assert 2**28 < available_memory_bytes(mesh) < 2**44
+    alone = available_memory_bytes(mesh)
+    assert 2**28 < alone < 2**44
+    assert available_memory_bytes(mesh, 4) == pytest.approx(alone / 4, rel=0.2)

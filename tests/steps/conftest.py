@@ -50,7 +50,7 @@ def pairs_path(tmp_path_factory, model_path):
         source=PreferenceSource(path=str(folder / "pairs.jsonl")),
         model_path=model_path,
         max_length=TRAINER.train_seq_len,
-        validation_fraction=0.4,
+        validation_fraction=0.5,
         output_path=str(folder / "out"),
     )
     prepare_pairs(config)

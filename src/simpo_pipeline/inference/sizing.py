@@ -22,6 +22,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.ops.paged_attention import backend_for
+from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, QUERIES_PER_TILE
 
 # More rows than this make a program hardly more efficient, and its cache and logits larger.
 _MOST_SEQS = 256
@@ -60,16 +61,16 @@ class Work:
         return cls(*map(max, zip(*map(dataclasses.astuple, works), strict=True)))
 
 
-def available_memory_bytes(mesh: Mesh) -> int:
+def available_memory_bytes(mesh: Mesh, num_processes_here: int = 1) -> int:
     """Bytes that are free on each device of this process, on the fullest of them.
 
-    Devices without memory of their own share the machine's.
+    Devices without memory of their own share the machine's, with those of the job's other processes on it.
     """
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in devices]
     if all(stats):
         return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    return _machine_memory_bytes() // max(1, len(devices))
+    return _machine_memory_bytes() // (max(1, len(devices)) * num_processes_here)
 
 
 def size_engine(
@@ -116,9 +117,14 @@ def _bytes_without_cache(sizes: EngineSizes, model: LlamaConfig, dtype: DTypeLik
     """Per device: the weights, again for each layout that the engine makes, and what programs need while they run."""
     weights = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
     layouts = 1 + (jnp.dtype(dtype) == jnp.bfloat16) if mesh.devices.flat[0].platform == "cpu" else 0
-    num_tokens = sizes.prefill_chunk_tokens + sizes.max_seqs
-    widths = 4 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
-    activations = 4 * (num_tokens * widths + 2 * sizes.max_seqs * model.vocab_size)
+    num_tokens, heads_width = sizes.prefill_chunk_tokens + sizes.max_seqs, model.num_heads * model.head_dim
+    of_a_layer = num_tokens * (4 * model.hidden_size + 3 * model.intermediate_size + 4 * heads_width)
+    # Or, where it is more, what attention in plain XLA holds of a block of keys: for each tile of queries the keys and
+    # values, for each query and head the scores and their exponentials.
+    num_tiles = sizes.prefill_chunk_tokens // QUERIES_PER_TILE + sizes.max_seqs
+    of_a_block = 2 * KEYS_PER_BLOCK * (num_tiles * model.num_kv_heads * model.head_dim + num_tokens * model.num_heads)
+    of_attention = num_tokens * (2 * model.hidden_size + 4 * heads_width) + of_a_block
+    activations = 4 * (max(of_a_layer, of_attention) + 2 * sizes.max_seqs * model.vocab_size)
     return (1 + layouts) * bytes_per_device(weights) + activations
 
 

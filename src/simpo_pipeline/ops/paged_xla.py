@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 # Keys read at once: shorter blocks follow the true lengths closer, longer ones make fewer and larger products.
 KEYS_PER_BLOCK = 64
 # Queries of one sequence that share one read of its keys, when a sequence has several (prefill).
-_QUERIES_PER_TILE = 16
+QUERIES_PER_TILE = 16
 # What a masked score becomes: far below any real one, and finite so that a fully masked block gives no NaN.
 _MASKED = -1e30
 # Below any sum of exponentials that has a term, so that dividing by it matters only where there is none.
@@ -108,7 +108,7 @@ def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles
 
 
 def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int) -> _Tiles:
-    size, num_seqs = _QUERIES_PER_TILE, kv_lens.shape[0]
+    size, num_seqs = QUERIES_PER_TILE, kv_lens.shape[0]
     num_queries = query_starts[1:] - query_starts[:-1]
     ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
     starts = ends - (num_queries + size - 1) // size

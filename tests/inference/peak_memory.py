@@ -50,7 +50,7 @@ def main() -> None:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), init_llama(MODEL, key))
 
     weights = programs.compile("init", init, key, out_shardings=placement)(np.array([0, 1], np.uint32))
-    # Short sequences in a cache for long ones, so that the cache is most of it; or chunks of long prompts in a small one.
+    # Short sequences in a cache for long ones, which is most of it then; or chunks of long prompts in a small one.
     prompt, num_new, given = {"drawing": (3, 40, 1_500_000_000), "prompts": (900, 8, 600_000_000)}[load]
     sampling = SamplingParams(num_new, temperature=0.7, top_p=0.9)
     requests = [Request((*range(prompt - 1), index), index, 0, sampling) for index in range(200 if prompt < 10 else 60)]

@@ -104,6 +104,8 @@ def scaling(workloads: list[Workload]) -> dict[str, float]:
         for workload, answer in zip(workloads, serve_alone(dtype, model, prompts, workloads), strict=True):
             rate = answer["generated_tokens"] / answer["seconds"]
             found[f"{dtype}, {workload.num_prompts} prompts x {workload.max_tokens}, tok/s"] = rate
+        rates = [rate for name, rate in found.items() if name.startswith(f"{dtype},")]
+        found[f"{dtype}, fastest / slowest"] = max(rates) / min(rates)
     print_lines(f"Scaling of ours, batch {BATCH}", found)
     return found
 

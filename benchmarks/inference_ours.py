@@ -1,4 +1,4 @@
-"""Our engine as a process that generates (see peers/protocol.py): the engine as users have it, with default sizes."""
+"""Our engine as a process that generates (see peers/protocol.py): the engine, sized as step `infer` sizes it."""
 
 from typing import Any
 

@@ -30,7 +30,8 @@ SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
 def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
     """The first so many prompts for a model, all different.
 
-    First those of `prompts.txt`, then those of the preference pairs, then all of them again with a length to answer in.
+    First those of `prompts.txt`, then those of the preference pairs, then all of them again behind a length to answer in:
+    no two have more in common than the chat template's beginning, and so much of a request.
     """
     listed = [line.strip() for line in (DATA / "prompts.txt").read_text().splitlines() if line.strip()]
     pairs = (json.loads(line) for line in (DATA / "preferences.jsonl").read_text().splitlines())
@@ -38,6 +39,6 @@ def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
     texts = list(base)
     while len(texts) < num_prompts:
         num_words = 20 * len(texts) // len(base)
-        texts += [f"{text} Answer in {num_words} words." for text in base]
+        texts += [f"In {num_words} words: {text}" for text in base]
     tokenizer = load_tokenizer(str(model))
     return [encode_chat(tokenizer, [Message("user", text)], add_generation_prompt=True) for text in texts[:num_prompts]]

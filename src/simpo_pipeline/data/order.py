@@ -24,7 +24,8 @@ class Mixture:
 
     Attributes:
         sizes: How many pairs each has.
-        weights: In which proportion pairs are read of each; only their ratios matter.
+        weights: In which proportion pairs are read of each; only their ratios matter, to a hundredth of the smallest,
+            since grain makes whole numbers of them.
 
     Raises:
         ConfigError: there is none, one is empty, or a weight is not a finite number above 0.

@@ -30,8 +30,8 @@ SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
 def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
     """The first so many prompts for a model, all different.
 
-    First those of `prompts.txt`, then those of the preference pairs, then all of them again behind a length to answer in:
-    no two have more in common than the chat template's beginning, and so much of a request.
+    First those of `prompts.txt`, then those of the preference pairs, then all of them again behind a length to
+    answer in: no two have more in common than the chat template's beginning, and so much of a request.
     """
     listed = [line.strip() for line in (DATA / "prompts.txt").read_text().splitlines() if line.strip()]
     pairs = (json.loads(line) for line in (DATA / "preferences.jsonl").read_text().splitlines())

@@ -94,7 +94,7 @@ PRESETS = {
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_tokens=16, temperature=0.7, top_p=0.95),
-        engine=EngineConfig(),
+        engine=EngineConfig(max_seqs=32, prefill_chunk_tokens=128),  # few programs: they take longer than the rest
         chat=True,
         llama=TINY_LLAMA,
     ),

@@ -55,7 +55,9 @@ def _periodic(
 
 PRESETS = {
     # 4 periods in a minute, for tests.
-    "tiny": _periodic(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16]), EngineConfig()),
+    "tiny": _periodic(
+        *(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16])), engine=M11_PRESETS["tiny"].engine
+    ),
     "llama3_8b_v5p_32": _periodic(
         M11_PRESETS["llama3_8b_v5p_32"],
         200,

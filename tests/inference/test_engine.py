@@ -100,7 +100,7 @@ def test_what_is_asked_for_is_what_is_drawn_from(
 ) -> None:
     prompt = requests_of(1)[0].prompt_tokens
     sampling = SamplingParams(max_tokens=1, seed=11, **settings)
-    requests = [Request(prompt, 0, sample, sampling) for sample in range(4000)]
+    requests = [Request(prompt, 0, sample, sampling) for sample in range(2000)]
     drawn = tokens_of(engine_of(**ROOMY).generate(weights, requests, step=0)[0])
     counts = np.bincount([token for (token,) in drawn], minlength=VOCAB)
     seen = prompt if "repetition_penalty" in settings else ()

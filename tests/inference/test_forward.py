@@ -99,14 +99,11 @@ class Runner:
         return jax.jit(lambda: empty_cache(self.model, self.sizes, self.dtype, CpuPagedAttention()))()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "model",
-    [
-        pytest.param(NARROW, id="narrow", marks=pytest.mark.slow),
-        pytest.param(WIDE, id="wide"),
-        pytest.param(UNGROUPED, id="ungrouped", marks=pytest.mark.slow),
-    ],
+    [pytest.param(NARROW, id="narrow"), pytest.param(WIDE, id="wide"), pytest.param(UNGROUPED, id="ungrouped")],
 )
 def test_keys_and_values_are_the_same_bits_whichever_program_makes_them(
     model: LlamaConfig, dtype: str, weights_of: Callable[[LlamaConfig], Llama]

@@ -1,3 +1,5 @@
+import bisect
+
 import pytest
 from jax.sharding import Mesh
 
@@ -46,7 +48,7 @@ def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:
     work = work_of(*[(100, 100)] * 50)
     roomy = size(EngineConfig(page_size=16), work, mesh)
     thirteen = EngineConfig(page_size=16, num_pages=13)
-    least = next(size_ for size_ in range(0, PLENTY, 4096) if _fits(thirteen, work, mesh, size_))
+    least = bisect.bisect_left(range(PLENTY), True, key=lambda size_: _fits(thirteen, work, mesh, size_))
     tight = size(EngineConfig(page_size=16), work, mesh, least + 100 * PAGE_BYTES)
     assert roomy.num_pages == 50 * 13 and 100 < tight.num_pages < 130
 

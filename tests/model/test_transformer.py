@@ -138,7 +138,7 @@ def test_rope_scaling_of_the_config_reaches_the_model(small_config):
     assert frequencies(scaled).shape == plain.shape == (4,)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_computing_layers_again_changes_no_gradient(small_config, small_model, dtype):
     tokens, positions = _tokens(small_config)
 

@@ -104,9 +104,9 @@ def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm
         np.testing.assert_allclose(got, entries, rtol=1e-4, atol=1e-4 * norm / np.sqrt(leaf.size), err_msg=name)
 
 
-@LAYOUTS
-def test_the_losses_of_20_updates_are_trls(packing, golden, pairs, smollm2, one_device: Mesh):
-    config = replace(RUN, packing=packing)
+def test_the_losses_of_20_updates_are_trls(golden, pairs, smollm2, one_device: Mesh):
+    # Packed, for padded rows take twice as long; that both have one gradient is said above.
+    config = replace(RUN, packing=True)
     trainer = Trainer.start(config, smollm2, programs=Programs(), mesh=one_device)
     losses: list[float] = []
     trainer.train_until(20, loader_of(pairs, config), lambda step, metrics: losses.append(metrics["loss"]))

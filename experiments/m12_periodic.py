@@ -9,8 +9,8 @@ M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50
 
 import dataclasses
 
-from m11_interleave import KEEPS_NOTHING, SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
 from m11_interleave import PRESETS as M11_PRESETS
+from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
@@ -21,7 +21,7 @@ from simpo_pipeline.tracking.factory import TrackerKind
 from steps.infer import InferConfig
 from steps.interleave import interleave_steps
 from steps.joined_job import joined_job
-from steps.keeping import Keeping
+from steps.keeping import KEEPS_NOTHING, Keeping
 from steps.preflight import PreflightFlags, preflight_main
 from steps.schedule import expand_schedule
 from steps.session import tracker_for

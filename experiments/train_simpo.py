@@ -20,7 +20,7 @@ from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.paths import is_local
 from steps.interleave import interleave_steps
 from steps.joined_job import joined_job
-from steps.keeping import Keeping
+from steps.keeping import KEEPS_NOTHING, Keeping
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.settings.command_line import ExperimentFlags, parse_command_line_or_exit
@@ -29,7 +29,6 @@ from steps.settings.retired import TRAIN_SIMPO
 from steps.settings.train_simpo import TrainSimpoConfig
 
 TITLE = "train_simpo"
-KEEPS_NOTHING = Keeping()
 
 
 @dataclasses.dataclass(frozen=True)

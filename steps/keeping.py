@@ -49,3 +49,6 @@ class Keeping:
             dtype=versioned(EXPORT_DTYPES[self.export]),
         )
         return [ExecutorStep("export", export, config)]
+
+
+KEEPS_NOTHING = Keeping()

@@ -33,9 +33,7 @@ def test_ten_races(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "hosts", "rounds"), [("local", "one", 200), ("local", "many", 100), ("gcs", "many", 50)]
-)
-def test_hundreds_of_races(tmp_path, gcs, place, hosts, rounds):
+@pytest.mark.parametrize(("place", "hosts"), [("local", "one"), ("local", "many"), ("gcs", "many")])
+def test_two_hundred_races(tmp_path, gcs, place, hosts):
     prefix = str(tmp_path / "runs") if place == "local" else f"gs://bucket/race-{hosts}"
-    check(race(prefix, tmp_path / "logs", rounds, hosts, gcs.environment()), rounds)
+    check(race(prefix, tmp_path / "logs", 200, hosts, gcs.environment()), 200)

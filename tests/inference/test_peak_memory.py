@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "load"), [("float32", "drawing"), ("bfloat16", "prompts")])
+@pytest.mark.parametrize(("dtype", "load"), [("float32", "drawing"), ("bfloat16", "drawing"), ("bfloat16", "prompts")])
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget peaks")
 def test_an_engine_takes_as_much_memory_as_it_announced_and_no_more_than_it_was_given(dtype: str, load: str) -> None:
     script = Path(__file__).parent / "peak_memory.py"

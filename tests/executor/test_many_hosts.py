@@ -238,9 +238,10 @@ def test_when_the_lease_is_lost_no_process_goes_on_writing(prefix):
     refused: list[str] = []
 
     def lose(config: list[str], run: StepRun):
+        # Before the lease goes: the leader may be stopped anywhere afterwards, in a meeting too.
+        run.processes.gather("all are here")
         if run.processes.is_leader:
             write_bytes(join(config[0], ".executor_status.lock"), other.encode())
-        run.processes.gather("the lease is another's")
         try:
             while True:
                 write_text(join(config[0], f"host_{run.processes.process_index}.txt"), "late")

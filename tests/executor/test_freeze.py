@@ -20,6 +20,8 @@ from simpo_pipeline.storage.paths import join
 
 PROGRAM = Path(__file__).parent / "programs" / "freeze.py"
 NEVER = 10_000
+ANYWHERE = 0
+HEARTBEAT = -1
 
 
 def start(prefix: str, name: str, point: int, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -35,7 +37,8 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def wait_until_stopped(process: subprocess.Popen[str]) -> bool:
     """False when it ended instead."""
-    while True:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         pid, code = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
         if pid and os.WIFSTOPPED(code):
             return True
@@ -43,6 +46,8 @@ def wait_until_stopped(process: subprocess.Popen[str]) -> bool:
             process.returncode = os.waitstatus_to_exitcode(code)
             return False
         time.sleep(0.002)
+    process.kill()
+    raise TimeoutError("the program neither stopped nor ended")
 
 
 def freeze_at_every_point(place: str, environment: dict[str, str]) -> list[str]:
@@ -94,13 +99,16 @@ def test_wherever_a_holder_is_frozen_its_later_writes_to_a_bucket_are_refused(gc
     assert {"LeaseLostError", "SKIP", "RUN"} <= set(ends)
 
 
-def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(tmp_path):
+@pytest.mark.parametrize("point", [ANYWHERE, HEARTBEAT])
+def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(tmp_path, point):
     prefix = str(tmp_path / "runs")
-    frozen = start(prefix, "frozen", 0, dict(os.environ))
-    while not list(Path(prefix).glob("shared-*/endless.txt")):
-        assert frozen.poll() is None
-        time.sleep(0.002)
-    frozen.send_signal(signal.SIGSTOP)
+    frozen = start(prefix, "frozen", point, dict(os.environ))
+    if point == ANYWHERE:
+        while not list(Path(prefix).glob("shared-*/endless.txt")):
+            assert frozen.poll() is None
+            time.sleep(0.002)
+        frozen.send_signal(signal.SIGSTOP)
+    assert wait_until_stopped(frozen)
     other = outcome(start(prefix, "other", NEVER, dict(os.environ)))
     frozen.send_signal(signal.SIGCONT)
     end = outcome(frozen)  # its step never ends by itself

@@ -2,13 +2,16 @@
 
 python freeze.py PREFIX NAME POINT
 
-A step of POINT 0 never stops itself, and works until it is stopped from outside. Prints how the run ended, as JSON.
+POINT counts the run's own changes, not those of the heartbeat, which fall when the clock says: so a point is the same
+change in every run. A step of POINT 0 never stops itself, one of POINT -1 stops before its first heartbeat, and both
+work until they are stopped from outside. Prints how the run ended, as JSON.
 """
 
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,16 +24,20 @@ from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join
 
 LEASE = LeaseConfig(heartbeat_seconds=0.25, expiry_seconds=0.5, poll_seconds=0.02)
+HEARTBEAT = -1
 changes = 0
+heartbeats = 0
 
 
 def stop_before(change: Callable[..., Any], point: int) -> Callable[..., Any]:
     """The change, made only after a stop and a continuation if it is the chosen one."""
 
     def changed(*arguments: Any) -> Any:
-        global changes
-        changes += 1
-        if changes == point:
+        global changes, heartbeats
+        own = not threading.current_thread().name.startswith("lease-")
+        changes += own
+        heartbeats += not own
+        if changes == point if own else point == HEARTBEAT and heartbeats == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(0.2)  # the signal is for the process: this thread may run on for a moment before it stops
         return change(*arguments)
@@ -59,7 +66,7 @@ def run(prefix: str, name: str, point: int) -> dict[str, Any]:
     ConditionalFiles.replace = stop_before(ConditionalFiles.replace, point)
     ConditionalFiles.remove = stop_before(ConditionalFiles.remove, point)
     executor = Executor(prefix, lease=LEASE)
-    step = ExecutorStep("shared", work, [this_output_path(), name, point == 0])
+    step = ExecutorStep("shared", work, [this_output_path(), name, point <= 0])
     try:
         executor.run([step])
         error = None

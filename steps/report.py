@@ -13,7 +13,7 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_valu
 from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
-from simpo_pipeline.training.evaluation import Estimate, accuracy_gain
+from simpo_pipeline.training.evaluation import Estimate, accuracy_gain, margin_gain
 from steps.evaluate import EVALUATIONS_FILE
 from steps.line_chart import Chart, Series, layout_chart
 
@@ -132,6 +132,7 @@ class Evaluated:
     margin: float
     accuracy: Estimate
     gain: Estimate | None
+    margin_gain: Estimate | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _read_stretch(path: str, names: dict[str, str]) -> Stretch:
 
 
 def _compare(rows: Sequence[Row]) -> list[Evaluated]:
-    """The evaluations in order, each with what the accuracy gained since the first on the same pairs."""
+    """The evaluations in order, each with what the same pairs gained since the first."""
     rows = sorted(rows, key=lambda row: row["step"])
     return [
         Evaluated(
@@ -172,6 +173,7 @@ def _compare(rows: Sequence[Row]) -> list[Evaluated]:
             margin=row["rewards/margins"],
             accuracy=Estimate(**row["accuracy"]),
             gain=accuracy_gain(rows[0]["margins"], row["margins"]) if number else None,
+            margin_gain=margin_gain(rows[0]["margins"], row["margins"]) if number else None,
         )
         for number, row in enumerate(rows)
     ]
@@ -242,17 +244,22 @@ def _summarize(
     evaluations: Sequence[Evaluated],
     generations: Sequence[Generation],
 ) -> Row:
-    gain = evaluations[-1].gain if evaluations else None
+    last = evaluations[-1] if evaluations else None
     return {
         "updates": len(updates),
         "final_loss": updates[-1].get("loss") if updates else None,
         "final_margin": updates[-1].get("rewards/margins") if updates else None,
-        "held_out_accuracy": dataclasses.asdict(evaluations[-1].accuracy) if evaluations else None,
-        "held_out_accuracy_gain": dataclasses.asdict(gain) if gain else None,
+        "held_out_accuracy": _as_row(last and last.accuracy),
+        "held_out_accuracy_gain": _as_row(last and last.gain),
+        "held_out_margin_gain": _as_row(last and last.margin_gain),
         "state_digests": {stretch.name: stretch.summary.get("state_digest") for stretch in stretches},
         "generated_tokens": sum(one.summary.get("generated_tokens", 0) for one in generations),
         "samples_shown": sum(len(one.samples) for one in generations),
     }
+
+
+def _as_row(estimate: Estimate | None) -> Row | None:
+    return None if estimate is None else dataclasses.asdict(estimate)
 
 
 def render(template: str, page: Row) -> str:

@@ -9,6 +9,7 @@ from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.data.rows import (
     NOBODY,
     RowBatch,
+    RowShape,
     fill_rows,
     packed_len,
     packed_rows,
@@ -75,12 +76,26 @@ def assert_each_answer_is_predicted_from_its_beginning(batch: RowBatch, pairs: l
     assert batch.num_tokens == sum(pair.num_tokens for pair in pairs)
 
 
+def assert_each_token_is_in_the_slot_of_its_pair(batch: RowBatch, shape: RowShape, num_pairs: int) -> None:
+    seen = set()
+    for row, slots in enumerate(batch.slots):
+        held = np.zeros(shape.row_len, int)
+        for (first, tokens), most in zip(slots, shape.slot_lens, strict=True):
+            assert tokens <= most <= shape.row_len
+            held[first : first + tokens] += 1
+            seen |= (pairs := set(batch.segments[row, first : first + tokens] // 2))
+            assert len(pairs) == (tokens > 0)
+        np.testing.assert_array_equal(held, batch.segments[row] != NOBODY)
+    assert seen == set(range(num_pairs))
+
+
 @given(PAIRS)
 def test_packed_rows_hold_every_answer_and_what_it_follows(pairs: list[TokenizedPair]):
     shape = packed_shape([pairs], 2)
     batch = packed_rows(pairs, shape, PAD)
-    assert batch.tokens.shape == (shape.num_rows, shape.row_len) and shape.num_rows % 2 == 0
+    assert batch.tokens.shape == (shape.num_rows, shape.row_len) and shape.num_rows == 2
     assert_each_answer_is_predicted_from_its_beginning(batch, pairs)
+    assert_each_token_is_in_the_slot_of_its_pair(batch, shape, len(pairs))
     for index, row in enumerate(batch.pair_rows):
         assert (batch.tokens[row] == pairs[index].chosen_tokens[0]).any()
 
@@ -100,24 +115,42 @@ def test_the_two_answers_of_a_pair_share_its_prompt_where_it_is_the_same():
     assert packed_len(apart) == 50 + 2 + 50 + 3
 
 
-@given(st.lists(st.integers(1, 20), max_size=30))
-def test_rows_hold_every_item_once_and_hardly_more_rows_than_needed(lengths: list[int]):
-    rows = fill_rows(lengths, 20)
+@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 4))
+def test_rows_hold_every_item_once_and_hardly_more_than_their_share(lengths: list[int], num_rows: int):
+    rows = fill_rows(lengths, num_rows)
+    assert len(rows) == num_rows
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    assert all(sum(lengths[index] for index in row) <= 20 for row in rows)
-    # Of any two rows, what the second holds did not fit into the first.
-    assert len(rows) <= 2 * -(-sum(lengths) // 20)
+    for row in rows:
+        held = [lengths[index] for index in row]
+        assert held == sorted(held, reverse=True)
+        # When its last item came, no row was less full: so without it, it had at most its share.
+        assert num_rows * sum(held[:-1]) <= sum(lengths)
 
 
 def test_a_shape_holds_every_batch_of_a_run():
     batches = [[make_pair(index, 5, 30 * index + 1, 10) for index in indices] for indices in ((0, 0), (3, 3, 2), (1,))]
     shape = packed_shape(batches, 1)
-    # The second batch has pairs of 105, 105 and 75 tokens.
-    assert (shape.num_rows, shape.row_len) == (3, 128)
+    # The second batch has pairs of 105, 105 and 75 tokens, the first two of 15.
+    assert (shape.num_rows, shape.row_len, shape.slot_lens) == (1, 320, (128, 128, 128))
     for batch in batches:
-        assert_each_answer_is_predicted_from_its_beginning(
-            packed_rows(_renumbered(batch), shape, PAD), _renumbered(batch)
-        )
+        rows = packed_rows(_renumbered(batch), shape, PAD)
+        assert_each_answer_is_predicted_from_its_beginning(rows, _renumbered(batch))
+        assert_each_token_is_in_the_slot_of_its_pair(rows, shape, len(batch))
+
+
+def test_a_row_is_never_shorter_than_its_longest_slot():
+    # The fullest row of the first batch has 65 tokens, and so has the longest pair of the second, in a row of its own.
+    shape = packed_shape([[make_pair(0, 5, 30, 32)], [make_pair(0, 2, 1, 1)]], 1)
+    assert shape.row_len == 128 and shape.slot_lens == (128,)
+
+
+def test_slots_of_many_lengths_are_raised_to_few():
+    lengths = [10, 100, 170, 220, 290, 350, 420, 480, 500]
+    shape = packed_shape([[make_pair(index, 1, length, 1) for index, length in enumerate(lengths)]], 1)
+    assert len(set(shape.slot_lens)) == 6
+    assert all(slot >= length + 1 for slot, length in zip(shape.slot_lens, sorted(lengths, reverse=True), strict=True))
+    assert list(shape.slot_lens) == sorted(shape.slot_lens, reverse=True)
+    assert shape.slot_lens[-2:] == (128, 128)
 
 
 def _renumbered(batch: list[TokenizedPair]) -> list[TokenizedPair]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simpo_pipeline.ops.attention import Segments, causal_attention, causal_attention_reference
+from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention, causal_attention_reference
+from simpo_pipeline.ops.packed_attention import packed_attention
 
 BODIES = [causal_attention_reference, causal_attention]
 
@@ -69,3 +70,56 @@ def test_bfloat16_inputs_give_bfloat16_within_its_rounding(attend):
     got = jax.jit(attend)(q, k, v)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), _by_loops(q, k, v), atol=0.03)
+
+
+# Pairs of a row by their slots: all tokens of a branch 0, then of two branches; what is left of a row is nobody's.
+PACKED_ROWS = [[(70, 10, 25), (64, 64, 64), (9, 0, 4)], [(100, 1, 99), (3, 2, 3), (1, 0, 0)]]
+SLOT_LENS = (128, 64, 64)
+
+
+def _packed_inputs(row_len: int) -> tuple[tuple[jax.Array, ...], Segments]:
+    ids, branches = np.full((2, row_len), -1, np.int32), np.zeros((2, row_len), np.int32)
+    slots = np.zeros((2, 3, 2), np.int32)
+    for row, pairs in enumerate(PACKED_ROWS):
+        first = 0
+        for number, (tokens, shared, second) in enumerate(pairs):
+            at = np.arange(first, first + tokens)
+            ids[row, at] = number
+            branches[row, at] = np.where(at < first + shared, 0, np.where(at < first + second, 1, 2))
+            slots[row, number] = first, tokens
+            first += tokens
+    inputs = (x.reshape(2, row_len, -1, 8) for x in _inputs(row_len, 6, 2))
+    return tuple(inputs), Segments(jnp.asarray(ids), jnp.asarray(branches), jnp.asarray(slots))
+
+
+# In rows of 144 the last window would run over the end, and begins earlier; in those of 256 none does.
+@pytest.mark.parametrize("row_len", [144, 256])
+def test_attention_by_slots_equals_that_over_the_whole_row_and_so_do_its_gradients(row_len):
+    (q, k, v), segments = _packed_inputs(row_len)
+    held = segments.ids[:, :, None, None] >= 0
+    cotangent = jnp.where(held, jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape), 0)
+
+    def by_slots(q, k, v):
+        return packed_attention(q, k, v, segments, SLOT_LENS)
+
+    def over_all(q, k, v):
+        return causal_attention_reference(q, k, v, segments)
+
+    np.testing.assert_allclose(by_slots(q, k, v), jnp.where(held, over_all(q, k, v), 0), atol=2e-6)
+    gradients = [jax.jit(lambda *x, of=of: jax.vjp(of, *x)[1](cotangent))(q, k, v) for of in (by_slots, over_all)]
+    for by_slot, whole in zip(*gradients, strict=True):
+        assert not by_slot[~jnp.broadcast_to(held, by_slot.shape)].any()
+        np.testing.assert_allclose(by_slot, whole, atol=5e-6)
+
+
+def test_attention_by_slots_is_the_same_with_rematerialisation():
+    (q, k, v), segments = _packed_inputs(256)
+
+    def total(q, k, v):
+        return packed_attention(q, k, v, segments, SLOT_LENS).sum()
+
+    plain = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+    for policy in (None, jax.checkpoint_policies.save_only_these_names(ATTENDED)):
+        again = jax.jit(jax.grad(jax.checkpoint(total, policy=policy), (0, 1, 2)))(q, k, v)
+        for expected, got in zip(plain, again, strict=True):
+            np.testing.assert_array_equal(expected, got)

@@ -230,6 +230,8 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
         *("0.400 (0.168 to 0.687)", "1.000 (0.722 to 1.000)", "accuracy at update 7: 1"),
         # 6 of 10 gained, none lost.
         "0.600 (0.173 to 0.827)",
+        # Margins rose by 2 in 6 pairs: by 1.2, give or take 1.96 * 1.033 / sqrt(10).
+        "1.200 (0.560 to 1.840)",
     ):
         assert expected in page.texts, (expected, [text for text in page.texts if "0.6" in text])
     assert page.tags.count("svg") == 4
@@ -237,6 +239,7 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     summary = json.loads(written(config, "summary.json"))
     assert summary["held_out_accuracy"] == dataclasses.asdict(accuracy([1.0] * 10))
     assert summary["held_out_accuracy_gain"]["value"] == 0.6
+    assert summary["held_out_margin_gain"]["value"] == pytest.approx(1.2)
 
 
 def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, StepRun]):
@@ -248,6 +251,7 @@ def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, S
         "final_margin": pytest.approx(0.7),
         "held_out_accuracy": None,
         "held_out_accuracy_gain": None,
+        "held_out_margin_gain": None,
         "state_digests": DIGESTS,
         "generated_tokens": 8192,
         "samples_shown": 2,

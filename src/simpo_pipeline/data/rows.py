@@ -1,6 +1,7 @@
-"""Pairs as the rows of arrays of one fixed shape: padded, a row for each sequence, or packed, several pairs a row.
+"""Pairs as the rows of arrays of one fixed shape: padded, a row for each sequence, or packed, a row for each group.
 
-In packed rows the two answers of a pair share its prompt:
+A packed row holds the pairs of what one device computes at a time, the longest first. The two answers of a pair share
+its prompt:
 
     tokens      prompt without its last token | last of prompt, chosen answer | last of prompt, rejected answer
     branches    0                             | 1                             | 2
@@ -8,11 +9,13 @@ In packed rows the two answers of a pair share its prompt:
 
 A token reads earlier tokens of its segment (its pair) on branch 0 and on its own, so each answer sees just what it
 would see in a row of its own, and the prompt is computed once. An answer's last token is predicted, but never fed.
+Attention need not look at the whole row: each pair lies in a slot, and slots have lengths that hold for the whole run.
 
 Numpy only; knows nothing of devices. Every process builds the same.
 """
 
-import dataclasses
+import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,12 +25,11 @@ from jaxtyping import Float32, Int32
 
 from simpo_pipeline.data.pairs import TokenizedPair
 
-# Rows are so many tokens long, or a multiple: products and attention like it.
+# Rows and slots are so many tokens long, or a multiple: products and attention like it.
 _ROW_STEP = 64
 _PREDICTIONS_STEP = 8
-# Attention over a row of so many tokens costs as much as all else.
-_COSTLY_ROW_LEN = 8192
-_TRIED_BATCHES = 32
+# Slots of one length are attended together, and each length is a piece of program of its own.
+_MOST_SLOT_LENS = 6
 NOBODY = -1
 
 
@@ -38,16 +40,14 @@ class RowShape:
     Attributes:
         num_groups: Into so many groups the rows fall, neighbours together: what one device computes at a time.
         num_predictions: Predictions that a group has room for.
+        slot_lens: Of packed rows, the longest first: a row's pairs, by their lengths, have no more tokens than these.
     """
 
     num_rows: int
     row_len: int
     num_groups: int
     num_predictions: int
-
-    def row_of(self, index: int) -> int:
-        """Where the row that is filled as number `index` lies: groups are filled evenly."""
-        return index % self.num_groups * (self.num_rows // self.num_groups) + index // self.num_groups
+    slot_lens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class RowBatch:
         positions: Of each token in its sequence.
         segments: Which tokens belong together; `NOBODY` for padding.
         branches: 0 for tokens that the whole segment may read, else the branch that may.
+        slots: First place and tokens of the pair in each slot of a packed row; (0, 0) where there is none.
         predict_at: Where a token of an answer is predicted, that is the place of the token before it: counted from the
             first token of the group's first row.
         targets: The token predicted there.
@@ -72,6 +73,7 @@ class RowBatch:
     positions: Int32[np.ndarray, "rows row_len"]
     segments: Int32[np.ndarray, "rows row_len"]
     branches: Int32[np.ndarray, "rows row_len"]
+    slots: Int32[np.ndarray, "rows slots 2"]
     predict_at: Int32[np.ndarray, "groups predictions"]
     targets: Int32[np.ndarray, "groups predictions"]
     sequences: Int32[np.ndarray, "groups predictions"]
@@ -93,23 +95,37 @@ class _Piece(NamedTuple):
 
 
 def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) -> RowShape:
-    """A shape that holds each of the batches packed, in about as few places as it can be done with."""
-    lengths = [[packed_len(pair) for pair in batch] for batch in batches]
-    longest = _rounded_up(max(map(max, lengths)), _ROW_STEP)
-    # All batches are tried with the best length only: there may be thousands.
-    some = lengths[:: -(-len(lengths) // _TRIED_BATCHES)]
-    row_len = min(
-        range(longest, 2 * longest, _ROW_STEP),
-        key=lambda row_len: _num_rows(some, row_len, num_groups) * row_len * (1 + row_len / _COSTLY_ROW_LEN),
+    """The smallest shape that holds each of the batches packed, but for rounding up."""
+    by_slot: list[int] = []
+    row_len = num_predictions = 1
+    for batch in batches:
+        lengths = [packed_len(pair) for pair in batch]
+        for row in fill_rows(lengths, num_groups):
+            in_row = [lengths[index] for index in row]
+            by_slot = [max(both) for both in itertools.zip_longest(by_slot, in_row, fillvalue=0)]
+            row_len = max(row_len, sum(in_row))
+            num_predictions = max(num_predictions, sum(_num_answer_tokens(batch[index]) for index in row))
+    slot_lens = _few_lens([_rounded_up(length, _ROW_STEP) for length in by_slot])
+    return RowShape(
+        num_groups,
+        max(_rounded_up(row_len, _ROW_STEP), slot_lens[0]),
+        num_groups,
+        _rounded_up(num_predictions, _PREDICTIONS_STEP),
+        slot_lens,
     )
-    return _with_predictions(RowShape(_num_rows(lengths, row_len, num_groups), row_len, num_groups, 1), batches, True)
 
 
 def padded_shape(
     batches: Sequence[Sequence[TokenizedPair]], batch_size: int, seq_len: int, num_groups: int
 ) -> RowShape:
     """The shape of batches of `batch_size` pairs with a row of `seq_len` tokens for each sequence."""
-    return _with_predictions(RowShape(2 * batch_size, seq_len, num_groups, 1), batches, False)
+    rows_per_group, most = 2 * batch_size // num_groups, 1
+    for batch in batches:
+        held = [0] * num_groups
+        for number, pair in enumerate(batch):
+            held[2 * number // rows_per_group] += _num_answer_tokens(pair)
+        most = max(most, *held)
+    return RowShape(2 * batch_size, seq_len, num_groups, _rounded_up(most, _PREDICTIONS_STEP))
 
 
 def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
@@ -120,18 +136,18 @@ def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
 
 
 def packed_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
-    """The batch in packed rows; rows beyond those that it fills are empty."""
-    rows = {
-        shape.row_of(number): row for number, row in enumerate(fill_rows([packed_len(p) for p in pairs], shape.row_len))
-    }
-    pieces = {
-        number: [piece for index in row for piece in _packed_pieces(pairs[index], index)]
-        for number, row in rows.items()
-    }
+    """The batch in packed rows."""
+    lengths = [packed_len(pair) for pair in pairs]
+    slots = np.zeros((shape.num_rows, len(shape.slot_lens), 2), np.int32)
     pair_rows = np.zeros(len(pairs), np.int32)
-    for number, row in rows.items():
+    pieces: dict[int, list[_Piece]] = {}
+    for number, row in enumerate(fill_rows(lengths, shape.num_rows)):
+        pieces[number] = [piece for index in row for piece in _packed_pieces(pairs[index], index)]
+        in_row = [lengths[index] for index in row]
+        slots[number, : len(row), 0] = np.cumsum([0, *in_row])[:-1]
+        slots[number, : len(row), 1] = in_row
         pair_rows[row] = number
-    return _laid_out(pieces, pairs, pair_rows, shape, pad_id)
+    return _laid_out(pieces, pairs, pair_rows, slots, shape, pad_id)
 
 
 def padded_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
@@ -141,7 +157,8 @@ def padded_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) ->
         for index, pair in enumerate(pairs)
         for side, (tokens, start) in enumerate(_sides(pair))
     }
-    return _laid_out(pieces, pairs, 2 * np.arange(len(pairs), dtype=np.int32), shape, pad_id)
+    no_slots = np.zeros((shape.num_rows, 0, 2), np.int32)
+    return _laid_out(pieces, pairs, 2 * np.arange(len(pairs), dtype=np.int32), no_slots, shape, pad_id)
 
 
 def packed_len(pair: TokenizedPair) -> int:
@@ -149,17 +166,14 @@ def packed_len(pair: TokenizedPair) -> int:
     return sum(len(piece.tokens) for piece in _packed_pieces(pair, 0))
 
 
-def fill_rows(lengths: Sequence[int], row_len: int) -> list[list[int]]:
-    """Which items go into which row: the longest first, each into the first row with room (first fit decreasing)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
+def fill_rows(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+    """Which items go into which row: the longest first, each into the row that is the least full."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    by_fill = [(0, number) for number in range(num_rows)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        row = next((row for row, free in enumerate(room) if free >= lengths[index]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(row_len)
-        rows[row].append(index)
-        room[row] -= lengths[index]
+        filled, number = heapq.heappop(by_fill)
+        rows[number].append(index)
+        heapq.heappush(by_fill, (filled + lengths[index], number))
     return rows
 
 
@@ -181,6 +195,7 @@ def _laid_out(
     rows: Mapping[int, Sequence[_Piece]],
     pairs: Sequence[TokenizedPair],
     pair_rows: Int32[np.ndarray, " pairs"],
+    slots: Int32[np.ndarray, "rows slots 2"],
     shape: RowShape,
     pad_id: int,
 ) -> RowBatch:
@@ -208,6 +223,7 @@ def _laid_out(
         positions,
         segments,
         branches,
+        slots,
         predict_at,
         targets,
         sequences,
@@ -218,26 +234,19 @@ def _laid_out(
     )
 
 
-def _num_rows(batches: Sequence[Sequence[int]], row_len: int, num_groups: int) -> int:
-    """Rows of this length that hold each batch of items of these lengths, in groups of equal size."""
-    return _rounded_up(max(len(fill_rows(lengths, row_len)) for lengths in batches), num_groups)
-
-
-def _with_predictions(shape: RowShape, batches: Sequence[Sequence[TokenizedPair]], packed: bool) -> RowShape:
-    """The shape with room for the predictions of each of the batches."""
-    rows_per_group, most = shape.num_rows // shape.num_groups, 1
-    for batch in batches:
-        held = [0] * shape.num_groups
-        filled = (
-            fill_rows([packed_len(pair) for pair in batch], shape.row_len)
-            if packed
-            else [[i] for i in range(len(batch))]
+def _few_lens(slot_lens: Sequence[int]) -> tuple[int, ...]:
+    """The same lengths, longest first, some of them raised until there are few: those that cost the least attention."""
+    lens = list(slot_lens)
+    while len(distinct := sorted(set(lens))) > _MOST_SLOT_LENS:
+        shorter, longer = min(
+            itertools.pairwise(distinct), key=lambda both: lens.count(both[0]) * (both[1] ** 2 - both[0] ** 2)
         )
-        for number, row in enumerate(filled):
-            group = (shape.row_of(number) if packed else 2 * number) // rows_per_group
-            held[group] += sum(len(tokens) - start for index in row for tokens, start in _sides(batch[index]))
-        most = max(most, *held)
-    return dataclasses.replace(shape, num_predictions=_rounded_up(most, _PREDICTIONS_STEP))
+        lens = [longer if length == shorter else length for length in lens]
+    return tuple(lens)
+
+
+def _num_answer_tokens(pair: TokenizedPair) -> int:
+    return sum(len(tokens) - start for tokens, start in _sides(pair))
 
 
 def _sides(pair: TokenizedPair) -> tuple[tuple[Int32[np.ndarray, " _"], int], tuple[Int32[np.ndarray, " _"], int]]:

@@ -4,18 +4,20 @@ The forward pass never mentions a mesh: at rest, placement is these rules applie
 the `Placement` handed to `transform`. Knows nothing of which device belongs to which process.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
 import haliax as hax
 import jax
-from haliax import NamedArray
+from haliax import Axis, NamedArray
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from simpo_pipeline.model.transformer import ANYWHERE, Attend, Placement, attend_whole_sequences
 from simpo_pipeline.ops.attention_tpu import causal_attention_on
+from simpo_pipeline.ops.linear import TransposedProduct, scattered_product, transposed_product
+from simpo_pipeline.ops.packed_attention import packed_attention_on
 
 # Name of a parameter axis -> name of the mesh axis it is split over.
 ShardingRules = Mapping[str, str]
@@ -49,28 +51,20 @@ def with_shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: ShardingRules) 
 
 def partition_spec(leaf: NamedArray, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
     """The mesh axis of each axis of `leaf`, None where it is replicated; a mesh axis is used once, by the first."""
-    used: set[str] = set()
-    spec: list[str | None] = []
-    for axis in leaf.axes:
-        mesh_axis = rules.get(axis.name)
-        if mesh_axis is None or mesh_axis in used or axis.size % mesh.shape[mesh_axis]:
-            spec.append(None)
-        else:
-            used.add(mesh_axis)
-            spec.append(mesh_axis)
-    return PartitionSpec(*spec)
+    return PartitionSpec(*_places(leaf.axes, mesh, rules))
 
 
-def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
+def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()) -> Placement:
     """Fully sharded data parallelism: rows split over the mesh axis "data", weights gathered along it layer by layer.
 
     Over the mesh axis "model" weights stay split, and each device computes its heads and its slice of the MLP.
 
     Left to itself, XLA splits the sum over "embed" instead, with every device computing every sequence. Matrices
     are cast to `dtype` before they travel; gradients are summed over devices in their own dtype, and each device
-    receives only its part of the sum. On one device there is nothing to place. TPUs attend by a kernel of their own.
+    receives only its part of the sum. On one device there is nothing to place. Rows with slots of `slot_lens` attend
+    slot by slot; others by a kernel where there is one, on TPUs.
     """
-    attend = _attend_on(mesh)
+    attend = _attend_on(mesh, slot_lens)
     if mesh.size == 1:
         return ANYWHERE._replace(attend=attend)
 
@@ -95,6 +89,12 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
         gather.defvjp(forward, backward)
         return gather
 
+    def summed_in_parts(out_axes: Sequence[Axis], in_axes: Sequence[Axis]) -> TransposedProduct:
+        places = _places((*out_axes, *in_axes), mesh, TRAINING_RULES)
+        # Of several axes that are one of the matrix's, only the first may be split.
+        out_place, in_place = places[0], places[len(out_axes)]
+        return scattered_product(mesh, "data", out_place, in_place) if "data" in places else transposed_product
+
     # A slice of a table that is split over devices would be gathered chunk by chunk: the tokens are split instead.
     by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
     return Placement(
@@ -103,15 +103,32 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike) -> Placement:
         unembedding=gathered_by({}),
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
         attend=attend,
+        gradient=summed_in_parts,
     )
 
 
-def _attend_on(mesh: Mesh) -> Attend:
+def _attend_on(mesh: Mesh, slot_lens: tuple[int, ...]) -> Attend:
     """How whole sequences attend on the devices of a mesh; their rows lie over "data", their heads over "model"."""
-    if mesh.devices.flat[0].platform != "tpu":
+    if slot_lens:
+        attention = packed_attention_on(mesh, "data", "model", slot_lens)
+    elif mesh.devices.flat[0].platform == "tpu":
+        attention = causal_attention_on(mesh, "data", "model")
+    else:
         return attend_whole_sequences
-    attention = causal_attention_on(mesh, "data", "model")
     return lambda layer, q, k, v, state: (attention(q, k, v, state), state)
+
+
+def _places(axes: Sequence[Axis], mesh: Mesh | AbstractMesh, rules: ShardingRules) -> list[str | None]:
+    used: set[str] = set()
+    places: list[str | None] = []
+    for axis in axes:
+        mesh_axis = rules.get(axis.name)
+        if mesh_axis is None or mesh_axis in used or axis.size % mesh.shape[mesh_axis]:
+            places.append(None)
+        else:
+            used.add(mesh_axis)
+            places.append(mesh_axis)
+    return places
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -8,7 +8,7 @@ Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention
-from simpo_pipeline.ops.linear import linear, product
+from simpo_pipeline.ops.linear import TransposedProduct, linear, product, transposed_product
 from simpo_pipeline.ops.norm import rms_norm
 from simpo_pipeline.ops.rope import Rotation, apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
 
@@ -55,7 +55,7 @@ def attend_whole_sequences(
 
 
 class Placement(NamedTuple):
-    """Where arrays lie on a mesh while they are computed with; all but `attend` return their argument, placed."""
+    """Where arrays lie on a mesh while they are computed with; all but the last two return their argument, placed."""
 
     weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
     hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding and after each layer
@@ -64,6 +64,8 @@ class Placement(NamedTuple):
     predicting: Callable[[Array], Array] = lambda hidden: hidden
     # How whole sequences attend where they lie.
     attend: Attend = attend_whole_sequences
+    # How the gradient of a weight is made, from the axes of the matrix that it is as a product's [out, in].
+    gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedProduct] = lambda _out, _in: transposed_product
 
 
 # Wherever the compiler puts them: right for one device, and for generation.
@@ -198,9 +200,9 @@ def transform(
     ) -> tuple[NamedArray, Any]:
         hidden, state = carry
         weights = jax.tree.map(placement.weight, weights, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
-        attended, state = _attention(config, weights, hidden, turn, index, attend, state)
+        attended, state = _attention(config, weights, hidden, turn, index, attend, state, placement)
         hidden = hidden + attended
-        return placement.hidden(hidden + _mlp(config, weights, hidden)), state
+        return placement.hidden(hidden + _mlp(config, weights, hidden, placement)), state
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     if remat != "none":
@@ -323,31 +325,36 @@ def _attention(
     index: Int[Array, ""],
     attend: Attend,
     state: Any,
+    placement: Placement,
 ) -> tuple[NamedArray, Any]:
     normed = _normed(config, hidden, weights.attn_norm)
     lead, head_size = normed.axes[:-1], Axis("head_size", config.head_dim)
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     if isinstance(weights, MergedLayers):
-        together = _project(normed, weights.wqkv, "embed").array
+        together = _project(placement, normed, weights.wqkv, "embed").array
         rows = [count * config.head_dim // together.shape[-2] for count in counts]
         products = jnp.split(together, [rows[0], rows[0] + rows[1]], axis=-1)
     else:
-        products = [_project(normed, weight, "embed").array for weight in (weights.wq, weights.wk, weights.wv)]
+        products = [
+            _project(placement, normed, weight, "embed").array for weight in (weights.wq, weights.wk, weights.wv)
+        ]
     sizes = tuple(axis.size for axis in lead)
     q, k, v = (x.reshape(*sizes, count, head_size.size) for x, count in zip(products, counts, strict=True))
     out, state = attend(index, apply_rope(q, turn), apply_rope(k, turn), v, state)
     out = NamedArray(out, (*lead, Axis("heads", config.num_heads), head_size))
-    return _project(out, weights.wo, "heads", "head_size"), state
+    return _project(placement, out, weights.wo, "heads", "head_size"), state
 
 
-def _mlp(config: LlamaConfig, weights: LlamaLayers | MergedLayers, hidden: NamedArray) -> NamedArray:
+def _mlp(
+    config: LlamaConfig, weights: LlamaLayers | MergedLayers, hidden: NamedArray, placement: Placement
+) -> NamedArray:
     normed = _normed(config, hidden, weights.mlp_norm)
-    gate = _project(normed, weights.w_gate, "embed")
-    up = _project(normed, weights.w_up, "embed")
-    return _project(hax.nn.silu(gate) * up, weights.w_down, "mlp")
+    gate = _project(placement, normed, weights.w_gate, "embed")
+    up = _project(placement, normed, weights.w_up, "embed")
+    return _project(placement, hax.nn.silu(gate) * up, weights.w_down, "mlp")
 
 
-def _project(x: NamedArray, weight: NamedArray, *contracted: str) -> NamedArray:
+def _project(placement: Placement, x: NamedArray, weight: NamedArray, *contracted: str) -> NamedArray:
     """Contract the named axes, last in x and last in weight; the rest of x's axes lead the rest of weight's.
 
     Of the axes "heads" and "head_size" a weight may have the first one alone, for both (`merged`).
@@ -359,8 +366,9 @@ def _project(x: NamedArray, weight: NamedArray, *contracted: str) -> NamedArray:
     matrix = weight.array.reshape(math.prod(axis.size for axis in out), -1)
     rows = x.array.reshape(*(axis.size for axis in lead), matrix.shape[1])
     axes = lead + out
-    out = checkpoint_name(linear(rows, matrix), _PRODUCT)
-    return NamedArray(out.reshape(tuple(axis.size for axis in axes)), axes)
+    transposed = placement.gradient(out, tuple(axis for axis in weight.axes if axis.name in contracted))
+    products = checkpoint_name(linear(rows, matrix, transposed), _PRODUCT)
+    return NamedArray(products.reshape(tuple(axis.size for axis in axes)), axes)
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

@@ -30,6 +30,8 @@ class Segments(NamedTuple):
     ids: Int[Array, "batch seq"]
     branches: Int[Array, "batch seq"] | None = None
     """Ways in which a segment goes on after its tokens of branch 0; None where all of them are of that."""
+    slots: Int[Array, "batch slots 2"] | None = None
+    """First place and tokens of parts of a row beyond which no token reads: `packed_attention` has use for them."""
 
 
 def causal_attention_reference(
@@ -63,16 +65,21 @@ def causal_attention(
     One body for every backend, made of matrix products: the queries of a group are rows of one product, and the
     key/value heads are never repeated. Differentiable once, in reverse.
     """
-    return _attend(q, k, v, segments)
+    return _differentiable(q, k, v, segments)
 
 
 @jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
+def _differentiable(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
     return _forward(q, k, v, segments)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, tuple[Any, ...]]:
-    """The result, and what the backward pass needs: arguments, result and each query's log-sum-exp of scores.
+    out, log_sums = checkpoint_name(attend(q, k, v, segments), ATTENDED)
+    return out, (q, k, v, segments, out, log_sums)
+
+
+def attend(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, list[Array]]:
+    """The result, and each query's log-sum-exp of scores by block of queries, which `attend_gradient` needs.
 
     As in FlashAttention (Dao et al. 2022, arXiv 2205.14135) weights are computed again there instead of kept.
     """
@@ -85,13 +92,19 @@ def _forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[A
         total = jnp.sum(exponentials, axis=-1, keepdims=True)
         weighted = _batched_product(exponentials.astype(v.dtype), v_BKTD[:, :, :stop], contract=(3, 2)) / total
         out.append(_unrowed(weighted.astype(q.dtype), stop - start))
-        log_sums.append(checkpoint_name(peak + jnp.log(total), ATTENDED))
-    whole = checkpoint_name(jnp.concatenate(out, axis=1), ATTENDED)
-    return whole, (q, k, v, segments, whole, log_sums)
+        log_sums.append(peak + jnp.log(total))
+    return jnp.concatenate(out, axis=1), log_sums
 
 
 def _backward(saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segments, out, log_sums = saved
+    return *attend_gradient(q, k, v, segments, out, log_sums, d_out), None
+
+
+def attend_gradient(
+    q: Array, k: Array, v: Array, segments: Segments | None, out: Array, log_sums: list[Array], d_out: Array
+) -> tuple[Array, Array, Array]:
+    """The gradients in q, k and v of what `attend` gave, from that in its result."""
     kv_heads, scale = k.shape[2], 1 / math.sqrt(q.shape[3])
     k_BKDT, v_BKDT, k_BKTD = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), jnp.swapaxes(k, 1, 2)
     d_k_BKDT, d_v_BKDT = jnp.zeros(k_BKDT.shape, jnp.float32), jnp.zeros(v_BKDT.shape, jnp.float32)
@@ -108,10 +121,10 @@ def _backward(saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array
         d_block = _batched_product(d_scores, k_BKTD[:, :, :stop], contract=(3, 2))
         d_q.append(_unrowed(d_block.astype(q.dtype), stop - start))
     d_k, d_v = d_k_BKDT.transpose(0, 3, 1, 2).astype(k.dtype), d_v_BKDT.transpose(0, 3, 1, 2).astype(v.dtype)
-    return jnp.concatenate(d_q, axis=1), d_k, d_v, None
+    return jnp.concatenate(d_q, axis=1), d_k, d_v
 
 
-_attend.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 def _blocks(seq: int) -> list[tuple[int, int]]:

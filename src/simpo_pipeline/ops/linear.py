@@ -9,38 +9,17 @@ fp32 72, bfloat16 to bfloat16 67, `linear` in bfloat16 237; its weight gradient 
 225 here.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 # Rows moved together by `_transposed`; a tile [64, columns] stays in cache. 16 to 128 were equally fast.
 _TILE_ROWS = 64
-
-
-@jax.custom_vjp
-def linear(x: Float[Array, "*rows in"], weight: Float[Array, "out in"]) -> Float[Array, "*rows out"]:
-    """`x @ weight.T`: computed in x's dtype with fp32 sums, returned in x's dtype.
-
-    The weight may have another float dtype; its gradient comes in that dtype, summed in fp32 and rounded once.
-    """
-    return product(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(x.dtype)
-
-
-def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, weight), (x, weight)
-
-
-def _linear_backward(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    d_x = product(d_out, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
-    rows = math.prod(x.shape[:-1])
-    d_weight = transposed_product(d_out.reshape(rows, -1), x.reshape(rows, -1))
-    return d_x, d_weight.astype(weight.dtype)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "..."]:
@@ -55,6 +34,62 @@ def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows
         return product(left, right, 0, 0)
     return jax.lax.platform_dependent(
         left, right, cpu=_transposed_product_on_amx, default=lambda left, right: product(left, right, 0, 0)
+    )
+
+
+# (rows of out, rows of in) -> their product [out, in], summed over the rows in fp32.
+TransposedProduct = Callable[[Array, Array], Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(
+    x: Float[Array, "*rows in"], weight: Float[Array, "out in"], transposed: TransposedProduct = transposed_product
+) -> Float[Array, "*rows out"]:
+    """`x @ weight.T`: computed in x's dtype with fp32 sums, returned in x's dtype.
+
+    The weight may have another float dtype; its gradient comes in that dtype, summed in fp32 and rounded once, by
+    `transposed`, a `transposed_product` that may know where its result is to lie.
+    """
+    return product(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(x.dtype)
+
+
+def _linear_forward(x: Array, weight: Array, transposed: TransposedProduct) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight, transposed), (x, weight)
+
+
+def _linear_backward(transposed: TransposedProduct, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    d_x = product(d_out, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
+    rows = math.prod(x.shape[:-1])
+    d_weight = transposed(d_out.reshape(rows, -1), x.reshape(rows, -1))
+    return d_x, d_weight.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def scattered_product(mesh: Mesh, rows_axis: str, out_axis: str | None, in_axis: str | None) -> TransposedProduct:
+    """A `transposed_product` of rows split over one axis of a mesh, each device left with its part of the sum.
+
+    `out_axis` and `in_axis` say over which axes of the mesh the result's are split, one of them over `rows_axis`. Left
+    to itself XLA sums the whole result on every device, or multiplies in slices that are slower than one product.
+    """
+
+    def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+        if in_axis == rows_axis:
+            # TPUs scatter over the first axis alone; over another they sum it all.
+            return sum_of(transposed_product(right, left)).T
+        return sum_of(transposed_product(left, right))
+
+    def sum_of(whole: Float[Array, "split other"]) -> Float[Array, "part other"]:
+        return jax.lax.psum_scatter(whole, rows_axis, scatter_dimension=0, tiled=True)
+
+    def rows_placed(axis: str | None) -> PartitionSpec:
+        return PartitionSpec(rows_axis, None if axis == rows_axis else axis)
+
+    in_specs = rows_placed(out_axis), rows_placed(in_axis)
+    return jax.shard_map(
+        scattered, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(out_axis, in_axis), check_vma=False
     )
 
 

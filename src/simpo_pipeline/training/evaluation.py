@@ -1,6 +1,7 @@
 """How weights do on pairs that they are not trained on, and how sure one can be of it. Plain Python."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,3 +76,15 @@ def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
     centre = (up - down) / n
     half = _Z * math.sqrt(up + down - (up - down) ** 2 / n) / n
     return Estimate((gained - lost) / len(before), centre - half, centre + half)
+
+
+def margin_gain(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
+    """By how much the mean margin of the same pairs rose, with the normal interval for it; None for less than 2 pairs.
+
+    Accuracy sees a pair only when its margin changes sign, so this needs fewer pairs to tell that something was learnt.
+    """
+    rises = [new - old for old, new in zip(before, after, strict=True)]
+    if len(rises) < 2:
+        return None
+    value, half = statistics.fmean(rises), _Z * statistics.stdev(rises) / math.sqrt(len(rises))
+    return Estimate(value, value - half, value + half)

@@ -41,7 +41,7 @@ def compiled_gradient(config, mesh):
         )
         matrix = placement.unembedding(unembedding(model)).array
         rows = hidden.array.reshape(tokens.size, -1)
-        return token_logprobs(rows, matrix, tokens.reshape(tokens.size), 40)[0].mean()
+        return token_logprobs(rows, matrix, tokens.reshape(tokens.size), 40, placement.unembedding_gradient)[0].mean()
 
     abstract = with_shardings(abstract_llama(config, jnp.float32), mesh, TRAINING_RULES)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

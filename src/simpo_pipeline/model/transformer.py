@@ -55,7 +55,7 @@ def attend_whole_sequences(
 
 
 class Placement(NamedTuple):
-    """Where arrays lie on a mesh while they are computed with; all but the last two return their argument, placed."""
+    """Where arrays lie on a mesh while they are computed with; all but the last three return their argument, placed."""
 
     weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
     hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding and after each layer
@@ -66,6 +66,8 @@ class Placement(NamedTuple):
     attend: Attend = attend_whole_sequences
     # How the gradient of a weight is made, from the axes of the matrix that it is as a product's [out, in].
     gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedProduct] = lambda _out, _in: transposed_product
+    # And that of a chunk of the unembedding, for `predicting` hidden states.
+    unembedding_gradient: TransposedProduct = transposed_product
 
 
 # Wherever the compiler puts them: right for one device, and for generation.

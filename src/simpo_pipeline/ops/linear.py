@@ -68,29 +68,43 @@ def _linear_backward(transposed: TransposedProduct, saved: tuple[Array, Array], 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def scattered_product(mesh: Mesh, rows_axis: str, out_axis: str | None, in_axis: str | None) -> TransposedProduct:
-    """A `transposed_product` of rows split over one axis of a mesh, each device left with its part of the sum.
+def scattered_product(
+    mesh: Mesh, rows_axes: tuple[str, ...], out_axis: str | None, in_axis: str | None
+) -> TransposedProduct:
+    """A `transposed_product` of rows split over axes of a mesh, each device left with its part of the sum.
 
-    `out_axis` and `in_axis` say over which axes of the mesh the result's are split, one of them over `rows_axis`. Left
-    to itself XLA sums the whole result on every device, or multiplies in slices that are slower than one product.
+    `out_axis` and `in_axis` say over which axes of the mesh the result's are split, one of them over the first of
+    `rows_axes`. Left to itself XLA multiplies in slices that are slower than one product, or sums the whole result on
+    every device; so does its TPU backend with an explicit reduce-scatter over many chips. Hence parts are exchanged,
+    and summed where they arrive.
     """
+    split, *others = rows_axes
 
     def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
-        if in_axis == rows_axis:
-            # TPUs scatter over the first axis alone; over another they sum it all.
+        # Parts are of the first axis: of the last they would lie in strides.
+        if in_axis == split:
             return sum_of(transposed_product(right, left)).T
         return sum_of(transposed_product(left, right))
 
     def sum_of(whole: Float[Array, "split other"]) -> Float[Array, "part other"]:
-        return jax.lax.psum_scatter(whole, rows_axis, scatter_dimension=0, tiled=True)
+        by_part = whole.reshape(mesh.shape[split], -1, whole.shape[1])
+        part = jax.lax.all_to_all(by_part, split, 0, 0).sum(axis=0)
+        return jax.lax.psum(part, others) if others else part
 
     def rows_placed(axis: str | None) -> PartitionSpec:
-        return PartitionSpec(rows_axis, None if axis == rows_axis else axis)
+        return PartitionSpec(rows_axes, None if axis in rows_axes else axis)
 
     in_specs = rows_placed(out_axis), rows_placed(in_axis)
-    return jax.shard_map(
+    on_each = jax.shard_map(
         scattered, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(out_axis, in_axis), check_vma=False
     )
+
+    def multiply(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+        scattered_len = left.shape[1] if out_axis == split else right.shape[1]
+        divides = left.shape[0] % math.prod(mesh.shape[axis] for axis in rows_axes) == 0
+        return (on_each if divides and scattered_len % mesh.shape[split] == 0 else transposed_product)(left, right)
+
+    return multiply
 
 
 def _transposed_product_on_amx(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simpo_pipeline.ops.linear import product, transposed_product
+from simpo_pipeline.ops.linear import TransposedProduct, product, transposed_product
 
 Carry = TypeVar("Carry")
 
@@ -43,26 +43,31 @@ def token_logprobs(
     unembedding: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
     chunk_size: int,
+    transposed: TransposedProduct = transposed_product,
 ) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
     """The same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
 
     Products run in hidden's dtype with fp32 sums; the results are fp32, gradients have the dtypes of their arguments.
+    That of each chunk of the unembedding is a `transposed` product, which may know where its result is to lie.
     Targets must lie in [0, vocab). Any vocabulary size is served: the last chunk may be shorter.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 vocabulary entry, got {chunk_size}")
-    return _token_logprobs(hidden, unembedding, targets, min(chunk_size, unembedding.shape[0]))
+    return _token_logprobs(hidden, unembedding, targets, min(chunk_size, unembedding.shape[0]), transposed)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logprobs(hidden: Array, unembedding: Array, targets: Array, chunk_size: int) -> tuple[Array, Array]:
-    return _forward(hidden, unembedding, targets, chunk_size)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_logprobs(
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedProduct
+) -> tuple[Array, Array]:
+    return _forward(hidden, unembedding, targets, chunk_size, transposed)[0]
 
 
 def _forward(
-    hidden: Array, unembedding: Array, targets: Array, chunk_size: int
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedProduct
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     """The results, and what the backward pass needs: the arguments and each token's log-sum-exp."""
+    del transposed
     matrix = unembedding.astype(hidden.dtype)
 
     def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
@@ -79,7 +84,9 @@ def _forward(
     return (target_logit_T - log_sum_T, log_sum_T), (hidden, unembedding, targets, log_sum_T)
 
 
-def _backward(chunk_size: int, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
+def _backward(
+    chunk_size: int, transposed: TransposedProduct, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
     """`d logit = d_logp * (one_hot(target) - softmax) + d_log_sum * softmax`.
 
     Each chunk writes its own rows of d unembedding.
@@ -97,7 +104,7 @@ def _backward(chunk_size: int, saved: tuple[Array, ...], cotangents: tuple[Array
         d_target_TC = jnp.where(is_target_TC, d_logp_T[:, None], 0)
         d_logits_TC = (d_target_TC + (d_log_sum_T - d_logp_T)[:, None] * softmax_TC).astype(hidden.dtype)
         rows_CE = jax.lax.dynamic_slice_in_dim(matrix, start, size)
-        d_rows_CE = transposed_product(d_logits_TC, hidden).astype(unembedding.dtype)
+        d_rows_CE = transposed(d_logits_TC, hidden).astype(unembedding.dtype)
         return (
             d_hidden_TE + product(d_logits_TC, rows_CE, 1, 0),
             jax.lax.dynamic_update_slice_in_dim(d_unembedding_VE, d_rows_CE, start, axis=0),

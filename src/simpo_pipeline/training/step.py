@@ -210,6 +210,7 @@ def answer_logps(
         placement.unembedding(unembedding(params)).array,
         part.targets.reshape(part.targets.size),
         config.logprob_chunk_size,
+        placement.unembedding_gradient,
     )
     return logps.reshape(part.targets.shape), log_sums.reshape(part.targets.shape)
 

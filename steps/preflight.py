@@ -73,16 +73,11 @@ def preflight(job: PreflightJob, topology_name: str, prefix: str) -> bool:
     topology = find_topology(topology_name)
     devices = describe_devices(topology)
     # Imported here because planning must not import jax.
-    import jax
-
     from simpo_pipeline.distributed.programs import forbid_strays
     from simpo_pipeline.preflight.report import as_json, as_text
     from steps.preflight_plan import examine_job
 
     forbid_strays()
-    # Kernels carry the paths of their source files into the fingerprint: what was compiled in one environment would not
-    # be found from another.
-    jax.config.update("jax_hlo_source_file_canonicalization_regex", "^.*/")
     with log_lines(to_stderr=True):
         report = examine_job(job, topology, devices)
     path = join(prefix, f"preflight-{topology.name}.json")

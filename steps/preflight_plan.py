@@ -172,7 +172,7 @@ def _shape_of(job: PreflightJob) -> LlamaConfig:
     if job.trainer.packing:
         raise ConfigError(
             "--preflight cannot know the shape of packed rows, which depends on the data; check the same run with "
-            "packing off, whose rows need no less memory"
+            "packing off"
         )
     return job.model
 

@@ -38,7 +38,7 @@ def make_pair(index: int, prompt: int, chosen: int, rejected: int, *, same_promp
 
 
 PAIRS = st.lists(
-    st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=8
+    st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=24
 ).map(lambda sizes: [make_pair(index, *lens, same_prompt=same) for index, (*lens, same) in enumerate(sizes)])
 
 
@@ -77,6 +77,9 @@ def assert_each_answer_is_predicted_from_its_beginning(batch: RowBatch, pairs: l
 
 
 def assert_each_token_is_in_the_slot_of_its_pair(batch: RowBatch, shape: RowShape, num_pairs: int) -> None:
+    if not shape.slot_lens:
+        assert batch.slots.size == 0
+        return
     seen = set()
     for row, slots in enumerate(batch.slots):
         held = np.zeros(shape.row_len, int)
@@ -131,17 +134,26 @@ def test_a_shape_holds_every_batch_of_a_run():
     batches = [[make_pair(index, 5, 30 * index + 1, 10) for index in indices] for indices in ((0, 0), (3, 3, 2), (1,))]
     shape = packed_shape(batches, 1)
     # The second batch has pairs of 105, 105 and 75 tokens, the first two of 15.
-    assert (shape.num_rows, shape.row_len, shape.slot_lens) == (1, 320, (128, 128, 128))
+    assert (shape.num_rows, shape.row_len, shape.slot_lens) == (1, 320, (128, 128, 96))
     for batch in batches:
         rows = packed_rows(_renumbered(batch), shape, PAD)
         assert_each_answer_is_predicted_from_its_beginning(rows, _renumbered(batch))
         assert_each_token_is_in_the_slot_of_its_pair(rows, shape, len(batch))
 
 
-def test_a_row_is_never_shorter_than_its_longest_slot():
-    # The fullest row of the first batch has 65 tokens, and so has the longest pair of the second, in a row of its own.
-    shape = packed_shape([[make_pair(0, 5, 30, 32)], [make_pair(0, 2, 1, 1)]], 1)
-    assert shape.row_len == 128 and shape.slot_lens == (128,)
+def test_there_are_slots_only_where_they_cost_less_than_the_row():
+    long, short = make_pair(0, 5, 60, 64), make_pair(1, 5, 2, 2)
+    # One slot is no shorter than the row.
+    assert packed_shape([[long]], 1).slot_lens == ()
+    # Each row has room for the longest pair of any.
+    assert packed_shape([[long, short], [short, short, short]], 2).slot_lens == ()
+    assert packed_shape([[long, short, short]], 1).slot_lens == (128, 32, 32)
+
+
+def test_a_pair_longer_than_its_slot_is_refused():
+    short, long = make_pair(0, 5, 2, 2), make_pair(1, 5, 40, 40)
+    with pytest.raises(ValueError, match="the shape of other batches"):
+        packed_rows([long], packed_shape([[short] * 9], 1), PAD)
 
 
 def test_slots_of_many_lengths_are_raised_to_few():

@@ -1,5 +1,6 @@
 """Programs are compiled ahead, named, kept, and the only way to a device once strays are forbidden."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simpo_pipeline.distributed.mesh import global_mesh, hosts_mesh, local_mesh, training_mesh
-from simpo_pipeline.distributed.programs import Programs, allow_strays, first_difference, forbid_strays
+from simpo_pipeline.distributed.programs import Programs, allow_strays, first_difference, forbid_strays, lower_program
 from simpo_pipeline.errors import ConfigError
 
 VECTOR = jax.ShapeDtypeStruct((4,), np.float32)
@@ -40,6 +41,37 @@ def test_a_constant_a_shape_and_a_device_set_all_change_the_fingerprint():
         programs.compile("scale", lambda x: x * 2.0, on_mesh).fingerprint,
     }
     assert len(prints) == 4
+
+
+KERNEL = """
+import jax
+from jax.experimental import pallas
+
+
+def double(x_ref, out_ref):
+    out_ref[...] = x_ref[...] * 2
+
+
+def run(x):
+    return pallas.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+"""
+
+
+def test_a_kernel_is_the_same_program_wherever_its_file_lies(tmp_path):
+    texts = []
+    for folder in ("here", "elsewhere"):
+        path = tmp_path / folder / "kernel.py"
+        path.parent.mkdir()
+        path.write_text(KERNEL)
+        spec = importlib.util.spec_from_file_location("kernel", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        lower_program("any", lambda x: x, VECTOR)  # sets how files are named
+        traced = jax.jit(module.run).trace(jax.ShapeDtypeStruct((8, 128), np.float32))
+        texts.append(traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert "tpu_custom_call" in texts[0]
+    assert texts[0] == texts[1]
 
 
 def test_a_donated_argument_is_dead_after_the_launch():

@@ -40,8 +40,10 @@ def test_sizes_follow_the_work(mesh: Mesh) -> None:
 
 def test_what_is_given_stays(mesh: Mesh) -> None:
     given = EngineConfig(max_seqs=3, max_seq_len=100, page_size=8, num_pages=77, prefill_chunk_tokens=32)
-    sizes = size(given, work_of((20, 30)), mesh)
+    sizes = size(given, work_of(*[(20, 30)] * 3), mesh)
     assert sizes == EngineSizes(3, 100, 8, 77, prefill_chunk_tokens=32, decode_steps_per_call=32)
+    # But there are never more sequences than work.
+    assert size(given, work_of((20, 30)), mesh).max_seqs == 1
 
 
 def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:

@@ -19,6 +19,7 @@ from simpo_pipeline.model.transformer import (
     transform,
     unembedding,
 )
+from simpo_pipeline.ops.linear import scattered_product
 from simpo_pipeline.ops.logprobs import token_logprobs
 
 SEQUENCES, POSITIONS = 8, 16
@@ -58,6 +59,28 @@ def bytes_on_first_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def products():
+    """How far each `scattered_product` is from numpy's, by what is split how, and the places of its result."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for case in (
+        *(((4, 1), ("data",), "data", None, 64, 8, 24), ((4, 1), ("data",), None, "data", 64, 8, 24)),
+        *(((2, 2), ("data",), "model", "data", 64, 8, 24), ((2, 2), ("data",), "data", "model", 64, 8, 24)),
+        *(((2, 2), ("data", "model"), None, "data", 64, 8, 24), ((4, 1), ("data",), None, "data", 64, 8, 23)),
+        ((4, 1), ("data",), None, "data", 63, 8, 24),
+    ):
+        shape, rows_axes, out_axis, in_axis, num_rows, out_len, in_len = case
+        mesh = Mesh(np.asarray(jax.devices()).reshape(shape), ("data", "model"))
+        left, right = rng.normal(size=(num_rows, out_len)), rng.normal(size=(num_rows, in_len))
+        for dtype in (jnp.float32, jnp.bfloat16):
+            given = [jnp.asarray(x, dtype) for x in (left, right)]
+            got = jax.jit(scattered_product(mesh, rows_axes, out_axis, in_axis))(*given)
+            expected = np.asarray(given[0], np.float64).T @ np.asarray(given[1], np.float64)
+            difference = float(np.abs(np.asarray(got) - expected).max())
+            found[str((*case, dtype.__name__))] = [difference, str(getattr(got.sharding, "spec", None))]
+    return found
+
+
 def main():
     config = LlamaConfig.from_hf(json.loads(sys.argv[1]))
     one, four = (Mesh(np.asarray(jax.devices()[:count]).reshape(count, 1), ("data", "model")) for count in (1, 4))
@@ -74,6 +97,7 @@ def main():
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(split_arguments[0])),
         "parameter_bytes_per_device": bytes_on_first_device(split_arguments[0]),
         "gradient_bytes_per_device": bytes_on_first_device(gradient),
+        "products": products(),
         "shapes": sorted(set(re.findall(r"f32\[[\d,]*\]", split.as_text() or ""))),
     }
     print(json.dumps(found))

@@ -105,6 +105,14 @@ def test_each_of_four_devices_keeps_a_quarter_of_the_parameters_and_of_the_gradi
     assert four_devices["gradient_bytes_per_device"] * 4 == four_devices["parameter_bytes"]
 
 
+def test_scattered_products_are_those_of_one_device_and_lie_in_parts(four_devices):
+    products = four_devices["products"]
+    assert len(products) == 14
+    assert max(difference for difference, _ in products.values()) < 2e-5
+    in_parts = [place for name, (_, place) in products.items() if "64, 8, 24" in name]
+    assert len(in_parts) == 10 and all("data" in place for place in in_parts), products
+
+
 def test_hidden_states_are_split_over_sequences_and_never_summed_over_devices(four_devices):
     # [8 sequences, 16 positions, 24] is split 2 to a device; the whole of it must occur nowhere.
     assert "f32[2,16,24]" in four_devices["shapes"]

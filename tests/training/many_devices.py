@@ -65,7 +65,11 @@ def make_loader(config: TrainerConfig, num_groups: int) -> PairLoader:
     def tokens() -> np.ndarray:
         return rng.integers(1, 40, size=rng.integers(6, 13), dtype=np.int32)
 
-    pairs = [TokenizedPair(f"toy-{index}", tokens(), tokens(), 3, 3) for index in range(10)]
+    pairs = []
+    for index in range(10):
+        prompt, chosen, rejected = tokens()[:3], tokens(), tokens()
+        both = np.concatenate([prompt, chosen[3:]]), np.concatenate([prompt, rejected[3:]])
+        pairs.append(TokenizedPair(f"toy-{index}", *both, 3, 3))
     return PairLoader(
         pairs=pairs,
         batch_size=config.train_batch_size,

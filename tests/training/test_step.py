@@ -15,6 +15,7 @@ from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.data.rows import packed_rows, packed_shape
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.sharding import fsdp_placement
 from simpo_pipeline.model.transformer import Llama, init_llama
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from simpo_pipeline.training.step import BatchArrays, answer_logps, loss_and_gradient, place_batch
@@ -102,9 +103,11 @@ def plain_loss_and_gradient(
     return jax.value_and_grad(plain_loss)(params, config, pairs, simpo)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _ours(params: Llama, batch: BatchArrays, config: TrainerConfig) -> tuple[jax.Array, Llama]:
-    metrics, gradient = loss_and_gradient(params, batch, config)
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "slot_lens"))
+def _ours(
+    params: Llama, batch: BatchArrays, config: TrainerConfig, mesh: Mesh, slot_lens: tuple[int, ...]
+) -> tuple[jax.Array, Llama]:
+    metrics, gradient = loss_and_gradient(params, batch, config, fsdp_placement(mesh, jnp.float32, slot_lens))
     return metrics["loss"], gradient
 
 
@@ -113,8 +116,9 @@ def ours(params: Llama, five_pairs: list[TokenizedPair], one_device: Mesh, make_
     """Loss and gradient of the first update of a run."""
 
     def compute(config: TrainerConfig, pad_id: int = 0) -> tuple[jax.Array, Llama]:
-        batch = make_loader(five_pairs, config, pad_id=pad_id).batch(0)
-        return _ours(params, place_batch(batch, config, one_device), config)
+        loader = make_loader(five_pairs, config, pad_id=pad_id)
+        batch = place_batch(loader.batch(0), config, one_device)
+        return _ours(params, batch, config, one_device, loader.shape.slot_lens)
 
     return compute
 
@@ -164,9 +168,12 @@ def test_parts_of_a_batch_add_up_to_the_whole(packing, tiny_run, ours):
 
 def test_an_answer_in_a_packed_row_is_as_likely_as_alone(params, tiny_run, five_pairs, one_device):
     config = dataclasses.replace(tiny_run, train_batch_size=5, packing=True)
-    batch = packed_rows(five_pairs, packed_shape([five_pairs], 1), 0)
+    shape = packed_shape([five_pairs], 1)
+    assert shape.slot_lens
+    placement = fsdp_placement(one_device, jnp.float32, shape.slot_lens)
+    batch = packed_rows(five_pairs, shape, 0)
     part = jax.tree.map(lambda array: array[0], place_batch(batch, config, one_device).parts)
-    logps, _ = jax.jit(lambda params, part: answer_logps(params, part, config))(params, part)
+    logps, _ = jax.jit(lambda params, part: answer_logps(params, part, config, placement))(params, part)
     plain = plain_pairs(five_pairs)
     logits = plain_logits(params, params.config, jnp.asarray(plain.tokens.reshape(10, -1)))
     alone = jax.nn.log_softmax(logits, axis=-1)

@@ -15,6 +15,7 @@ from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.model.gguf_weights import convert_gguf
 from simpo_pipeline.model.hf_weights import LAYER_TENSORS, TOP_TENSORS, load_config, load_weights
+from simpo_pipeline.model.sharding import fsdp_placement
 from simpo_pipeline.model.transformer import Llama, abstract_llama
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from simpo_pipeline.training.step import loss_and_gradient, place_batch
@@ -90,8 +91,11 @@ def by_tensor(gradient: Llama) -> dict[str, np.ndarray]:
 def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm2, one_device: Mesh):
     config = replace(RUN, train_batch_size=len(pairs), packing=packing)
     params = load_weights(smollm2, abstract_llama(load_config(smollm2), jnp.float32))
-    batch = place_batch(loader_of(pairs, config).batch(0), config, one_device)
-    metrics, gradient = jax.jit(loss_and_gradient, static_argnums=2)(params, batch, config)
+    loader = loader_of(pairs, config)
+    assert bool(loader.shape.slot_lens) == packing
+    placement = fsdp_placement(one_device, jnp.float32, loader.shape.slot_lens)
+    batch = place_batch(loader.batch(0), config, one_device)
+    metrics, gradient = jax.jit(loss_and_gradient, static_argnums=(2, 3))(params, batch, config, placement)
     expected = dict(zip(golden["metric_names"].tolist(), golden["metric_values"].tolist(), strict=True))
     assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     ours = by_tensor(gradient)

@@ -23,7 +23,7 @@ _LEAST = {"batch_size": 1, "seq_len": 2, "seed": 0, "pad_id": 0, "num_updates": 
 class PairLoader:
     """Serve the `num_updates` batches of a run, of `batch_size` pairs each, as rows of one shape.
 
-    With `packing` rows are as long and as many as the run's batches need (`rows.packed_shape`); without, each sequence
+    With `packing` each group has a row, as long as the run's batches need (`rows.packed_shape`); without, each sequence
     has a row of `seq_len` tokens. Rows fall into `num_groups` groups of equal size. `pad_id` fills what is left.
     `mixture` says which of the pairs belong to which dataset; without, they are one.
 

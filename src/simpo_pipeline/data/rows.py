@@ -27,6 +27,7 @@ from simpo_pipeline.data.pairs import TokenizedPair
 
 # Rows and slots are so many tokens long, or a multiple: products and attention like it.
 _ROW_STEP = 64
+_SLOT_STEP = 32
 _PREDICTIONS_STEP = 8
 # Slots of one length are attended together, and each length is a piece of program of its own.
 _MOST_SLOT_LENS = 6
@@ -41,6 +42,7 @@ class RowShape:
         num_groups: Into so many groups the rows fall, neighbours together: what one device computes at a time.
         num_predictions: Predictions that a group has room for.
         slot_lens: Of packed rows, the longest first: a row's pairs, by their lengths, have no more tokens than these.
+            Empty where attention over the whole row costs no more.
     """
 
     num_rows: int
@@ -105,14 +107,12 @@ def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) ->
             by_slot = [max(both) for both in itertools.zip_longest(by_slot, in_row, fillvalue=0)]
             row_len = max(row_len, sum(in_row))
             num_predictions = max(num_predictions, sum(_num_answer_tokens(batch[index]) for index in row))
-    slot_lens = _few_lens([_rounded_up(length, _ROW_STEP) for length in by_slot])
-    return RowShape(
-        num_groups,
-        max(_rounded_up(row_len, _ROW_STEP), slot_lens[0]),
-        num_groups,
-        _rounded_up(num_predictions, _PREDICTIONS_STEP),
-        slot_lens,
-    )
+    row_len = _rounded_up(row_len, _ROW_STEP)
+    slot_lens = _few_lens([_rounded_up(length, _SLOT_STEP) for length in by_slot])
+    # All slots are attended, in every row: of few pairs whose lengths vary much from row to row they are long.
+    pays = sum(length**2 for length in slot_lens) < row_len**2
+    num_predictions = _rounded_up(num_predictions, _PREDICTIONS_STEP)
+    return RowShape(num_groups, row_len, num_groups, num_predictions, slot_lens if pays else ())
 
 
 def padded_shape(
@@ -136,17 +136,20 @@ def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
 
 
 def packed_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
-    """The batch in packed rows."""
+    """The batch in packed rows; ValueError where a pair is longer than its slot."""
     lengths = [packed_len(pair) for pair in pairs]
     slots = np.zeros((shape.num_rows, len(shape.slot_lens), 2), np.int32)
     pair_rows = np.zeros(len(pairs), np.int32)
     pieces: dict[int, list[_Piece]] = {}
     for number, row in enumerate(fill_rows(lengths, shape.num_rows)):
         pieces[number] = [piece for index in row for piece in _packed_pieces(pairs[index], index)]
-        in_row = [lengths[index] for index in row]
-        slots[number, : len(row), 0] = np.cumsum([0, *in_row])[:-1]
-        slots[number, : len(row), 1] = in_row
         pair_rows[row] = number
+        if shape.slot_lens:
+            in_row = [lengths[index] for index in row]
+            if any(length > most for length, most in zip(in_row, shape.slot_lens, strict=False)):
+                raise ValueError(f"pairs of {in_row} tokens in slots of {shape.slot_lens}: the shape of other batches")
+            slots[number, : len(row), 0] = np.cumsum([0, *in_row])[:-1]
+            slots[number, : len(row), 1] = in_row
     return _laid_out(pieces, pairs, pair_rows, slots, shape, pad_id)
 
 

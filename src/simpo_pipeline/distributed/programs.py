@@ -202,6 +202,9 @@ def lower_program(
     def program(*args: Any) -> Any:
         return function(*args)
 
+    # Kernels carry the names of their source files into the text: with folders it would be another one on a host, or in
+    # an environment, where they lie elsewhere.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", "^.*/")
     program.__name__ = program.__qualname__ = name
     jitted = jax.jit(program, donate_argnums=tuple(donate_argnums), out_shardings=out_shardings)
     lowered = jitted.lower(*abstract_args)

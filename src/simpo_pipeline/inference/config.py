@@ -116,7 +116,7 @@ class EngineConfig:
     """Sizes of one engine as they are asked for; what is None is derived from memory and work (`sizing`).
 
     Attributes:
-        max_seqs: Sequences that decode together; None for as many as there are, 256 at most.
+        max_seqs: Sequences that decode together at most, 256 if None; no more than there are.
         max_seq_len: Tokens of the longest sequence, prompt and generated together; None for the longest there is.
         page_size: Tokens of one sequence whose keys and values lie together; None for what suits the devices.
         num_pages: Pages in the cache; None for what the work can fill and memory can hold.

@@ -84,7 +84,8 @@ def size_engine(
     page_size = config.page_size or attention.default_page_size
     max_seq_len = config.max_seq_len or min(model.max_seq_len, max(1, work.longest_total))
     sizes = EngineSizes(
-        max_seqs=config.max_seqs or max(1, min(work.num_requests, _MOST_SEQS)),
+        # More rows than requests would be computed for nobody.
+        max_seqs=max(1, min(work.num_requests, config.max_seqs or _MOST_SEQS)),
         max_seq_len=max_seq_len,
         page_size=page_size,
         num_pages=1,

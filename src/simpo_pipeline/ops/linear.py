@@ -74,9 +74,11 @@ def scattered_product(
     """A `transposed_product` of rows split over axes of a mesh, each device left with its part of the sum.
 
     `out_axis` and `in_axis` say over which axes of the mesh the result's are split, one of them over the first of
-    `rows_axes`. Left to itself XLA multiplies in slices that are slower than one product, or sums the whole result on
-    every device; so does its TPU backend with an explicit reduce-scatter over many chips. Hence parts are exchanged,
-    and summed where they arrive.
+    `rows_axes`; over the others each part is then summed whole. What does not fall into equal parts is left to XLA.
+
+    XLA by itself multiplies in slices that are slower than one product, or sums the whole result on every device; so
+    does its TPU backend with an explicit reduce-scatter over many chips. Hence parts are exchanged, and summed where
+    they arrive.
     """
     split, *others = rows_axes
 

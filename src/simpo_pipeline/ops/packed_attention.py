@@ -48,7 +48,7 @@ def packed_attention_on(
 ) -> Callable[[Array, Array, Array, Segments], Array]:
     """`packed_attention` of rows split over one axis of the mesh, and heads over another if it divides them.
 
-    Each device's part is computed there, without any traffic.
+    Each device's part is computed there, without any traffic; where they are not divided, each computes all heads.
     """
 
     def attend_here(q: Array, k: Array, v: Array, segments: Segments) -> Array:

@@ -134,8 +134,9 @@ def _attend_on_one_device(
         single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
         # Each has its query, so all of them wait for their blocks.
         all_of_them = jnp.full(1, num_single, jnp.int32)
-        out = _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
-        parts.append(jnp.where(kv_lens[:num_single, None, None] > 0, out, 0))
+        parts.append(
+            _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
+        )
     if num_single < kv_lens.shape[0]:
         starts = query_starts[num_single:] - num_single
         parts.append(_attend_chunks(q[num_single:], kv_pages, page_table[num_single:], starts, kv_lens[num_single:]))

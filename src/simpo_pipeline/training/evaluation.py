@@ -9,6 +9,8 @@ from simpo_pipeline.training.config import SimpoConfig
 
 # Of the standard normal distribution, for 95% intervals.
 _Z = 1.959963984540054
+# A mean of fewer is further from a normal distribution, with its standard deviation estimated, than an interval says.
+_FEWEST_FOR_A_MEAN = 30
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,12 @@ def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
 
 
 def margin_gain(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
-    """By how much the mean margin of the same pairs rose, with the normal interval for it; None for less than 2 pairs.
+    """By how much the mean margin of the same pairs rose, with the normal interval for it; None for less than 30 pairs.
 
     Accuracy sees a pair only when its margin changes sign, so this needs fewer pairs to tell that something was learnt.
     """
     rises = [new - old for old, new in zip(before, after, strict=True)]
-    if len(rises) < 2:
+    if len(rises) < _FEWEST_FOR_A_MEAN:
         return None
     value, half = statistics.fmean(rises), _Z * statistics.stdev(rises) / math.sqrt(len(rises))
     return Estimate(value, value - half, value + half)

@@ -64,17 +64,17 @@ def products():
     rng = np.random.default_rng(0)
     found = {}
     for case in (
-        *(((4, 1), ("data",), "data", None, 64, 8, 24), ((4, 1), ("data",), None, "data", 64, 8, 24)),
-        *(((2, 2), ("data",), "model", "data", 64, 8, 24), ((2, 2), ("data",), "data", "model", 64, 8, 24)),
-        *(((2, 2), ("data", "model"), None, "data", 64, 8, 24), ((4, 1), ("data",), None, "data", 64, 8, 23)),
-        ((4, 1), ("data",), None, "data", 63, 8, 24),
+        *(((4, 1), ("data",), False, None, 64, 8, 24), ((4, 1), ("data",), True, None, 64, 8, 24)),
+        *(((2, 2), ("data",), True, "model", 64, 8, 24), ((2, 2), ("data",), False, "model", 64, 8, 24)),
+        *(((2, 2), ("data", "model"), True, None, 64, 8, 24), ((4, 1), ("data",), True, None, 64, 8, 23)),
+        ((4, 1), ("data",), True, None, 63, 8, 24),
     ):
-        shape, rows_axes, out_axis, in_axis, num_rows, out_len, in_len = case
+        shape, rows_axes, scatters_in, other, num_rows, out_len, in_len = case
         mesh = Mesh(np.asarray(jax.devices()).reshape(shape), ("data", "model"))
         left, right = rng.normal(size=(num_rows, out_len)), rng.normal(size=(num_rows, in_len))
         for dtype in (jnp.float32, jnp.bfloat16):
             given = [jnp.asarray(x, dtype) for x in (left, right)]
-            got = jax.jit(scattered_product(mesh, rows_axes, out_axis, in_axis))(*given)
+            got = jax.jit(scattered_product(mesh, rows_axes, scatters_in=scatters_in, other_axis=other))(*given)
             expected = np.asarray(given[0], np.float64).T @ np.asarray(given[1], np.float64)
             difference = float(np.abs(np.asarray(got) - expected).max())
             found[str((*case, dtype.__name__))] = [difference, str(getattr(got.sharding, "spec", None))]

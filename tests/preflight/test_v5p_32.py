@@ -24,8 +24,8 @@ SMALLEST_GRADIENT_BYTES = 1024 * 4096 * 4
 # 1,088 pages of 128 tokens, keys and values of 2 heads of 128 on each chip, in bfloat16.
 CACHE_OF_A_LAYER_BYTES = 1088 * 128 * 2 * 2 * 128 * 2
 LAYERS = 32
-MOST_BYTES = {"start": 7 * GB, "train": 59 * GB, "hand over": 11 * GB, "empty cache": 16 * GB, "generate": 17 * GB}
-EXPECTED_RATIO = {"train_step": 1.68, "engine_decode_64": 2.83}
+MOST_BYTES = {"start": 7 * GB, "train": 56 * GB, "hand over": 11 * GB, "empty cache": 16 * GB, "generate": 17 * GB}
+EXPECTED_RATIO = {"train_step": 1.36, "engine_decode_32": 2.49}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_every_host_has_the_same_programs(report):
     for program in report["programs"]:
         by_name.setdefault(program["name"], set()).add(program["stablehlo"])
     assert {name: len(prints) for name, prints in by_name.items()} == dict.fromkeys(by_name, 1)
-    hosts = {program["host"] for program in report["programs"] if program["name"] == "engine_decode_64"}
+    hosts = {program["host"] for program in report["programs"] if program["name"] == "engine_decode_32"}
     assert hosts == {0, 1, 2, 3}
 
 
@@ -75,14 +75,14 @@ def test_the_handoff_moves_bfloat16_alone(report):
 
 
 def test_the_cache_is_updated_in_place(report):
-    for name in ("engine_decode_64", "engine_prefill_4096", "engine_prefill_4096_decode_64", "engine_copy_pages"):
+    for name in ("engine_decode_32", "engine_prefill_4096", "engine_prefill_4096_decode_32", "engine_copy_pages"):
         for program in compiled(report, name):
             assert program["memory"]["aliased"] >= LAYERS * CACHE_OF_A_LAYER_BYTES
             assert program["largest_copy_bytes"] < CACHE_OF_A_LAYER_BYTES
             assert program["memory"]["temporary"] < LAYERS * CACHE_OF_A_LAYER_BYTES // 2
 
 
-@pytest.mark.parametrize("name", ["train_step", "engine_decode_64"])
+@pytest.mark.parametrize("name", ["train_step", "engine_decode_32"])
 def test_the_compiler_expects_no_more_over_the_roofline_than_it_did(report, name):
     for program in compiled(report, name):
         assert program["estimate_over_roofline"] <= 1.05 * EXPECTED_RATIO[name]

@@ -93,7 +93,11 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
         places = _places((*out_axes, *in_axes), mesh, TRAINING_RULES)
         # Of several axes that are one of the matrix's, only the first may be split.
         out_place, in_place = places[0], places[len(out_axes)]
-        return scattered_product(mesh, ("data",), out_place, in_place) if "data" in places else transposed_product
+        if "data" not in places:
+            return transposed_product
+        scatters_in = in_place == "data"
+        other = out_place if scatters_in else in_place
+        return scattered_product(mesh, ("data",), scatters_in=scatters_in, other_axis=other)
 
     # A slice of a table that is split over devices would be gathered chunk by chunk: the tokens are split instead.
     by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
@@ -104,7 +108,7 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
         attend=attend,
         gradient=summed_in_parts,
-        unembedding_gradient=scattered_product(mesh, ("data", "model"), None, "data"),
+        unembedding_gradient=scattered_product(mesh, ("data", "model"), scatters_in=True),
     )
 
 

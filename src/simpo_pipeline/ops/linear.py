@@ -69,42 +69,41 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def scattered_product(
-    mesh: Mesh, rows_axes: tuple[str, ...], out_axis: str | None, in_axis: str | None
+    mesh: Mesh, rows_axes: tuple[str, ...], *, scatters_in: bool, other_axis: str | None = None
 ) -> TransposedProduct:
     """A `transposed_product` of rows split over axes of a mesh, each device left with its part of the sum.
 
-    `out_axis` and `in_axis` say over which axes of the mesh the result's are split, one of them over the first of
-    `rows_axes`; over the others each part is then summed whole. What does not fall into equal parts is left to XLA.
+    Of the result [out, in] the axis in, or out, is then split over `rows_axes`, the other one over `other_axis`, as its
+    side was. What does not fall into equal parts is left to XLA.
 
     XLA by itself multiplies in slices that are slower than one product, or sums the whole result on every device; so
     does its TPU backend with an explicit reduce-scatter over many chips. Hence parts are exchanged, and summed where
     they arrive.
     """
-    split, *others = rows_axes
+    num_parts = math.prod(mesh.shape[axis] for axis in rows_axes)
 
-    def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+    def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out_part in_part"]:
         # Parts are of the first axis: of the last they would lie in strides.
-        if in_axis == split:
+        if scatters_in:
             return sum_of(transposed_product(right, left)).T
         return sum_of(transposed_product(left, right))
 
-    def sum_of(whole: Float[Array, "split other"]) -> Float[Array, "part other"]:
-        by_part = whole.reshape(mesh.shape[split], -1, whole.shape[1])
-        part = jax.lax.all_to_all(by_part, split, 0, 0).sum(axis=0)
-        return jax.lax.psum(part, others) if others else part
+    def sum_of(whole: Float[Array, "scattered other"]) -> Float[Array, "part other"]:
+        by_part = whole.reshape(num_parts, -1, whole.shape[1])
+        return jax.lax.all_to_all(by_part, rows_axes, 0, 0).sum(axis=0)
 
-    def rows_placed(axis: str | None) -> PartitionSpec:
-        return PartitionSpec(rows_axes, None if axis in rows_axes else axis)
-
-    in_specs = rows_placed(out_axis), rows_placed(in_axis)
+    kept, split = PartitionSpec(rows_axes, other_axis), PartitionSpec(rows_axes)
     on_each = jax.shard_map(
-        scattered, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(out_axis, in_axis), check_vma=False
+        scattered,
+        mesh=mesh,
+        in_specs=(kept, split) if scatters_in else (split, kept),
+        out_specs=PartitionSpec(other_axis, rows_axes) if scatters_in else kept,
+        check_vma=False,
     )
 
     def multiply(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
-        scattered_len = left.shape[1] if out_axis == split else right.shape[1]
-        divides = left.shape[0] % math.prod(mesh.shape[axis] for axis in rows_axes) == 0
-        return (on_each if divides and scattered_len % mesh.shape[split] == 0 else transposed_product)(left, right)
+        divided = left.shape[0], (right if scatters_in else left).shape[1]
+        return (transposed_product if any(size % num_parts for size in divided) else on_each)(left, right)
 
     return multiply
 

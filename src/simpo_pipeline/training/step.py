@@ -112,7 +112,6 @@ def build_train_step(
         state,
         abstract_batch(config, mesh, shape),
         donate_argnums=(0,),
-        compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())),
     )
 
@@ -274,10 +273,6 @@ def place_batch(batch: RowBatch, config: TrainerConfig, mesh: Mesh) -> BatchArra
 
 
 _BY_ROW = PartitionSpec(None, DATA_AXIS)
-# Gradients of weights are products of full size, summed and scattered after. In slices while a ring adds them up, as
-# the compiler would do by itself, they run at half the speed: of an 8B update on 16 chips of a v5p it then expects a
-# quarter more.
-_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
 def _over_parts(function: Callable[[PartArrays], Any], batch: BatchArrays) -> Any:

@@ -126,7 +126,7 @@ def test_queries_of_no_sequence_give_zeros(backend: PagedAttention) -> None:
     batch = random_batch(np.random.default_rng(0), [4, 9, 7, 3], [1, 1, 2, 0], page_size=4, num_single=2, padding=3)
     batch.kv_lens[[0, 3]] = 0
     out = batch.attend(backend)
-    assert not out[[4, 5, 6]].any()
+    assert not out[[0, 4, 5, 6]].any()
     assert out[1:4].all()
 
 

@@ -82,7 +82,8 @@ class PagedAttention(Protocol):
 
         Token p of sequence s lies in page `page_table[s, p // page_size]`, slot `p % page_size`, for p < kv_lens[s];
         the rest of its row may hold any page. Query head h reads key/value head `h // (heads // kv_heads)`. Scores
-        and softmax are fp32; the result has q's dtype. Queries of no sequence give zeros, single ones anything.
+        and softmax are fp32; the result has q's dtype. Queries of no sequence give zeros, but
+        single ones may give anything where a kernel of the device attends.
         """
         ...
 

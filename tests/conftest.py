@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from types import ModuleType
@@ -22,6 +24,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One run of pytest compiles equal programs once: its workers, and the jobs that tests start, share a folder."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # jax has found it in the environment
+    folder = tempfile.mkdtemp(prefix="simpo_pipeline_compiled_")
+    config.add_cleanup(lambda: shutil.rmtree(folder))
+    for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.2)):
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +59,14 @@ class FinishedJob:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory):
-    """Runs a script in many real processes of one job, through the project's own launcher.
-
-    The jobs share what XLA has compiled, also those of other workers: most of them run the same programs.
-    """
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
+def launch():
+    """Runs a script in many real processes of one job, through the project's own launcher."""
 
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
         command = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(num_processes)]
         command += ["--devices_per_host", str(devices), "--", sys.executable, str(ROOT / script)]
         done = subprocess.run(
             [*command, *map(str, words)],
-            env=os.environ | compiled,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

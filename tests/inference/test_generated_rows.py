@@ -45,14 +45,14 @@ def test_rows_of_an_earlier_file_are_gone_before_the_first_new_one(where, tmp_pa
     assert found(path) == [2]
 
 
-def test_on_a_bucket_rows_are_uploaded_every_half_minute_and_at_the_end(gcs_here) -> None:
+def test_on_a_bucket_rows_are_uploaded_every_two_seconds_and_at_the_end(gcs_here) -> None:
     path, clock = f"{gcs_here}/rows.jsonl", Clock()
     with RowStream(path, clock) as stream:
-        for number in range(100):
-            clock.seconds = float(number)
+        for number in range(20):
+            clock.seconds = number / 4
             stream.write([{"number": number}])
-            assert found(path) == list(range(number // 30 * 30 + 1 if number >= 30 else 0))
-    assert found(path) == list(range(100))
+            assert found(path) == list(range(number // 8 * 8 + 1 if number >= 8 else 0))
+    assert found(path) == list(range(20))
 
 
 def test_uploads_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

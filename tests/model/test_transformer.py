@@ -12,6 +12,7 @@ from haliax import Axis, NamedArray
 
 from simpo_pipeline.model.config import Llama3RopeScaling
 from simpo_pipeline.model.transformer import (
+    ANYWHERE,
     abstract_llama,
     attend_whole_sequences,
     frequencies,
@@ -27,8 +28,8 @@ def _tokens(config, batch=2, seq=10):
     return tokens, np.broadcast_to(np.arange(seq, dtype=np.int32), tokens.shape)
 
 
-@partial(jax.jit, static_argnames=("dtype", "remat"))
-def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat="none"):
+@partial(jax.jit, static_argnames=("dtype", "remat", "placement"))
+def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat="none", placement=ANYWHERE):
     axes = (Axis("sequence", tokens.shape[0]), Axis("position", tokens.shape[1]))
     hidden, _ = transform(
         model,
@@ -38,6 +39,7 @@ def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat
         state=segments,
         dtype=dtype,
         remat=remat,
+        placement=placement,
     )
     return logits(model, hidden)
 
@@ -154,6 +156,21 @@ def test_computing_layers_again_changes_no_gradient(small_config, small_model, d
             assert one.dtype == jnp.float32
             assert (one != 0).any()
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(np.abs(one).max()))
+
+
+def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, small_model):
+    tokens, positions = _tokens(small_config)
+
+    def loss(model, placement):
+        return hax.mean(_logits(model, tokens, positions, placement=placement)).scalar()
+
+    kept, flat = (
+        jax.jit(jax.grad(partial(loss, placement=ANYWHERE._replace(keeps_heads=keeps))))(small_model)
+        for keeps in (True, False)
+    )
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(flat), strict=True):
+        assert (one != 0).any()
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(np.abs(one).max()))
 
 
 def test_bfloat16_logits_are_near_the_fp32_ones(small_config, small_model):

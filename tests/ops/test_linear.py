@@ -30,6 +30,27 @@ def test_linear_and_its_gradients_equal_the_matrix_products(rows, dtype, toleran
     assert (out.dtype, d_x.dtype, d_weight.dtype) == (dtype, dtype, jnp.float32)
 
 
+@pytest.mark.parametrize(
+    ("num_in", "out_shape", "in_shape"), [(1, (4, 4), (24,)), (2, (16,), (4, 6)), (2, (4, 4), (4, 6))]
+)
+def test_axes_that_are_not_one_matrix_axis_change_neither_product_nor_gradients(num_in, out_shape, in_shape):
+    x, weight = _inputs((3, 5), jnp.float32)
+
+    def apart(x, weight):
+        out = linear(x.reshape(3, 5, *in_shape), weight.reshape(*out_shape, *in_shape), transposed_product, num_in)
+        return out.reshape(3, 5, -1)
+
+    for found, expected in zip(
+        _out_and_gradients(apart, x, weight), _out_and_gradients(linear, x, weight), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+def _out_and_gradients(function, x, weight):
+    out, pull = jax.vjp(function, x, weight)
+    return out, *pull(jnp.cos(out))
+
+
 def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32_and_not_rounded_to_the_compute_dtype():
     x = jnp.ones((512, 8), jnp.bfloat16)
     weight = jnp.zeros((8, 8), jnp.float32)

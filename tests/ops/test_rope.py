@@ -3,10 +3,18 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from simpo_pipeline.ops.rope import apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
+from simpo_pipeline.ops.rope import (
+    apply_rope,
+    apply_rope_by_product,
+    llama3_scaled_frequencies,
+    rope_frequencies,
+    rotation,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformers_llama3_rope.json"
 
@@ -60,3 +68,14 @@ def test_products_of_queries_and_keys_depend_on_their_distance_only():
 
     np.testing.assert_allclose(product(103, 100), product(3, 0), rtol=1e-4)
     assert abs(product(103, 100) - product(103, 99)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_by_a_product_the_turn_and_its_gradient_are_the_same(dtype):
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(rng.standard_normal((2, 5, 3, 8)), dtype) for _ in range(2))
+    turn = rotation(jnp.asarray(rng.integers(0, 4096, (2, 5)), jnp.int32), rope_frequencies(8, 10_000.0))
+    out, pull = jax.vjp(lambda x: apply_rope_by_product(x, turn), x)
+    expected, expected_pull = jax.vjp(lambda x: apply_rope(x, turn), x)
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(pull(d_out)[0], expected_pull(d_out)[0])

@@ -18,7 +18,8 @@ from simpo_pipeline.storage.files import open_read
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import is_local
 
-_UPLOAD_SECONDS = 30.0
+# A bucket takes one change of an object a second.
+_UPLOAD_SECONDS = 2.0
 # So that uploads, which keep the engine's next round waiting, take a twentieth of the time at most.
 _SECONDS_PER_UPLOAD_SECOND = 20.0
 

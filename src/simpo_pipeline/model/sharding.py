@@ -11,6 +11,7 @@ from typing import TypeVar
 import haliax as hax
 import jax
 from haliax import Axis, NamedArray
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -64,9 +65,11 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
     receives only its part of the sum. On one device there is nothing to place. Rows with slots of `slot_lens` attend
     slot by slot; others by a kernel where there is one, on TPUs.
     """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    in_rows = _in_rows if on_tpu else ANYWHERE.hidden
     attend = _attend_on(mesh, slot_lens)
     if mesh.size == 1:
-        return ANYWHERE._replace(attend=attend)
+        return ANYWHERE._replace(hidden=in_rows, attend=attend, keeps_heads=on_tpu)
 
     def at(array: NamedArray, spec: PartitionSpec) -> NamedArray:
         return NamedArray(jax.lax.with_sharding_constraint(array.array, NamedSharding(mesh, spec)), array.axes)
@@ -103,13 +106,19 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
     by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
     return Placement(
         weight=gathered_by(TENSOR_PARALLEL_RULES),
-        hidden=lambda hidden: at(hidden, PartitionSpec("data")),
+        hidden=lambda hidden: in_rows(at(hidden, PartitionSpec("data"))),
         unembedding=gathered_by({}),
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
         attend=attend,
         gradient=summed_in_parts,
         unembedding_gradient=scattered_product(mesh, ("data", "model"), scatters_in=True),
+        keeps_heads=on_tpu,
     )
+
+
+def _in_rows(hidden: NamedArray) -> NamedArray:
+    """With the tokens' numbers side by side: XLA's TPU backend else lays tokens side by side, and then relays all."""
+    return NamedArray(with_layout_constraint(hidden.array, Layout(tuple(range(hidden.ndim)))), hidden.axes)
 
 
 def _attend_on(mesh: Mesh, slot_lens: tuple[int, ...]) -> Attend:

@@ -25,7 +25,14 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention
 from simpo_pipeline.ops.linear import TransposedProduct, linear, product, transposed_product
 from simpo_pipeline.ops.norm import rms_norm
-from simpo_pipeline.ops.rope import Rotation, apply_rope, llama3_scaled_frequencies, rope_frequencies, rotation
+from simpo_pipeline.ops.rope import (
+    Rotation,
+    apply_rope,
+    apply_rope_by_product,
+    llama3_scaled_frequencies,
+    rope_frequencies,
+    rotation,
+)
 
 # Marks the results that the backward pass keeps when it does not compute the layers again.
 _PRODUCT = "product"
@@ -55,10 +62,10 @@ def attend_whole_sequences(
 
 
 class Placement(NamedTuple):
-    """Where arrays lie on a mesh while they are computed with; all but the last three return their argument, placed."""
+    """Where arrays lie on a mesh while they are computed with; all but the last four return their argument, placed."""
 
     weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
-    hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding and after each layer
+    hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding, attention and each layer
     # The unembedding, where it is walked in chunks of the vocabulary, and the hidden states [tokens, embed] for it.
     unembedding: Callable[[NamedArray], NamedArray] = _as_it_is
     predicting: Callable[[Array], Array] = lambda hidden: hidden
@@ -68,6 +75,9 @@ class Placement(NamedTuple):
     gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedProduct] = lambda _out, _in: transposed_product
     # And that of a chunk of the unembedding, for `predicting` hidden states.
     unembedding_gradient: TransposedProduct = transposed_product
+    # Whether heads stay an axis of the products before and after attention: TPUs then write and read them heads first,
+    # as their kernel wants them.
+    keeps_heads: bool = False
 
 
 # Wherever the compiler puts them: right for one device, and for generation.
@@ -203,7 +213,7 @@ def transform(
         hidden, state = carry
         weights = jax.tree.map(placement.weight, weights, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
         attended, state = _attention(config, weights, hidden, turn, index, attend, state, placement)
-        hidden = hidden + attended
+        hidden = placement.hidden(hidden + attended)
         return placement.hidden(hidden + _mlp(config, weights, hidden, placement)), state
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -342,7 +352,8 @@ def _attention(
         ]
     sizes = tuple(axis.size for axis in lead)
     q, k, v = (x.reshape(*sizes, count, head_size.size) for x, count in zip(products, counts, strict=True))
-    out, state = attend(index, apply_rope(q, turn), apply_rope(k, turn), v, state)
+    turned = apply_rope_by_product if placement.keeps_heads else apply_rope
+    out, state = attend(index, turned(q, turn), turned(k, turn), v, state)
     out = NamedArray(out, (*lead, Axis("heads", config.num_heads), head_size))
     return _project(placement, out, weights.wo, "heads", "head_size"), state
 
@@ -361,16 +372,19 @@ def _project(placement: Placement, x: NamedArray, weight: NamedArray, *contracte
 
     Of the axes "heads" and "head_size" a weight may have the first one alone, for both (`merged`).
 
-    Over matrices: XLA's CPU backend copies a [heads, head_size, embed] weight transposed before each product, and
-    haliax.dot calls a function of jax that jax 0.12 no longer has.
+    Over matrices, unless `placement.keeps_heads`: XLA's CPU backend copies a [heads, head_size, embed] weight
+    transposed before each product, and haliax.dot calls a function of jax that jax 0.12 no longer has.
     """
     lead, out = (tuple(axis for axis in array.axes if axis.name not in contracted) for array in (x, weight))
-    matrix = weight.array.reshape(math.prod(axis.size for axis in out), -1)
-    rows = x.array.reshape(*(axis.size for axis in lead), matrix.shape[1])
-    axes = lead + out
     transposed = placement.gradient(out, tuple(axis for axis in weight.axes if axis.name in contracted))
-    products = checkpoint_name(linear(rows, matrix, transposed), _PRODUCT)
-    return NamedArray(products.reshape(tuple(axis.size for axis in axes)), axes)
+    if placement.keeps_heads:
+        products = linear(x.array, weight.array, transposed, len(contracted))
+    else:
+        matrix = weight.array.reshape(math.prod(axis.size for axis in out), -1)
+        rows = x.array.reshape(*(axis.size for axis in lead), matrix.shape[1])
+        products = linear(rows, matrix, transposed)
+    axes = lead + out
+    return NamedArray(checkpoint_name(products, _PRODUCT).reshape(tuple(axis.size for axis in axes)), axes)
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

@@ -41,28 +41,43 @@ def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows
 TransposedProduct = Callable[[Array, Array], Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear(
-    x: Float[Array, "*rows in"], weight: Float[Array, "out in"], transposed: TransposedProduct = transposed_product
-) -> Float[Array, "*rows out"]:
+    x: Float[Array, "*rows_and_in"],
+    weight: Float[Array, "*out_and_in"],
+    transposed: TransposedProduct = transposed_product,
+    num_in: int = 1,
+) -> Float[Array, "*rows_and_out"]:
     """`x @ weight.T`: computed in x's dtype with fp32 sums, returned in x's dtype.
 
-    The weight may have another float dtype; its gradient comes in that dtype, summed in fp32 and rounded once, by
-    `transposed`, a `transposed_product` that may know where its result is to lie.
+    The last `num_in` axes of both are contracted. The weight may have another float dtype; its gradient comes in that
+    dtype, summed in fp32 and rounded once, by `transposed`, a `transposed_product` that may know where its result is to
+    lie.
     """
-    return product(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(x.dtype)
+    return _contracted(x, weight, range(x.ndim - num_in, x.ndim), range(weight.ndim - num_in, weight.ndim))
 
 
-def _linear_forward(x: Array, weight: Array, transposed: TransposedProduct) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, weight, transposed), (x, weight)
+def _contracted(x: Array, weight: Array, x_axes: range, weight_axes: range) -> Array:
+    dimensions = ((tuple(x_axes), tuple(weight_axes)), ((), ()))
+    out = jax.lax.dot_general(x, weight.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
 
 
-def _linear_backward(transposed: TransposedProduct, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+def _linear_forward(
+    x: Array, weight: Array, transposed: TransposedProduct, num_in: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight, transposed, num_in), (x, weight)
+
+
+def _linear_backward(
+    transposed: TransposedProduct, num_in: int, saved: tuple[Array, Array], d_out: Array
+) -> tuple[Array, Array]:
     x, weight = saved
-    d_x = product(d_out, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype)
-    rows = math.prod(x.shape[:-1])
+    num_rows_axes, num_out = x.ndim - num_in, weight.ndim - num_in
+    d_x = _contracted(d_out, weight, range(num_rows_axes, d_out.ndim), range(num_out))
+    rows = math.prod(x.shape[:num_rows_axes])
     d_weight = transposed(d_out.reshape(rows, -1), x.reshape(rows, -1))
-    return d_x, d_weight.astype(weight.dtype)
+    return d_x, d_weight.reshape(weight.shape).astype(weight.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

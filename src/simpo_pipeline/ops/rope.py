@@ -7,6 +7,7 @@ used by every layer. Knows nothing of caches or of where a position comes from.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -56,3 +57,45 @@ def apply_rope(x: Float[Array, "*lead heads head_size"], turn: Rotation) -> Floa
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def apply_rope_by_product(
+    x: Float[Array, "*lead heads head_size"], turn: Rotation
+) -> Float[Array, "*lead heads head_size"]:
+    """As `apply_rope`, for TPUs: partners are brought together by a product with a matrix of 0, 1 and -1.
+
+    It is exact, in any dtype. Half a head is half a vector of the machine: to split heads there XLA lays positions
+    along its vectors, and moves everything around attention twice. Differentiable once, in reverse, in x alone.
+    """
+    return _turned(x, turn.cos, turn.sin)
+
+
+def _turned(
+    x: Float[Array, "*lead heads head_size"],
+    cos: Float[Array, "*lead 1 half_head"],
+    sin: Float[Array, "*lead 1 half_head"],
+) -> Float[Array, "*lead heads head_size"]:
+    one, zero = np.eye(cos.shape[-1]), np.zeros((cos.shape[-1], cos.shape[-1]))
+    crossed = jnp.asarray(np.block([[zero, one], [-one, zero]]), x.dtype)
+    partners = jax.lax.dot_general(
+        x,
+        crossed,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.concatenate([half, half], axis=-1) for half in (cos, sin))
+    return (x.astype(jnp.float32) * cos + partners * sin).astype(x.dtype)
+
+
+def _turned_forward(x: Array, turn: Rotation) -> tuple[Array, Rotation]:
+    return apply_rope_by_product(x, turn), turn
+
+
+def _turned_backward(turn: Rotation, d_out: Array) -> tuple[Array, None]:
+    # The transpose of a turn is the turn back.
+    return _turned(d_out, turn.cos, -turn.sin), None
+
+
+apply_rope_by_product.defvjp(_turned_forward, _turned_backward)

@@ -51,7 +51,7 @@ def examine_job(job: PreflightJob, topology: Topology, devices: Sequence[Any]) -
     plan = Plan(job, topology, devices)
     # Hosts' chips lie alike and their programs are the same; where in the slice they lie changes the ways that messages
     # take. Both ends of it stand for the hosts between.
-    ends = (None, 0, topology.num_hosts - 1)
+    ends = (None, *topology.end_hosts)
     examined = [
         examine(each, compile_ahead(each.lowered, cache) if each.host in ends else None, topology.chip)
         for each in plan.programs()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,14 @@ from launcher.clock import Clock, WallClock
 from launcher.commands import Commands, PrintedCommands, RealCommands
 from launcher.console import Console
 from launcher.docker_job import DockerJob
-from launcher.environment import is_secret, job_environment
+from launcher.environment import given_variables, is_secret, job_environment
 from launcher.errors import BadUsage, LaunchError
 from launcher.gcloud import config_value
 from launcher.gke import GkeJob
 from launcher.host_job import HostJob
 from launcher.image import Registry, ensure_image
 from launcher.kubectl import Kubectl
-from launcher.local import run_local
+from launcher.local import host_environment, run_local
 from launcher.options import GkeOptions, ImageOptions, JobOptions, Place, Timing, TpuOptions, parse_capacity
 from launcher.pretence import SmoothCluster, SmoothTpu
 from launcher.source import Source, check_shipped, read_source
@@ -60,15 +61,31 @@ class Application:
 
     def run(self) -> int:
         """Does what the flags say; returns the exit code."""
-        flags = self._flags
+        flags, around = self._flags, self._around
+        # Also those that a job of an earlier call was given: its lines may come by here.
+        around.console.keep_secret(value for name, value in around.variables.items() if is_secret(name))
         if flags.backend == "local":
             if flags.subcommand:
                 raise BadUsage(f"`{flags.subcommand}` is for --tpu_name NAME or --backend gke; Ctrl-C ends a local job")
-            return run_local(flags.command, flags.local, flags.devices_per_host)
+            return self._launch_here()
         if flags.subcommand:
             self._look_after_gke() if flags.backend == "gke" else self._look_after_tpu()
         else:
             self._launch_on_gke() if flags.backend == "gke" else self._launch_on_tpu()
+        return 0
+
+    def _launch_here(self) -> int:
+        flags, console = self._flags, self._around.console
+        given = given_variables(flags.environment, self._around.variables, console)
+        if not flags.dry_run:
+            return run_local(flags.command, flags.local, flags.devices_per_host, given)
+        console.keep_secret(value for name, value in given.items() if is_secret(name))
+        for index in range(flags.local):
+            own = host_environment(given, index, flags.local, "PORT", flags.devices_per_host)
+            words = ["env", *(f"{name}={value}" for name, value in own.items()), *flags.command]
+            console.show_command(shlex.join(words))
+        console.comment_only()
+        console.say("Dry run: nothing was started. PORT is one that is free.")
         return 0
 
     def _launch_on_tpu(self) -> None:
@@ -109,11 +126,11 @@ class Application:
         tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(options.run_id, gke.tpu_type.hosts)))
         uri = self._image(image, Registry(_region(zone), project), source, tools)
         job = self._gke_job(options.run_id, tools)
-        job.start(gke, options, uri)
-        if not options.foreground:
-            job.tell_how_to_follow()
-            return
         try:
+            job.start(gke, options, uri)
+            if not options.foreground:
+                job.tell_how_to_follow()
+                return
             job.follow()
         except KeyboardInterrupt:
             job.interrupted()

@@ -75,7 +75,13 @@ def _code(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--docker_repository", default="simpo", help="of Artifact Registry")
     group.add_argument("--no_docker", action="store_true", help="ship the tracked files and use uv on the hosts")
     group.add_argument(
-        "-e", dest="environment", nargs="+", action="append", default=[], metavar="NAME [VALUE]", help="a variable"
+        "-e",
+        dest="environment",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="NAME [VALUE]",
+        help="a variable; write NAME=VALUE for a value that begins with a dash",
     )
 
 
@@ -103,7 +109,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     rest = list(words[1:] if subcommand else words)
     own, command = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, [])
     parser = parser_of(subcommand)
-    flags = parser.parse_args(own)
+    flags, unknown = parser.parse_known_args(own)
+    if unknown:
+        hint = "; a value that begins with a dash is written -e NAME=VALUE" if "-e" in own else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     flags.subcommand = subcommand
     flags.command = tuple(command)
     try:
@@ -135,6 +144,8 @@ def _check(flags: argparse.Namespace) -> None:
         return
     if not flags.command:
         raise BadUsage("the command is missing; write it after --, such as: -- python experiments/m11_interleave.py")
+    if flags.autodelete and not flags.foreground:
+        raise BadUsage("--autodelete deletes the TPU when the followed job has ended; give --foreground too")
     if flags.backend == "local":
         program = flags.command[0]
         if not pathlib.Path(program).exists() and shutil.which(program) is None:

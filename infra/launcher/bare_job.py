@@ -7,6 +7,8 @@ from launcher.host_job import folder_of, numbered_lines_from, receive
 from launcher.options import JobOptions
 
 _STOP_SECONDS = 30
+# That of the Dockerfile and of preflights: with another one come other versions of jax and libtpu.
+_PYTHON = "3.11"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BareJob:
         return (
             f'cd {folder_of(self.run_id)}/source && PATH="$HOME/.local/bin:$PATH" && '
             "{ command -v uv > /dev/null || python3 -m pip install --user --quiet uv; } && "
-            "uv sync --quiet --extra tpu --no-default-groups"
+            f"uv sync --quiet --python {_PYTHON} --extra tpu --no-default-groups"
         )
 
     def remove_stale(self) -> str:
@@ -58,7 +60,7 @@ class BareJob:
         """Tells whether it runs, and how it ended; a session that ended without a word was killed."""
         return (
             f"cd {folder_of(self.run_id)} 2> /dev/null && if [ -s exit_code ]; then "
-            'echo "@launch state exited $(cat exit_code) false"; '
+            'echo "@launch state exited $(cat exit_code) false $(date -u -r exit_code +%Y-%m-%dT%H:%M:%S.%N)"; '
             "elif [ -e pid ] && kill -0 \"$(cat pid)\" 2> /dev/null; then echo '@launch state running 0 false'; "
             "elif [ -e pid ]; then echo '@launch state exited 137 false'; "
             "else echo '@launch state absent 0 false'; fi || echo '@launch state absent 0 false'"

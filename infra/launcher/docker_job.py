@@ -64,7 +64,7 @@ class DockerJob:
 
     def state(self) -> str:
         """Tells whether it runs, and how it ended."""
-        form = "@launch state {{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}"
+        form = "@launch state {{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}} {{.State.FinishedAt}}"
         inspect = f"sudo docker container inspect --format {shlex.quote(form)} {self.container}"
         return f"{inspect} 2> /dev/null || echo '@launch state absent 0 false'"
 
@@ -76,4 +76,7 @@ class DockerJob:
     def stop(self) -> str:
         """Asks the container to end, and ends it after a while."""
         name = self.container
-        return f"sudo docker stop -t {_STOP_SECONDS} {name} > /dev/null 2>&1; echo '@launch stopped'"
+        return (
+            f"if sudo docker container inspect {name} > /dev/null 2>&1; "
+            f"then sudo docker stop -t {_STOP_SECONDS} {name} > /dev/null || exit 1; fi; echo '@launch stopped'"
+        )

@@ -25,13 +25,25 @@ def is_secret(name: str) -> bool:
 
 
 def job_environment(given: Sequence[Sequence[str]], own: Mapping[str, str], console: Console) -> dict[str, str]:
-    """The variables: defaults, those passed on, and those given as `-e NAME VALUE` or `-e NAME`.
+    """The variables: defaults, those passed on, and those given.
+
+    Raises:
+        BadUsage: as `given_variables`.
+    """
+    passed_on = {name: own[name] for name in PASSED_ON if name in own}
+    return {**DEFAULTS, **passed_on, **given_variables(given, own, console)}
+
+
+def given_variables(given: Sequence[Sequence[str]], own: Mapping[str, str], console: Console) -> dict[str, str]:
+    """Those given as `-e NAME VALUE`, `-e NAME=VALUE` or `-e NAME`.
 
     Raises:
         BadUsage: a variable that is to be passed on is not set, or `-e` has more than two words.
     """
-    variables = {**DEFAULTS, **{name: own[name] for name in PASSED_ON if name in own}}
+    variables: dict[str, str] = {}
     for words in given:
+        if len(words) == 1 and "=" in words[0]:
+            words = words[0].split("=", 1)
         if len(words) == 2:
             if is_secret(words[0]):
                 console.complain(
@@ -44,5 +56,5 @@ def job_environment(given: Sequence[Sequence[str]], own: Mapping[str, str], cons
         elif len(words) == 1:
             raise BadUsage(f"-e {words[0]} passes on your own {words[0]}, which is not set; export it, or give a value")
         else:
-            raise BadUsage(f"-e {' '.join(words)}: write -e NAME VALUE, or -e NAME to pass on your own")
+            raise BadUsage(f"-e {' '.join(words)}: write -e NAME VALUE, -e NAME=VALUE, or -e NAME to pass on your own")
     return variables

@@ -90,7 +90,12 @@ class GkeJob:
         if made is None:
             raise TpuGone(f"the JobSet {self.name} was deleted by somebody just after it was made")
         names = ", ".join(sorted(job.environment))
-        self.kubectl.create(secret_manifest(job, made.uid), f"(a Secret with the values of {names})")
+        try:
+            self.kubectl.create(secret_manifest(job, made.uid), f"(a Secret with the values of {names})")
+        except LaunchError:
+            # Its pods would hold their TPUs and wait for the Secret.
+            self.kubectl.delete(self.name)
+            raise
 
     def follow(self) -> None:
         """Follows it through all its attempts.

@@ -78,6 +78,8 @@ class HostState:
     word: str
     exit_code: int = 0
     is_out_of_memory: bool = False
+    ended: str = ""
+    """When, in UTC as in RFC 3339 without its Z, so that the order of texts is that of times; "" if not known."""
 
     @property
     def is_running(self) -> bool:
@@ -89,6 +91,6 @@ def parse_state(facts: tuple[str, ...]) -> HostState | None:
     """The state that a script told; None if it told none."""
     for fact in facts:
         words = fact.split()
-        if len(words) == 4 and words[0] == "state":
-            return HostState(words[1], int(words[2]), words[3] == "true")
+        if len(words) in (4, 5) and words[0] == "state":
+            return HostState(words[1], int(words[2]), words[3] == "true", "".join(words[4:]).removesuffix("Z"))
     return None

@@ -11,8 +11,8 @@ from launcher.options import GkeOptions, JobOptions
 
 LABEL = "simpo-launch"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-# What a container ends with when it was told to end (SIGTERM) and did, or did not and was killed.
-_ENDED_BY_SIGNAL = [137, 143]
+# What a container ends with that was told to end (SIGTERM). Not what a kill leaves, for so does want of memory.
+_TOLD_TO_END = [143]
 _GRACE_SECONDS = 30
 _KEPT_SECONDS = 24 * 3600
 # Without end, as far as the field allows.
@@ -39,7 +39,7 @@ def jobset_manifest(gke: GkeOptions, job: JobOptions, image: str) -> dict[str, A
     restarts = job.retries if job.retries >= 0 else _ENDLESS
     program_failed = {
         "action": "FailJob",
-        "onExitCodes": {"containerName": "job", "operator": "NotIn", "values": _ENDED_BY_SIGNAL},
+        "onExitCodes": {"containerName": "job", "operator": "NotIn", "values": _TOLD_TO_END},
     }
     # Looked at first: a pod that is evicted counts as one that may be started again.
     evicted = {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
@@ -82,7 +82,8 @@ def _pod(gke: GkeOptions, job: JobOptions, image: str) -> dict[str, Any]:
     container = {
         "name": "job",
         "image": image,
-        "command": list(job.command),
+        # Kubernetes puts values in the place of $(NAME), and takes $$ for $.
+        "command": [word.replace("$", "$$") for word in job.command],
         "envFrom": [{"secretRef": {"name": secret_name(job.run_id)}}],
         "ports": [{"containerPort": port} for port in _PORTS],
         "securityContext": {"privileged": True},

@@ -10,6 +10,7 @@ from launcher.commands import Commands, Done
 from launcher.errors import CommandFailed
 from launcher.gcloud import require
 from launcher.host_job import HostState
+from launcher.jobset import secret_name
 
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
@@ -45,13 +46,14 @@ class Pod:
     phase: str
     exit_code: int | None
     is_out_of_memory: bool
+    ended: str
     waiting_for: str
 
     @property
     def host_state(self) -> HostState:
         """As of any host."""
         if self.exit_code is not None:
-            return HostState("exited", self.exit_code, self.is_out_of_memory)
+            return HostState("exited", self.exit_code, self.is_out_of_memory, self.ended)
         if self.phase == "Failed":
             return HostState("evicted", 137)
         return HostState("running")
@@ -87,8 +89,10 @@ class Kubectl:
 
     def delete(self, name: str) -> None:
         """Removes a JobSet with its pods and its Secret, and waits for that."""
-        argv = [*self._base, "delete", "jobset", name, "--ignore-not-found", "--cascade=foreground", "--wait=true"]
-        _require(self._commands.run(argv))
+        how = ["--ignore-not-found", "--cascade=foreground", "--wait=true"]
+        # The Secret by name: of what a JobSet owns only pods keep its end waiting.
+        for kind, named in (("jobset", name), ("secret", secret_name(name))):
+            _require(self._commands.run([*self._base, "delete", kind, named, *how]))
 
     def logs(self, pod: str, follow: bool) -> list[str]:
         """The command that prints a pod's lines from the first one on."""
@@ -135,5 +139,6 @@ def _pod(found: dict[str, Any]) -> Pod:
         phase=str(status.get("phase", "Pending")),
         exit_code=int(ended["exitCode"]) if "exitCode" in ended else None,
         is_out_of_memory=ended.get("reason") == "OOMKilled",
+        ended=str(ended.get("finishedAt", "")).removesuffix("Z"),
         waiting_for=str(waiting.get("reason", "")),
     )

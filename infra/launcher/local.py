@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn
 
 # How long the others have to end by themselves when one process has failed: longer than they need to find it silent
@@ -62,7 +63,7 @@ class Host:
             print(f"[{self.index}] {line}", end="", flush=True)
 
 
-def host_environment(base: Mapping[str, str], index: int, count: int, port: int, devices: int) -> dict[str, str]:
+def host_environment(base: Mapping[str, str], index: int, count: int, port: int | str, devices: int) -> dict[str, str]:
     """The environment that tells a process which job it belongs to, and gives it CPU devices of its own."""
     return {
         **base,
@@ -119,8 +120,14 @@ def interrupt_all(hosts: Sequence[Host]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: float = GRACE_SECONDS) -> int:
-    """Runs the command in `count` processes of one job; returns the job's exit code."""
+def run_local(
+    command: Sequence[str],
+    count: int,
+    devices: int,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    grace_seconds: float = GRACE_SECONDS,
+) -> int:
+    """Runs the command in `count` processes of one job, with `variables` beside our own; returns the exit code."""
     # SIGINT too: a shell starts background commands with SIGINT ignored, and Python then leaves it so.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_on_termination)
@@ -128,7 +135,9 @@ def run_local(command: Sequence[str], count: int, devices: int, grace_seconds: f
     hosts: list[Host] = []
     try:
         for index in range(count):
-            hosts.append(Host(index, command, host_environment(os.environ, index, count, port, devices)))
+            hosts.append(
+                Host(index, command, host_environment({**os.environ, **variables}, index, count, port, devices))
+            )
         first_failed = wait_for_all(hosts, grace_seconds)
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # asked again: then without waiting

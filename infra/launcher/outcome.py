@@ -67,6 +67,10 @@ class HostEnd:
         return f"host {self.host} of {count} {what}, and no other did before. Its last lines:\n{lines}"
 
 
+def _ended(end: HostEnd) -> str:
+    return (end.state.ended if end.state is not None else "") or "unknown, and so after every year"
+
+
 class _Follower(threading.Thread):
     """Passes one host's lines on until its job has ended or the host stays silent."""
 
@@ -136,7 +140,8 @@ class Following:
     def first_failed(self) -> HostEnd | None:
         """Waits for all hosts; when one has failed, no longer than `timing.grace` for the others. None: all ended well.
 
-        Of hosts that do not answer the one is named that failed with an exit code, if there is one.
+        The one that ended first by the hosts' clocks, not the one that was heard of first. A host that does not answer
+        is named if none failed with an exit code.
         """
         ends: queue.Queue[HostEnd] = queue.Queue()
         followers = [_Follower(feed, ends, self) for feed in self._feeds]
@@ -150,7 +155,9 @@ class Following:
                 feed.close()
         for follower in followers:
             follower.join()
-        return next((end for end in failed if end.state is not None), failed[0] if failed else None)
+        told = [end for end in failed if end.state is not None]
+        # Of those whose time is not known, the one that was heard of first.
+        return min(told, key=_ended, default=failed[0] if failed else None)
 
     def _collect(self, ends: "queue.Queue[HostEnd]", count: int) -> list[HostEnd]:
         failed: list[HostEnd] = []

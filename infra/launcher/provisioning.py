@@ -64,6 +64,13 @@ class Provisioner:
                 return ""
             self._clock.sleep(self._timing.poll)
 
+    def discard(self) -> None:
+        """Removes what a new attempt could not use: one that is stuck or ill costs, and would only be waited for."""
+        request, node = self._settled()
+        if (request is not None or node is not None) and not (node is not None and node.is_healthy):
+            self._console.say(f"{self._name} is not to be used ({_told(request, node)}): it is deleted.")
+            self._delete(request)
+
     def delete(self) -> bool:
         """Removes the request and the TPU; False if there was neither."""
         request, node = self._look()

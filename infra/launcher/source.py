@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 import pathlib
 import tarfile
 from collections.abc import Sequence
@@ -63,14 +64,20 @@ def check_shipped(command: Sequence[str], source: Source) -> None:
     Raises:
         BadUsage: there is one.
     """
+    # os.path.isfile, unlike pathlib's, is False for words that no file can be called.
     for word in command:
         path = pathlib.Path(word.partition("=")[2] if word.startswith("-") else word)
-        if path.is_absolute() and path.is_file() and word != command[0]:
+        if path.is_absolute() and os.path.isfile(path) and word != command[0]:
             raise BadUsage(
                 f"the command names {str(path)!r}, a file of this machine that the hosts do not have; move it into the "
                 "repository, `git add` it and name it relative to the repository"
             )
-        if path.name and not path.is_absolute() and (source.root / path).is_file() and str(path) not in source.files:
+        if (
+            path.name
+            and not path.is_absolute()
+            and os.path.isfile(source.root / path)
+            and str(path) not in source.files
+        ):
             raise BadUsage(
                 f"the command names {str(path)!r}, which git does not track, so it is not shipped to the hosts; "
                 f"`git add {path}` first"

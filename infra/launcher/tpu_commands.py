@@ -100,7 +100,10 @@ class ExistingTpu:
 
     def _job(self, hosts: Hosts) -> HostJob:
         """The job of the run id that was given, else the one that was started last."""
-        facts = [fact.split() for fact in hosts.ask(0, tell_current()).facts]
+        answer = hosts.ask(0, tell_current())
+        if answer.code != 0:
+            raise Unreachable(f"host 0 of TPU {self._place.tpu_name} could not be asked: {answer.error}")
+        facts = [fact.split() for fact in answer.facts]
         current = next((words[1:] for words in facts if len(words) == 3 and words[0] == "current"), None)
         if current is None:
             raise LaunchError(f"no job was started on TPU {self._place.tpu_name} by this launcher")

@@ -4,7 +4,7 @@ import pathlib
 
 from launcher.bare_job import BareJob
 from launcher.docker_job import DockerJob
-from launcher.errors import Busy, JobFailed, LaunchError, TpuLost, Unreachable
+from launcher.errors import BadUsage, Busy, CommandFailed, JobFailed, LaunchError, TpuGone, TpuLost, Unreachable
 from launcher.gcloud import Gcloud, Node
 from launcher.host_job import HostJob, name_current, tell_jobs
 from launcher.hosts import Hosts
@@ -27,27 +27,26 @@ class TpuVmLaunch:
         self._tools = tools
         self._gcloud = Gcloud(tools.commands, tpu.place, tools.clock, tools.timing.poll)
         self._provisioner = Provisioner(self._gcloud, tpu, tools.timing, tools.clock, tools.console)
+        self._has_tpu = False
         self._hosts: Hosts | None = None
 
     def run(self) -> None:
         """Runs the job to its end, or until it is started if it is not to be followed.
 
-        A TPU that was lost is made anew, `retries` times at most. A command that failed is not run again.
+        A TPU that was lost is made anew, `retries` times at most. A command that failed is not run again. With
+        `autodelete` the TPU is deleted at the end, unless a job may still be running there.
 
         Raises:
             LaunchError: the job did not end well.
         """
-        attempt = 1
-        while True:
-            try:
-                self._attempt(attempt)
-                break
-            except TpuLost as lost:
-                self._hosts = None
-                if 0 <= self._options.retries < attempt:
-                    raise TpuLost(f"{lost} (attempt {attempt}, and --retries is {self._options.retries})") from lost
-                self._tools.console.complain(f"Attempt {attempt} lost its TPU: {lost}. Trying again.")
-                attempt += 1
+        try:
+            self._run()
+        except (BadUsage, Busy, TpuGone):
+            raise
+        except LaunchError as failure:
+            if self._options.autodelete and not (isinstance(failure, Unreachable) and self._hosts is not None):
+                self._delete_after_failure()
+            raise
         if not self._options.foreground:
             self._tell_how_to_follow()
             return
@@ -55,13 +54,36 @@ class TpuVmLaunch:
             self._provisioner.delete()
         self._tools.tell_success()
 
+    def _delete_after_failure(self) -> None:
+        try:
+            self._provisioner.delete()
+        except LaunchError as error:  # the failure is to be told first
+            self._tools.console.complain(f"The TPU could not be deleted: {error}\ndelete it: {self._other('clean')}")
+
+    def _run(self) -> None:
+        attempt = 1
+        while True:
+            try:
+                self._attempt(attempt)
+                break
+            except TpuLost as lost:
+                self._hosts, self._has_tpu = None, False
+                if 0 <= self._options.retries < attempt:
+                    raise TpuLost(f"{lost} (attempt {attempt}, and --retries is {self._options.retries})") from lost
+                self._tools.console.complain(f"Attempt {attempt} lost its TPU: {lost}. Trying again.")
+                self._provisioner.discard()
+                attempt += 1
+
     def interrupted(self) -> None:
         """What Ctrl-C asks: whether the job, or what it waits for, is to end too."""
         console = self._tools.console
         if self._hosts is None:
-            if console.confirm(f"Delete TPU {self._tpu.place.tpu_name} and its request too?"):
+            what = f"TPU {self._tpu.place.tpu_name}"
+            if console.confirm(f"Delete {what}{'' if self._has_tpu else ' and its request'} too?"):
                 self._provisioner.delete()
-                console.say("The request is deleted.")
+                console.say(f"{what} is deleted." if self._has_tpu else "The request is deleted.")
+            elif self._has_tpu:
+                console.say(f"{what} stays, and costs; delete it: {self._other('clean')}")
             else:
                 console.say(f"The request stays in the queue. Delete it: {self._other('clean')}")
         elif console.confirm(f"Stop the job {self._job.run_id} on all hosts too?"):
@@ -73,6 +95,7 @@ class TpuVmLaunch:
 
     def _attempt(self, attempt: int) -> None:
         node = self._provisioner.acquire()
+        self._has_tpu = True
         try:
             hosts = self._started(node)
         except Busy:
@@ -88,7 +111,8 @@ class TpuVmLaunch:
         if failed is None:
             return
         self._raise_if_lost(JobFailed(failed.told(hosts.count), 1))
-        hosts.attempt(self._job.stop())
+        if failed.state is not None:  # a host that is silent may be at work
+            hosts.attempt(self._job.stop())
         self._fail(failed, hosts.count, attempt)
 
     def _started(self, node: Node) -> Hosts:
@@ -131,16 +155,21 @@ class TpuVmLaunch:
         return self._tools.logs / self._job.run_id / f"attempt_{attempt}"
 
     def _raise_if_lost(self, failure: LaunchError) -> None:
-        reason = self._provisioner.why_lost()
+        try:
+            reason = self._provisioner.why_lost()
+        except CommandFailed as error:
+            self._tools.console.complain(f"Whether the TPU was lost is not known: {error}")
+            return
         if reason:
             raise TpuLost(f"{reason}; before that, {failure}") from failure
 
     def _fail(self, failed: HostEnd, count: int, attempt: int) -> None:
-        if self._options.autodelete:
-            self._provisioner.delete()
         told = f"Job failed: {failed.told(count)}\nAll lines: {self._folder(attempt)}"
         if failed.state is None:
-            raise Unreachable(f"{told}\nThe TPU is healthy; look at it: {self._other('status')}")
+            raise Unreachable(
+                f"{told}\nThe TPU is healthy, costs, and may still be at work; look at it: {self._other('status')}\n"
+                f"or delete it: {self._other('clean')}"
+            )
         raise JobFailed(told, failed.state.exit_code or 1)
 
     def _other(self, subcommand: str) -> str:

@@ -114,6 +114,39 @@ def test_a_refusal_comes_with_what_to_do(cloud, launch, match, said, advice):
     assert done.code == 1 and said in done.err and advice in done.err
 
 
+def test_a_jobset_whose_secret_cannot_be_made_does_not_stay(cloud, launch):
+    cloud.plan(faults=[{"match": "create", "err": "Forbidden: secrets", "skip": 1}])
+    done = launch()
+    assert done.code == 1 and "Forbidden: secrets" in done.err
+    assert cloud.state["jobset"] is None
+
+
+def test_the_cluster_puts_nothing_in_the_place_of_dollars(cloud):
+    script = "echo $$ $(RUN_ID) $HOME"
+    words = (*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "sh", "-c", script)
+    assert cloud.call(*words).code == 0
+    pod = cloud.state["jobset"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"][-1] == "echo $$$$ $$(RUN_ID) $$HOME"
+
+
+def test_want_of_memory_is_no_reason_to_start_the_job_again(cloud, launch):
+    launch()
+    slice_job = cloud.state["jobset"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    rules = {rule["action"]: rule for rule in slice_job["podFailurePolicy"]["rules"]}
+    assert 137 not in rules["FailJob"]["onExitCodes"]["values"]
+
+
+@pytest.mark.parametrize(("answer", "is_there"), [("y", False), ("n", True)])
+def test_ctrl_c_asks_also_before_the_job_has_its_variables(cloud, launch, answer, is_there, monkeypatch):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.gke.secret_manifest", interrupted)
+    cloud.answers = [answer]
+    assert launch().code == 130
+    assert (cloud.state["jobset"] is not None) == is_there
+
+
 def test_passing_troubles_of_the_cluster_are_waited_out(cloud, launch):
     cloud.plan(faults=[{"match": "get jobset", "err": "i/o timeout", "times": 2}])
     assert launch().code == 0

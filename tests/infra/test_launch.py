@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,6 +49,24 @@ def test_every_process_gets_its_place_in_one_job_and_its_lines_a_mark():
     assert [place[:5] for place in places] == [[f"[{i}]", "place", str(i), "3", "3"] for i in range(3)]
     assert len({place[5] for place in places}) == 1
     assert {place[6] for place in places} == {"cpu"}
+
+
+def test_variables_that_are_given_reach_every_process():
+    line = [sys.executable, LAUNCHER, "--local", "2", "-e", "MINE=--as it=is", "-e", "OTHER", "it's", "--"]
+    code = "import os; print(os.environ['MINE'], os.environ['OTHER'])"
+    done = subprocess.run([*line, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert sorted(done.stdout.splitlines()[:2]) == ["[0] --as it=is it's", "[1] --as it=is it's"], done.stderr
+
+
+def test_a_dry_run_starts_nothing_and_prints_what_it_would_start():
+    line = [sys.executable, LAUNCHER, "--dry_run", "--local", "2", "-e", "MINE", "it's", "--", sys.executable]
+    done = subprocess.run([*line, "-c", "print('ran')"], capture_output=True, text=True, timeout=60)
+    *commands, last = done.stdout.splitlines()
+    assert done.returncode == 0 and last == "# Dry run: nothing was started. PORT is one that is free."
+    for index, words in enumerate(map(shlex.split, commands)):
+        assert words[-3:] == [sys.executable, "-c", "print('ran')"]
+        assert {f"JAX_PROCESS_ID={index}", "JAX_NUM_PROCESSES=2", "MINE=it's"} < set(words)
+    assert len(commands) == 2
 
 
 def test_the_exit_code_is_that_of_the_first_process_to_fail_and_its_last_lines_are_told():

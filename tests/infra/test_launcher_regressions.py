@@ -161,6 +161,15 @@ class TestSecrets:
             given = container(cloud)["environment"]
             assert {name: given[name] for name in SECRETS} == SECRETS
 
+    def test_whoever_looks_at_the_job_later_does_not_see_them_either(self, cloud):
+        cloud.plan(containers=[{"all": {"lines": ["my token is hf_verysecret"]}}])
+        assert cloud.launch("--image", "i", kind="v5p-8", variables=SECRETS).code == 0
+        where = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
+        for flags in ((), ("--foreground",)):
+            done = cloud.call("logs", *flags, *where, variables=SECRETS)
+            assert done.host_lines(0) == ["my token is ***"]
+        assert not [path for path in (cloud.root / "runs").rglob("*.log") if "verysecret" in path.read_text()]
+
     def test_a_dry_run_names_them_only(self, cloud):
         done = cloud.launch("--dry_run", "--image", "i", "-e", "MY_PASSWORD", variables=SECRETS)
         assert "HF_TOKEN" in done.out and "verysecret" not in done.out + done.err
@@ -187,3 +196,7 @@ def test_the_launcher_imports_nothing_that_is_not_in_python():
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, infra], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\blauncher\.gke\b", done.stdout)
+
+
+def test_a_word_too_long_for_a_file_is_no_file(cloud):
+    assert cloud.launch("--run_id", "long", kind="v5p-8", job=("--", "python", "-c", "pass;" * 100)).code == 0

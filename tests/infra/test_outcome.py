@@ -88,6 +88,13 @@ def test_a_host_that_failed_is_to_blame_before_one_that_fell_silent(follow):
     assert (failed.host, failed.state) == (1, FAILED)
 
 
+def test_of_those_that_failed_the_first_by_their_clocks_is_named_not_the_first_heard_of(follow):
+    early, late = (HostState("exited", 4, ended=f"2026-01-01T00:00:00{part}") for part in ("", ".25"))
+    assert follow([late], [*[RUNNING] * 20, early]).host == 1
+    assert follow([early], [*[RUNNING] * 20, late]).host == 0
+    assert follow([HostState("absent")], [*[RUNNING] * 20, late]).host == 1
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_in_the_launcher_does_not_leave_it_waiting(follow):
     assert follow([DONE], [RuntimeError("a bug")]).host == 1

@@ -14,6 +14,8 @@ INFRA = pathlib.Path(__file__).resolve().parents[2] / "infra"
 WHERE = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
 FAILS = {"code": 3, "lines": ["step 1", "ValueError: no"]}
 SILENT = ("docker logs --follow", "inspect --format")
+# For so many questions that the launcher gives the host up, and for none after that.
+SILENT_AWHILE = (("docker logs --follow", 12), ("inspect --format", 12))
 HANGS = {"hangs": True, "lines": ["waiting"]}
 
 
@@ -26,6 +28,22 @@ class TestTheCommandFails:
         assert "host 1 of 2 ended with exit code 3, and no other did before. Its last lines:" in done.err
         assert "    ValueError: no" in done.err
         assert cloud.finished not in done.out
+
+    def test_of_several_hosts_the_one_is_named_that_failed_first_by_their_clocks(self, cloud):
+        cloud.has_tpu()
+        first, later = ({"code": code, "ended": f"2026-01-01T00:00:0{code}.5Z"} for code in (3, 4))
+        for hosts, code in (({"0": later, "1": first}, 3), ({"0": first, "1": later}, 3)):
+            cloud.plan(containers=[hosts])
+            assert cloud.launch("--image", "i", "--run_id", f"host-{hosts['0']['code']}").code == code
+
+    def test_it_is_told_also_when_gcloud_fails_after_it(self, cloud):
+        cloud.plan(
+            containers=[{"all": FAILS}],
+            faults=[{"match": "queued-resources describe", "err": "Reauthentication required", "skip": 4, "times": 99}],
+        )
+        done = cloud.launch_on_one_host()
+        assert done.code == 3 and "    ValueError: no" in done.err
+        assert "Whether the TPU was lost is not known" in done.err and "Reauthentication required" in done.err
 
     def test_a_healthy_tpu_is_not_made_anew_for_it(self, cloud):
         cloud.plan(containers=[{"all": FAILS}])
@@ -98,6 +116,13 @@ class TestTheRequest:
         cloud.plan(lives=[[["PROVISIONING", "CREATING"]]])
         done = cloud.launch_on_one_host("--start_timeout", "5", "--retries", "0")
         assert done.code == 1 and "was not ready 5 s after it left the queue" in done.err
+
+    @pytest.mark.parametrize("life", [["PROVISIONING", "CREATING"], ["ACTIVE", "REPAIRING"]])
+    def test_a_tpu_that_is_stuck_is_deleted_before_the_next_is_asked_for(self, cloud, life):
+        cloud.plan(lives=[[life]])
+        done = cloud.launch_on_one_host("--start_timeout", "5", "--retries", "1")
+        assert done.code == 0, done.err
+        assert cloud.state["made"] == 2 and cloud.state["deleted"] == 1
 
     @pytest.mark.parametrize(
         ("said", "advice"),
@@ -210,6 +235,14 @@ class TestTheConnection:
         cloud.plan(containers=[{"all": HANGS}], faults=silence)
         done = cloud.launch_on_one_host()
         assert done.code == 1 and "host 0 of 1 did not answer any more" in done.err
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
+        assert "may still be at work" in done.err
+
+    def test_a_host_that_can_be_reached_again_goes_on_with_its_job(self, cloud):
+        silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": times} for words, times in SILENT_AWHILE]
+        cloud.plan(containers=[{"all": HANGS}], faults=silence)
+        assert cloud.launch_on_one_host().code == 1
+        assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
 
     def test_a_silence_that_ends_is_no_failure(self, cloud):
         silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 2} for words in SILENT]
@@ -250,6 +283,65 @@ class TestHostsAndImages:
         cloud.plan(faults=[{"match": "docker push", "err": 'name unknown: Repository "simpo" not found'}])
         done = cloud.launch()
         assert done.code == 1 and "gcloud artifacts repositories create simpo" in done.err
+
+
+class TestAutodelete:
+    @pytest.fixture(autouse=True)
+    def has_tpu(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+
+    @pytest.mark.parametrize(
+        ("plan", "code"),
+        [
+            ({}, 0),
+            ({"containers": [{"all": FAILS}]}, 3),
+            ({"faults": [{"match": "docker pull", "at": "docker 0", "err": "denied"}]}, 1),
+            ({"faults": [{"match": "docker run", "at": "docker 0", "code": 125, "err": "no space left"}]}, 1),
+        ],
+    )
+    def test_the_tpu_goes_when_the_job_has_ended_or_could_not_start(self, cloud, plan, code):
+        cloud.plan(**plan)
+        assert cloud.launch_on_one_host("--autodelete").code == code
+        assert cloud.state["deleted"] == 1 and cloud.state["node"] is None
+
+    def test_one_that_never_came_up_goes_too(self, cloud):
+        cloud.write(cloud.state | {"node": None, "request": None, "made": 0})
+        cloud.plan(lives=[[["PROVISIONING", "CREATING"]]])
+        done = cloud.launch_on_one_host("--autodelete", "--start_timeout", "5", "--retries", "0")
+        assert done.code == 1 and cloud.state["request"] is None
+
+    def test_where_a_job_may_be_running_it_stays(self, cloud):
+        cloud.put_container(0, "theirs", state="running")
+        assert cloud.launch_on_one_host("--autodelete").code == 1
+        cloud.put_container(0, "theirs", state="exited")
+        silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 99} for words in SILENT]
+        cloud.plan(containers=[{"all": HANGS}], faults=silence)
+        done = cloud.launch_on_one_host("--autodelete")
+        assert done.code == 1 and "clean --tpu_name m11" in done.err
+        assert cloud.state["deleted"] == 0
+
+    def test_a_failure_is_told_also_when_the_tpu_cannot_be_deleted(self, cloud):
+        cloud.plan(containers=[{"all": FAILS}], faults=[{"match": "queued-resources delete", "err": "503", "times": 9}])
+        done = cloud.launch_on_one_host("--autodelete")
+        assert done.code == 3 and "could not be deleted" in done.err and "ValueError: no" in done.err
+
+
+class TestStop:
+    def test_a_container_that_cannot_be_stopped_is_told(self, cloud):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(
+            containers=[{"all": HANGS}], faults=[{"match": "docker stop", "at": "docker 0", "err": "it is stuck"}]
+        )
+        cloud.call(*cloud.where, "--tpu_type", "v5p-8", "--image", "i", "--", "true")
+        done = cloud.call("stop", *WHERE)
+        assert done.code == 1 and "it is stuck" in done.err and "is stopped" not in done.out
+
+    @pytest.mark.parametrize("word", ["stop", "status", "logs"])
+    def test_a_host_that_cannot_be_asked_is_told(self, cloud, word):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(faults=[{"match": "current", "at": "host 0", "kind": "refuse", "times": 9}])
+        done = cloud.call(word, *WHERE)
+        assert done.code == 1 and "host 0 of TPU m11 could not be asked" in done.err
 
 
 class TestOtherJobs:
@@ -298,6 +390,16 @@ class TestCtrlC:
         cloud.interrupt_when = lambda state: bool(state["started"])
         assert cloud.launch_on_one_host().code == 130
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
+
+    @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
+    def test_while_hosts_are_prepared_it_asks_whether_the_tpu_is_to_go(self, cloud, answer, is_there):
+        cloud.has_tpu(kind="v5p-8")
+        cloud.plan(faults=[{"match": "told", "at": "host 0", "kind": "refuse", "times": 9}])
+        cloud.answers = [answer]
+        cloud.interrupt_when = lambda state: any("ssh" in call["words"] for call in state["calls"])
+        done = cloud.launch_on_one_host()
+        assert done.code == 130 and cloud.questions == ["Delete TPU m11 too? [y/N] "]
+        assert (cloud.state["node"] is not None) == is_there and ("stays, and costs" in done.out) == is_there
 
     @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
     def test_in_the_queue_it_asks_whether_the_request_is_to_go(self, cloud, answer, is_there):
@@ -350,6 +452,8 @@ def test_the_program_itself_ends_on_a_signal_and_leaves_the_job_where_nobody_can
         (["stop", *WHERE, "--", "true"], "`stop` takes no command"),
         (["logs", "--local", "2"], "--local"),
         (["stop", "--backend", "gke"], "needs --run_id"),
+        ([*WHERE, "--tpu_type", "v5p-8", "--autodelete", "--", "true"], "give --foreground too"),
+        ([*WHERE, "--tpu_type", "v5p-8", "-e", "XLA_FLAGS", "--xla_foo=1", "--", "true"], "is written -e NAME=VALUE"),
     ],
 )
 def test_wrong_words_are_told_and_nothing_is_made(cloud, words, message):

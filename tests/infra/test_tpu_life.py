@@ -163,7 +163,7 @@ def test_without_docker_the_tracked_files_run_in_an_environment_of_their_own(clo
     assert done.host_lines(1) == ["8476 ['.gitignore', '.venv', 'experiments', 'uv_was_called_with']"]
     (folder,) = (cloud.home(1) / ".simpo-launch").glob("python-*")
     called = (folder / "source" / "uv_was_called_with").read_text().strip()
-    assert called == "sync --quiet --extra tpu --no-default-groups"
+    assert called == "sync --quiet --python 3.11 --extra tpu --no-default-groups"
     assert not (folder / "environment").exists()
     assert not cloud.calls("docker")
 

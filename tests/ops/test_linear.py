@@ -36,9 +36,9 @@ def test_linear_and_its_gradients_equal_the_matrix_products(rows, dtype, toleran
 def test_axes_that_are_not_one_matrix_axis_change_neither_product_nor_gradients(num_in, out_shape, in_shape):
     x, weight = _inputs((3, 5), jnp.float32)
 
-    def apart(x, weight):
+    def apart(x: jax.Array, weight: jax.Array) -> jax.Array:
         out = linear(x.reshape(3, 5, *in_shape), weight.reshape(*out_shape, *in_shape), transposed_product, num_in)
-        return out.reshape(3, 5, -1)
+        return jnp.reshape(out, (3, 5, -1))
 
     for found, expected in zip(
         _out_and_gradients(apart, x, weight), _out_and_gradients(linear, x, weight), strict=True

@@ -48,6 +48,7 @@ def run(words):
         "oom": plan.get("oom", False),
         "lines": plan.get("lines", [f"hello from {HOST}"]),
         "preempts": plan.get("preempts", False),
+        "ended": plan.get("ended", "2026-01-01T00:00:00Z"),
         "environment": environment,
         "command": words[words.index("--env-file") + 2 :],
     }
@@ -85,7 +86,8 @@ def inspect(words):
     found = containers().get(words[-1])
     if found is None:
         sys.exit("Error: No such container")
-    print(f"@launch state {found['state']} {found['code']} {str(found['oom']).lower()}")
+    words = [found["state"], str(found["code"]), str(found["oom"]).lower(), found.get("ended", "2026-01-01T00:00:00Z")]
+    print("@launch state", *words)
 
 
 def stop(words):

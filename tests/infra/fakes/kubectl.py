@@ -105,4 +105,4 @@ def main(words):
         elif "pods" in words:
             get_pods(state)
         elif "delete" in words:
-            state.update(jobset=None, secret=None)
+            state.update({words[words.index("delete") + 1]: None})

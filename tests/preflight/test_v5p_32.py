@@ -21,10 +21,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 GB = 10**9
 # Of the smallest matrix of a layer, that of keys or of values, in float32.
 SMALLEST_GRADIENT_BYTES = 1024 * 4096 * 4
+# In the dtype in which it travels; the hidden states of a batch are 8.6 GB.
+EMBEDDING_BYTES = 128256 * 4096 * 2
 # 1,088 pages of 128 tokens, keys and values of 2 heads of 128 on each chip, in bfloat16.
 CACHE_OF_A_LAYER_BYTES = 1088 * 128 * 2 * 2 * 128 * 2
 LAYERS = 32
-MOST_BYTES = {"start": 7 * GB, "train": 56 * GB, "hand over": 11 * GB, "empty cache": 16 * GB, "generate": 17 * GB}
+MOST_BYTES = {"start": 7 * GB, "train": 54 * GB, "hand over": 11 * GB, "empty cache": 16 * GB, "generate": 17 * GB}
+# What the job is held to, whatever a change makes of it.
+MOST_RATIO = {"train_step": 1.3, "engine_decode_32": 2.5}
 EXPECTED_RATIO = {"train_step": 1.29, "engine_decode_32": 2.49}
 
 
@@ -69,6 +73,12 @@ def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(report):
     assert all(each["largest_bytes"] < SMALLEST_GRADIENT_BYTES for each in reduced), reduced
 
 
+def test_what_is_gathered_in_an_update_are_weights_and_no_hidden_states(report):
+    (train,) = compiled(report, "train_step")
+    gathered = [each for each in train["traffic"] if each["kind"] == "all-gather"]
+    assert all(each["largest_bytes"] <= EMBEDDING_BYTES for each in gathered), gathered
+
+
 def test_the_handoff_moves_bfloat16_alone(report):
     (handoff,) = compiled(report, "handoff")
     assert {each["dtype"] for each in handoff["traffic"]} == {"bf16"}
@@ -85,4 +95,4 @@ def test_the_cache_is_updated_in_place(report):
 @pytest.mark.parametrize("name", ["train_step", "engine_decode_32"])
 def test_the_compiler_expects_no_more_over_the_roofline_than_it_did(report, name):
     for program in compiled(report, name):
-        assert program["estimate_over_roofline"] <= 1.05 * EXPECTED_RATIO[name]
+        assert program["estimate_over_roofline"] <= min(1.05 * EXPECTED_RATIO[name], MOST_RATIO[name])

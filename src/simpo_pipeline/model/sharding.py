@@ -66,10 +66,10 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
     slot by slot; others by a kernel where there is one, on TPUs.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    in_rows = _in_rows if on_tpu else ANYWHERE.hidden
+    in_rows = _in_rows if on_tpu else ANYWHERE.residual
     attend = _attend_on(mesh, slot_lens)
     if mesh.size == 1:
-        return ANYWHERE._replace(hidden=in_rows, attend=attend, keeps_heads=on_tpu)
+        return ANYWHERE._replace(residual=in_rows, attend=attend, keeps_heads=on_tpu)
 
     def at(array: NamedArray, spec: PartitionSpec) -> NamedArray:
         return NamedArray(jax.lax.with_sharding_constraint(array.array, NamedSharding(mesh, spec)), array.axes)
@@ -106,7 +106,8 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
     by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
     return Placement(
         weight=gathered_by(TENSOR_PARALLEL_RULES),
-        hidden=lambda hidden: in_rows(at(hidden, PartitionSpec("data"))),
+        hidden=lambda hidden: at(hidden, PartitionSpec("data")),
+        residual=lambda hidden: in_rows(at(hidden, PartitionSpec("data"))),
         unembedding=gathered_by({}),
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
         attend=attend,
@@ -117,7 +118,10 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
 
 
 def _in_rows(hidden: NamedArray) -> NamedArray:
-    """With the tokens' numbers side by side: XLA's TPU backend else lays tokens side by side, and then relays all."""
+    """With the numbers of a token side by side; XLA's TPU backend else lays those of neighbours so, and relays all.
+
+    Within layers only: elsewhere XLA gathers what it applies to on every device.
+    """
     return NamedArray(with_layout_constraint(hidden.array, Layout(tuple(range(hidden.ndim)))), hidden.axes)
 
 

@@ -65,7 +65,9 @@ class Placement(NamedTuple):
     """Where arrays lie on a mesh while they are computed with; all but the last four return their argument, placed."""
 
     weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
-    hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding, attention and each layer
+    hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding, and those that predict
+    # The same within the layers: after attention, and after each layer.
+    residual: Callable[[NamedArray], NamedArray] = _as_it_is
     # The unembedding, where it is walked in chunks of the vocabulary, and the hidden states [tokens, embed] for it.
     unembedding: Callable[[NamedArray], NamedArray] = _as_it_is
     predicting: Callable[[Array], Array] = lambda hidden: hidden
@@ -213,8 +215,8 @@ def transform(
         hidden, state = carry
         weights = jax.tree.map(placement.weight, weights, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
         attended, state = _attention(config, weights, hidden, turn, index, attend, state, placement)
-        hidden = placement.hidden(hidden + attended)
-        return placement.hidden(hidden + _mlp(config, weights, hidden, placement)), state
+        hidden = placement.residual(hidden + attended)
+        return placement.residual(hidden + _mlp(config, weights, hidden, placement)), state
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     if remat != "none":

@@ -77,6 +77,8 @@ def _compile(program: LoweredProgram) -> CompilerResult:
         start = time.perf_counter()
         try:
             compiled = program.compile(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+        except (OSError, MemoryError):  # says something of this machine, not of the program
+            raise
         except Exception as error:  # XLA raises RuntimeError for most, ValueError for some; the report shows it
             return CompilerResult({}, "", f"{type(error).__name__}: {error}", time.perf_counter() - start)
         seconds = time.perf_counter() - start

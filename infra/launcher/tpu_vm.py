@@ -54,26 +54,6 @@ class TpuVmLaunch:
             self._provisioner.delete()
         self._tools.tell_success()
 
-    def _delete_after_failure(self) -> None:
-        try:
-            self._provisioner.delete()
-        except LaunchError as error:  # the failure is to be told first
-            self._tools.console.complain(f"The TPU could not be deleted: {error}\ndelete it: {self._other('clean')}")
-
-    def _run(self) -> None:
-        attempt = 1
-        while True:
-            try:
-                self._attempt(attempt)
-                break
-            except TpuLost as lost:
-                self._hosts, self._has_tpu = None, False
-                if 0 <= self._options.retries < attempt:
-                    raise TpuLost(f"{lost} (attempt {attempt}, and --retries is {self._options.retries})") from lost
-                self._tools.console.complain(f"Attempt {attempt} lost its TPU: {lost}. Trying again.")
-                self._provisioner.discard()
-                attempt += 1
-
     def interrupted(self) -> None:
         """What Ctrl-C asks: whether the job, or what it waits for, is to end too."""
         console = self._tools.console
@@ -92,6 +72,26 @@ class TpuVmLaunch:
         else:
             console.say("The job goes on.")
             self._tell_how_to_follow()
+
+    def _run(self) -> None:
+        attempt = 1
+        while True:
+            try:
+                self._attempt(attempt)
+                break
+            except TpuLost as lost:
+                self._hosts, self._has_tpu = None, False
+                if 0 <= self._options.retries < attempt:
+                    raise TpuLost(f"{lost} (attempt {attempt}, and --retries is {self._options.retries})") from lost
+                self._tools.console.complain(f"Attempt {attempt} lost its TPU: {lost}. Trying again.")
+                self._provisioner.discard()
+                attempt += 1
+
+    def _delete_after_failure(self) -> None:
+        try:
+            self._provisioner.delete()
+        except LaunchError as error:  # the failure is to be told first
+            self._tools.console.complain(f"The TPU could not be deleted: {error}\ndelete it: {self._other('clean')}")
 
     def _attempt(self, attempt: int) -> None:
         node = self._provisioner.acquire()

@@ -86,7 +86,7 @@ def four_devices(small_config) -> dict:
     config = dataclasses.replace(small_config, tie_word_embeddings=True)
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("four_device_gradient.py")), json.dumps(config.to_hf())],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import sys
 import threading
 import weakref
@@ -211,6 +212,19 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_trace(prefix):
     assert actions(executor) == dict.fromkeys(["prepare", "train-2", "infer-128", "train-5"], "RUN")
     assert calls == []
     assert not exists(prefix)
+
+
+def test_a_failure_is_recorded_whatever_its_text(prefix):
+    name = os.fsdecode(b"not UTF-8: \xff")
+
+    def fail(config: Any):
+        raise FileNotFoundError(name)
+
+    executor = Executor(prefix)
+    step = ExecutorStep("step", fail, [this_output_path()])
+    with pytest.raises(StepFailedError):
+        executor.run([step])
+    assert read_json(join(executor.output_paths[step], "error.json"))["failures"][0]["exception"].endswith(name)
 
 
 def test_what_a_failed_step_left_says_who_failed_and_why(prefix):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import SimpoPipelineError
@@ -278,6 +278,7 @@ def publish(config: list[Any]) -> Live:
 
 @settings(anywhere, max_examples=10)
 @given(INFOS)
+@example(encoded({"name": "made", "version": {"config": {}}, "live_digest": "\ud800"}))
 def test_a_replay_compares_with_whatever_is_recorded_and_fails_cleanly_or_not_at_all(prefix: str, info: bytes):
     prefix = join(prefix, uuid.uuid4().hex)
     made = ExecutorStep("made", publish, [this_output_path(), None])

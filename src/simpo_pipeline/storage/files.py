@@ -84,7 +84,9 @@ def write_json(path: str, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """A JSON file's content, as every one here is laid out: the same bytes for the same value."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as JSON spells it: \udc80.
+    return text.encode(errors="backslashreplace")
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def clean_digest(launch, tmp_path_factory) -> str:
     return digest(prefix)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_process_launches_the_same_programs_over_many_processes(launch, tmp_path, count):
     job = launch(count, TOY, "--prefix", tmp_path, "--check_launches").require_success()
     launches = [ledgers_of(job, host) for host in range(count)]
@@ -62,7 +62,13 @@ def test_every_process_launches_the_same_programs_over_many_processes(launch, tm
 @pytest.mark.parametrize(
     ("fault", "culprit"),
     [
-        ("ambient_zeros", r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in ambient_zeros"),
+        pytest.param(
+            *(
+                "ambient_zeros",
+                r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in ambient_zeros",
+            ),
+            marks=pytest.mark.slow,
+        ),
         ("eager_op", r"process 0 of 2.*JAX tried to execute function jit\(_reduce_sum\).*toy_job\.py:\d+ in eager_op"),
         pytest.param(
             *("device_tracker", r"process 0 of 2.*JAX tried to execute function jit\(.*toy_job\.py:\d+ in log"),
@@ -119,7 +125,7 @@ def test_a_host_that_leaves_alone_is_named_and_ends_all(launch, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "step", "victim", "flags"),
     [
-        ("raise", "infer", 1, ()),
+        pytest.param("raise", "infer", 1, (), marks=pytest.mark.slow),
         ("kill", "infer", 0, ()),
         pytest.param("raise", "infer", 0, (), marks=pytest.mark.slow),
         pytest.param("hang", "infer", 1, ("--watch.stall_seconds", "4"), marks=pytest.mark.slow),

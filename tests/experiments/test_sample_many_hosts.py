@@ -103,6 +103,7 @@ def test_one_engine_over_all_hosts_takes_the_same_tokens_but_for_ties(rows, mode
     assert ties < len(alone) // 10
 
 
+@pytest.mark.slow
 def test_a_prompt_that_one_host_cannot_serve_stops_all_before_any_device_work(launch, model, tmp_path):
     long = "x" * 400
     text = YAML.format(model=model, mode="host_data_parallel", count=1, temperature=0.0)

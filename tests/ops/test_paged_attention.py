@@ -110,7 +110,7 @@ def test_single_queries_equal_the_reference(backend: PagedAttention, page_size: 
 
 @fast_backends
 @pytest.mark.parametrize("num_single", [0, 3])
-@pytest.mark.parametrize("page_size", [1, 4, 16, 128])
+@pytest.mark.parametrize("page_size", [1, pytest.param(4, marks=pytest.mark.slow), 16, 128])
 def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: int, num_single: int) -> None:
     rng = np.random.default_rng(page_size)
     num_queries = np.concatenate([np.ones(num_single, int), rng.integers(0, 40, size=5)])

@@ -148,6 +148,7 @@ def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, 
         TrainConfig(trainer_config, "model", (), 1)
 
 
+@pytest.mark.slow
 def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, session, monkeypatch, tmp_path):
     plain, _, _ = run_stretch(3)
     monkeypatch.setattr(session, "profile", 2)

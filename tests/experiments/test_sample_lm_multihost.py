@@ -70,6 +70,7 @@ def test_the_dry_run_prints_the_steps_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path, tiny_settings):
     prefix = tmp_path / "runs"
     done = run("--config_path", tiny_settings, "--prefix", str(prefix), timeout=200)

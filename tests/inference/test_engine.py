@@ -67,6 +67,7 @@ def test_greedy_tokens_equal_a_loop_over_whole_sequences(
     assert (stats.num_preemptions > 0) == (sizes is TIGHT)
 
 
+@pytest.mark.slow
 def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
     weights: Llama, engine_of: Callable[..., Engine]
 ) -> None:
@@ -87,11 +88,9 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"temperature": 0.6},
         {"top_k": 5, "temperature": 1.5},
-        {"top_p": 0.4},
-        {"min_p": 0.5},
         {"repetition_penalty": 2.0, "top_k": 9},
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ({"temperature": 0.6}, {"top_p": 0.4}, {"min_p": 0.5})),
     ],
     ids=str,
 )

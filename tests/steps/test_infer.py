@@ -250,6 +250,7 @@ def tokens_of_every_row(output_path, num_prompts):
     return [row["generated_tokens"] for row in rows]
 
 
+@pytest.mark.slow
 def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, step_run, tmp_path):
     infer(config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, chat=False), step_run)
     tokens_of_every_row(tmp_path, 1024)

@@ -35,10 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.2)):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
-    if config.option.markexpr == "not slow":
-        # Most of a run's time is XLA's, making programs fast that run for milliseconds. The slow tests, of real models
-        # and whole jobs, run what users run.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,8 @@ from launcher.options import JobOptions
 
 # What a script ends with when its input did not come whole: sysexits.h calls it a temporary failure.
 CUT = 75
+# When a container has ended that never ran, as docker says it.
+_NEVER = "0001-01-01T00:00:00Z"
 ROOT = '"$HOME"/.simpo-launch'
 
 
@@ -92,5 +94,6 @@ def parse_state(facts: tuple[str, ...]) -> HostState | None:
     for fact in facts:
         words = fact.split()
         if len(words) in (4, 5) and words[0] == "state":
-            return HostState(words[1], int(words[2]), words[3] == "true", "".join(words[4:]).removesuffix("Z"))
+            ended = "" if words[4:] == [_NEVER] else "".join(words[4:]).removesuffix("Z")
+            return HostState(words[1], int(words[2]), words[3] == "true", ended)
     return None

@@ -67,10 +67,6 @@ class HostEnd:
         return f"host {self.host} of {count} {what}, and no other did before. Its last lines:\n{lines}"
 
 
-def _ended(end: HostEnd) -> str:
-    return (end.state.ended if end.state is not None else "") or "unknown, and so after every year"
-
-
 class _Follower(threading.Thread):
     """Passes one host's lines on until its job has ended or the host stays silent."""
 
@@ -155,9 +151,10 @@ class Following:
                 feed.close()
         for follower in followers:
             follower.join()
-        told = [end for end in failed if end.state is not None]
+        told = [(end, end.state.ended) for end in failed if end.state is not None]
         # Of those whose time is not known, the one that was heard of first.
-        return min(told, key=_ended, default=failed[0] if failed else None)
+        first = min(told, key=lambda each: (not each[1], each[1]), default=None)
+        return first[0] if first else failed[0] if failed else None
 
     def _collect(self, ends: "queue.Queue[HostEnd]", count: int) -> list[HostEnd]:
         failed: list[HostEnd] = []

@@ -266,6 +266,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def test_no_page_is_lost_or_shared_by_mistake_and_every_request_ends():
     run_state_machine_as_test(
-        SchedulerMachine, settings=settings(max_examples=75, stateful_step_count=40, deadline=None)
+        SchedulerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )
     assert SchedulerMachine.most_chunks >= 3, "no round computed several prompts together"

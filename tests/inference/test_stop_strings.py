@@ -168,7 +168,7 @@ def test_strings_of_real_text_are_found_where_they_end(
 
 
 EOS_ID = 257  # of the byte tokenizer
-NUM_TOKENS = 4000
+NUM_TOKENS = 6000
 ENDLESS = {
     "text": random.Random(0).choices(b"abc ", k=NUM_TOKENS),
     "characters of many bytes": list(("日本🎉" * (NUM_TOKENS // 10)).encode()),

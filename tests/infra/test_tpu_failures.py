@@ -27,6 +27,12 @@ class TestTheCommandFails:
             cloud.plan(containers=[hosts])
             assert cloud.launch("--image", "i", "--run_id", f"host-{hosts['0']['code']}").code == code
 
+    def test_a_container_that_never_ran_did_not_fail_first(self, cloud):
+        cloud.has_tpu()
+        created = {"code": 128, "ended": "0001-01-01T00:00:00Z"}
+        cloud.plan(containers=[{"0": created, "1": FAILS}])
+        assert cloud.launch("--image", "i").code == 3
+
     def test_it_is_told_also_when_gcloud_fails_after_it(self, cloud):
         cloud.plan(
             containers=[{"all": FAILS}],

@@ -41,6 +41,13 @@ def test_a_name_gives_its_chips_and_hosts(name, chips, hosts, compiler_name):
     assert (topology.num_chips, topology.num_hosts, topology.compiler_name) == (chips, hosts, compiler_name)
 
 
+@pytest.mark.parametrize(
+    ("name", "ends"), [("v5p-16", (0, 1)), ("v5p-64", (0, 7)), ("v5e-16", (1, 3)), ("v6e-16", (1, 3))]
+)
+def test_both_ends_are_hosts_that_the_compiler_takes(name, ends):
+    assert find_topology(name).end_hosts == ends
+
+
 @pytest.mark.parametrize("name", ["v5p-31", "V5P-32", "v4-8", ""])
 def test_an_unknown_name_is_told_with_those_that_are_known(name):
     with pytest.raises(ConfigError) as told:

@@ -68,7 +68,6 @@ def preflight(job: PreflightJob, topology_name: str, prefix: str) -> bool:
 
     Raises:
         ConfigError: the compiler is not there, or the job's shapes are not known ahead.
-        CapacityError: the engine's sizes alone are too large for a chip.
     """
     topology = find_topology(topology_name)
     devices = describe_devices(topology)

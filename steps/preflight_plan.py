@@ -14,8 +14,9 @@ from simpo_pipeline.data.prompts import load_prompts
 from simpo_pipeline.data.rows import RowShape, widest_shape
 from simpo_pipeline.distributed.mesh import DATA_AXIS, local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import LoweredProgram
-from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.handoff.handoff import build_handoff
+from simpo_pipeline.inference.config import EngineSizes
 from simpo_pipeline.inference.engine_programs import EnginePrograms
 from simpo_pipeline.inference.kv_cache import bytes_per_device
 from simpo_pipeline.inference.sizing import Work as EngineWork
@@ -56,7 +57,7 @@ def examine_job(job: PreflightJob, topology: Topology, devices: Sequence[Any]) -
         examine(each, compile_ahead(each.lowered, cache) if each.host in ends else None, topology.chip)
         for each in plan.programs()
     ]
-    return Report(topology, examined, plan.phases(examined), plan.assumptions, versions)
+    return Report(topology, examined, plan.phases(examined), plan.assumptions, versions, plan.refusals)
 
 
 class Plan:
@@ -76,21 +77,27 @@ class Plan:
         # As in the job, whose trainer holds its state when the engine is sized.
         free = topology.chip.hbm_bytes - bytes_per_device(self._state)
         mesh = local_mesh(self._hosts[0])
-        self._sizes = size_engine(job.engine, self._model, job.engine_dtype, requests, mesh, free)
+        self._sizes: EngineSizes | None = None
+        self.refusals: tuple[str, ...] = ()
+        try:
+            self._sizes = size_engine(job.engine, self._model, job.engine_dtype, requests, mesh, free)
+        except CapacityError as error:
+            self.refusals = (str(error),)
         # Tokens that one token attends to on average, in a generation that runs to its end.
         self._context = requests.longest_prompt + job.sampling.max_tokens / 2
         self.assumptions = {
             "answers": f"fill all {job.trainer.train_seq_len} places of each row but the first",
             "prompts": f"have a token for each byte, {requests.longest_prompt} in the longest",
             "generations": f"run to their end, so the mean token attends to {self._context:.0f}",
-            "engine": f"serves {requests.num_requests} requests on each host with {self._sizes}",
+            "engine": f"serves {requests.num_requests} requests on each host with {self._sizes or 'what it asks for'}",
         }
 
     def programs(self) -> Iterator[Planned]:
-        """Lowers each program."""
+        """Lowers each program; none of an engine that is refused."""
         yield from self._of_training()
-        for host in range(len(self._hosts)):
-            yield from self._of_generation(host)
+        if self._sizes is not None:
+            for host in range(len(self._hosts)):
+                yield from self._of_generation(host, self._sizes)
 
     def phases(self, examined: Sequence[Examined]) -> list[Phase]:
         """What is live in each stretch of the job; nothing is known if a program did not compile."""
@@ -106,11 +113,16 @@ class Plan:
         def running(*names: str) -> dict[str, Any]:
             return {name: memory[name] for name in names}
 
-        return [
+        of_training = [
             # Moments depend on the parameters' shapes alone, so these are no arguments of the program.
             phase("start", {"parameters": params}, running("init_moments"), code),
             phase("train", {}, running("train_step"), code),
             phase("hand over", {"moments of the trainer": state - params}, running("handoff"), code),
+        ]
+        if self._sizes is None:
+            return of_training
+        return [
+            *of_training,
             phase("empty cache", {"trainer": state, "weights": weights}, running("engine_empty_cache"), code),
             # Weights and cache are arguments of each round; the program that copies pages needs next to nothing.
             phase("generate", {"trainer": state}, rounds, code),
@@ -144,11 +156,11 @@ class Plan:
             kernel=kernel_takes(shape.row_len, self._model.head_dim, None),
         )
 
-    def _of_generation(self, host: int) -> Iterator[Planned]:
+    def _of_generation(self, host: int, sizes: EngineSizes) -> Iterator[Planned]:
         programs = PlannedPrograms()
-        EnginePrograms(self._model, self._sizes, local_mesh(self._hosts[host]), programs, self._job.engine_dtype)
+        EnginePrograms(self._model, sizes, local_mesh(self._hosts[host]), programs, self._job.engine_dtype)
         for lowered in programs.lowered:
-            turns = self._sizes.decode_steps_per_call if lowered.name.startswith("engine_decode") else 1
+            turns = sizes.decode_steps_per_call if lowered.name.startswith("engine_decode") else 1
             yield Planned(lowered, self._generation_work(lowered), host, turns)
 
     def _generation_work(self, lowered: LoweredProgram) -> Work:

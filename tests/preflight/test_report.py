@@ -1,5 +1,6 @@
 """The report of made-up figures, and its verdict; the cache that figures come from."""
 
+import dataclasses
 import json
 
 import pytest
@@ -80,8 +81,12 @@ def test_the_json_has_the_same_and_can_be_written():
             report_of(examined(), phases=[phase("train", {"much": 60 * GB}, {"train_step": MEMORY}, GB)]),
             "'train' needs 98.00 GB of a chip that has 95.00 GB",
         ),
+        (
+            dataclasses.replace(report_of(examined()), refusals=["the engine needs 9 GiB"]),
+            "the engine needs 9 GiB",
+        ),
     ],
-    ids=["does not compile", "differs between hosts", "does not fit"],
+    ids=["does not compile", "differs between hosts", "does not fit", "refused"],
 )
 def test_what_cannot_run_is_said_with_its_reason(report, reason):
     assert report.failures == [reason]

@@ -17,6 +17,7 @@ class Report:
     Attributes:
         assumptions: What was assumed in place of what only the job knows, by name.
         versions: Of jax, jaxlib and libtpu.
+        refusals: Why parts of the job were not even planned, a sentence each.
     """
 
     topology: Topology
@@ -24,11 +25,15 @@ class Report:
     phases: Sequence[Phase]
     assumptions: Mapping[str, Any]
     versions: Mapping[str, str]
+    refusals: Sequence[str] = ()
 
     @property
     def failures(self) -> list[str]:
         """Why the job cannot run on the topology, a sentence each; none if it can."""
-        failed = [f"{_where(each)} does not compile: {_first_line(each.error)}" for each in self.programs if each.error]
+        failed = list(self.refusals)
+        failed += [
+            f"{_where(each)} does not compile: {_first_line(each.error)}" for each in self.programs if each.error
+        ]
         for same in _by_name(self.programs):
             if len({each.stablehlo for each in same}) > 1:
                 failed.append(f"{same[0].name} is not the same program on all hosts")

@@ -16,11 +16,11 @@ from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
 
 # The TPU's kernel does not know 3 key/value heads: its backend then is plain XLA, which runs here.
-KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 8
+KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 16
 CPU_MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("model",))
 REFERENCE = ReferencePagedAttention()
 CPU = CpuPagedAttention()
-FAST = [CPU, GpuPagedAttention(), TpuPagedAttention(CPU_MESH, "model")]
+FAST = [CPU, GpuPagedAttention(CPU_MESH, "model"), TpuPagedAttention(CPU_MESH, "model")]
 ALL = [*FAST, REFERENCE]
 
 fast_backends = pytest.mark.parametrize("backend", FAST, ids=lambda backend: backend.name)

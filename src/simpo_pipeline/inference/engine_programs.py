@@ -13,14 +13,14 @@ from simpo_pipeline.distributed.mesh import place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineSizes, pages_for
-from simpo_pipeline.inference.forward import Drawn, decode, lay_out, prefill, prefill_and_decode
+from simpo_pipeline.inference.forward import Drawn, decode, lay_out, lay_out_merged, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.packing import pack, unpack
 from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit
 from simpo_pipeline.inference.scheduler import Round
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-from simpo_pipeline.model.transformer import Llama, LlamaLayers, UnstackedLlama, abstract_llama
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, MergedLayers, UnstackedLlama, abstract_llama
 from simpo_pipeline.ops.paged_attention import backend_for
 
 # Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
@@ -65,7 +65,7 @@ class EnginePrograms:
         given = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
         self.weights_bytes = bytes_per_device(given)
         self._weights = EngineWeights(given, given)
-        self._lay_out = self._compile_lay_out(given, mesh) if mesh.devices.flat[0].platform == "cpu" else None
+        self._lay_out = self._compile_lay_out(given, mesh)
         self._cache = abstract_cache(model, sizes, dtype, mesh, attention)
         self.cache_bytes = bytes_per_device(self._cache)
         self._empty_cache = self._compile(
@@ -146,11 +146,18 @@ class EnginePrograms:
             return UNSPLIT
         return VocabSplit(parts, lambda array: jax.lax.with_sharding_constraint(array, self._replicated))
 
-    def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program:
-        """Makes the other programs take the layers as `lay_out` gives them; the program that does so."""
-        both = with_shardings(jax.eval_shape(lay_out, given.layers), mesh, TENSOR_PARALLEL_RULES)
+    def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program | None:
+        """Makes the other programs take the layers as these devices run them fast; the program that lays them out."""
+        match mesh.devices.flat[0].platform:
+            case "cpu":
+                function = lay_out
+            case "gpu":
+                function = functools.partial(lay_out_merged, parts=self._head_parts)
+            case _:
+                return None
+        both = with_shardings(jax.eval_shape(function, given.layers), mesh, TENSOR_PARALLEL_RULES)
         self._weights = _laid_out(given, *both)
-        return self._compile("lay_out", lay_out, given.layers, out_shardings=_placement(both))
+        return self._compile("lay_out", function, given.layers, out_shardings=_placement(both))
 
     def _compile_copy(self) -> Program:
         return self._compile(
@@ -242,7 +249,9 @@ def _smallest_holding(size: int, programs: dict[int, Program]) -> int:
     return min(rows for rows in programs if rows >= size)
 
 
-def _laid_out(weights: Llama, stacked: LlamaLayers | None, by_layer: tuple[LlamaLayers, ...]) -> EngineWeights:
+def _laid_out(
+    weights: Llama, stacked: LlamaLayers | None, by_layer: tuple[LlamaLayers, ...] | tuple[MergedLayers, ...]
+) -> EngineWeights:
     rest = (weights.final_norm, weights.head, weights.config)
     return EngineWeights(
         weights if stacked is None else Llama(weights.embedding, stacked, *rest),

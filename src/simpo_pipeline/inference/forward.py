@@ -23,10 +23,12 @@ from simpo_pipeline.model.transformer import (
     AnyLlama,
     Llama,
     LlamaLayers,
+    MergedLayers,
     Placement,
     UnstackedLlama,
     logits,
     merged,
+    merged_layers,
     transform,
     unstacked,
 )
@@ -53,6 +55,15 @@ def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers,
     if layers.wq.dtype != jnp.bfloat16:
         return None, unstacked(layers)
     return jax.tree.map(_as_bits, layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray)), unstacked(layers)
+
+
+def lay_out_merged(layers: LlamaLayers, parts: int) -> tuple[None, tuple[MergedLayers, ...]]:
+    """The same for XLA's GPU backend, whose heads lie in so many equal parts over devices.
+
+    It copies each layer's part out of a stack before it multiplies. In programs over chunks, which multiply for longer
+    than it copies, the stack stays as it is.
+    """
+    return None, unstacked(merged_layers(layers, parts))
 
 
 def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:

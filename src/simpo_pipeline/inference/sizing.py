@@ -117,7 +117,8 @@ def _chunk_for(work: Work) -> int:
 def _bytes_without_cache(sizes: EngineSizes, model: LlamaConfig, dtype: DTypeLike, mesh: Mesh) -> int:
     """Per device: the weights, again for each layout that the engine makes, and what programs need while they run."""
     weights = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
-    layouts = 1 + (jnp.dtype(dtype) == jnp.bfloat16) if mesh.devices.flat[0].platform == "cpu" else 0
+    platform = mesh.devices.flat[0].platform
+    layouts = {"cpu": 1 + (jnp.dtype(dtype) == jnp.bfloat16), "gpu": 1}.get(platform, 0)
     num_tokens, heads_width = sizes.prefill_chunk_tokens + sizes.max_seqs, model.num_heads * model.head_dim
     of_a_layer = num_tokens * (4 * model.hidden_size + 3 * model.intermediate_size + 4 * heads_width)
     # Or, where it is more, what attention in plain XLA holds of a block of keys: for each tile of queries the keys and

@@ -25,7 +25,7 @@ ShardingRules = Mapping[str, str]
 
 # Generation: whole heads, slices of the MLP and of the vocabulary per device; "embed" stays whole.
 TENSOR_PARALLEL_RULES: ShardingRules = MappingProxyType(
-    {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
+    {"heads": "model", "kv_heads": "model", "parts": "model", "mlp": "model", "vocab": "model"}
 )
 
 # Training: every matrix is split along its "embed" axis too, so each device holds 1/n of the master weights.

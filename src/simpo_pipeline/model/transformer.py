@@ -9,7 +9,7 @@ Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import haliax as hax
@@ -136,13 +136,14 @@ class UnstackedLlama(eqx.Module):
     """The same with each layer's parameters in arrays of their own, see `unstacked`."""
 
     embedding: NamedArray  # vocab embed
-    layers: tuple[LlamaLayers, ...]  # without the axis "layers"
+    layers: tuple[LlamaLayers, ...] | tuple[MergedLayers, ...]  # without the axis "layers"
     final_norm: NamedArray  # embed
     head: NamedArray | None  # vocab embed
     config: LlamaConfig = eqx.field(static=True)
 
 
 AnyLlama = Llama | MergedLlama | UnstackedLlama
+AnyLayers = TypeVar("AnyLayers", LlamaLayers, MergedLayers)
 
 
 def init_llama(config: LlamaConfig, key: PRNGKeyArray | UInt32[Array, "2"]) -> Llama:
@@ -233,46 +234,47 @@ def transform(
 
 
 def merged(model: Llama, parts: int) -> MergedLlama:
-    """The same for programs of few tokens on TPUs, whose heads lie in so many equal parts over devices.
+    """The same for programs of few tokens on TPUs, see `merged_layers`.
 
-    Queries, keys and values are one product, by part; and no weight has an axis of heads, which XLA's TPU backend would
-    copy out of the stack before each product. Of the 150 us that it expected of a layer for 64 sequences of an 8B model
-    on 4 chips of a v5p, the copies were 35.
+    XLA's TPU backend would copy a weight with an axis of heads out of the stack before each product. Of the 150 us that
+    it expected of a layer for 64 sequences of an 8B model on 4 chips of a v5p, the copies were 35.
     """
-    layers, config = model.layers, model.config
+    layers = merged_layers(model.layers, parts)
+    return MergedLlama(model.embedding, layers, model.final_norm, model.head, model.config)
+
+
+def merged_layers(layers: LlamaLayers, parts: int) -> MergedLayers:
+    """The same for programs of few tokens, whose heads lie in so many equal parts over devices.
+
+    Queries, keys and values are one product, by part; and no weight has an axis of heads.
+    """
     num_layers, embed = layers.attn_norm.axes
     by_part = [
         weight.array.reshape(num_layers.size, parts, -1, embed.size) for weight in (layers.wq, layers.wk, layers.wv)
     ]
     wqkv = jnp.concatenate(by_part, axis=2)
     wo = layers.wo.array.reshape(num_layers.size, embed.size, -1)
-    return MergedLlama(
-        model.embedding,
-        MergedLayers(
-            attn_norm=layers.attn_norm,
-            wqkv=NamedArray(wqkv, (num_layers, Axis("parts", parts), Axis("rows", wqkv.shape[2]), embed)),
-            wo=NamedArray(wo, (num_layers, embed, Axis("heads", config.num_heads * config.head_dim))),
-            mlp_norm=layers.mlp_norm,
-            w_gate=layers.w_gate,
-            w_up=layers.w_up,
-            w_down=layers.w_down,
-        ),
-        model.final_norm,
-        model.head,
-        config,
+    return MergedLayers(
+        attn_norm=layers.attn_norm,
+        wqkv=NamedArray(wqkv, (num_layers, Axis("parts", parts), Axis("rows", wqkv.shape[2]), embed)),
+        wo=NamedArray(wo, (num_layers, embed, Axis("heads", wo.shape[2]))),
+        mlp_norm=layers.mlp_norm,
+        w_gate=layers.w_gate,
+        w_up=layers.w_up,
+        w_down=layers.w_down,
     )
 
 
-def unstacked(layers: LlamaLayers) -> tuple[LlamaLayers, ...]:
+def unstacked(layers: AnyLayers) -> tuple[AnyLayers, ...]:
     """The parameters of each layer in arrays of their own, for a `transform` that is one straight line of layers.
 
     XLA's CPU backend copies each layer's part out of a stack before it multiplies, and of a stack of bfloat16 makes
     float32 first (SmolLM2, 128 rows, 2 cores with AVX512_BF16: 188 ms a pass in bfloat16, 48 ms unstacked; in fp32 87
-    and 79 ms).
+    and 79 ms). Its GPU backend copies too.
     """
     num_layers = layers.attn_norm.resolve_axis("layers").size
 
-    def layer(index: int) -> LlamaLayers:
+    def layer(index: int) -> AnyLayers:
         return jax.tree.map(
             lambda leaf: leaf["layers", index], layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray)
         )

@@ -99,7 +99,7 @@ def backend_for(mesh: Mesh, axis: str = MODEL_AXIS) -> PagedAttention:
         case "cpu":
             return CpuPagedAttention()
         case "gpu":
-            return GpuPagedAttention()
+            return GpuPagedAttention(mesh, axis)
         case "tpu":
             return TpuPagedAttention(mesh, axis)
         case _:

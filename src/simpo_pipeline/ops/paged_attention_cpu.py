@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, attend_in_tiles, copy_pages, storable_values
+from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, attend_in_tiles, copy_pages, in_blocks, storable_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class CpuPagedAttention:
             k_NKDT = k_NWKDO.transpose(0, 2, 3, 1, 4).reshape(num_tiles, kv_heads, head_size, -1)
             return k_NKDT, v_NWKOD.transpose(0, 2, 1, 3, 4).reshape(num_tiles, kv_heads, -1, head_size)
 
-        sizes = {"num_single": num_single, "kv_heads": kv_heads, "page_size": page_size}
-        return attend_in_tiles(q, read_block, page_table, query_starts, kv_lens, **sizes)
+        sizes = {"num_single": num_single, "kv_heads": kv_heads}
+        return attend_in_tiles(q, in_blocks(read_block, page_size), page_table, query_starts, kv_lens, **sizes)
 
 
 def _stored_dtype(dtype: DTypeLike) -> np.dtype:

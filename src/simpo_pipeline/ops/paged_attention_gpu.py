@@ -1,27 +1,41 @@
-"""Paged attention for GPUs: plain XLA over pages of [slot, kv_head, head_size].
+"""Paged attention for GPUs: a Pallas kernel over pages [slot, kv_head, head_size], on each device over its own heads.
 
-Its numerics are tested on CPU. It was never run on a GPU, so its speed there is unknown: the layout, in which a
-token's keys are one stretch of memory, and the block of keys are choices, not measurements.
+The kernel takes heads of 16, 32, 64, ... numbers. For others the same pages are read in plain XLA, more slowly.
 
 Legend: as in `paged_xla`; O slot within a page.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, attend_in_tiles, copy_pages, storable_values
+from simpo_pipeline.ops.paged_gpu_kernel import attend_in_ranges, takes
+from simpo_pipeline.ops.paged_xla import (
+    KEYS_PER_BLOCK,
+    AttendTiles,
+    attend_in_tiles,
+    copy_pages,
+    in_blocks,
+    storable_values,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuPagedAttention:
-    """`PagedAttention` in plain XLA, which also splits it over devices."""
+    """`PagedAttention` with key/value heads split over the axis `axis` of `mesh`, where that divides their number.
 
+    On devices that are no GPUs the kernel is interpreted.
+    """
+
+    mesh: Mesh
+    axis: str
     name: ClassVar[str] = "gpu"
-    # A whole key block, so that a block is one gather of one page a sequence.
     default_page_size: ClassVar[int] = KEYS_PER_BLOCK
     keys_per_block: ClassVar[int | None] = KEYS_PER_BLOCK
     kv_heads_axis: ClassVar[int] = 2
@@ -66,14 +80,58 @@ class GpuPagedAttention:
         num_single: int,
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
-        keys, values = pages
-        page_size, kv_heads, head_size = keys.shape[1:]
+        splits = pages[0].shape[self.kv_heads_axis] % self.mesh.shape[self.axis] == 0
+        axis = self.axis if splits else None
+        heads, kv_heads, replicated = PartitionSpec(None, axis), PartitionSpec(None, None, axis), PartitionSpec()
+        interpret = self.mesh.devices.flat[0].platform != "gpu"
+        return jax.shard_map(
+            functools.partial(_attend_on_one_device, num_single=num_single, interpret=interpret),
+            mesh=self.mesh,
+            in_specs=(heads, kv_heads, kv_heads, replicated, replicated, replicated),
+            out_specs=heads,
+            # The kernel does not say over which axes its result varies.
+            check_vma=False,
+        )(q, *pages, page_table, query_starts, kv_lens)
 
-        def read_block(indices: Int[Array, "N W"]) -> tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]:
-            block = (indices.shape[0], -1, kv_heads, head_size)
-            k_NTKD = keys.at[indices].get(mode="clip").reshape(block)
-            v_NTKD = values.at[indices].get(mode="clip").reshape(block)
-            return k_NTKD.transpose(0, 2, 3, 1), v_NTKD.transpose(0, 2, 1, 3)
 
-        sizes = {"num_single": num_single, "kv_heads": kv_heads, "page_size": page_size}
-        return attend_in_tiles(q, read_block, page_table, query_starts, kv_lens, **sizes)
+def _attend_on_one_device(
+    q: Float[Array, "tokens heads head_size"],
+    keys: Float[Array, "pages page_size kv_heads head_size"],
+    values: Float[Array, "pages page_size kv_heads head_size"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs_and_end"],
+    kv_lens: Int[Array, " seqs"],
+    *,
+    num_single: int,
+    interpret: bool,
+) -> Float[Array, "tokens heads head_size"]:
+    attend = _in_kernel(keys, values, interpret=interpret) if takes(keys.shape[3]) else in_xla(keys, values)
+    sizes = {"num_single": num_single, "kv_heads": keys.shape[2]}
+    return attend_in_tiles(q, attend, page_table, query_starts, kv_lens, **sizes)
+
+
+def _in_kernel(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"], *, interpret: bool) -> AttendTiles:
+    def attend(
+        q_NKRD: Float[Array, "N K R D"],
+        positions_NR: Int[Array, "N R"],
+        lens_N: Int[Array, " N"],
+        page_table: Int[Array, "N pages_per_seq"],
+        *,
+        is_single: bool,
+    ) -> Float[Array, "N K R D"]:
+        del lens_N  # a tile's last position says more
+        return attend_in_ranges(q_NKRD, positions_NR, page_table, keys, values, splits=is_single, interpret=interpret)
+
+    return attend
+
+
+def in_xla(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"]) -> AttendTiles:
+    """How tiles attend to the keys and values of such pages in plain XLA."""
+
+    def read_block(indices: Int[Array, "N W"]) -> tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]:
+        block = (indices.shape[0], -1, *keys.shape[2:])
+        k_NTKD = keys.at[indices].get(mode="clip").reshape(block)
+        v_NTKD = values.at[indices].get(mode="clip").reshape(block)
+        return k_NTKD.transpose(0, 2, 3, 1), v_NTKD.transpose(0, 2, 1, 3)
+
+    return in_blocks(read_block, keys.shape[1])

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
-from simpo_pipeline.ops.paged_xla import attend_in_tiles, storable_values
+from simpo_pipeline.ops.paged_xla import attend_in_tiles, in_blocks, storable_values
 
 # The kernel's vectors are so long; HBM pads shorter ones to it anyway, so a head of 64 takes no more memory for it.
 _LANES = 128
@@ -214,8 +214,8 @@ def _attend_without_kernel(
         kv = kv.reshape(indices.shape[0], -1, two_kv_heads // 2, 2, lanes)[..., :head_size]
         return kv[:, :, :, 0].transpose(0, 2, 3, 1), kv[:, :, :, 1].transpose(0, 2, 1, 3)
 
-    sizes = {"num_single": num_single, "kv_heads": two_kv_heads // 2, "page_size": page_size}
-    return attend_in_tiles(q, read_block, page_table, query_starts, kv_lens, **sizes)
+    sizes = {"num_single": num_single, "kv_heads": two_kv_heads // 2}
+    return attend_in_tiles(q, in_blocks(read_block, page_size), page_table, query_starts, kv_lens, **sizes)
 
 
 def _kernel_tiles(two_kv_heads: int, itemsize: int) -> bool:

@@ -1,4 +1,4 @@
-"""What backends in plain XLA share; foremost attention by tiles of queries against blocks of keys, online softmax.
+"""What backends share: queries cut into tiles, and in plain XLA tiles against blocks of keys, with online softmax.
 
 How a page looks is left to a `ReadBlock`, so that all of them share the algorithm. Work follows
 the longest sequence present, not the width of the page table: key blocks are read in a loop that ends with it. A
@@ -11,7 +11,7 @@ R row = (query, group) within a tile, W page within a key block, T key within a 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -22,15 +22,32 @@ KEYS_PER_BLOCK = 64
 # Queries of one sequence that share one read of its keys, when a sequence has several (prefill).
 QUERIES_PER_TILE = 16
 # What a masked score becomes: far below any real one, and finite so that a fully masked block gives no NaN.
-_MASKED = -1e30
+MASKED = -1e30
 # Below any sum of exponentials that has a term, so that dividing by it matters only where there is none.
-_LEAST_TOTAL = 1e-30
+LEAST_TOTAL = 1e-30
 # Slots that a query does not see have weight 0, which a sum over many values of this size still turns into 0.
 _LARGEST_VALUE = 1e30
 
 # Pages [N W] -> their keys [N K D T] and values [N K T D]. Keys of slots without a token may be anything, values there
 # are finite numbers. A page that does not exist reads as any.
 ReadBlock = Callable[[Int[Array, "N W"]], tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]]
+
+
+@runtime_checkable
+class AttendTiles(Protocol):
+    """How tiles attend, fp32; scores are not scaled. Rows of position -1 see nothing, and give zeros."""
+
+    def __call__(
+        self,
+        q_NKRD: Float[Array, "N K R D"],
+        positions_NR: Int[Array, "N R"],
+        lens_N: Int[Array, " N"],
+        page_table: Int[Array, "N pages_per_seq"],
+        *,
+        is_single: bool,
+    ) -> Float[Array, "N K R D"]:
+        """`lens_N` are the keys of each tile's sequence, 0 for none; `is_single`: a tile is one query of each."""
+        ...
 
 
 def copy_pages(
@@ -51,26 +68,51 @@ def storable_values(v: Float[Array, "tokens kv_heads head_size"]) -> Float[Array
 
 def attend_in_tiles(
     q: Float[Array, "tokens heads head_size"],
-    read_block: ReadBlock,
+    attend: AttendTiles,
     page_table: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_and_end"],
     kv_lens: Int[Array, " seqs"],
     *,
     num_single: int,
     kv_heads: int,
-    page_size: int,
 ) -> Float[Array, "tokens heads head_size"]:
-    """`PagedAttention.attend` with pages behind `read_block`."""
+    """`PagedAttention.attend` by tiles."""
     group = q.shape[1] // kv_heads
     parts = []
     if num_single:
         tiles = _tiles_of_single_queries(kv_lens[:num_single], group)
-        parts.append(_attend(q[:num_single], tiles, read_block, page_table[:num_single], kv_heads, page_size))
+        parts.append(_attend(q[:num_single], tiles, attend, page_table[:num_single], kv_heads, is_single=True))
     if num_single < kv_lens.shape[0]:
         chunks = q[num_single:]
         tiles = _tiles(query_starts[num_single:] - num_single, kv_lens[num_single:], chunks.shape[0])
-        parts.append(_attend(chunks, tiles, read_block, page_table[num_single:], kv_heads, page_size))
+        parts.append(_attend(chunks, tiles, attend, page_table[num_single:], kv_heads, is_single=False))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
+    """`AttendTiles` in plain XLA, over pages of `page_size` behind `read_block`."""
+
+    def attend(
+        q_NKRD: Float[Array, "N K R D"],
+        positions_NR: Int[Array, "N R"],
+        lens_N: Int[Array, " N"],
+        page_table: Int[Array, "N pages_per_seq"],
+        *,
+        is_single: bool,
+    ) -> Float[Array, "N K R D"]:
+        del is_single
+        blocks = _page_blocks(page_table, page_size)
+        keys_per_block = blocks.shape[2] * page_size
+
+        def add_block(index: Int[Array, ""], sums: _Sums) -> _Sums:
+            k_NKDT, v_NKTD = read_block(lax.dynamic_index_in_dim(blocks, index, keepdims=False))
+            return _merged(sums, _block_sums(q_NKRD, k_NKDT, v_NKTD, positions_NR - index * keys_per_block))
+
+        num_blocks = (jnp.max(lens_N) + keys_per_block - 1) // keys_per_block
+        sums = lax.fori_loop(0, num_blocks, add_block, _no_sums(q_NKRD))
+        return sums.weighted / jnp.maximum(sums.total, LEAST_TOTAL)[..., None]
+
+    return attend
 
 
 class _Tiles(NamedTuple):
@@ -133,24 +175,16 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
 def _attend(
     q: Float[Array, "tokens heads head_size"],
     tiles: _Tiles,
-    read_block: ReadBlock,
+    attend: AttendTiles,
     page_table: Int[Array, "seqs pages_per_seq"],
     kv_heads: int,
-    page_size: int,
+    *,
+    is_single: bool,
 ) -> Float[Array, "tokens heads head_size"]:
     group = q.shape[1] // kv_heads
     q_NKRD = _by_tile(q * (1 / math.sqrt(q.shape[2])), tiles, kv_heads)
     positions_NR = jnp.repeat(tiles.positions, group, axis=1)
-    blocks = _page_blocks(page_table[tiles.seqs], page_size)
-    keys_per_block = blocks.shape[2] * page_size
-
-    def add_block(index: Int[Array, ""], sums: _Sums) -> _Sums:
-        k_NKDT, v_NKTD = read_block(lax.dynamic_index_in_dim(blocks, index, keepdims=False))
-        return _merged(sums, _block_sums(q_NKRD, k_NKDT, v_NKTD, positions_NR - index * keys_per_block))
-
-    num_blocks = (jnp.max(tiles.lens) + keys_per_block - 1) // keys_per_block
-    sums = lax.fori_loop(0, num_blocks, add_block, _no_sums(q_NKRD))
-    out_NKRD = sums.weighted / jnp.maximum(sums.total, _LEAST_TOTAL)[..., None]
+    out_NKRD = attend(q_NKRD, positions_NR, tiles.lens, page_table[tiles.seqs], is_single=is_single)
     return _by_token(out_NKRD, tiles, group).astype(q.dtype)
 
 
@@ -182,7 +216,7 @@ def _page_blocks(
 def _no_sums(q_NKRD: Float[Array, "N K R D"]) -> _Sums:
     shape = q_NKRD.shape
     return _Sums(
-        peak=jnp.full(shape[:3], _MASKED, jnp.float32),
+        peak=jnp.full(shape[:3], MASKED, jnp.float32),
         total=jnp.zeros(shape[:3], jnp.float32),
         weighted=jnp.zeros(shape, jnp.float32),
     )
@@ -198,14 +232,14 @@ def _block_sums(
     scores_NKRT = jnp.einsum("NKRD,NKDT->NKRT", q_NKRD, k_NKDT, preferred_element_type=jnp.float32)
     key = jnp.arange(k_NKDT.shape[3], dtype=jnp.int32)
     seen = (key[None, None] <= positions_NR[:, :, None])[:, None]
-    scores_NKRT = jnp.where(seen, scores_NKRT, _MASKED)
+    scores_NKRT = jnp.where(seen, scores_NKRT, MASKED)
     peak = jnp.max(scores_NKRT, axis=-1)
     exponentials = jnp.exp(scores_NKRT - peak[..., None])
     weighted = jnp.einsum(
         "NKRT,NKTD->NKRD", exponentials.astype(v_NKTD.dtype), v_NKTD, preferred_element_type=jnp.float32
     )
     # Also keeps the sum out of the arithmetic of `_merged`: fused with it, XLA rounds otherwise in large batches.
-    total = jnp.where(peak > _MASKED, jnp.sum(exponentials, axis=-1), 0)
+    total = jnp.where(peak > MASKED, jnp.sum(exponentials, axis=-1), 0)
     return _Sums(peak, total, weighted)
 
 

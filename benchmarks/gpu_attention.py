@@ -87,9 +87,7 @@ def milliseconds(attend: Attention, case: tuple[jax.Array, ...], calls: int) -> 
     rounds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        for _ in range(calls):
-            out = attend(*case)
-        jax.block_until_ready(out)
+        jax.block_until_ready([attend(*case) for _ in range(calls)])
         rounds.append(1000 * (time.perf_counter() - start) / calls)
     return statistics.median(rounds)
 
@@ -125,7 +123,11 @@ def main() -> None:
         case = random_case(*sizes)
         for contestant, attend in contestants.items():
             rows.append({"keys": name, **measured(contestant, attend, case, 1 if tiny else CALLS)})
-            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()))
+            print(
+                "  ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()
+                )
+            )
     print(json.dumps({"device": device, "rows": rows}))
 
 

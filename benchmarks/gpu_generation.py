@@ -1,11 +1,12 @@
 """Our engine on one GPU, for the shapes of Llama models with random weights in bfloat16, beside the time memory takes.
 
-    uv run --extra gpu python benchmarks/gpu_generation.py              # some minutes on one H100 or H200, most compiling
-    uv run python benchmarks/gpu_generation.py --models tiny --num_prompts 4 --max_tokens 8      # whether all of it runs
+    uv run --extra gpu python benchmarks/gpu_generation.py        # minutes on one H100 or H200, most of them compiling
+    uv run python benchmarks/gpu_generation.py --models tiny --num_prompts 4 --max_tokens 8    # whether all of it runs
 
-Every sequence draws `--max_tokens` tokens at temperature 1, from prompts of 64 random tokens, all different; none ends
-before. The floor is what has to pass through memory at the least, over what the card reads in a second, measured
-here: each step reads the matrices and the keys and values of all sequences once. Prints a table and one JSON line.
+Every sequence draws `--max_tokens` tokens at temperature 1, from prompts of 64 random tokens, all different, and none
+ends before. The floor is what has to pass through memory at the least, over what the card reads in a second, measured
+here: each step reads the matrices and the keys and values of all sequences once. First, a tiny model in float32 draws
+the same requests on the GPU and on the CPU, with preemptions. Prints a table and one JSON line.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simpo_pipeline.distributed.mesh import local_mesh
+from simpo_pipeline.distributed.mesh import Device, local_mesh
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.inference.engine import Engine
-from simpo_pipeline.inference.sequence import Request
+from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
+from simpo_pipeline.inference.engine import Engine, GenerationStats
+from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -66,9 +67,7 @@ def read_bytes_per_second(num_bytes: int, rounds: int = 5, reads: int = 10) -> f
     took = []
     for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(reads):
-            total = add_up(array)
-        jax.block_until_ready(total)
+        jax.block_until_ready([add_up(array) for _ in range(reads)])
         took.append((time.perf_counter() - start) / reads)
     return num_bytes / min(took)
 
@@ -82,6 +81,34 @@ def random_weights(model: LlamaConfig, mesh: Mesh) -> Llama:
         return jax.tree.map(lambda leaf: leaf.astype(DTYPE), init_llama(model, key))
 
     return jax.block_until_ready(jax.jit(draw, out_shardings=shardings)(np.array([0, 1], np.uint32)))
+
+
+def same_on_cpu() -> str:
+    """How many requests of a tiny model in float32 get the same tokens on this device and on the CPU."""
+    rng = np.random.default_rng(0)
+    lengths = zip(rng.integers(1, 200, 40).tolist(), rng.integers(1, 100, 40).tolist(), strict=True)
+    requests = [
+        # Greedy and drawn ones in turn.
+        Request(tuple(rng.integers(0, 512, size).tolist()), index, 0, SamplingParams(num_new, float(index % 2)))
+        for index, (size, num_new) in enumerate(lengths)
+    ]
+    with jax.default_matmul_precision("highest"):
+        (ours, stats), (cpus, _) = (served_on(each, requests) for each in (jax.devices()[0], jax.devices("cpu")[0]))
+    num_equal = sum(a.tokens == b.tokens for a, b in zip(ours, cpus, strict=True))
+    return f"{num_equal} of {len(requests)} requests ({stats.num_preemptions} preemptions)"
+
+
+def served_on(device: Device, requests: list[Request]) -> tuple[list[Completion], GenerationStats]:
+    """The requests answered by a tiny model in float32 with a vocabulary of 512, whose pages run out."""
+    model, mesh = dataclasses.replace(MODELS["tiny"], vocab_size=512), local_mesh([device])
+    sizes = EngineSizes(16, 320, page_size=16, num_pages=60, prefill_chunk_tokens=128, decode_steps_per_call=8)
+    rng = np.random.default_rng(1)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(rng.normal(size=leaf.shape).astype(np.float32) / 4, leaf.sharding)
+
+    weights = jax.tree.map(draw, with_shardings(abstract_llama(model, "float32"), mesh, TENSOR_PARALLEL_RULES))
+    return Engine(model, sizes, mesh, Programs(), "float32").generate(weights, requests, step=0)
 
 
 def floor_seconds(model: LlamaConfig, num_prompts: int, max_tokens: int, bytes_per_second: float) -> float:
@@ -150,14 +177,16 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     bytes_per_second = read_bytes_per_second(READ_BYTES if device != "cpu" else 2**24)
     versions = f"jax {importlib.metadata.version('jax')}"
-    print(f"{device}, {versions}; it reads {bytes_per_second / 1e9:.0f} GB/s\n", flush=True)
+    same = same_on_cpu()
+    print(f"{device}, {versions}; it reads {bytes_per_second / 1e9:.0f} GB/s")
+    print(f"Same tokens as on the CPU, tiny model in float32: {same}\n", flush=True)
     rows = []
     for name in arguments.models:
         rows.append(measured(name, arguments.num_prompts, arguments.max_tokens, arguments.rounds, bytes_per_second))
         for key, value in rows[-1].items():
             print(f"{key:>22} {value:.4g}" if isinstance(value, float) else f"{key:>22} {value}", flush=True)
         print(flush=True)
-    print(json.dumps({"device": device, "versions": versions, "bytes/s": bytes_per_second, "rows": rows}))
+    print(json.dumps({"device": device, "versions": versions, "bytes/s": bytes_per_second, "same": same, "rows": rows}))
 
 
 if __name__ == "__main__":

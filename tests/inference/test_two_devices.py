@@ -14,8 +14,10 @@ def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divi
         [sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    (one, two), (one_uneven, two_uneven) = json.loads(done.stdout.splitlines()[-1])
+    results = json.loads(done.stdout.splitlines()[-1])
+    (one, two), (one_uneven, two_uneven) = results["served"]
     assert two["tokens"] == one["tokens"]
     assert two_uneven["tokens"] == one_uneven["tokens"]
     assert two["cache_bytes"] == one["cache_bytes"] / 2
     assert two_uneven["cache_bytes"] == one_uneven["cache_bytes"]
+    assert all(alone == split for alone, split in results["attended"])

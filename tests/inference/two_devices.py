@@ -1,4 +1,4 @@
-"""Serves the same requests on one and on two virtual devices; prints the tokens as one line of JSON.
+"""Serves the same requests on one and on two virtual devices; prints what came of it as one line of JSON.
 
 A script of its own, started by test_two_devices.py: the number of CPU devices is fixed when jax starts.
 """
@@ -8,7 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
@@ -18,6 +18,7 @@ from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama, init_llama
+from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 
 # Two devices share the key/value heads of the first; of the second, each keeps all three.
 MODELS = [
@@ -51,10 +52,30 @@ def tokens_of(model: LlamaConfig, num_devices: int) -> dict[str, object]:
     return {"tokens": [completion.tokens for completion in completions], "cache_bytes": cache_bytes}
 
 
+def attended_on_gpus(kv_heads: int, num_devices: int) -> list[float]:
+    """What the backend for GPUs makes of random pages over so many devices, whose kernel is interpreted here."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), (MODEL_AXIS,))
+    rng, replicated = np.random.default_rng(0), NamedSharding(mesh, PartitionSpec())
+    pages = [rng.normal(size=(6, 16, kv_heads, 16)).astype(np.float32) for _ in range(2)]
+    q = rng.normal(size=(12, 2 * kv_heads, 16)).astype(np.float32)
+    table = np.arange(6, dtype=np.int32).reshape(3, 2)
+    q, keys, values, *rest = jax.device_put(
+        (q, *pages, table, np.array([0, 1, 2, 12], np.int32), np.array([30, 7, 20], np.int32)), replicated
+    )
+
+    def attend(q: jax.Array, pages: tuple[jax.Array, ...], *rest: jax.Array) -> jax.Array:
+        return GpuPagedAttention(mesh, MODEL_AXIS).attend(q, pages, *rest, num_single=2)
+
+    program = Programs().compile("attend", attend, q, (keys, values), *rest, out_shardings=replicated)
+    return np.asarray(program(q, (keys, values), *rest)).ravel().tolist()
+
+
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     forbid_strays()
-    print(json.dumps([[tokens_of(model, count) for count in (1, 2)] for model in MODELS]))
+    served = [[tokens_of(model, count) for count in (1, 2)] for model in MODELS]
+    attended = [[attended_on_gpus(model.num_kv_heads, count) for count in (1, 2)] for model in MODELS]
+    print(json.dumps({"served": served, "attended": attended}))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ from haliax import Axis, NamedArray
 from simpo_pipeline.model.config import Llama3RopeScaling
 from simpo_pipeline.model.transformer import (
     ANYWHERE,
+    UnstackedLlama,
     abstract_llama,
     attend_whole_sequences,
     frequencies,
     logits,
+    merged_layers,
     transform,
     unembedding,
+    unstacked,
 )
 from simpo_pipeline.ops.attention import Segments
 
@@ -171,6 +174,15 @@ def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, sm
     for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(flat), strict=True):
         assert (one != 0).any()
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(np.abs(one).max()))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, small_model, parts):
+    merged = jax.jit(lambda layers: unstacked(merged_layers(layers, parts)))(small_model.layers)
+    rest = (small_model.final_norm, small_model.head, small_config)
+    by_layer = UnstackedLlama(small_model.embedding, merged, *rest)
+    expected = _logits(small_model, *_tokens(small_config)).array
+    np.testing.assert_allclose(_logits(by_layer, *_tokens(small_config)).array, expected, atol=2e-6)
 
 
 def test_bfloat16_logits_are_near_the_fp32_ones(small_config, small_model):

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.random import Generator
 
+from simpo_pipeline.ops import paged_attention_gpu, paged_gpu_kernel
 from simpo_pipeline.ops.attention import causal_attention_reference
 from simpo_pipeline.ops.paged_attention import PagedAttention, backend_for
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
@@ -20,7 +21,8 @@ KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 16
 CPU_MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("model",))
 REFERENCE = ReferencePagedAttention()
 CPU = CpuPagedAttention()
-FAST = [CPU, GpuPagedAttention(CPU_MESH, "model"), TpuPagedAttention(CPU_MESH, "model")]
+GPU = GpuPagedAttention(CPU_MESH, "model")
+FAST = [CPU, GPU, TpuPagedAttention(CPU_MESH, "model")]
 ALL = [*FAST, REFERENCE]
 
 fast_backends = pytest.mark.parametrize("backend", FAST, ids=lambda backend: backend.name)
@@ -119,6 +121,22 @@ def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: 
     sizes = kv_lens.tolist(), num_queries.tolist()
     batch = random_batch(rng, *sizes, page_size, num_single=num_single, padding=11)
     np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
+
+
+@pytest.mark.parametrize("most_ranges", [2, 16])
+def test_on_gpus_keys_fall_into_ranges_without_a_seam(monkeypatch: pytest.MonkeyPatch, most_ranges: int) -> None:
+    monkeypatch.setattr(paged_gpu_kernel, "_MOST_RANGES", most_ranges)
+    lengths = [1, 511, 512, 513, 1023, 1500]
+    batch = random_batch(np.random.default_rng(0), lengths, [1] * 6, page_size=64, num_single=6)
+    np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
+
+
+def test_on_gpus_heads_that_the_kernel_does_not_take_are_read_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [size for size in (8, 16, 48, 64, 80, 128, 256) if paged_gpu_kernel.takes(size)] == [16, 64, 128, 256]
+    monkeypatch.setattr(paged_attention_gpu, "takes", lambda head_size: False)
+    monkeypatch.setattr(paged_attention_gpu, "attend_in_ranges", None)
+    batch = random_batch(np.random.default_rng(0), [30, 70, 50], [1, 1, 20], page_size=16, num_single=2)
+    np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
 
 
 @all_backends

@@ -4,6 +4,8 @@ Each program of the grid reads the keys of one tile and one key/value head, or o
 from their pages, with an online softmax (https://arxiv.org/abs/2205.14135). Ranges are put together in XLA, as in
 https://arxiv.org/abs/2311.01282: few long sequences would leave most of a GPU idle otherwise.
 
+JAX deprecates this backend of Pallas from 0.11 on, and has no replacement that older versions know.
+
 Legend: as in `paged_xla`; S range of keys, P page, O slot within a page.
 """
 

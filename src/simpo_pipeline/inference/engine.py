@@ -54,7 +54,8 @@ class GenerationStats:
         prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
         decode_seconds: Wall time of rounds that drew tokens only.
         host_seconds: Part of the wall time between the end of a round and the launch of the next: the host records,
-            decides, builds and launches, and the devices have nothing to do.
+            decides, builds and launches, and the devices have nothing to do. Not on GPUs, where a launch returns when
+            the round is nearly over: XLA's host reads the conditions of its loops.
         scheduling_seconds: Part of that which the scheduler takes.
         num_rounds: Device programs waited for.
         num_preemptions: How often a sequence had to give its pages back.

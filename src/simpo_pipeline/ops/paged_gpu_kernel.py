@@ -24,8 +24,8 @@ from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, LEAST_TOTAL, MASKED
 
 # Matrix units of GPUs take no fewer rows.
 _LEAST_ROWS = 16
-# Keys of a program: fewer make more programs, whose sums are to be put together.
-_KEYS_PER_RANGE = 512
+# Blocks of keys of a program: fewer make more programs, whose sums are to be put together.
+_BLOCKS_PER_RANGE = 512 // KEYS_PER_BLOCK
 # Long page tables have longer ranges instead: results of all of them are written, also of those without keys.
 _MOST_RANGES = 16
 _NUM_WARPS = 4
@@ -55,9 +55,10 @@ def attend_in_ranges(
     ranges depends on the width of the page table alone. `interpret` runs the kernel as XLA operations, anywhere.
     """
     num_tiles, kv_heads, rows, head_size = q_NKRD.shape
-    page_size = keys_POKD.shape[1]
-    ranges, keys_per_range = _ranges(page_table.shape[1] * page_size if splits else 0)
-    kernel = functools.partial(_add_keys, rows=rows, keys_per_range=keys_per_range if splits else None)
+    blocks = pl.cdiv(page_table.shape[1] * keys_POKD.shape[1], KEYS_PER_BLOCK)
+    blocks_per_range = max(_BLOCKS_PER_RANGE, pl.cdiv(blocks, _MOST_RANGES)) if splits else blocks
+    ranges = pl.cdiv(blocks, blocks_per_range)
+    kernel = functools.partial(_add_keys, rows=rows, blocks_per_range=blocks_per_range)
     sums = (ranges, num_tiles, kv_heads, rows)
     weighted, total, peak = pl.pallas_call(
         kernel,
@@ -76,15 +77,6 @@ def attend_in_ranges(
     return jnp.sum(weighted * scale[..., None], axis=0) / jnp.maximum(whole, LEAST_TOTAL)[..., None]
 
 
-def _ranges(most_keys: int) -> tuple[int, int]:
-    """How many ranges so many keys fall into, and the keys of each, whole blocks."""
-    if not most_keys:
-        return 1, 0
-    blocks = pl.cdiv(most_keys, KEYS_PER_BLOCK)
-    per_range = max(_KEYS_PER_RANGE // KEYS_PER_BLOCK, pl.cdiv(blocks, _MOST_RANGES))
-    return pl.cdiv(blocks, per_range), per_range * KEYS_PER_BLOCK
-
-
 def _add_keys(
     q_ref,
     positions_ref,
@@ -97,9 +89,9 @@ def _add_keys(
     peak_ref,
     *,
     rows: int,
-    keys_per_range: int | None,
+    blocks_per_range: int,
 ) -> None:
-    """The sums of one tile and one key/value head over one range of keys; all of them where that is None."""
+    """The sums of one tile and one key/value head over one range of keys."""
     head, tile, part = (pl.program_id(axis) for axis in range(3))
     page_size, head_size = keys_ref.shape[1], keys_ref.shape[3]
     num_rows = max(_LEAST_ROWS, pl.next_power_of_2(rows))
@@ -110,11 +102,8 @@ def _add_keys(
     column_RD = jnp.broadcast_to(jnp.arange(head_size, dtype=jnp.int32), (num_rows, head_size))
     q = triton.load(q_ref.at[tile, head, row_RD, column_RD], mask=row_RD < rows, other=0.0)
     positions = triton.load(positions_ref.at[tile, row], mask=is_row, other=-1)
-    num_blocks = pl.cdiv(ends_ref[tile], KEYS_PER_BLOCK)
-    first_block = jnp.int32(0)
-    if keys_per_range is not None:
-        first_block = part * (keys_per_range // KEYS_PER_BLOCK)
-        num_blocks = jnp.minimum(num_blocks, first_block + keys_per_range // KEYS_PER_BLOCK)
+    first = part * blocks_per_range
+    end = jnp.minimum(pl.cdiv(ends_ref[tile], KEYS_PER_BLOCK), first + blocks_per_range)
 
     def add_block(index: Int[Array, ""], sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weighted, total, peak = sums
@@ -139,7 +128,7 @@ def _add_keys(
         jnp.zeros(num_rows, jnp.float32),
         jnp.full(num_rows, MASKED, jnp.float32),
     )
-    weighted, total, peak = lax.fori_loop(first_block, num_blocks, add_block, nothing)
+    weighted, total, peak = lax.fori_loop(first, end, add_block, nothing)
     triton.store(weighted_ref.at[part, tile, head, row_RD, column_RD], weighted, mask=row_RD < rows)
     triton.store(total_ref.at[part, tile, head, row], total, mask=is_row)
     triton.store(peak_ref.at[part, tile, head, row], peak, mask=is_row)

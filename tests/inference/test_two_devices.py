@@ -21,3 +21,4 @@ def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divi
     assert two["cache_bytes"] == one["cache_bytes"] / 2
     assert two_uneven["cache_bytes"] == one_uneven["cache_bytes"]
     assert all(alone == split for alone, split in results["attended"])
+    assert [model["tokens"] for model in results["by_layer"]] == [one["tokens"], one_uneven["tokens"]]

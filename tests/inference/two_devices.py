@@ -3,6 +3,7 @@
 A script of its own, started by test_two_devices.py: the number of CPU devices is fixed when jax starts.
 """
 
+import functools
 import json
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
+from simpo_pipeline.inference import engine_programs
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
@@ -25,6 +27,17 @@ MODELS = [
     LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True),
     LlamaConfig(64, 96, 2, 6, 3, 16, 300, 256, initializer_range=0.2),
 ]
+
+
+def tokens_by_layer(model: LlamaConfig, num_devices: int) -> dict[str, object]:
+    """With weights as an engine on GPUs lays them out."""
+    parts = num_devices if model.num_kv_heads % num_devices == 0 else None
+    as_it_was = engine_programs.lay_out
+    engine_programs.lay_out = functools.partial(engine_programs.lay_out_by_layer, parts=parts)
+    try:
+        return tokens_of(model, num_devices)
+    finally:
+        engine_programs.lay_out = as_it_was
 
 
 def tokens_of(model: LlamaConfig, num_devices: int) -> dict[str, object]:
@@ -74,8 +87,9 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     forbid_strays()
     served = [[tokens_of(model, count) for count in (1, 2)] for model in MODELS]
+    by_layer = [tokens_by_layer(model, 2) for model in MODELS]
     attended = [[attended_on_gpus(model.num_kv_heads, count) for count in (1, 2)] for model in MODELS]
-    print(json.dumps({"served": served, "attended": attended}))
+    print(json.dumps({"served": served, "by_layer": by_layer, "attended": attended}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from numpy.random import Generator
 
-from simpo_pipeline.ops import paged_attention_gpu, paged_gpu_kernel
+from simpo_pipeline.ops import paged_gpu_kernel
 from simpo_pipeline.ops.attention import causal_attention_reference
 from simpo_pipeline.ops.paged_attention import PagedAttention, backend_for
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
@@ -90,6 +91,14 @@ def random_batch(
     )
 
 
+def described_gpu() -> AbstractContextManager[object]:
+    """What versions of jax later than 0.10 lower for where no GPU is."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return nullcontext()
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("model",), abstract_device=gpu))
+
+
 def test_the_reference_is_causal_attention_over_each_sequence() -> None:
     batch = random_batch(np.random.default_rng(0), [7, 5, 9], [1, 5, 3], page_size=4, num_single=1)
     out = batch.attend(REFERENCE)
@@ -123,20 +132,62 @@ def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: 
     np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
 
 
-@pytest.mark.parametrize("most_ranges", [2, 16])
-def test_on_gpus_keys_fall_into_ranges_without_a_seam(monkeypatch: pytest.MonkeyPatch, most_ranges: int) -> None:
-    monkeypatch.setattr(paged_gpu_kernel, "_MOST_RANGES", most_ranges)
-    lengths = [1, 511, 512, 513, 1023, 1500]
-    batch = random_batch(np.random.default_rng(0), lengths, [1] * 6, page_size=64, num_single=6)
+@pytest.mark.parametrize(("ranges_of_a_length", "group"), [(1, 2), (8, 3)])
+def test_on_gpus_keys_fall_into_ranges_without_a_seam(
+    monkeypatch: pytest.MonkeyPatch, ranges_of_a_length: int, group: int
+) -> None:
+    monkeypatch.setattr(paged_gpu_kernel, "_RANGES_OF_A_LENGTH", ranges_of_a_length)
+    monkeypatch.setitem(globals(), "HEADS", group * KV_HEADS)
+    lengths = [1, 511, 512, 513, 1023, 2100, 600]
+    batch = random_batch(np.random.default_rng(0), lengths, [1] * 6 + [20], page_size=64, num_single=6)
     np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
 
 
-def test_on_gpus_heads_that_the_kernel_does_not_take_are_read_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [size for size in (8, 16, 48, 64, 80, 128, 256) if paged_gpu_kernel.takes(size)] == [16, 64, 128, 256]
-    monkeypatch.setattr(paged_attention_gpu, "takes", lambda head_size: False)
-    monkeypatch.setattr(paged_attention_gpu, "attend_in_ranges", None)
+def test_on_gpus_neither_the_width_of_the_page_table_nor_the_size_of_a_page_changes_a_bit() -> None:
+    narrow = random_batch(np.random.default_rng(0), [30, 1500], [1, 1], page_size=64, num_single=2)
+    wide = dataclasses.replace(narrow, table=np.pad(narrow.table, ((0, 0), (0, 120))))
+    expected = narrow.attend(GPU)
+    np.testing.assert_array_equal(wide.attend(GPU), expected)
+    small_pages = random_batch(np.random.default_rng(0), [30, 1500], [1, 1], page_size=16, num_single=2)
+    same = dataclasses.replace(small_pages, q=narrow.q, k=narrow.k, v=narrow.v)
+    np.testing.assert_array_equal(same.attend(GPU), expected)
+
+
+def test_ranges_of_keys_follow_each_other_and_get_longer() -> None:
+    starts = [int(paged_gpu_kernel._range_start(part)) for part in range(42)]
+    assert starts[:10] == [512 * part for part in range(9)] + [5120]
+    lengths = np.diff(starts)
+    assert lengths.tolist() == [512 << part // 8 for part in range(41)]
+    assert starts[-1] > 131072
+
+
+def test_on_gpus_what_the_kernel_does_not_take_is_read_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [size for size in (8, 16, 48, 64, 80, 128, 256) if paged_gpu_kernel.takes(64, size, 2)] == [16, 64, 128, 256]
+    assert not paged_gpu_kernel.takes(64, 256, 4)
+    assert not paged_gpu_kernel.takes(256, 64, 2)
+    monkeypatch.setattr(paged_gpu_kernel, "takes", lambda rows, head_size, itemsize: False)
+    monkeypatch.setattr(paged_gpu_kernel, "attend_in_ranges", None)
     batch = random_batch(np.random.default_rng(0), [30, 70, 50], [1, 1, 20], page_size=16, num_single=2)
     np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(9, 3, 64), (32, 8, 128), (64, 8, 128)])
+def test_the_kernel_is_lowered_for_gpus_that_are_not_here(
+    dtype: str, heads: int, kv_heads: int, head_size: int
+) -> None:
+    def attend(q, positions, table, keys, values):
+        return paged_gpu_kernel.attend_in_ranges(q, positions, table, keys, values, splits=q.shape[2] < 16)
+
+    pages = jax.ShapeDtypeStruct((200_000, 64, kv_heads, head_size), dtype)
+    for tiles, queries in ((128, 1), (160, 16)):
+        rows = queries * heads // kv_heads
+        q = jax.ShapeDtypeStruct((tiles, kv_heads, rows, head_size), dtype)
+        integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tiles, rows), (tiles, 34))]
+        with described_gpu():
+            traced = jax.jit(attend).trace(q, *integers, pages, pages)
+            assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @all_backends

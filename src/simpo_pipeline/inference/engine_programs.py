@@ -13,7 +13,7 @@ from simpo_pipeline.distributed.mesh import place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineSizes, pages_for
-from simpo_pipeline.inference.forward import Drawn, decode, lay_out, lay_out_merged, prefill, prefill_and_decode
+from simpo_pipeline.inference.forward import Drawn, decode, lay_out, lay_out_by_layer, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.packing import pack, unpack
 from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit
@@ -25,7 +25,8 @@ from simpo_pipeline.ops.paged_attention import backend_for
 
 # Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
 # the tests find every row's result independent, to the bit, of how many rows its program has, and of whether that
-# program is prefill or decode; so a token depends neither on the batch nor on a preemption nor on the engine's sizes.
+# program is prefill or decode; so on CPUs a token depends neither on the batch nor on a preemption nor on the engine's
+# sizes.
 _SMALLEST_PROGRAM = 4096
 # Else XLA leaves out roundings to bfloat16 between operations that it fuses, others in each program.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
@@ -56,7 +57,7 @@ class EnginePrograms:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = self._vocab_split(mesh)
         num_devices = mesh.shape[TENSOR_PARALLEL_RULES["kv_heads"]]
-        self._head_parts = num_devices if model.num_kv_heads % num_devices == 0 else 1
+        self._head_parts = num_devices if model.num_kv_heads % num_devices == 0 else None
         self._decode_options = {
             **COMPILER_OPTIONS,
             **(_TPU_DECODE_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}),
@@ -152,7 +153,7 @@ class EnginePrograms:
             case "cpu":
                 function = lay_out
             case "gpu":
-                function = functools.partial(lay_out_merged, parts=self._head_parts)
+                function = functools.partial(lay_out_by_layer, parts=self._head_parts)
             case _:
                 return None
         both = with_shardings(jax.eval_shape(function, given.layers), mesh, TENSOR_PARALLEL_RULES)
@@ -195,7 +196,7 @@ class EnginePrograms:
                 max_steps=self._sizes.decode_steps_per_call,
                 dtype=self._dtype,
                 split=self._split,
-                head_parts=self._head_parts,
+                head_parts=self._head_parts or 1,
             ),
             self._weights.by_layer,
             (self._decode_batch(_NOTHING, num_rows), np.uint32(0)),

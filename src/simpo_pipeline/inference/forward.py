@@ -57,13 +57,15 @@ def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers,
     return jax.tree.map(_as_bits, layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray)), unstacked(layers)
 
 
-def lay_out_merged(layers: LlamaLayers, parts: int) -> tuple[None, tuple[MergedLayers, ...]]:
-    """The same for XLA's GPU backend, whose heads lie in so many equal parts over devices.
+def lay_out_by_layer(
+    layers: LlamaLayers, parts: int | None
+) -> tuple[None, tuple[LlamaLayers, ...] | tuple[MergedLayers, ...]]:
+    """The same for XLA's GPU backend, merged where heads lie in so many equal parts over devices.
 
     It copies each layer's part out of a stack before it multiplies. In programs over chunks, which multiply for longer
     than it copies, the stack stays as it is.
     """
-    return None, unstacked(merged_layers(layers, parts))
+    return None, unstacked(layers) if parts is None else unstacked(merged_layers(layers, parts))
 
 
 def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:

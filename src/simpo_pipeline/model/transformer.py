@@ -114,7 +114,7 @@ class MergedLayers(eqx.Module):
     """The parameters of all layers, stacked, for products of few tokens: what has the same input is one matrix."""
 
     attn_norm: NamedArray  # layers embed
-    wqkv: NamedArray  # layers parts rows embed; see `merged`
+    wqkv: NamedArray  # layers parts rows embed; see `merged_layers`
     wo: NamedArray  # layers embed heads, each of all its head_size
     mlp_norm: NamedArray  # layers embed
     w_gate: NamedArray  # layers mlp embed

@@ -1,8 +1,8 @@
 """Paged attention for GPUs: a Pallas kernel over pages [slot, kv_head, head_size], on each device over its own heads.
 
-The kernel takes heads of 16, 32, 64, ... numbers. For others the same pages are read in plain XLA, more slowly: 8 to 42
-times where one H200 read 8 heads of 128 numbers; cuDNN over gathered pages took 3 to 4 times as long as the kernel
-(benchmarks/gpu_attention.py).
+The kernel takes heads of 16, 32, 64, ... numbers, up to 512 bytes. What it does not take is read in plain XLA, more
+slowly: single queries of 8 heads of 128 numbers took 8 to 42 times as long on one H200, and through cuDNN, over
+gathered pages, 3 to 4 times as long (benchmarks/gpu_attention.py). Chunks were not compared.
 
 Legend: as in `paged_xla`; O slot within a page.
 """
@@ -17,7 +17,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from simpo_pipeline.ops.paged_gpu_kernel import attend_in_ranges, takes
 from simpo_pipeline.ops.paged_xla import (
     KEYS_PER_BLOCK,
     AttendTiles,
@@ -83,8 +82,8 @@ class GpuPagedAttention:
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
         keys, values = pages
-        splits = keys.shape[self.kv_heads_axis] % self.mesh.shape[self.axis] == 0
-        axis = self.axis if splits else None
+        divides = keys.shape[self.kv_heads_axis] % self.mesh.shape[self.axis] == 0
+        axis = self.axis if divides else None
         heads, kv_heads, replicated = PartitionSpec(None, axis), PartitionSpec(None, None, axis), PartitionSpec()
         interpret = self.mesh.devices.flat[0].platform != "gpu"
         return jax.shard_map(
@@ -108,22 +107,27 @@ def _attend_on_one_device(
     num_single: int,
     interpret: bool,
 ) -> Float[Array, "tokens heads head_size"]:
-    attend = _in_kernel(keys, values, interpret=interpret) if takes(keys.shape[3]) else in_xla(keys, values)
+    attend = _in_kernel(keys, values, interpret=interpret)
     sizes = {"num_single": num_single, "kv_heads": keys.shape[2]}
     return attend_in_tiles(q, attend, page_table, query_starts, kv_lens, **sizes)
 
 
 def _in_kernel(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"], *, interpret: bool) -> AttendTiles:
+    # Jobs on other devices must not need a backend that JAX deprecates.
+    from simpo_pipeline.ops import paged_gpu_kernel
+
     def attend(
         q_NKRD: Float[Array, "N K R D"],
         positions_NR: Int[Array, "N R"],
-        lens_N: Int[Array, " N"],
         page_table: Int[Array, "N pages_per_seq"],
         *,
         is_single: bool,
     ) -> Float[Array, "N K R D"]:
-        del lens_N  # a tile's last position says more
-        return attend_in_ranges(q_NKRD, positions_NR, page_table, keys, values, splits=is_single, interpret=interpret)
+        _, _, rows, head_size = q_NKRD.shape
+        if not paged_gpu_kernel.takes(rows, head_size, keys.dtype.itemsize):
+            return in_xla(keys, values)(q_NKRD, positions_NR, page_table, is_single=is_single)
+        where = (page_table, keys, values)
+        return paged_gpu_kernel.attend_in_ranges(q_NKRD, positions_NR, *where, splits=is_single, interpret=interpret)
 
     return attend
 

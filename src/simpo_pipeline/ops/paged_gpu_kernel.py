@@ -4,13 +4,20 @@ Each program of the grid reads the keys of one tile and one key/value head, or o
 from their pages, with an online softmax (https://arxiv.org/abs/2205.14135). Ranges are put together in XLA, as in
 https://arxiv.org/abs/2311.01282: few long sequences would leave most of a GPU idle otherwise.
 
-JAX deprecates this backend of Pallas from 0.11 on, and has no replacement that older versions know.
+Where ranges begin depends on nothing, and they are added in their order, so neither other sequences nor the width of
+the page table change a result. Chunks are not split: beyond the first range they may round otherwise than single
+queries.
+
+float32 numbers are multiplied as `jax_default_matmul_precision` says, by default in TF32. JAX deprecates Pallas for
+Triton from 0.11 on, in favour of Mosaic GPU.
 
 Legend: as in `paged_xla`; S range of keys, P page, O slot within a page.
 """
 
 import functools
+import itertools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +31,23 @@ from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, LEAST_TOTAL, MASKED
 
 # Matrix units of GPUs take no fewer rows.
 _LEAST_ROWS = 16
-# Blocks of keys of a program: fewer make more programs, whose sums are to be put together.
-_BLOCKS_PER_RANGE = 512 // KEYS_PER_BLOCK
-# Long page tables have longer ranges instead: results of all of them are written, also of those without keys.
-_MOST_RANGES = 16
-_NUM_WARPS = 4
-# Blocks of keys on their way while one is computed with.
-_NUM_STAGES = 3
+# Keys of the first ranges: fewer make more programs, whose sums are to be put together.
+_FIRST_RANGE = 512
+# After so many ranges they get twice as long, since the sums of all that a page table has room for are written.
+_RANGES_OF_A_LENGTH = 8
+# Rows of a tile whose sums fit the registers of twice as many warps.
+_ROWS_OF_FOUR_WARPS = 64
+_MOST_ROWS = 128
+# Bytes of a head of which three blocks of keys and values fit the shared memory of a GPU, one being computed with and
+# two on their way; of one twice as large two do.
+_BYTES_OF_THREE_STAGES = 256
 _LOG2_E = math.log2(math.e)
 
 
-def takes(head_size: int) -> bool:
-    """Whether the kernel can read heads of that size."""
-    return head_size >= _LEAST_ROWS and head_size & (head_size - 1) == 0
+def takes(rows: int, head_size: int, itemsize: int) -> bool:
+    """Whether the kernel can run over tiles of so many rows, and heads of so many numbers of so many bytes."""
+    is_power_of_2 = head_size & (head_size - 1) == 0
+    return rows <= _MOST_ROWS and head_size >= _LEAST_ROWS and is_power_of_2 and head_size * itemsize <= 512
 
 
 def attend_in_ranges(
@@ -51,14 +62,13 @@ def attend_in_ranges(
 ) -> Float[Array, "N K R D"]:
     """Each row attends to the keys of its tile's pages up to and including its position; fp32, scores are not scaled.
 
-    A position of -1 sees nothing, and gives zeros. `splits` lets several programs share the keys of a tile; into which
-    ranges depends on the width of the page table alone. `interpret` runs the kernel as XLA operations, anywhere.
+    A position of -1 sees nothing, and gives zeros. `splits` lets several programs share the keys of a tile.
+    `interpret` runs the kernel as XLA operations, anywhere.
     """
     num_tiles, kv_heads, rows, head_size = q_NKRD.shape
-    blocks = pl.cdiv(page_table.shape[1] * keys_POKD.shape[1], KEYS_PER_BLOCK)
-    blocks_per_range = max(_BLOCKS_PER_RANGE, pl.cdiv(blocks, _MOST_RANGES)) if splits else blocks
-    ranges = pl.cdiv(blocks, blocks_per_range)
-    kernel = functools.partial(_add_keys, rows=rows, blocks_per_range=blocks_per_range)
+    most_keys = page_table.shape[1] * keys_POKD.shape[1]
+    ranges = next(count for count in itertools.count(1) if _range_start(count) >= most_keys) if splits else 1
+    kernel = functools.partial(_add_keys, rows=rows, splits=splits)
     sums = (ranges, num_tiles, kv_heads, rows)
     weighted, total, peak = pl.pallas_call(
         kernel,
@@ -68,13 +78,22 @@ def attend_in_ranges(
             jax.ShapeDtypeStruct(sums, jnp.float32),
             jax.ShapeDtypeStruct(sums, jnp.float32),
         ],
-        compiler_params=triton.CompilerParams(num_warps=_NUM_WARPS, num_stages=_NUM_STAGES),
+        compiler_params=triton.CompilerParams(
+            num_warps=4 if rows <= _ROWS_OF_FOUR_WARPS else 8,
+            num_stages=3 if head_size * keys_POKD.dtype.itemsize <= _BYTES_OF_THREE_STAGES else 2,
+        ),
         interpret=interpret,
         name="paged_attention",
     )(q_NKRD, positions_NR, jnp.max(positions_NR, axis=1) + 1, page_table, keys_POKD, values_POKD)
     scale = jnp.exp2(peak - jnp.max(peak, axis=0, keepdims=True))
-    whole = jnp.sum(total * scale, axis=0)
-    return jnp.sum(weighted * scale[..., None], axis=0) / jnp.maximum(whole, LEAST_TOTAL)[..., None]
+    whole = functools.reduce(operator.add, total * scale)
+    return functools.reduce(operator.add, weighted * scale[..., None]) / jnp.maximum(whole, LEAST_TOTAL)[..., None]
+
+
+def _range_start(part: int | Int[Array, ""]) -> int | Int[Array, ""]:
+    """The first key of a range, from its number."""
+    doublings, rest = part // _RANGES_OF_A_LENGTH, part % _RANGES_OF_A_LENGTH
+    return _FIRST_RANGE * (_RANGES_OF_A_LENGTH * ((1 << doublings) - 1) + (rest << doublings))
 
 
 def _add_keys(
@@ -89,9 +108,9 @@ def _add_keys(
     peak_ref,
     *,
     rows: int,
-    blocks_per_range: int,
+    splits: bool,
 ) -> None:
-    """The sums of one tile and one key/value head over one range of keys."""
+    """The sums of one tile and one key/value head over one range of keys, or over all of them."""
     head, tile, part = (pl.program_id(axis) for axis in range(3))
     page_size, head_size = keys_ref.shape[1], keys_ref.shape[3]
     num_rows = max(_LEAST_ROWS, pl.next_power_of_2(rows))
@@ -102,8 +121,10 @@ def _add_keys(
     column_RD = jnp.broadcast_to(jnp.arange(head_size, dtype=jnp.int32), (num_rows, head_size))
     q = triton.load(q_ref.at[tile, head, row_RD, column_RD], mask=row_RD < rows, other=0.0)
     positions = triton.load(positions_ref.at[tile, row], mask=is_row, other=-1)
-    first = part * blocks_per_range
-    end = jnp.minimum(pl.cdiv(ends_ref[tile], KEYS_PER_BLOCK), first + blocks_per_range)
+    first, end = jnp.int32(0), pl.cdiv(ends_ref[tile], KEYS_PER_BLOCK)
+    if splits:
+        first = _range_start(part) // KEYS_PER_BLOCK
+        end = jnp.minimum(end, _range_start(part + 1) // KEYS_PER_BLOCK)
 
     def add_block(index: Int[Array, ""], sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weighted, total, peak = sums

@@ -41,12 +41,11 @@ class AttendTiles(Protocol):
         self,
         q_NKRD: Float[Array, "N K R D"],
         positions_NR: Int[Array, "N R"],
-        lens_N: Int[Array, " N"],
         page_table: Int[Array, "N pages_per_seq"],
         *,
         is_single: bool,
     ) -> Float[Array, "N K R D"]:
-        """`lens_N` are the keys of each tile's sequence, 0 for none; `is_single`: a tile is one query of each."""
+        """`is_single`: each tile is one query, of a sequence of its own."""
         ...
 
 
@@ -95,7 +94,6 @@ def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
     def attend(
         q_NKRD: Float[Array, "N K R D"],
         positions_NR: Int[Array, "N R"],
-        lens_N: Int[Array, " N"],
         page_table: Int[Array, "N pages_per_seq"],
         *,
         is_single: bool,
@@ -108,7 +106,7 @@ def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
             k_NKDT, v_NKTD = read_block(lax.dynamic_index_in_dim(blocks, index, keepdims=False))
             return _merged(sums, _block_sums(q_NKRD, k_NKDT, v_NKTD, positions_NR - index * keys_per_block))
 
-        num_blocks = (jnp.max(lens_N) + keys_per_block - 1) // keys_per_block
+        num_blocks = (jnp.max(positions_NR) + keys_per_block) // keys_per_block
         sums = lax.fori_loop(0, num_blocks, add_block, _no_sums(q_NKRD))
         return sums.weighted / jnp.maximum(sums.total, LEAST_TOTAL)[..., None]
 
@@ -121,7 +119,6 @@ class _Tiles(NamedTuple):
     tokens: Int[Array, "tiles tile_size"]  # index of each query in q; any, where there is no query
     positions: Int[Array, "tiles tile_size"]  # position of each query in its sequence; -1 where there is no query
     seqs: Int[Array, " tiles"]  # whose queries they are; any, where there are none
-    lens: Int[Array, " tiles"]  # keys of that sequence; 0 for a tile without queries
     places: Int[Array, " tokens"]  # where each token went: tile * tile_size + place within the tile
     is_query: Bool[Array, " tokens"]  # whether the token is a query of a sequence
 
@@ -143,7 +140,6 @@ def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles
         tokens=jnp.repeat(seqs[:, None], tile_size, axis=1),
         positions=jnp.concatenate([kv_lens[:, None] - 1, nobody], axis=1),
         seqs=seqs,
-        lens=kv_lens,
         places=seqs * tile_size,
         is_query=kv_lens > 0,
     )
@@ -166,7 +162,6 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
         tokens=jnp.where(exists, query_starts[seqs][:, None] + query, 0),
         positions=jnp.where(exists, (kv_lens - num_queries)[seqs][:, None] + query, -1),
         seqs=seqs,
-        lens=jnp.where(exists[:, 0], kv_lens[seqs], 0),
         places=starts[owner] * size + tokens - query_starts[owner],
         is_query=tokens < query_starts[-1],
     )
@@ -184,7 +179,7 @@ def _attend(
     group = q.shape[1] // kv_heads
     q_NKRD = _by_tile(q * (1 / math.sqrt(q.shape[2])), tiles, kv_heads)
     positions_NR = jnp.repeat(tiles.positions, group, axis=1)
-    out_NKRD = attend(q_NKRD, positions_NR, tiles.lens, page_table[tiles.seqs], is_single=is_single)
+    out_NKRD = attend(q_NKRD, positions_NR, page_table[tiles.seqs], is_single=is_single)
     return _by_token(out_NKRD, tiles, group).astype(q.dtype)
 
 

@@ -35,7 +35,7 @@ _LEAST_ROWS = 16
 _FIRST_RANGE = 512
 # After so many ranges they get twice as long, since the sums of all that a page table has room for are written.
 _RANGES_OF_A_LENGTH = 8
-# Rows of a tile whose sums fit the registers of twice as many warps.
+# Rows of a tile whose sums fit the registers of four warps, and of eight.
 _ROWS_OF_FOUR_WARPS = 64
 _MOST_ROWS = 128
 # Bytes of a head of which three blocks of keys and values fit the shared memory of a GPU, one being computed with and

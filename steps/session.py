@@ -3,14 +3,16 @@
 Both are made at first use, so a job in which every step is skipped touches no device and opens no run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from simpo_pipeline.distributed.config import WatchConfig
+from simpo_pipeline.distributed.config import OFF, WatchConfig, compilation_cache_path
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import ExecutorMainConfig
 from simpo_pipeline.executor.run import StepRun
@@ -22,6 +24,7 @@ from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 if TYPE_CHECKING:
+    from simpo_pipeline.distributed.compilation_cache import CompilationCache
     from simpo_pipeline.distributed.group import ProcessGroup
     from simpo_pipeline.distributed.programs import Programs
 
@@ -36,11 +39,18 @@ class JobSession:
         *,
         check_launches: bool = False,
         profile: int | None = None,
+        compilation_cache: str | None = None,
     ) -> None:
-        """`group` is None in a job of one process; for `check_launches` see `Programs`, for `profile` `JobFlags`."""
+        """`group` is None in a job of one process; for `check_launches` see `Programs`, for `profile` `JobFlags`.
+
+        `compilation_cache` is a folder, a URL or `off`; None leaves jax as it is configured.
+        """
         self._open_tracker = open_tracker
         self._group = group
         self._check_launches = check_launches
+        self._compilation_cache = compilation_cache
+        self._cache: CompilationCache | None = None
+        self._closing = contextlib.ExitStack()
         self.profile = profile
         self.has_profiled = False
         """Whether the update to be profiled has run."""
@@ -49,10 +59,14 @@ class JobSession:
     def programs(self) -> "Programs":
         """The device programs of this process and their ledger; from the first use on, strays are forbidden."""
         # Imported here because planning, which makes a session too, must not import jax.
+        from simpo_pipeline.distributed.compilation_cache import opened_cache
         from simpo_pipeline.distributed.programs import Programs, forbid_strays
 
         forbid_strays()
-        return Programs(self._group, check_launches=self._check_launches)
+        if self._compilation_cache is not None:
+            path = None if self._compilation_cache == OFF else self._compilation_cache
+            self._cache = self._closing.enter_context(opened_cache(path))
+        return Programs(self._group, check_launches=self._check_launches, cache=self._cache)
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -60,7 +74,7 @@ class JobSession:
         return self._open_tracker()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends what was begun: the tracker's run, the ban on strays. `error` is what ended the job, if anything did.
+        """Ends what was begun: tracker, compilation cache, ban on strays. `error` is what ended the job, if anything did.
 
         Says so when the update to be profiled did not run, for its step was done already.
 
@@ -74,6 +88,9 @@ class JobSession:
                 "launched %d programs over many processes (ledger %s) and %d on this process's own devices",
                 *(spanning, ledger.digest()[:12], len(ledger.launches) - spanning),
             )
+        self._closing.close()
+        if self._cache is not None and (self._group is None or self._group.index == 0):
+            logger.info("%s", self._cache.summary())
         if "programs" in self.__dict__ and self._group is None:
             # Imported already, by `programs`.
             from simpo_pipeline.distributed.programs import allow_strays
@@ -95,15 +112,25 @@ class JobFlags(ExecutorMainConfig):
     """Compare every launch across processes before it is made, instead of soon after."""
     profile: int | None = None
     """Trace this update, counted over the whole run, into `profile` below its training step's outputs."""
+    compilation_cache: str | None = None
+    """Where compiled programs are kept for later jobs: a folder, gs://bucket/path, or off; else
+    JAX_COMPILATION_CACHE_DIR, else a folder of this user."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.profile is not None and self.profile < 1:
             raise ConfigError(f"--profile {self.profile}: updates are counted from 1")
+        compilation_cache_path(self.compilation_cache, os.environ)
 
     def job_session(self, open_tracker: Callable[[], Tracker], group: "ProcessGroup | None") -> JobSession:
         """The session of a job with these flags."""
-        return JobSession(open_tracker, group, check_launches=self.check_launches, profile=self.profile)
+        return JobSession(
+            open_tracker,
+            group,
+            check_launches=self.check_launches,
+            profile=self.profile,
+            compilation_cache=compilation_cache_path(self.compilation_cache, os.environ) or OFF,
+        )
 
 
 def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, project: str) -> Callable[[], Tracker]:

@@ -1,6 +1,8 @@
 """Strict JAX for every test: no silent dtype promotion, no silent broadcasting across ranks, CPU only."""
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import os
 import pathlib
@@ -26,15 +28,38 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """One run of pytest compiles equal programs once: its workers, and the jobs that tests start, share a folder."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # jax has found it in the environment
-    folder = tempfile.mkdtemp(prefix="simpo_pipeline_compiled_")
-    config.add_cleanup(lambda: shutil.rmtree(folder))
-    for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.2)):
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
+FORK_SERVER = "TESTS_FORK_SERVER"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Workers and the jobs that tests start share one compilation cache, which outlives the run, and one fork server."""
+    # Imported here because jaxtyping can only check what is imported after it is configured.
+    from simpo_pipeline.distributed.compilation_cache import opened_cache
+    from simpo_pipeline.distributed.config import compilation_cache_path
+
+    config = session.config
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache_path(None, os.environ))
+    cache = contextlib.ExitStack()
+    cache.enter_context(opened_cache(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    config.add_cleanup(cache.close)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="tests_")
+        config.add_cleanup(lambda: shutil.rmtree(folder))  # its end is the server's
+        os.environ[FORK_SERVER] = os.path.join(folder, "fork_server")
+
+
+@pytest.fixture(scope="session")
+def python() -> list[str]:
+    """What to start a script with instead of `sys.executable`, if it imports jax: a fork of one that did."""
+    address = os.environ[FORK_SERVER]
+    with open(f"{address}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(address):
+            command = [sys.executable, str(ROOT / "tests" / "forking" / "server.py"), address]
+            with open(f"{address}.log", "w+") as log:
+                code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+            assert code == 0, pathlib.Path(f"{address}.log").read_text()
+    return [sys.executable, "-SE", str(ROOT / "tests" / "forking" / "python.py")]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -67,12 +92,12 @@ class FinishedJob:
 
 
 @pytest.fixture(scope="session")
-def launch():
+def launch(python: list[str]):
     """Runs a script in many real processes of one job, through the project's own launcher."""
 
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
         command = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(num_processes)]
-        command += ["--devices_per_host", str(devices), "--", sys.executable, str(ROOT / script)]
+        command += ["--devices_per_host", str(devices), "--", *python, str(ROOT / script)]
         done = subprocess.run(
             [*command, *map(str, words)],
             stdout=subprocess.PIPE,

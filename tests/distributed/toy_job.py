@@ -23,7 +23,7 @@ from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker
 from steps.joined_job import joined_job
-from steps.session import JobFlags, JobSession, session_of
+from steps.session import JobFlags, session_of
 
 SIZE = 48
 
@@ -244,5 +244,5 @@ if __name__ == "__main__":
     flags = parse_main_config(ToyFlags)
     open_tracker = TRACKERS.get(flags.fault, NoTracker)
     with joined_job(flags) as job:
-        session = JobSession(open_tracker, job.group, check_launches=flags.check_launches)
+        session = flags.job_session(open_tracker, job.group)
         executor_main(flags, steps=toy_steps(flags), session=session, processes=job.processes)

@@ -20,8 +20,8 @@ from simpo_pipeline.data.loader import PairLoader  # noqa: E402
 from simpo_pipeline.data.rows import RowBatch  # noqa: E402
 from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
 from simpo_pipeline.inference.scheduler import Scheduler  # noqa: E402
+from simpo_pipeline.tracking.tracker import NoTracker  # noqa: E402
 from steps.joined_job import joined_job  # noqa: E402
-from steps.session import JobSession  # noqa: E402
 
 
 def happen(fault: str) -> NoReturn:
@@ -60,6 +60,6 @@ if __name__ == "__main__":
         plant(fault, step)
     args = parse_main_config(m11.M11Args)
     with joined_job(args) as job:
-        session = JobSession(group=job.group)
+        session = args.job_session(NoTracker, job.group)
         steps = m11.interleave(m11.PRESETS["tiny"], args)
         executor_main(args, steps=steps, session=session, processes=job.processes)

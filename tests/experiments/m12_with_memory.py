@@ -12,8 +12,8 @@ m12 = importlib.import_module("m12_periodic")
 interleave = importlib.import_module("steps.interleave")
 
 from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
+from simpo_pipeline.tracking.tracker import NoTracker  # noqa: E402
 from steps.joined_job import joined_job  # noqa: E402
-from steps.session import JobSession  # noqa: E402
 from steps.train import train  # noqa: E402
 
 
@@ -37,6 +37,5 @@ if __name__ == "__main__":
     args = parse_main_config(m12.M12Args)
     setattr(interleave, "train", telling)  # noqa: B010
     with joined_job(args) as job:
-        executor_main(
-            args, steps=m12.periodic(m12.PRESETS["tiny"]), session=JobSession(group=job.group), processes=job.processes
-        )
+        session = args.job_session(NoTracker, job.group)
+        executor_main(args, steps=m12.periodic(m12.PRESETS["tiny"]), session=session, processes=job.processes)

@@ -11,7 +11,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.storage.paths import absolute, user_cache_folder
 
+OFF = "off"
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Set by GKE in every container of a TPU slice.
 _GKE_WORKERS = "TPU_WORKER_HOSTNAMES"
@@ -49,6 +51,23 @@ class WatchConfig:
                 f"watch.silence_seconds is {self.silence_seconds}; at most {_LONGEST_SILENCE_SECONDS}, or jax ends the "
                 "processes before anything can be recorded"
             )
+
+
+def compilation_cache_path(given: str | None, environment: Mapping[str, str]) -> str | None:
+    """Where compiled programs are kept between jobs; None where they are not.
+
+    Args:
+        given: A folder, a URL or `off`; None for `JAX_COMPILATION_CACHE_DIR`, or a folder of this user without it.
+        environment: The environment variables.
+
+    Raises:
+        ConfigError: what is given is empty, or a URL that lost a slash.
+    """
+    if given == OFF:
+        return None
+    if given is not None and not given.strip():
+        raise ConfigError(f"--compilation_cache {given!r}: give a folder, gs://bucket/path, or {OFF}")
+    return absolute(given or environment.get("JAX_COMPILATION_CACHE_DIR") or user_cache_folder("compiled"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from simpo_pipeline.distributed.compilation_cache import CompilationCache
 from simpo_pipeline.distributed.group import ProcessGroup
 from simpo_pipeline.distributed.ledger import Launch, Ledger, call_site
 from simpo_pipeline.errors import ProgramError
@@ -120,15 +121,23 @@ class Program:
 class Programs:
     """Compiles and keeps the programs of one job, and holds its ledger."""
 
-    def __init__(self, group: ProcessGroup | None = None, *, check_launches: bool = False) -> None:
-        """`check_launches` makes all processes meet before each launch of a program that spans them.
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        check_launches: bool = False,
+        cache: CompilationCache | None = None,
+    ) -> None:
+        """`cache` is the open compilation cache, if there is one.
 
-        Then a launch that the others do not make raises in every process, with its line, before it reaches a device;
-        otherwise the monitor finds it a moment later. It costs some milliseconds a launch.
+        `check_launches` makes all processes meet before each launch of a program that spans them. Then a launch that
+        the others do not make raises in every process, with its line, before it reaches a device; otherwise the monitor
+        finds it a moment later. It costs some milliseconds a launch.
         """
         self.ledger = Ledger() if group is None else group.ledger
         self._group = group
         self._check_launches = check_launches
+        self._cache = cache
         self._by_fingerprint: dict[tuple[str, str], Program] = {}
 
     def compile(
@@ -171,12 +180,23 @@ class Programs:
         known = self._by_fingerprint.get((name, launch.fingerprint))
         if known is not None:
             return known
-        compiled = lowered.compile()
-        logger.info("compiled %s in %.1f s (%s)", name, time.perf_counter() - start, launch.fingerprint[:12])
+        compiled = self._compiled(lowered, start)
         self._show_progress()
         made = Program(launch, compiled, self._before_launch)
         self._by_fingerprint[name, launch.fingerprint] = made
         return made
+
+    def _compiled(self, lowered: LoweredProgram, start: float) -> jax.stages.Compiled:
+        """Compile, or read what an earlier job compiled. Processes may differ in which of the two they do."""
+        hits, lowered_at = 0 if self._cache is None else self._cache.counts.hits, time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - lowered_at
+        if self._cache is not None:
+            self._cache.keep(lowered.name, compiled, seconds)
+        is_read = self._cache is not None and self._cache.counts.hits > hits
+        words = (lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12])
+        logger.info("read compiled %s in %.1f s (%s)" if is_read else "compiled %s in %.1f s (%s)", *words)
+        return compiled
 
     def _before_launch(self, launch: Launch) -> None:
         if self._check_launches and self._group is not None and launch.num_processes > 1:

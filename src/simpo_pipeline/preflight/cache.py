@@ -7,6 +7,7 @@ from typing import Any
 
 from simpo_pipeline.errors import PathNotFoundError
 from simpo_pipeline.storage.files import read_bytes, write_bytes
+from simpo_pipeline.storage.paths import user_cache_folder
 
 # Raised when what is kept in the files changes.
 _FORMAT = 1
@@ -14,7 +15,7 @@ _FORMAT = 1
 
 def default_folder() -> pathlib.Path:
     """Where answers are kept on this machine."""
-    return pathlib.Path.home() / ".cache" / "simpo_pipeline" / "preflight"
+    return pathlib.Path(user_cache_folder("preflight"))
 
 
 class ResultCache:

@@ -71,3 +71,9 @@ def parent(path: str) -> str:
 def base_name(path: str) -> str:
     """The last part of the path."""
     return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def user_cache_folder(name: str) -> str:
+    """The folder `name` among what this project keeps for this user on this machine: safe to delete at any time."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(caches, "simpo_pipeline", name)

@@ -1,0 +1,184 @@
+"""The persistent compilation cache: executables that outlive the process that compiled them.
+
+jax decides what identifies an executable (program, options, versions, devices) and what an entry contains. This module
+decides where entries are stored and what happens when storage fails:
+
+- An entry is written in one piece, locally or on `gs://`, so a killed job leaves no partial entry behind.
+- A damaged entry is removed and compiled again. Storage that cannot be read or written costs one warning, never a job.
+- Every process of a job writes what it compiled. jax itself writes in process 0 only, and the programs that another
+  host runs on its own devices would be compiled again in every job.
+
+An entry is code that jax loads, so anybody who can write to the folder can run code in the job. jax keeps its interface
+for caches private; this file alone imports it, and `tests/distributed/test_compilation_cache.py` notices when it moves.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import jax
+from jax._src import compilation_cache as jax_cache
+from jax._src.compilation_cache_interface import CacheInterface
+
+from simpo_pipeline.errors import PathNotFoundError, StorageError
+from simpo_pipeline.storage.files import read_bytes, remove_tree, write_bytes
+from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
+
+logger = logging.getLogger(__name__)
+
+# jax's own names of files, so that a folder can be shared with programs that use jax's cache directly.
+_SUFFIX = "-cache"
+_MIN_COMPILE_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+_SECONDS_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
+
+
+@dataclasses.dataclass
+class CacheCounts:
+    """Counts since the cache was opened."""
+
+    hits: int = 0
+    """Programs that were read instead of compiled."""
+    misses: int = 0
+    """Programs that had to be compiled."""
+    seconds_saved: float = 0.0
+    """Compile time of the hits minus the time to read them. jax records whole seconds of it, rounded down."""
+
+
+class CompilationCache(CacheInterface):
+    """Entries of jax's compilation cache in one folder. `opened_cache` makes one and connects it to jax."""
+
+    def __init__(self, path: str) -> None:
+        self._path = pathlib.Path(path)  # jax shows it in its own log
+        self.path = path
+        self.counts = CacheCounts()
+        self._missing: str | None = None
+        self._has_failed = False
+
+    def get(self, key: str) -> bytes | None:
+        """Return the entry of a key; None if there is none that can be used."""
+        entry = self._read(key)
+        if entry is None:
+            self.counts.misses += 1
+            self._missing = key
+        else:
+            self.counts.hits += 1
+        return entry
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store an entry, over what is there."""
+        self._missing = None
+        if self._has_failed:
+            return
+        try:
+            write_bytes(self._file(key), value)
+        except StorageError as error:
+            self._give_up(error)
+
+    def keep(self, name: str, compiled: jax.stages.Compiled, seconds: float) -> None:
+        """Store what was just compiled, if it was not found and jax did not store it.
+
+        Args:
+            name: The program's name, for jax's log.
+            compiled: The executable.
+            seconds: How long compiling it took.
+        """
+        if self._missing is None or self._has_failed:
+            return
+        executable = compiled.runtime_executable()
+        if executable is not None:
+            backend = jax.local_devices()[0].client
+            jax_cache.put_executable_and_time(self._missing, name, executable, backend, int(seconds))
+
+    def summary(self) -> str:
+        """One line of what the cache did so far."""
+        found = self.counts
+        read = (
+            f"read {found.hits} programs, which saved at least {found.seconds_saved:.1f} s" if found.hits else "read 0"
+        )
+        return f"compilation cache: {read}, and compiled {found.misses} ({self.path})"
+
+    def _read(self, key: str) -> bytes | None:
+        if self._has_failed:
+            return None
+        path = self._file(key)
+        try:
+            entry = read_bytes(path)
+        except PathNotFoundError:
+            return None
+        except StorageError as error:
+            self._give_up(error)
+            return None
+        try:
+            jax_cache.decompress_executable(entry)
+        except Exception as error:  # zlib's or zstd's own, whichever jax uses here
+            logger.warning("compilation cache: %s is damaged (%s); it is compiled again", path, error)
+            self._remove(path)
+            return None
+        return entry
+
+    def _remove(self, path: str) -> None:
+        try:
+            remove_tree(path)
+        except StorageError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: StorageError) -> None:
+        self._has_failed = True
+        logger.warning(
+            "compilation cache: %s The job continues without it; --compilation_cache chooses another place", error
+        )
+
+    def _file(self, key: str) -> str:
+        return join(self.path, f"{key}{_SUFFIX}")
+
+
+@contextmanager
+def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
+    """Connect jax to the cache at `path` while the block runs; None disables caching.
+
+    Programs of any compile time are stored, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
+    """
+    cache = None if path is None else CompilationCache(path)
+    settings = {"jax_enable_compilation_cache": cache is not None and jax.config.jax_enable_compilation_cache}
+    if cache is not None and _MIN_COMPILE_SECONDS.upper() not in os.environ:
+        settings[_MIN_COMPILE_SECONDS] = 0
+    if path is not None and is_local(path):
+        # XLA keeps results of autotuning on GPUs in a local folder below it.
+        settings["jax_compilation_cache_dir"] = strip_file_scheme(path)
+        _make_private(strip_file_scheme(path))
+    before = {name: getattr(jax.config, name) for name in settings}
+    jax_cache_before = jax_cache._cache
+
+    def count(event: str, duration: float, **_: str | int) -> None:
+        if cache is not None and event == _SECONDS_SAVED:
+            cache.counts.seconds_saved += max(0.0, duration)
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    _connect(cache)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield cache
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        _connect(jax_cache_before)
+
+
+def _connect(cache: CacheInterface | None) -> None:
+    """Let jax read and write through `cache`; None lets it open its own at the next compilation, if it is to."""
+    jax_cache.reset_cache()
+    jax_cache._cache = cache
+    jax_cache._cache_initialized = cache is not None
+
+
+def _make_private(folder: str) -> None:
+    """Create a folder that no other user can write to. What fails here fails again at the first write, with a warning."""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        logger.debug("cannot create %s: %s", folder, error)

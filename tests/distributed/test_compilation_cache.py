@@ -1,0 +1,149 @@
+"""Programs are compiled once for all jobs that share a cache, and no cache can fail a job."""
+
+import logging
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simpo_pipeline.distributed.compilation_cache import CompilationCache, opened_cache
+from simpo_pipeline.distributed.config import compilation_cache_path
+from simpo_pipeline.distributed.programs import Programs
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.storage.paths import user_cache_folder
+
+TOY = "tests/distributed/toy_job.py"
+X = jax.ShapeDtypeStruct((8,), jnp.float32)
+SUMMARY = re.compile(r"compilation cache: read (\d+).* and compiled (\d+) ")
+
+
+def run_job(path: str, num_programs: int = 3) -> tuple[CompilationCache, list[float]]:
+    """What a new process does: compile some programs through the cache and run them."""
+    with opened_cache(path) as cache:
+        assert cache is not None
+        programs = Programs(cache=cache)
+        made = [
+            programs.compile(f"scale_{number}", lambda x, factor=number: x * np.float32(factor + 2) + x.sum(), X)
+            for number in range(num_programs)
+        ]
+        x = np.ones(8, np.float32)
+        return cache, [float(np.asarray(program(x))[0]) for program in made]
+
+
+EXPECTED = [10.0, 11.0, 12.0]
+
+
+def test_a_second_job_compiles_nothing(tmp_path):
+    first, results = run_job(str(tmp_path))
+    assert (first.counts.hits, first.counts.misses, results) == (0, 3, EXPECTED)
+    second, results = run_job(str(tmp_path))
+    assert (second.counts.hits, second.counts.misses, results) == (3, 0, EXPECTED)
+    assert SUMMARY.search(second.summary()) and str(tmp_path) in second.summary()
+
+
+@pytest.mark.parametrize("damage", [lambda entry: entry[: len(entry) // 2], lambda entry: b"", lambda entry: b"x" * 99])
+def test_a_damaged_entry_is_compiled_again_and_replaced_with_one_warning(tmp_path, damage, caplog):
+    run_job(str(tmp_path))
+    entries = sorted(tmp_path.glob("*-cache"))
+    assert len(entries) == 3
+    whole = entries[0].read_bytes()
+    entries[0].write_bytes(damage(whole))
+    with caplog.at_level(logging.WARNING):
+        cache, results = run_job(str(tmp_path))
+    assert (cache.counts.hits, cache.counts.misses, results) == (2, 1, EXPECTED)
+    (warning,) = caplog.messages
+    assert str(entries[0]) in warning and "damaged" in warning
+    caplog.clear()
+    again, _ = run_job(str(tmp_path))
+    assert again.counts.misses == 0 and caplog.messages == []
+
+
+def test_an_entry_that_is_whole_but_no_executable_is_a_warning(tmp_path):
+    run_job(str(tmp_path), 1)
+    (entry,) = tmp_path.glob("*-cache")
+    from jax._src.compilation_cache import compress_executable
+
+    entry.write_bytes(compress_executable(b"\0\0\0\1 no executable"))
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        _, results = run_job(str(tmp_path), 1)
+    assert results == EXPECTED[:1]
+
+
+def test_a_place_that_cannot_be_used_is_one_warning_and_no_failure(tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        cache, results = run_job(str(tmp_path / "file" / "cache"))
+    assert results == EXPECTED and cache.counts.misses == 3
+    (warning,) = caplog.messages
+    assert str(tmp_path / "file") in warning and "--compilation_cache" in warning
+
+
+def test_entries_can_live_in_a_bucket(gcs_here, caplog):
+    run_job(gcs_here)
+    cache, results = run_job(gcs_here)
+    assert (cache.counts.hits, cache.counts.misses, results) == (3, 0, EXPECTED)
+    assert caplog.messages == []
+
+
+def test_jax_is_left_as_it_was(tmp_path):
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    with opened_cache(None):
+        assert not jax.config.jax_enable_compilation_cache
+    with opened_cache(str(tmp_path)):
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    assert [getattr(jax.config, name) for name in names] == before
+
+
+def test_off_stores_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with opened_cache(None) as cache:
+        assert cache is None
+        Programs(cache=cache).compile("twice", lambda x: x * 2, X)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ("off", {"JAX_COMPILATION_CACHE_DIR": "/theirs"}, None),
+        ("gs://bucket/compiled/", {"JAX_COMPILATION_CACHE_DIR": "/theirs"}, "gs://bucket/compiled"),
+        ("/ours", {}, "/ours"),
+        (None, {"JAX_COMPILATION_CACHE_DIR": "/theirs"}, "/theirs"),
+        (None, {}, user_cache_folder("compiled")),
+    ],
+)
+def test_the_flag_comes_before_jaxs_own_variable_and_that_before_the_users_folder(given, environment, expected):
+    assert compilation_cache_path(given, environment) == expected
+
+
+@pytest.mark.parametrize("given", ["", " ", "gs:/bucket/compiled"])
+def test_a_place_that_is_none_is_refused(given):
+    with pytest.raises(ConfigError, match="give a folder|lost a slash"):
+        compilation_cache_path(given, {})
+
+
+def test_in_a_job_of_many_processes_each_reads_what_it_compiled_and_ledgers_stay_equal(launch, tmp_path):
+    cache = tmp_path / "cache"
+
+    def run(name: str) -> tuple[list[tuple[int, int]], set[str], str]:
+        words = ("--prefix", tmp_path / name, "--compilation_cache", cache)
+        job = launch(2, TOY, *words).require_success()
+        counts = [tuple(map(int, found)) for found in SUMMARY.findall(job.text)]
+        return counts, set(re.findall(r"\(ledger (\w+)\)", job.text)), job.text
+
+    ((read, compiled),), first_ledger, _ = run("first")
+    assert read == 0 and compiled > 0
+    num_entries = len(list(cache.glob("*-cache")))
+    _, ledger, text = run("second")
+    assert SUMMARY.findall(text) == [(str(compiled), "0")]
+    assert not re.search(r"\] \S+ INFO compiled ", text), text
+    # A hit on one process and a miss on the other: which entries are gone depends on neither.
+    for entry in sorted(cache.glob("*-cache"))[::2]:
+        pathlib.Path(entry).unlink()
+    _, mixed_ledger, _ = run("third")
+    assert first_ledger == ledger == mixed_ledger and len(ledger) == 1
+    assert len(list(cache.glob("*-cache"))) == num_entries

@@ -74,7 +74,7 @@ class JobSession:
         return self._open_tracker()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends what was begun: tracker, compilation cache, ban on strays. `error` is what ended the job, if anything did.
+        """Ends what was begun: tracker, compilation cache, ban on strays. `error` is what ended the job, if any did.
 
         Says so when the update to be profiled did not run, for its step was done already.
 

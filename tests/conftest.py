@@ -32,7 +32,7 @@ FORK_SERVER = "TESTS_FORK_SERVER"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Workers and the jobs that tests start share one compilation cache, which outlives the run, and one fork server."""
+    """Let workers and the jobs that tests start share a compilation cache that outlives the run, and a fork server."""
     # Imported here because jaxtyping can only check what is imported after it is configured.
     from simpo_pipeline.distributed.compilation_cache import opened_cache
     from simpo_pipeline.distributed.config import compilation_cache_path

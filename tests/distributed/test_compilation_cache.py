@@ -90,12 +90,12 @@ def test_entries_can_live_in_a_bucket(gcs_here, caplog):
 
 def test_jax_is_left_as_it_was(tmp_path):
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
+    before = [jax.config.values[name] for name in names]
     with opened_cache(None):
-        assert not jax.config.jax_enable_compilation_cache
+        assert not jax.config.values["jax_enable_compilation_cache"]
     with opened_cache(str(tmp_path)):
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    assert [getattr(jax.config, name) for name in names] == before
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
+    assert [jax.config.values[name] for name in names] == before
 
 
 def test_off_stores_nothing(tmp_path, monkeypatch):
@@ -122,24 +122,23 @@ def test_the_flag_comes_before_jaxs_own_variable_and_that_before_the_users_folde
 
 @pytest.mark.parametrize("given", ["", " ", "gs:/bucket/compiled"])
 def test_a_place_that_is_none_is_refused(given):
-    with pytest.raises(ConfigError, match="give a folder|lost a slash"):
+    with pytest.raises(ConfigError, match=r"give a folder|lost a slash"):
         compilation_cache_path(given, {})
 
 
 def test_in_a_job_of_many_processes_each_reads_what_it_compiled_and_ledgers_stay_equal(launch, tmp_path):
     cache = tmp_path / "cache"
 
-    def run(name: str) -> tuple[list[tuple[int, int]], set[str], str]:
+    def run(name: str) -> tuple[list[tuple[str, str]], set[str], str]:
         words = ("--prefix", tmp_path / name, "--compilation_cache", cache)
         job = launch(2, TOY, *words).require_success()
-        counts = [tuple(map(int, found)) for found in SUMMARY.findall(job.text)]
-        return counts, set(re.findall(r"\(ledger (\w+)\)", job.text)), job.text
+        return SUMMARY.findall(job.text), set(re.findall(r"\(ledger (\w+)\)", job.text)), job.text
 
     ((read, compiled),), first_ledger, _ = run("first")
-    assert read == 0 and compiled > 0
+    assert read == "0" and int(compiled) > 0
     num_entries = len(list(cache.glob("*-cache")))
-    _, ledger, text = run("second")
-    assert SUMMARY.findall(text) == [(str(compiled), "0")]
+    counts, ledger, text = run("second")
+    assert counts == [(compiled, "0")]
     assert not re.search(r"\] \S+ INFO compiled ", text), text
     # A hit on one process and a miss on the other: which entries are gone depends on neither.
     for entry in sorted(cache.glob("*-cache"))[::2]:

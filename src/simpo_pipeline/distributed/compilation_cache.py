@@ -57,7 +57,7 @@ class CompilationCache(CacheInterface):
         self._missing: str | None = None
         self._has_failed = False
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the entry of a key; None if there is none that can be used."""
         entry = self._read(key)
         if entry is None:
@@ -142,19 +142,19 @@ def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
     Programs of any compile time are stored, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
     """
     cache = None if path is None else CompilationCache(path)
-    settings = {"jax_enable_compilation_cache": cache is not None and jax.config.jax_enable_compilation_cache}
+    settings = {"jax_enable_compilation_cache": cache is not None and jax.config.values["jax_enable_compilation_cache"]}
     if cache is not None and _MIN_COMPILE_SECONDS.upper() not in os.environ:
         settings[_MIN_COMPILE_SECONDS] = 0
     if path is not None and is_local(path):
         # XLA keeps results of autotuning on GPUs in a local folder below it.
         settings["jax_compilation_cache_dir"] = strip_file_scheme(path)
         _make_private(strip_file_scheme(path))
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     jax_cache_before = jax_cache._cache
 
-    def count(event: str, duration: float, **_: str | int) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if cache is not None and event == _SECONDS_SAVED:
-            cache.counts.seconds_saved += max(0.0, duration)
+            cache.counts.seconds_saved += max(0.0, duration_secs)
 
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -177,7 +177,7 @@ def _connect(cache: CacheInterface | None) -> None:
 
 
 def _make_private(folder: str) -> None:
-    """Create a folder that no other user can write to. What fails here fails again at the first write, with a warning."""
+    """Create a folder that no other user can write to. A failure comes up again at the first write, with a warning."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:

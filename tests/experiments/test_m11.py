@@ -3,26 +3,40 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
-import sys
 import time
+from typing import Any
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+COUNTING = "m11_counting_compilations.py"
 STEPS = ("fetch_model", "prepare_pairs", "train-2", "infer-128", "train-5", "report")
 
 
-def command(script: str, prefix: pathlib.Path, *flags: str, preset: str = "tiny") -> list[str]:
-    return [sys.executable, str(ROOT / "experiments" / script), "--preset", preset, "--prefix", str(prefix), *flags]
+@pytest.fixture(scope="session")
+def command(python):
+    """The command line of one of the scripts."""
+
+    def make(script: str, prefix: pathlib.Path, *flags: str, preset: str = "tiny") -> list[str]:
+        folder = "tests/experiments" if script == COUNTING else "experiments"
+        return [*python, str(ROOT / folder / script), "--preset", preset, "--prefix", str(prefix), *flags]
+
+    return make
 
 
-def run(script: str, prefix: pathlib.Path, *flags: str, preset: str = "tiny", environment=None) -> str:
-    line = command(script, prefix, *flags, preset=preset)
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="session")
+def run(command):
+    """Runs a script to its end, which has to be a good one; returns what it printed."""
+
+    def run_script(*words: Any, environment: dict[str, str] | None = None, **options: str) -> str:
+        done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run_script
 
 
 def outputs(prefix: pathlib.Path, step: str) -> pathlib.Path:
@@ -43,7 +57,7 @@ def actions(text: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> pathlib.Path:
+def finished(run, tmp_path_factory) -> pathlib.Path:
     """One prefix with a finished M11, shared by the tests that only look."""
     prefix = tmp_path_factory.mktemp("m11")
     text = run("m11_interleave.py", prefix)
@@ -58,7 +72,7 @@ def prefix(finished, tmp_path) -> pathlib.Path:
     return tmp_path
 
 
-def test_interleaving_changes_nothing(finished):
+def test_interleaving_changes_nothing(run, finished):
     run("simpo_uninterrupted.py", finished)
     interleaved, uninterrupted = summary(finished, "train-5"), summary(finished, "train-7")
     assert interleaved["step"] == uninterrupted["step"] == 7
@@ -111,7 +125,7 @@ def test_metrics_have_a_row_for_every_update_with_every_metric(finished):
         assert rewards | others | {"step_seconds"} <= set(row)
 
 
-def test_a_second_run_skips_every_step(prefix):
+def test_a_second_run_skips_every_step(run, prefix):
     before = {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")}
     # With no platform to run on, whatever touches a device fails.
     environment = {**os.environ, "JAX_PLATFORMS": "none"}
@@ -120,7 +134,7 @@ def test_a_second_run_skips_every_step(prefix):
     assert {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")} == before
 
 
-def test_a_lost_train_5_is_made_again_by_replaying_train_2(prefix):
+def test_a_lost_train_5_is_made_again_by_replaying_train_2(run, prefix):
     digest = summary(prefix, "train-5")["state_digest"]
     rows = (outputs(prefix, "infer-128") / "host_0000_of_0001.jsonl").stat().st_mtime_ns
     (outputs(prefix, "train-5") / ".executor_status").unlink()
@@ -132,8 +146,18 @@ def test_a_lost_train_5_is_made_again_by_replaying_train_2(prefix):
     assert (outputs(prefix, "infer-128") / "host_0000_of_0001.jsonl").stat().st_mtime_ns == rows
 
 
+def test_training_again_compiles_nothing_and_says_what_that_saved(run, prefix):
+    digest = summary(prefix, "train-2")["state_digest"]
+    text = run(COUNTING, prefix, "--force", "train-2")
+    planned = actions(text)
+    assert [planned[step] for step in ("train-2", "infer-128", "train-5")] == ["RUN", "SKIP", "SKIP"]
+    assert re.search(r"JAX COMPILED 0 OF [1-9]\d* PROGRAMS", text), text
+    assert re.search(r"compilation cache: read [1-9]\d* programs, which saved at least \d+\.\d s, and compiled 0", text)
+    assert summary(prefix, "train-2")["state_digest"] == digest
+
+
 @pytest.mark.slow
-def test_a_job_killed_in_train_5_resumes_to_the_same_digest(finished, tmp_path):
+def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
     job = subprocess.Popen(command("m11_interleave.py", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -151,7 +175,7 @@ def test_a_job_killed_in_train_5_resumes_to_the_same_digest(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_for_the_whole_job(prefix):
+def test_wandb_offline_keeps_one_run_for_the_whole_job(command, prefix):
     for step in ("train-2", "infer-128", "train-5"):
         (outputs(prefix, step) / ".executor_status").unlink()
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -163,14 +187,14 @@ def test_wandb_offline_keeps_one_run_for_the_whole_job(prefix):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "smollm2", "llama3_8b_v5p_32"])
-def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, tmp_path):
+def test_a_dry_run_prints_the_plan_and_touches_nothing(run, preset, tmp_path):
     prefix = tmp_path / "prefix"
     text = run("m11_interleave.py", prefix, "--dry_run", preset=preset)
     assert set(actions(text).values()) == {"RUN"}
     assert not prefix.exists()
 
 
-def test_an_unknown_preset_is_one_clear_sentence(tmp_path):
+def test_an_unknown_preset_is_one_clear_sentence(command, tmp_path):
     done = subprocess.run(command("m11_interleave.py", tmp_path, preset="huge"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "--preset 'huge' is unknown; choose one of tiny, smollm2, llama3_8b_v5p_32" in done.stdout + done.stderr
@@ -178,7 +202,7 @@ def test_an_unknown_preset_is_one_clear_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_law_holds_on_a_real_model(tmp_path):
+def test_the_law_holds_on_a_real_model(run, tmp_path):
     run("m11_interleave.py", tmp_path, preset="smollm2")
     run("simpo_uninterrupted.py", tmp_path, preset="smollm2")
     assert summary(tmp_path, "train-5")["state_digest"] == summary(tmp_path, "train-7")["state_digest"]

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 import threading
 import uuid
 from typing import Any
@@ -17,8 +16,8 @@ FAULTS = ["429", "500", "503", "cut_before", "cut_after", "delete_lost"]
 NOT_COMPARED = ("metrics.jsonl", "summary.json", "report.json", "report.md", "report.html", "run.json")
 
 
-def run_m11(gcs: Any, name: str, *flags: str) -> str:
-    command = [sys.executable, str(ROOT / "experiments" / "m11_interleave.py")]
+def run_m11(python: list[str], gcs: Any, name: str, *flags: str) -> str:
+    command = [*python, str(ROOT / "experiments" / "m11_interleave.py")]
     command += ["--preset", "tiny", "--prefix", f"gs://bucket/{name}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=gcs.environment())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,11 +43,11 @@ def committed(gcs: Any, name: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_with_faults_in_five_of_a_hundred_requests_the_same_comes_out_and_nothing_half_is_seen(gcs):
+def test_with_faults_in_five_of_a_hundred_requests_the_same_comes_out_and_nothing_half_is_seen(python, gcs):
     clean, faulty = uuid.uuid4().hex, uuid.uuid4().hex
-    assert set(actions(run_m11(gcs, clean, "--dry_run"))) == {"RUN"}
-    assert f"gs://bucket/{clean}/train-5-" in run_m11(gcs, clean)
-    assert actions(run_m11(gcs, clean, "--dry_run")) == ["SKIP"] * len(STEPS)
+    assert set(actions(run_m11(python, gcs, clean, "--dry_run"))) == {"RUN"}
+    assert f"gs://bucket/{clean}/train-5-" in run_m11(python, gcs, clean)
+    assert actions(run_m11(python, gcs, clean, "--dry_run")) == ["SKIP"] * len(STEPS)
     expected = committed(gcs, clean)
     assert len(expected) > len(STEPS)
     gcs.reset_log()
@@ -63,7 +62,7 @@ def test_with_faults_in_five_of_a_hundred_requests_the_same_comes_out_and_nothin
     reader = threading.Thread(target=look_until_ended)
     reader.start()
     try:
-        text = run_m11(gcs, faulty)
+        text = run_m11(python, gcs, faulty)
     finally:
         ended.set()
         reader.join()

@@ -1,4 +1,7 @@
-"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the law in each, and what a lost host leaves behind."""
+"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the law, and what a lost host leaves behind.
+
+What else can go wrong in one of many processes is shown on a job of the same shape, `tests/distributed/test_jobs.py`.
+"""
 
 import json
 import pathlib
@@ -53,19 +56,17 @@ def finished(launch, tmp_path_factory):
 COUNTS = pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 
-@COUNTS
-def test_interleaving_changes_nothing_on_many_hosts(finished, launch, count):
-    prefix, _ = finished(count)
-    launch(count, "experiments/simpo_uninterrupted.py", "--preset", "tiny", "--prefix", prefix).require_success()
+def test_interleaving_changes_nothing_on_many_hosts(finished, launch):
+    prefix, _ = finished(2)
+    launch(2, "experiments/simpo_uninterrupted.py", "--preset", "tiny", "--prefix", prefix).require_success()
     assert digest(prefix, "train-5") == digest(prefix, "train-7")
     assert digest(prefix, "train-5") != digest(prefix, "train-2")
 
 
 @pytest.mark.slow
-@COUNTS
-def test_plan_and_losses_are_those_of_one_process(finished, count):
+def test_plan_and_losses_are_those_of_one_process(finished):
     alone, text = finished(1)
-    prefix, many_text = finished(count)
+    prefix, many_text = finished(4)
     assert planned(many_text) == planned(text)
     assert losses(prefix) == pytest.approx(losses(alone), abs=1e-5)
     assert len(losses(prefix)) == 7
@@ -99,12 +100,11 @@ def test_the_ledgers_of_all_processes_are_equal(finished, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch, count):
-    prefix, _ = finished(count)
+def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch):
+    prefix, _ = finished(2)
     before = digest(prefix, "train-5")
     (output(prefix, "train-5") / ".executor_status").unlink()
-    job = launch(count, M11, "--preset", "tiny", "--prefix", prefix).require_success()
+    job = launch(2, M11, "--preset", "tiny", "--prefix", prefix).require_success()
     actions = {step: action for step, action, _, _ in planned(job.text)}
     assert [actions[step] for step in ("train-2", "infer-128", "train-5")] == ["REPLAY", "SKIP", "RUN"]
     assert digest(prefix, "train-5") == before
@@ -128,33 +128,16 @@ def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "step", "victim"),
-    [
-        ("kill", "train", 1),
-        ("kill", "train", 0),
-        ("freeze", "train", 1),
-        ("raise", "train", 1),
-        ("raise", "infer", 0),
-        ("hang", "infer", 1),
-    ],
-)
-def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(
-    launch, finished, tmp_path, fault, step, victim
-):
+def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(launch, finished, tmp_path):
     expected = digest(finished(2)[0], "train-5")
-    script = "tests/experiments/m11_with_fault.py"
-    stall = ("--watch.stall_seconds", 15)
-    job = launch(2, script, fault, step, victim, "--preset", "tiny", "--prefix", tmp_path, *stall)
+    fault = ("kill", "train", 1, "--preset", "tiny", "--prefix", tmp_path)
+    job = launch(2, "tests/experiments/m11_with_fault.py", *fault)
     assert job.exit_code != 0
     told = min(map(float, re.findall(r"FAULT (\d+\.\d+)", job.text)))
     assert job.ended - told < LOSS_SECONDS, job.text
-    failed = output(tmp_path, "train-5" if step == "train" else "infer-128")
-    leader_is_lost = victim == 0 and fault in ("kill", "freeze")
-    assert (failed / ".executor_status").read_text() == ("RUNNING" if leader_is_lost else "FAILED"), job.text
+    assert (output(tmp_path, "train-5") / ".executor_status").read_text() == "FAILED", job.text
     assert (output(tmp_path, "train-2") / ".executor_status").read_text() == "SUCCESS"
     again = launch(2, M11, "--preset", "tiny", "--prefix", tmp_path).require_success()
     actions = {step: action for step, action, _, _ in planned(again.text)}
-    assert actions["train-2"] == "REPLAY"
-    assert actions["infer-128"] == ("SKIP" if step == "train" else "RUN")
+    assert [actions[step] for step in ("train-2", "infer-128", "train-5")] == ["REPLAY", "SKIP", "RUN"]
     assert digest(tmp_path, "train-5") == expected

@@ -6,7 +6,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -240,12 +239,12 @@ def test_the_file_of_rows_holds_what_was_returned_and_nothing_of_earlier_calls(l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_kill_loses_no_sample_that_had_ended(llm: LLM, model_path: str, tmp_path: pathlib.Path, seed: int) -> None:
+def test_a_kill_loses_no_sample_that_had_ended(
+    llm: LLM, model_path: str, tmp_path: pathlib.Path, python: list[str], seed: int
+) -> None:
     path, count = str(tmp_path / "rows.jsonl"), 400
     program = str(pathlib.Path(__file__).with_name("llm_to_be_killed.py"))
-    process = subprocess.Popen(
-        [sys.executable, program, model_path, path, str(count)], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*python, program, model_path, path, str(count)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     ended: set[int] = set()
     goal = random.Random(seed).randrange(20, 300)

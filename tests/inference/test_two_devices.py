@@ -1,17 +1,16 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide() -> None:
+def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide(python: list[str]) -> None:
     script = Path(__file__).with_name("two_devices.py")
     done = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+        [*python, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -81,11 +80,11 @@ def test_on_one_device_nothing_is_placed():
 
 
 @pytest.fixture(scope="module")
-def four_devices(small_config) -> dict:
+def four_devices(small_config, python) -> dict:
     """What `four_device_gradient.py` found out on four virtual CPU devices."""
     config = dataclasses.replace(small_config, tie_word_embeddings=True)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("four_device_gradient.py")), json.dumps(config.to_hf())],
+        [*python, str(Path(__file__).with_name("four_device_gradient.py")), json.dumps(config.to_hf())],
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -36,7 +36,8 @@ ROOMS = (
     *("inference", "handoff", "preflight", "steps", "infra/launcher"),
 )
 TIMEOUT_SECONDS = 600.0
-_FIRST_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+# Without the parameters of a test, which may hold anything.
+_FIRST_FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ EXECUTOR = (
         "src/simpo_pipeline/executor/plan.py",
         "decisions[consumer].action in (Action.RUN, Action.REPLAY)",
         "decisions[consumer].action in (Action.RUN,)",
-        "tests/executor/test_plan.py",
+        "tests/executor/test_executor.py",
     ),
     Mutant(
         "live-value-freed-at-its-first-borrowers-end",

@@ -1,6 +1,6 @@
 """Faults that the tests must notice: each one is put into a copy of the code, and one test file has to fail.
 
-    uv run python tests/mutants.py                              # all of them; about half an hour on two cores
+    uv run python tests/mutants.py                              # all of them; about an hour on two cores
     uv run python tests/mutants.py --only gamma-with-the-other-sign page-freed-twice
     uv run python tests/mutants.py --check                      # only whether every fault still applies
     uv run python tests/mutants.py --write docs/mutants.md      # all of them, and a table of what caught them

@@ -20,32 +20,36 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
-import jax
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
 FORK_SERVER = "TESTS_FORK_SERVER"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let workers and the jobs that tests start share a compilation cache that outlives the run, and a fork server."""
+    """Prepare what the processes of a run share: a compilation cache that outlives the run, and a fork server."""
     # Imported here because jaxtyping can only check what is imported after it is configured.
-    from simpo_pipeline.distributed.compilation_cache import opened_cache
     from simpo_pipeline.distributed.config import compilation_cache_path
 
     config = session.config
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache_path(None, os.environ))
-    cache = contextlib.ExitStack()
-    cache.enter_context(opened_cache(os.environ["JAX_COMPILATION_CACHE_DIR"]))
-    config.add_cleanup(cache.close)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="tests_")
         config.add_cleanup(lambda: shutil.rmtree(folder))  # its end is the server's
         os.environ[FORK_SERVER] = os.path.join(folder, "fork_server")
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _prepare_jax(config)
+
+
+def _prepare_jax(config: pytest.Config) -> None:
+    """Make jax strict, in a process that runs tests: importing it takes seconds."""
+    import jax
+
+    from simpo_pipeline.distributed.compilation_cache import opened_cache
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    cache = contextlib.ExitStack()
+    cache.enter_context(opened_cache(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    config.add_cleanup(cache.close)
 
 
 @pytest.fixture(scope="session")

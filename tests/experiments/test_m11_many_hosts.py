@@ -53,7 +53,8 @@ def finished(launch, tmp_path_factory):
     return run
 
 
-COUNTS = pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("count", [2, 4])
+pytestmark = pytest.mark.slow
 
 
 def test_interleaving_changes_nothing_on_many_hosts(finished, launch):
@@ -63,7 +64,6 @@ def test_interleaving_changes_nothing_on_many_hosts(finished, launch):
     assert digest(prefix, "train-5") != digest(prefix, "train-2")
 
 
-@pytest.mark.slow
 def test_plan_and_losses_are_those_of_one_process(finished):
     alone, text = finished(1)
     prefix, many_text = finished(4)
@@ -99,7 +99,6 @@ def test_the_ledgers_of_all_processes_are_equal(finished, count):
     assert {(number, name) for number, name, _ in launches} == {("9", launches[0][1])}
 
 
-@pytest.mark.slow
 def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch):
     prefix, _ = finished(2)
     before = digest(prefix, "train-5")
@@ -110,7 +109,6 @@ def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch)
     assert digest(prefix, "train-5") == before
 
 
-@pytest.mark.slow
 def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it_as_it_was(launch, tmp_path):
     settings = ("--config_path", "experiments/configs/simpo_tiny_train2_infer8_train5.yaml")
     tokens, digests = {}, set()
@@ -127,7 +125,6 @@ def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it
     assert len(digests) == 1
 
 
-@pytest.mark.slow
 def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(launch, finished, tmp_path):
     expected = digest(finished(2)[0], "train-5")
     fault = ("kill", "train", 1, "--preset", "tiny", "--prefix", tmp_path)

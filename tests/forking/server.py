@@ -20,8 +20,14 @@ import time
 from typing import Any
 
 import jax
-import jax.experimental.multihost_utils
-import transformers  # noqa: F401
+from transformers import AutoTokenizer  # noqa: F401  # transformers imports the most at this name's first use
+
+import simpo_pipeline.handoff.handoff
+import simpo_pipeline.inference.llm
+import simpo_pipeline.model.hf_export
+import simpo_pipeline.training.checkpoints
+import simpo_pipeline.training.evaluation
+import simpo_pipeline.training.trainer  # noqa: F401
 
 CHECK_SECONDS = 1.0
 

@@ -14,8 +14,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from simpo_pipeline.distributed.compilation_cache import CompilationCache
 from simpo_pipeline.distributed.group import ProcessGroup
 from simpo_pipeline.distributed.ledger import Launch, Ledger, call_site
 from simpo_pipeline.errors import ProgramError
+
+BuiltT = TypeVar("BuiltT")
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +141,7 @@ class Programs:
         self._check_launches = check_launches
         self._cache = cache
         self._by_fingerprint: dict[tuple[str, str], Program] = {}
+        self._built: dict[Hashable, Any] = {}
 
     def compile(
         self,
@@ -185,6 +188,16 @@ class Programs:
         made = Program(launch, compiled, self._before_launch)
         self._by_fingerprint[name, launch.fingerprint] = made
         return made
+
+    def built_once(self, key: Hashable, build: Callable[[], BuiltT]) -> BuiltT:
+        """Return what `build` returned for an equal key before; call it the first time.
+
+        Tracing and lowering takes seconds, also where the executable is known. The key must hold all that the programs
+        are made from, and every process must ask for equal keys in the same order.
+        """
+        if key not in self._built:
+            self._built[key] = build()
+        return self._built[key]
 
     def _compiled(self, lowered: LoweredProgram, start: float) -> jax.stages.Compiled:
         """Compile, or read what an earlier job compiled. Processes may differ in which of the two they do."""

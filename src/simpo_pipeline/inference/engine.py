@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -123,7 +124,10 @@ class Engine:
         self.model_config = model_config
         self.sizes = sizes
         self._text_of = decode
-        self._programs = EnginePrograms(model_config, sizes, mesh, programs, dtype)
+        self._programs = programs.built_once(
+            ("engine", model_config, sizes, mesh, jnp.dtype(dtype)),
+            lambda: EnginePrograms(model_config, sizes, mesh, programs, dtype),
+        )
         self.memory = EngineMemory(
             self._programs.weights_bytes, self._programs.cache_bytes, self._programs.temporary_bytes
         )

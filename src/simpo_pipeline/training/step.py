@@ -79,6 +79,11 @@ class LossSums(NamedTuple):
 
 def build_init_moments(programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> Program:
     """Compiles `params -> (moments, moving average or None)`, those of a run at its first update."""
+    key = ("init_moments", model_config, config, mesh)
+    return programs.built_once(key, lambda: _compile_init_moments(programs, model_config, config, mesh))
+
+
+def _compile_init_moments(programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> Program:
     abstract = abstract_state(model_config, config, mesh)
     optimizer = build_optimizer(config.optimizer, config.num_train_steps)
 
@@ -96,6 +101,13 @@ def build_train_step(
 
     Metrics are those of `part_loss`, and `grad_norm`, the global norm of the gradient before clipping.
     """
+    key = ("train_step", model_config, config, mesh, shape)
+    return programs.built_once(key, lambda: _compile_train_step(programs, model_config, config, mesh, shape))
+
+
+def _compile_train_step(
+    programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
+) -> Program:
     optimizer = build_optimizer(config.optimizer, config.num_train_steps)
     placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype), shape.slot_lens)
 
@@ -120,6 +132,13 @@ def build_eval_step(
     programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
 ) -> Program:
     """Compiles `(params, BatchArrays) -> LossSums` of a batch, all replicated."""
+    key = ("eval_step", model_config, config, mesh, shape)
+    return programs.built_once(key, lambda: _compile_eval_step(programs, model_config, config, mesh, shape))
+
+
+def _compile_eval_step(
+    programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
+) -> Program:
     placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype), shape.slot_lens)
 
     def eval_step(params: Llama, batch: BatchArrays) -> LossSums:

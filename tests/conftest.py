@@ -52,6 +52,15 @@ def _prepare_jax(config: pytest.Config) -> None:
     config.add_cleanup(cache.close)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests of whole jobs as those that want the machine to themselves."""
+    rooms = (ROOT / "tests" / "distributed", ROOT / "tests" / "experiments")
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.parent in rooms:
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def python() -> list[str]:
     """What to start a script with instead of `sys.executable`, if it imports jax: a fork of one that did."""

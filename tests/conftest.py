@@ -14,8 +14,12 @@ import time
 import uuid
 from types import ModuleType
 
+import hypothesis
 import pytest
 
+# A busy machine may take longer for one example than hypothesis allows.
+hypothesis.settings.register_profile("any speed", deadline=None)
+hypothesis.settings.load_profile("any speed")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

@@ -143,7 +143,7 @@ EXECUTOR = (
         "src/simpo_pipeline/executor/plan.py",
         "decisions[consumer].action in (Action.RUN, Action.REPLAY)",
         "decisions[consumer].action in (Action.RUN,)",
-        "tests/executor/test_executor.py",
+        "tests/executor/test_plan.py",
     ),
     Mutant(
         "live-value-freed-at-its-first-borrowers-end",

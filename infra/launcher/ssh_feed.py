@@ -8,6 +8,9 @@ from launcher.gcloud import Gcloud
 from launcher.host_job import HostJob, HostState, parse_state
 from launcher.hosts import Hosts
 
+# gcloud repeats a command whose connection broke, and the output of the repetition follows what came before.
+_BEGIN = "@launch lines"
+
 
 class SshFeed:
     """Reads its lines and its state."""
@@ -26,13 +29,14 @@ class SshFeed:
         return self._host
 
     def lines(self, first: int, follow: bool = True) -> Iterator[tuple[int, str]]:
-        self._stream = self._commands.open(self._gcloud.ssh(self._host, self._job.lines(first, follow)))
+        script = f"echo '{_BEGIN}'; {self._job.lines(first, follow)}"
+        self._stream = self._commands.open(self._gcloud.ssh(self._host, script))
         if self._is_closed:
             self._stream.close()
         for line in self._stream.lines():
             number, _, text = line.partition(":")
-            # What lacks its end was cut off with the connection, and comes again.
-            if line.endswith("\n") and number.isdecimal():
+            # A line without its end, or with the beginning of a repetition in its place, was cut off; it comes again.
+            if line.endswith("\n") and number.isdecimal() and not text.endswith(f"{_BEGIN}\n"):
                 yield int(number), text.rstrip("\n")
 
     def state(self) -> HostState | None:

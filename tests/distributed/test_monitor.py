@@ -95,10 +95,11 @@ def test_a_process_that_leaves_takes_the_others_along(job):
 
 def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):
     job.groups[0].standing.waiting = "came to gather (x:1)"
-    with job.groups[1].phase("infer", files_only=False, on_abort=None):
-        time.sleep(WATCH.stall_seconds / 2)
-        job.groups[1].standing.progress()
-        time.sleep(WATCH.stall_seconds / 2)
+    waiting = job.groups[0].phase("infer", files_only=False, on_abort=None)
+    with waiting, job.groups[1].phase("infer", files_only=False, on_abort=None):
+        for _ in range(5):
+            time.sleep(WATCH.stall_seconds / 3)
+            job.groups[1].standing.progress()
         assert job.ended == {}
         job.wait_for(lambda: set(job.ended) == {0, 1})
 

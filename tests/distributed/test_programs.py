@@ -1,6 +1,9 @@
 """Programs are compiled ahead, named, kept, and the only way to a device once strays are forbidden."""
 
 import importlib.util
+import os
+import pathlib
+import subprocess
 from types import SimpleNamespace
 
 import jax
@@ -72,6 +75,14 @@ def test_a_kernel_is_the_same_program_wherever_its_file_lies(tmp_path):
         texts.append(traced.lower(lowering_platforms=("tpu",)).as_text())
     assert "tpu_custom_call" in texts[0]
     assert texts[0] == texts[1]
+
+
+def test_the_order_of_devices_is_part_of_the_fingerprint_though_the_text_does_not_show_it(python):
+    script = pathlib.Path(__file__).with_name("two_device_orders.py")
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run([*python, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_a_donated_argument_is_dead_after_the_launch():

@@ -54,6 +54,19 @@ def actions(*arguments, **options) -> str:
     return " ".join(str(decided[name].action) if name in decided else "-" for name in interleave())
 
 
+def test_a_chain_of_live_values_is_replayed_from_its_beginning():
+    """train-2 ==> train-5 (takes) ==> infer-after (borrows), which alone is not done."""
+    first = ExecutorStep("train-2", do_nothing, [])
+    second = ExecutorStep("train-5", do_nothing, [take(first)])
+    after = ExecutorStep("infer-after", do_nothing, [borrow(second)])
+    graph = build_graph([first, second, after], "/p")
+    situation = Situation(
+        records={first: DONE, second: DONE, after: NEW}, wanted=frozenset([first, second, after]), held=frozenset()
+    )
+    decided = make_plan(graph, live_order(graph), situation)
+    assert [decided[step].action for step in (first, second, after)] == [Action.REPLAY, Action.REPLAY, Action.RUN]
+
+
 @pytest.mark.parametrize(
     ("records", "expected"),
     [

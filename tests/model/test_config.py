@@ -65,6 +65,8 @@ def test_old_configs_without_kv_heads_head_dim_or_rope_get_hugging_faces_default
     config = LlamaConfig.from_hf({key: value for key, value in LLAMA_3_1_8B.items() if key not in omitted})
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (32, 128, 10_000.0)
     assert config.rope_scaling is None
+    without_tying = {key: value for key, value in LLAMA_3_1_8B.items() if key != "tie_word_embeddings"}
+    assert LlamaConfig.from_hf(without_tying).tie_word_embeddings is False
 
 
 @pytest.mark.parametrize(

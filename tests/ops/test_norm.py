@@ -16,6 +16,14 @@ def test_rows_are_scaled_to_unit_root_mean_square(shape):
     np.testing.assert_allclose(got, expected, rtol=2e-6)
 
 
+def test_epsilon_bounds_the_scale_of_small_rows_and_keeps_a_row_of_zeros_at_zero():
+    x = np.random.default_rng(0).standard_normal((3, 8)) * np.array([[1e-3], [1e-6], [0.0]])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    got = rms_norm(jnp.asarray(x, jnp.float32), jnp.ones(8, jnp.float32), 1e-5)
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+    assert np.isfinite(np.asarray(got)).all()
+
+
 def test_bfloat16_rows_are_normed_in_fp32_and_rounded_once():
     x = np.linspace(100.0, 101.0, 64)
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)

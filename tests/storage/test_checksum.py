@@ -16,10 +16,11 @@ def test_the_empty_file_has_the_zero_checksum_with_all_its_digits(folder):
     assert crc32c_of(join(folder, "x")) == "00000000"
 
 
-def test_a_file_of_several_pieces_differs_when_one_byte_differs(folder):
+@pytest.mark.parametrize("position", [0, 1_500_000, 3_000_000])
+def test_a_file_of_several_pieces_differs_when_one_byte_differs(folder, position):
     data = bytearray(3_000_001)
     write_bytes(join(folder, "zeros"), bytes(data))
-    data[2_500_000] = 1
+    data[position] = 1
     write_bytes(join(folder, "one"), bytes(data))
     assert crc32c_of(join(folder, "zeros")) != crc32c_of(join(folder, "one"))
 

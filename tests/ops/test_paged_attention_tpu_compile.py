@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jax.typing import DTypeLike
 
+from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
 from simpo_pipeline.ops.paged_tpu_blocks import KernelShape, blocks_for, vmem_bytes
 
@@ -25,7 +26,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 @pytest.fixture(scope="module")
 def v5p_host():
     """The four chips of one host, as a description."""
-    with pytest.MonkeyPatch.context() as patch:
+    # jax writes entries for devices that are not here, and cannot read them again.
+    with pytest.MonkeyPatch.context() as patch, opened_cache(None):
         # Else libtpu looks for the machine's metadata, and for other processes that hold a TPU.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

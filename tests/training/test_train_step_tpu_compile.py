@@ -9,6 +9,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from simpo_pipeline.data.rows import RowShape
+from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.distributed.mesh import DATA_AXIS, MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.model.config import LlamaConfig
@@ -40,7 +41,8 @@ SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 @pytest.fixture(scope="module")
 def v5p_devices():
-    with pytest.MonkeyPatch.context() as patch:
+    # jax writes entries for devices that are not here, and cannot read them again.
+    with pytest.MonkeyPatch.context() as patch, opened_cache(None):
         # Else libtpu looks for the machine's metadata, and for other processes that hold a TPU.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -46,6 +46,11 @@ class CacheCounts:
     seconds_saved: float = 0.0
     """Compile time of the hits minus the time to read them. jax records whole seconds of it, rounded down."""
 
+    @property
+    def requests(self) -> int:
+        """Programs that were asked for."""
+        return self.hits + self.misses
+
 
 class CompilationCache(CacheInterface):
     """Entries of jax's compilation cache in one folder. `opened_cache` makes one and connects it to jax."""

@@ -7,6 +7,7 @@ import tempfile
 import time
 from typing import Any
 
+from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.distributed.programs import LoweredProgram, Program, Programs, lower_program
 from simpo_pipeline.errors import ProgramError
 from simpo_pipeline.preflight.cache import ResultCache
@@ -76,7 +77,9 @@ def _compile(program: LoweredProgram) -> CompilerResult:
         # The compiled program's own `as_text` fails on TPU programs with asynchronous collectives.
         start = time.perf_counter()
         try:
-            compiled = program.compile(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+            # jax's own cache writes entries for devices that are not here, and cannot read them again.
+            with opened_cache(None):
+                compiled = program.compile(xla_dump_to=folder, xla_dump_hlo_as_text=True)
         except (OSError, MemoryError):  # says something of this machine, not of the program
             raise
         except Exception as error:  # XLA raises RuntimeError for most, ValueError for some; the report shows it

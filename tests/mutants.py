@@ -1060,10 +1060,17 @@ LAUNCHER = (
         "tests/infra/test_outcome.py",
     ),
     Mutant(
+        "half-a-line-believed-when-a-repetition-follows-it",
+        "infra/launcher/ssh_feed.py",
+        'line.endswith("\\n") and not line.endswith(f"{_START}\\n")',
+        'line.endswith("\\n")',
+        "tests/infra/test_tpu_failures.py",
+    ),
+    Mutant(
         "lines-told-again-after-a-broken-connection",
-        "infra/launcher/outcome.py",
-        "if number > self._seen:",
-        "if number > 0:",
+        "infra/launcher/ssh_feed.py",
+        "int(number) >= first:",
+        "int(number) >= 0:",
         "tests/infra/test_tpu_failures.py",
     ),
     Mutant(

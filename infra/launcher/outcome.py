@@ -23,7 +23,7 @@ class Feed(Protocol):
     def host(self) -> int: ...
 
     def lines(self, first: int) -> Iterator[tuple[int, str]]:
-        """Its lines from a number on, with their numbers; ends with the job or with the connection."""
+        """Its lines from a number on, each once, with their numbers; ends with the job or with the connection."""
         ...
 
     @property
@@ -109,11 +109,10 @@ class _Follower(threading.Thread):
     def _read_new(self, file: LineFile) -> None:
         """Passes on what was not seen yet."""
         for number, line in self._feed.lines(self._seen + 1):
-            if number > self._seen:
-                self._seen = number
-                self._last.append(line)
-                file.write(line)
-                self._following.console.say(f"[host {self._feed.host}] {line}")
+            self._seen = number
+            self._last.append(line)
+            file.write(line)
+            self._following.console.say(f"[host {self._feed.host}] {line}")
 
 
 class Following:

@@ -8,8 +8,9 @@ from launcher.gcloud import Gcloud
 from launcher.host_job import HostJob, HostState, parse_state
 from launcher.hosts import Hosts
 
-# gcloud repeats a command whose connection broke, and the output of the repetition follows what came before.
-_BEGIN = "@launch lines"
+# Each stream begins with it. When its connection breaks, gcloud repeats a command by itself, and the half line before
+# and the first of the repetition become one: the mark at its end tells it from a whole line.
+_START = "@launch lines"
 
 
 class SshFeed:
@@ -29,14 +30,17 @@ class SshFeed:
         return self._host
 
     def lines(self, first: int, follow: bool = True) -> Iterator[tuple[int, str]]:
-        script = f"echo '{_BEGIN}'; {self._job.lines(first, follow)}"
+        script = f"echo '{_START}'; {self._job.lines(first, follow)}"
         self._stream = self._commands.open(self._gcloud.ssh(self._host, script))
         if self._is_closed:
             self._stream.close()
         for line in self._stream.lines():
             number, _, text = line.partition(":")
-            # A line without its end, or with the beginning of a repetition in its place, was cut off; it comes again.
-            if line.endswith("\n") and number.isdecimal() and not text.endswith(f"{_BEGIN}\n"):
+            # A line that lacks its end, or has a mark there, was cut off with the connection. It comes again.
+            is_whole = line.endswith("\n") and not line.endswith(f"{_START}\n")
+            # A repetition begins with lines that came before.
+            if is_whole and number.isdecimal() and int(number) >= first:
+                first = int(number) + 1
                 yield int(number), text.rstrip("\n")
 
     def state(self) -> HostState | None:

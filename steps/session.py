@@ -114,8 +114,8 @@ class JobFlags(ExecutorMainConfig):
     profile: int | None = None
     """Trace this update, counted over the whole run, into `profile` below its training step's outputs."""
     compilation_cache: str | None = None
-    """Where compiled programs are kept for later jobs: a folder, gs://bucket/path, or off; else
-    JAX_COMPILATION_CACHE_DIR, else a folder of this user."""
+    """Where compiled programs are kept for later jobs: a folder, gs://bucket/path, or off. Default:
+    JAX_COMPILATION_CACHE_DIR, or ~/.cache/simpo_pipeline/compiled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

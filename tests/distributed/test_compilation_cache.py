@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed as jax_distributed
 
 from simpo_pipeline.distributed.compilation_cache import CompilationCache, opened_cache
 from simpo_pipeline.distributed.config import compilation_cache_path
@@ -21,7 +22,7 @@ SUMMARY = re.compile(r"compilation cache: read (\d+).* and compiled (\d+) ")
 
 
 def run_job(path: str, num_programs: int = 3) -> tuple[CompilationCache, list[float]]:
-    """What a new process does: compile some programs through the cache and run them."""
+    """Compile some programs through the cache and run them, as a new process does."""
     with opened_cache(path) as cache:
         assert cache is not None
         programs = Programs(cache=cache)
@@ -59,6 +60,39 @@ def test_a_damaged_entry_is_compiled_again_and_replaced_with_one_warning(tmp_pat
     caplog.clear()
     again, _ = run_job(str(tmp_path))
     assert again.counts.misses == 0 and caplog.messages == []
+
+
+@pytest.fixture
+def process_1(monkeypatch):
+    """Lets jax take this process for one that it writes no entries for."""
+    monkeypatch.setattr(jax_distributed.global_state, "process_id", 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+
+def test_a_process_that_jax_writes_nothing_for_stores_its_own(tmp_path, process_1):
+    assert run_job(str(tmp_path))[0].counts.misses == 3
+    again, results = run_job(str(tmp_path))
+    assert (again.counts.hits, again.counts.misses, results) == (3, 0, EXPECTED)
+
+
+def test_no_program_is_stored_under_the_key_of_another(tmp_path, process_1):
+    """What was compiled past `Programs` leaves a key that was not found; the next program is read, or another one."""
+    run_job(str(tmp_path))
+    names = {entry.name for entry in tmp_path.glob("*-cache")}
+    with opened_cache(str(tmp_path)) as cache:
+        jax.jit(lambda x: x * 5).lower(X).compile()
+        Programs(cache=cache).compile("scale_0", lambda x, factor=0: x * np.float32(factor + 2) + x.sum(), X)
+    assert {entry.name for entry in tmp_path.glob("*-cache")} == names
+
+
+def test_a_program_that_calls_back_into_python_is_not_stored(tmp_path, process_1):
+    def shown(x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda value: None, x)
+        return x + 1
+
+    with opened_cache(str(tmp_path)) as cache:
+        Programs(cache=cache).compile("shown", shown, X)
+    assert list(tmp_path.glob("*-cache")) == []
 
 
 def test_an_entry_that_is_whole_but_no_executable_is_a_warning(tmp_path):

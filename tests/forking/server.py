@@ -9,6 +9,7 @@ removed.
 """
 
 import array
+import contextlib
 import json
 import os
 import runpy
@@ -97,8 +98,9 @@ class Server:
             return request
         for stream in streams:
             os.close(stream)
-        client.sendall(f"{pid}\n".encode())
         self._clients[pid] = client
+        with contextlib.suppress(OSError):  # a client that is gone is noticed below
+            client.sendall(f"{pid}\n".encode())
         self._selector.register(client, selectors.EVENT_READ, pid)
         return None
 
@@ -119,10 +121,14 @@ class Server:
         sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 
     def _end(self, pid: int) -> None:
-        """A client that says anything is gone: it has nothing to say."""
+        """Kill the fork of a client that has closed its connection; clients send nothing after their request."""
         if pid in self._clients:
-            self._selector.unregister(self._clients.pop(pid))
-            os.killpg(pid, signal.SIGKILL)
+            client = self._clients.pop(pid)
+            self._selector.unregister(client)
+            client.close()
+            with contextlib.suppress(ProcessLookupError):  # it has not made its own group yet
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
     def _report_ended(self) -> None:
         while True:
@@ -135,7 +141,7 @@ class Server:
             client = self._clients.pop(pid, None)
             if client is not None:
                 self._selector.unregister(client)
-                with client:
+                with client, contextlib.suppress(OSError):
                     client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 

@@ -16,7 +16,9 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Generator
+import threading
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import jax
@@ -59,22 +61,23 @@ class CompilationCache(CacheInterface):
         self._path = pathlib.Path(path)  # jax shows it in its own log
         self.path = path
         self.counts = CacheCounts()
-        self._missing: str | None = None
         self._has_failed = False
+        # Per thread, the key of the last request if it was not found and nothing was stored for it.
+        self._last = threading.local()
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the entry of a key; None if there is none that can be used."""
         entry = self._read(key)
         if entry is None:
             self.counts.misses += 1
-            self._missing = key
         else:
             self.counts.hits += 1
+        self._last.missing = key if entry is None else None
         return entry
 
     def put(self, key: str, value: bytes) -> None:
         """Store an entry, over what is there."""
-        self._missing = None
+        self._last.missing = None
         if self._has_failed:
             return
         try:
@@ -82,20 +85,31 @@ class CompilationCache(CacheInterface):
         except StorageError as error:
             self._give_up(error)
 
-    def keep(self, name: str, compiled: jax.stages.Compiled, seconds: float) -> None:
-        """Store what was just compiled, if it was not found and jax did not store it.
+    @contextmanager
+    def keeping(self, name: str, *, has_callbacks: bool) -> Generator[Callable[[jax.stages.Compiled], None]]:
+        """Around the compilation of one program: give the executable to what this yields, and it is stored if need be.
+
+        It does nothing in process 0, where jax stores what it compiled. Elsewhere it follows jax's rules: no program
+        that calls back into Python, whose pointers mean nothing to another process, and none that compiled too fast.
 
         Args:
             name: The program's name, for jax's log.
-            compiled: The executable.
-            seconds: How long compiling it took.
+            has_callbacks: Whether the program calls back into Python.
         """
-        if self._missing is None or self._has_failed:
-            return
-        executable = compiled.runtime_executable()
-        if executable is not None:
+        # What was asked for before is another program's.
+        self._last.missing = None
+        start = time.perf_counter()
+
+        def keep(compiled: jax.stages.Compiled) -> None:
+            key, seconds = self._last.missing, time.perf_counter() - start
+            executable = compiled.runtime_executable()
+            is_wanted = not has_callbacks and seconds >= jax.config.values[_MIN_COMPILE_SECONDS]
+            if key is None or executable is None or not is_wanted or jax.process_index() == 0 or self._has_failed:
+                return
             backend = jax.local_devices()[0].client
-            jax_cache.put_executable_and_time(self._missing, name, executable, backend, int(seconds))
+            jax_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+        yield keep
 
     def summary(self) -> str:
         """One line of what the cache did so far."""

@@ -201,12 +201,14 @@ class Programs:
 
     def _compiled(self, lowered: LoweredProgram, start: float) -> jax.stages.Compiled:
         """Compile, or read what an earlier job compiled. Processes may differ in which of the two they do."""
-        hits, lowered_at = 0 if self._cache is None else self._cache.counts.hits, time.perf_counter()
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - lowered_at
-        if self._cache is not None:
-            self._cache.keep(lowered.name, compiled, seconds)
-        is_read = self._cache is not None and self._cache.counts.hits > hits
+        if self._cache is None:
+            compiled, is_read = lowered.compile(), False
+        else:
+            hits, has_callbacks = self._cache.counts.hits, "callback" in lowered.parts["StableHLO"]
+            with self._cache.keeping(lowered.name, has_callbacks=has_callbacks) as keep:
+                compiled = lowered.compile()
+                keep(compiled)
+            is_read = self._cache.counts.hits > hits
         words = (lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12])
         logger.info("read compiled %s in %.1f s (%s)" if is_read else "compiled %s in %.1f s (%s)", *words)
         return compiled

@@ -73,7 +73,7 @@ def base_name(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def user_cache_folder(name: str) -> str:
-    """The folder `name` among what this project keeps for this user on this machine: safe to delete at any time."""
+def user_cache_folder(name: str = "") -> str:
+    """Return the folder `name` of what this project keeps for this user on this machine; it is safe to delete."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(caches, "simpo_pipeline", name)

@@ -139,7 +139,7 @@ def test_a_file_that_has_drifted_is_refused_in_one_sentence(line, key, tmp_path,
 
 @pytest.mark.slow
 def test_the_smollm2_file_samples_for_real(tmp_path):
-    done = run("--config_path", SMOLLM2, "--prefix", str(tmp_path), timeout=900)
+    done = run("--config_path", SMOLLM2, "--prefix", str(tmp_path), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows_of(tmp_path)
     assert "sleep" in row["generated_text"] and row["generated_text"] in done.stdout

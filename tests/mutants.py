@@ -351,6 +351,13 @@ DISTRIBUTED = (
         "tests/distributed/test_programs.py",
     ),
     Mutant(
+        "program-read-in-one-process-and-compiled-in-another",
+        "src/simpo_pipeline/distributed/programs.py",
+        "if not is_read or all(everyones):",
+        "if not is_read or any(everyones):",
+        "tests/distributed/test_compilation_cache.py",
+    ),
+    Mutant(
         "process-beyond-the-last-admitted",
         "src/simpo_pipeline/distributed/config.py",
         "int(index_text) < int(count_text)",

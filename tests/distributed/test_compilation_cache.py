@@ -1,5 +1,6 @@
 """Programs are compiled once for all jobs that share a cache, and no cache can fail a job."""
 
+import json
 import logging
 import pathlib
 import re
@@ -180,3 +181,20 @@ def test_in_a_job_of_many_processes_each_reads_what_it_compiled_and_ledgers_stay
     _, mixed_ledger, _ = run("third")
     assert first_ledger == ledger == mixed_ledger and len(ledger) == 1
     assert len(list(cache.glob("*-cache"))) == num_entries
+
+
+def test_a_program_over_many_processes_is_read_in_all_of_them_or_in_none(launch, tmp_path):
+    def run() -> list[dict]:
+        job = launch(2, "tests/distributed/compiled_alike.py", tmp_path).require_success()
+        lines = [line for host in (0, 1) for line in job.lines(host) if line.startswith("FOUND ")]
+        return [json.loads(line.removeprefix("FOUND ")) for line in lines]
+
+    compiled = {"is_right": True, "hits": 0, "misses": 1}
+    read = {"is_right": True, "hits": 1, "misses": 0}
+    assert run() == [compiled, compiled]
+    assert run() == [read, read]
+    for host in ("0", "1"):
+        (entry,) = (tmp_path / host).glob("*-cache")
+        entry.unlink()
+        assert run() == [compiled, compiled]
+    assert run() == [read, read]

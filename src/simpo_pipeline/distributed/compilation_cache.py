@@ -7,6 +7,8 @@ decides where entries are stored and what happens when storage fails:
 - A damaged entry is removed and compiled again. Storage that cannot be read or written costs one warning, never a job.
 - Every process of a job writes what it compiled. jax itself writes in process 0 only, and the programs that another
   host runs on its own devices would be compiled again in every job.
+- `Programs` sees to it that a program over many processes is read in all of them or in none: on CPUs an executable that
+  was read runs its collectives in another order than one that was compiled.
 
 An entry is code that jax loads, so anybody who can write to the folder can run code in the job. jax keeps its interface
 for caches private; this file alone imports it, and `tests/distributed/test_compilation_cache.py` notices when it moves.
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 # jax's own names of files, so that a folder can be shared with programs that use jax's cache directly.
 _SUFFIX = "-cache"
 _MIN_COMPILE_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+_REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
+_HIT = "/jax/compilation_cache/cache_hits"
 _SECONDS_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 
 
@@ -41,17 +45,17 @@ _SECONDS_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 class CacheCounts:
     """Counts since the cache was opened."""
 
+    requests: int = 0
+    """Programs that were asked for."""
     hits: int = 0
     """Programs that were read instead of compiled."""
-    misses: int = 0
-    """Programs that had to be compiled."""
     seconds_saved: float = 0.0
     """Compile time of the hits minus the time to read them. jax records whole seconds of it, rounded down."""
 
     @property
-    def requests(self) -> int:
-        """Programs that were asked for."""
-        return self.hits + self.misses
+    def misses(self) -> int:
+        """Programs that had to be compiled."""
+        return self.requests - self.hits
 
 
 class CompilationCache(CacheInterface):
@@ -62,22 +66,18 @@ class CompilationCache(CacheInterface):
         self.path = path
         self.counts = CacheCounts()
         self._has_failed = False
-        # Per thread, the key of the last request if it was not found and nothing was stored for it.
+        # Per thread, the key of the last request if jax stored nothing for it.
         self._last = threading.local()
+        self._counts_before = CacheCounts()
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the entry of a key; None if there is none that can be used."""
-        entry = self._read(key)
-        if entry is None:
-            self.counts.misses += 1
-        else:
-            self.counts.hits += 1
-        self._last.missing = key if entry is None else None
-        return entry
+        self._last.key = key
+        return self._read(key)
 
     def put(self, key: str, value: bytes) -> None:
         """Store an entry, over what is there."""
-        self._last.missing = None
+        self._last.key = None
         if self._has_failed:
             return
         try:
@@ -86,30 +86,39 @@ class CompilationCache(CacheInterface):
             self._give_up(error)
 
     @contextmanager
-    def keeping(self, name: str, *, has_callbacks: bool) -> Generator[Callable[[jax.stages.Compiled], None]]:
+    def keeping(self, name: str, *, has_callbacks: bool) -> Generator[Callable[[jax.stages.Compiled], bool]]:
         """Around the compilation of one program: give the executable to what this yields, and it is stored if need be.
 
-        It does nothing in process 0, where jax stores what it compiled. Elsewhere it follows jax's rules: no program
-        that calls back into Python, whose pointers mean nothing to another process, and none that compiled too fast.
+        What this yields returns whether the executable was read, not compiled. It stores nothing in process 0, where
+        jax stores what it compiled. Elsewhere it follows jax's rules: no program that calls back into Python, whose
+        pointers mean nothing to another process, and none that compiled too fast.
 
         Args:
             name: The program's name, for jax's log.
             has_callbacks: Whether the program calls back into Python.
         """
         # What was asked for before is another program's.
-        self._last.missing = None
+        self._last.key = None
+        self._counts_before = dataclasses.replace(self.counts)
         start = time.perf_counter()
 
-        def keep(compiled: jax.stages.Compiled) -> None:
-            key, seconds = self._last.missing, time.perf_counter() - start
+        def keep(compiled: jax.stages.Compiled) -> bool:
+            key, seconds = self._last.key, time.perf_counter() - start
             executable = compiled.runtime_executable()
-            is_wanted = not has_callbacks and seconds >= jax.config.values[_MIN_COMPILE_SECONDS]
+            is_read = self.counts.hits > self._counts_before.hits
+            is_wanted = not is_read and not has_callbacks and seconds >= jax.config.values[_MIN_COMPILE_SECONDS]
             if key is None or executable is None or not is_wanted or jax.process_index() == 0 or self._has_failed:
-                return
+                return is_read
             backend = jax.local_devices()[0].client
             jax_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+            return is_read
 
         yield keep
+
+    def discard(self) -> None:
+        """Count the program that was read last as one that had to be compiled."""
+        before = self._counts_before
+        self.counts.hits, self.counts.seconds_saved = before.hits, before.seconds_saved
 
     def summary(self) -> str:
         """One line of what the cache did so far."""
@@ -171,18 +180,25 @@ def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
     before = {name: jax.config.values[name] for name in settings}
     jax_cache_before = jax_cache._cache
 
-    def count(event: str, duration_secs: float, **_: str | int) -> None:
+    def count(event: str, **_: str | int) -> None:
+        if cache is not None:
+            cache.counts.requests += event == _REQUEST
+            cache.counts.hits += event == _HIT
+
+    def count_seconds(event: str, duration_secs: float, **_: str | int) -> None:
         if cache is not None and event == _SECONDS_SAVED:
             cache.counts.seconds_saved += max(0.0, duration_secs)
 
     for name, value in settings.items():
         jax.config.update(name, value)
     _connect(cache)
-    jax.monitoring.register_event_duration_secs_listener(count)
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count_seconds)
     try:
         yield cache
     finally:
-        jax.monitoring.unregister_event_duration_listener(count)
+        jax.monitoring.unregister_event_listener(count)
+        jax.monitoring.unregister_event_duration_listener(count_seconds)
         for name, value in before.items():
             jax.config.update(name, value)
         _connect(jax_cache_before)

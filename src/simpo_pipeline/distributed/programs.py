@@ -6,6 +6,7 @@ with the first line that differs. Everything that runs on a device in this packa
 it reaches a device. Nothing here knows what a program computes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from simpo_pipeline.distributed.compilation_cache import CompilationCache
+from simpo_pipeline.distributed.compilation_cache import CompilationCache, opened_cache
 from simpo_pipeline.distributed.group import ProcessGroup
 from simpo_pipeline.distributed.ledger import Launch, Ledger, call_site
 from simpo_pipeline.errors import ProgramError
@@ -167,9 +168,9 @@ class Programs:
         Raises:
             ProgramError: the program spans processes and is not the same in all.
         """
-
         start = time.perf_counter()
-        lowered = lower_program(
+        lower = functools.partial(
+            lower_program,
             name,
             function,
             *abstract_args,
@@ -177,13 +178,17 @@ class Programs:
             out_shardings=out_shardings,
             compiler_options=compiler_options,
         )
+        lowered = lower()
         launch = lowered.launch
         if self._group is not None and launch.num_processes > 1:
             agree_on_program(self._group, name, launch.fingerprint, lowered.parts)
         known = self._by_fingerprint.get((name, launch.fingerprint))
         if known is not None:
             return known
-        compiled = self._compiled(lowered, start)
+        if self._group is not None and launch.num_processes > 1:
+            compiled = self._compiled_alike(self._group, lowered, lower, start)
+        else:
+            compiled, _ = self._compiled(lowered, start)
         self._show_progress()
         made = Program(launch, compiled, self._before_launch)
         self._by_fingerprint[name, launch.fingerprint] = made
@@ -199,19 +204,39 @@ class Programs:
             self._built[key] = build()
         return self._built[key]
 
-    def _compiled(self, lowered: LoweredProgram, start: float) -> jax.stages.Compiled:
-        """Compile, or read what an earlier job compiled. Processes may differ in which of the two they do."""
+    def _compiled_alike(
+        self, group: ProcessGroup, lowered: LoweredProgram, lower: Callable[[], LoweredProgram], start: float
+    ) -> jax.stages.Compiled:
+        """Read a program that spans processes in all of them, or compile it in all.
+
+        On CPUs an executable that was read runs its collectives in another order than one that was compiled, and a
+        process would send one array where another one expects the next.
+        """
+        # Without a cache of ours jax would use its own, which only process 0 writes.
+        with contextlib.nullcontext() if self._cache is not None else opened_cache(None):
+            compiled, is_read = self._compiled(lowered, start)
+        everyones: list[bool] = group.gather(is_read)
+        if not is_read or all(everyones):
+            return compiled
+        logger.info("%s was compiled in another process, so it is compiled here too", lowered.name)
+        assert self._cache is not None
+        self._cache.discard()
+        # jax keeps the executable of what was lowered before.
+        with opened_cache(None):
+            return lower().compile()
+
+    def _compiled(self, lowered: LoweredProgram, start: float) -> tuple[jax.stages.Compiled, bool]:
+        """Return the executable and whether it was read: an earlier job compiled it."""
         if self._cache is None:
             compiled, is_read = lowered.compile(), False
         else:
-            hits, has_callbacks = self._cache.counts.hits, "callback" in lowered.parts["StableHLO"]
+            has_callbacks = "callback" in lowered.parts["StableHLO"]
             with self._cache.keeping(lowered.name, has_callbacks=has_callbacks) as keep:
                 compiled = lowered.compile()
-                keep(compiled)
-            is_read = self._cache.counts.hits > hits
+                is_read = keep(compiled)
         words = (lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12])
         logger.info("read compiled %s in %.1f s (%s)" if is_read else "compiled %s in %.1f s (%s)", *words)
-        return compiled
+        return compiled, is_read
 
     def _before_launch(self, launch: Launch) -> None:
         if self._check_launches and self._group is not None and launch.num_processes > 1:

@@ -132,6 +132,29 @@ def pytest_runtest_makereport():
     return report
 
 
+@pytest.fixture(scope="session")
+def random_llama():
+    """Makes parameters that are spread as those of `init_llama`. numpy draws them: to compile jax's draws of small
+    arrays takes seconds for each model."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from simpo_pipeline.model.transformer import abstract_llama
+
+    def make(config, seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            if "norm" in jax.tree_util.keystr(path):
+                return jnp.asarray(np.ones(leaf.shape, np.float32))
+            return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(config.initializer_range))
+
+        return jax.tree_util.tree_map_with_path(draw, abstract_llama(config, jnp.float32))
+
+    return make
+
+
 @dataclasses.dataclass(frozen=True)
 class FinishedJob:
     """A job of many processes, after its end."""

@@ -6,14 +6,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from simpo_pipeline.data.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
 from simpo_pipeline.inference.generated_rows import read_finished_rows
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import save_weights
-from simpo_pipeline.model.transformer import init_llama
 
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA_8B = "experiments/configs/sample_llama8b_multihost_real_1prompt_2048.yaml"
@@ -41,10 +39,10 @@ def rows_of(prefix: pathlib.Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> str:
+def tiny_model(tmp_path_factory, random_llama) -> str:
     folder = str(tmp_path_factory.mktemp("model"))
     write_byte_tokenizer(folder)
-    save_weights(folder, init_llama(TINY, jax.random.key(0)))
+    save_weights(folder, random_llama(TINY))
     return folder
 
 

@@ -20,7 +20,6 @@ from simpo_pipeline.model.transformer import (
     Llama,
     abstract_llama,
     attend_whole_sequences,
-    init_llama,
     logits,
     transform,
 )
@@ -45,13 +44,13 @@ def mesh() -> Mesh:
 
 
 @pytest.fixture(scope="session")
-def weights_of(mesh: Mesh) -> Callable[[LlamaConfig], Llama]:
+def weights_of(mesh: Mesh, random_llama: Callable) -> Callable[[LlamaConfig], Llama]:
     """Makes random weights, placed as engines want them."""
 
     def make(config: LlamaConfig) -> Llama:
         shapes = with_shardings(abstract_llama(config, jnp.float32), mesh, TENSOR_PARALLEL_RULES)
         placement = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        return jax.jit(lambda: init_llama(config, jax.random.key(0)), out_shardings=placement)()
+        return jax.device_put(random_llama(config), placement)
 
     return make
 

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
 
 from simpo_pipeline import LLM, SamplingParams
@@ -20,7 +19,6 @@ from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.generated_rows import read_finished_rows
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import save_weights
-from simpo_pipeline.model.transformer import init_llama
 
 TINY = LlamaConfig(
     hidden_size=32,
@@ -38,10 +36,10 @@ END_TOKENS = {257, 260}  # of the byte tokenizer: end of sequence, end of turn
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model_path(tmp_path_factory: pytest.TempPathFactory, random_llama: Callable) -> str:
     folder = str(tmp_path_factory.mktemp("model"))
     write_byte_tokenizer(folder)
-    save_weights(folder, init_llama(TINY, jax.random.key(0)))
+    save_weights(folder, random_llama(TINY, seed=1))
     return folder
 
 

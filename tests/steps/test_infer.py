@@ -20,13 +20,15 @@ from steps.rows import host_file, merge_rows, merged_file, unfinished_file, writ
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")
+# Where its size is not what is tested, all tests have the same engine, whose programs are compiled once.
+ENGINE = EngineConfig(max_seqs=3, max_seq_len=128, page_size=16, num_pages=24, prefill_chunk_tokens=128)
 
 
 def config_for(model_path, output_path, **options):
     fields = {
         "prompts": PromptsConfig(prompts=PROMPTS),
         "sampling": SamplingParams(max_tokens=6, temperature=1.0),
-        "engine": EngineConfig(),
+        "engine": ENGINE,
     }
     return InferConfig(model_path=model_path, output_path=str(output_path), **{**fields, **options})
 
@@ -177,7 +179,6 @@ def test_rows_are_readable_while_others_are_still_generated(model_path, step_run
         model_path,
         tmp_path,
         prompts=PromptsConfig(synthetic_prompt_count=12, synthetic_prompt_template="{index}?"),
-        engine=EngineConfig(max_seqs=2),
     )
     with pytest.raises(RuntimeError, match="a planted error"):
         infer(config, step_run)
@@ -209,7 +210,7 @@ def test_a_stop_string_ends_a_sample_and_is_left_out_of_its_text(model_path, ste
 def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
     model_path, step_run, tmp_path, ignore_eos, reasons
 ):
-    sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
+    sampling = SamplingParams(max_tokens=64, n=12, ignore_eos=ignore_eos)
     infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
     rows = rows_of(tmp_path)
     assert {row["finish_reason"] for row in rows} == reasons
@@ -217,7 +218,7 @@ def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
 
 
 def test_own_stop_tokens_come_on_top_of_the_tokenizers(model_path, step_run, tmp_path):
-    sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
+    sampling = SamplingParams(max_tokens=64, n=12, stop_token_ids=(100, 101))
     infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
     ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
     assert ends == {100, 101, 257, 260}
@@ -252,7 +253,8 @@ def tokens_of_every_row(output_path, num_prompts):
 
 @pytest.mark.slow
 def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, step_run, tmp_path):
-    infer(config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, chat=False), step_run)
+    config = config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, engine=EngineConfig(), chat=False)
+    infer(config, step_run)
     tokens_of_every_row(tmp_path, 1024)
     assert read_json(f"{tmp_path}/summary.json")["rows"] == 1024
 
@@ -288,11 +290,11 @@ def beside_a_host(step_run, work, memory_bytes):
 
 def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step_run, tmp_path):
     larger = {"num_requests": 9, "longest_prompt": 70, "longest_total": 100, "total_tokens": 400}
-    infer(config_for(model_path, tmp_path), beside_a_host(step_run, larger, 2**40))
+    infer(config_for(model_path, tmp_path, engine=EngineConfig()), beside_a_host(step_run, larger, 2**40))
     engine = read_json(f"{tmp_path}/summary.json")["engine"]
     assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 100)
 
 
 def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):
     with pytest.raises(CapacityError, match=r"the engine needs .* it may take 0\.00 GiB"):
-        infer(config_for(model_path, tmp_path), beside_a_host(step_run, None, 1000))
+        infer(config_for(model_path, tmp_path, engine=EngineConfig()), beside_a_host(step_run, None, 1000))

@@ -159,6 +159,11 @@ def test_as_many_are_kept_as_asked_for_and_torn_ones_go(run_train, tmp_path):
     assert names == {path.name for path in found.values()} | {f"{path.name}.json" for path in found.values()}
 
 
+def test_one_is_written_after_every_so_many_updates(run_train, tmp_path):
+    run_train("every_2", CheckpointConfig("every", 2, keep=3), is_used_live=True)
+    assert set(checkpoints(tmp_path / "every_2")) == {2, 3}
+
+
 def test_a_replay_takes_the_last_state_and_writes_none(run_train, stop_in_update, tmp_path):
     first = run_train("first", EVERY, stop_step=2, is_used_live=True)
     before = sorted(path.name for path in (tmp_path / "first" / ".checkpoints").iterdir())

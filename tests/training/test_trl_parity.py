@@ -29,10 +29,12 @@ RUN = TrainerConfig(
     train_seq_len=128,
     optimizer=OptimizerConfig(learning_rate=1e-5, warmup=0.0, lr_schedule="constant"),
 )
-# The error of an entry of a gradient over the sum of its size and its leaf's usual size. Without AVX-512, XLA rounds
-# one of 4,352 entries otherwise: 1.008e-4, 17 times as far off as entries usually are.
-HAS_AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else True
-LARGEST_ERROR = 1e-4 if HAS_AVX512 else 1.1e-4
+# The error of an entry of a gradient over the sum of its size and its leaf's usual size.
+LARGEST_ERROR = 1e-4
+# One entry of 4,352 is a sum that nearly cancels, so its rounding depends on the CPU: against the gradient in float64
+# it is off by 7.1e-5 (padded) and 1.27e-4 (packed) on AMD Zen 4, where the next largest error is 4.3e-5.
+NEARLY_CANCELS = ("model.layers.24.mlp.up_proj.weight", 11)
+LARGEST_ERROR_OF_IT = 2e-4
 LAYOUTS = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 
 
@@ -105,9 +107,12 @@ def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm
         # Entries far below the leaf's usual size are differences of large numbers.
         scale = np.abs(entries) + norm / np.sqrt(leaf.size)
         errors.append(np.abs(got - entries) / scale)
-        assert errors[-1].max() <= LARGEST_ERROR, f"{name}: {errors[-1]}"
+        bounds = [
+            LARGEST_ERROR_OF_IT if (name, entry) == NEARLY_CANCELS else LARGEST_ERROR for entry in range(len(entries))
+        ]
+        assert (errors[-1] <= bounds).all(), f"{name}: {errors[-1]}"
     # A fault shows in many entries; rounding is large in few.
-    assert np.sqrt(np.mean(np.square(errors))) < 2e-5
+    assert np.sqrt(np.mean(np.square(errors))) < 1e-5
 
 
 def test_the_losses_of_20_updates_are_trls(golden, pairs, smollm2, one_device: Mesh):

@@ -43,7 +43,8 @@ class JobSession:
     ) -> None:
         """`group` is None in a job of one process; for `check_launches` see `Programs`, for `profile` `JobFlags`.
 
-        `compilation_cache` is a folder, a URL or `off`; None leaves jax as it is configured.
+        `compilation_cache` is a folder, a URL or `off`; None leaves jax as it is configured, but for
+        programs that span processes, which are not cached then.
         """
         self._open_tracker = open_tracker
         self._group = group

@@ -353,8 +353,8 @@ DISTRIBUTED = (
     Mutant(
         "program-read-in-one-process-and-compiled-in-another",
         "src/simpo_pipeline/distributed/programs.py",
-        "if not is_read or all(everyones):",
-        "if not is_read or any(everyones):",
+        "if not is_hit or all(hits):",
+        "if not is_hit or any(hits):",
         "tests/distributed/test_compilation_cache.py",
     ),
     Mutant(

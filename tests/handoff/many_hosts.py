@@ -1,6 +1,8 @@
 """Hands weights over in a job of several processes, and reports what it cost as one line of JSON a process.
 
-    python infra/launch.py --local 2 --devices_per_host 2 -- python tests/handoff/many_hosts.py
+    python infra/launch.py --local 2 --devices_per_host 2 -- python tests/handoff/many_hosts.py CACHE
+
+Each process has a compilation cache of its own below CACHE.
 
 The parameters are those of a trainer in float32, with both moments, split over all devices; the engines' weights are
 bfloat16, whole on each host and split over its devices.
@@ -11,8 +13,10 @@ import ctypes
 import gc
 import hashlib
 import json
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Generator
 from typing import Any
 from unittest import mock
@@ -21,6 +25,7 @@ import jax
 import numpy as np
 from jax._src.array import ArrayImpl
 
+from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.distributed.mesh import global_mesh, local_mesh, place, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
@@ -89,9 +94,11 @@ def numpy_refused() -> Generator[None]:
         yield
 
 
-def main() -> None:
-    with joined_job(JobFlags()) as job:
-        programs = Programs(job.group)
+def main(cache_folder: str) -> None:
+    with contextlib.ExitStack() as stack:
+        job = stack.enter_context(joined_job(JobFlags()))
+        cache = stack.enter_context(opened_cache(os.path.join(cache_folder, str(job.processes.process_index))))
+        programs = Programs(job.group, cache=cache)
         source = with_shardings(abstract_llama(MODEL, np.float32), training_mesh(), TRAINING_RULES)
         target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), local_mesh(), TENSOR_PARALLEL_RULES)
         trainer = [fill(source, seed) for seed in (0, 1, 2)]  # parameters and both moments
@@ -178,4 +185,4 @@ def reference_values(abstract: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,6 +1,8 @@
 """The handoff on two real processes: on device all the way, exact, and in bounded memory. See many_hosts.py."""
 
 import json
+import pathlib
+import shutil
 
 import pytest
 
@@ -8,11 +10,21 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(launch) -> list[dict]:
-    """What each process reports."""
-    job = launch(2, "tests/handoff/many_hosts.py").require_success()
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The compilation caches of both processes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(launch, cache: pathlib.Path) -> list[dict]:
+    job = launch(2, "tests/handoff/many_hosts.py", cache).require_success()
     lines = [line for host in (0, 1) for line in job.lines(host) if line.startswith("FOUND ")]
     return [json.loads(line.removeprefix("FOUND ")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def found(launch, cache) -> list[dict]:
+    """What each process reports."""
+    return run(launch, cache)
 
 
 def test_each_host_gets_the_whole_model_cast_exactly_and_the_trainer_keeps_its_own(found):
@@ -48,3 +60,11 @@ def test_parts_are_traded_within_hosts_and_gathered_over_hosts_and_nothing_is_su
         # One trade for each of the 7 stacks of matrices and the embedding, whatever the number of layers.
         assert collectives["all-to-all"] == 8
         assert collectives["all-gather"] >= 8
+
+
+@pytest.mark.parametrize("host", ["0", "1"])
+def test_a_host_that_has_lost_its_cache_gets_the_same_weights(launch, cache, found, host):
+    """Loaded in one process and compiled in the other, the program's collectives would meet in another order."""
+    assert list((cache / host).glob("*-cache"))
+    shutil.rmtree(cache / host)
+    assert [process["weights"] for process in run(launch, cache)] == [process["weights"] for process in found]

@@ -7,8 +7,7 @@ decides where entries are stored and what happens when storage fails:
 - A damaged entry is removed and compiled again. Storage that cannot be read or written costs one warning, never a job.
 - Every process of a job writes what it compiled. jax itself writes in process 0 only, and the programs that another
   host runs on its own devices would be compiled again in every job.
-- `Programs` sees to it that a program over many processes is read in all of them or in none: on CPUs an executable that
-  was read runs its collectives in another order than one that was compiled.
+- On CPUs, all processes load a program that spans them or all compile it. `Programs` sees to that.
 
 An entry is code that jax loads, so anybody who can write to the folder can run code in the job. jax keeps its interface
 for caches private; this file alone imports it, and `tests/distributed/test_compilation_cache.py` notices when it moves.
@@ -66,9 +65,8 @@ class CompilationCache(CacheInterface):
         self.path = path
         self.counts = CacheCounts()
         self._has_failed = False
-        # Per thread, the key of the last request if jax stored nothing for it.
+        # The last request of each thread: its key if jax stored nothing for it, and what came of it.
         self._last = threading.local()
-        self._counts_before = CacheCounts()
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the entry of a key; None if there is none that can be used."""
@@ -85,40 +83,52 @@ class CompilationCache(CacheInterface):
         except StorageError as error:
             self._give_up(error)
 
-    @contextmanager
-    def keeping(self, name: str, *, has_callbacks: bool) -> Generator[Callable[[jax.stages.Compiled], bool]]:
-        """Around the compilation of one program: give the executable to what this yields, and it is stored if need be.
+    def compile(
+        self, name: str, compile_it: Callable[[], jax.stages.Compiled], *, has_callbacks: bool
+    ) -> tuple[jax.stages.Compiled, bool]:
+        """Compile one program through the cache. Return the executable and whether it was a hit.
 
-        What this yields returns whether the executable was read, not compiled. It stores nothing in process 0, where
-        jax stores what it compiled. Elsewhere it follows jax's rules: no program that calls back into Python, whose
-        pointers mean nothing to another process, and none that compiled too fast.
+        Process 0 leaves storing to jax. Every other process stores what it compiled by jax's rules: no program that
+        calls back into Python, whose pointers mean nothing to another process, and none that compiled too fast.
 
         Args:
             name: The program's name, for jax's log.
+            compile_it: Compiles the program with jax, which asks this cache first.
             has_callbacks: Whether the program calls back into Python.
         """
-        # What was asked for before is another program's.
-        self._last.key = None
-        self._counts_before = dataclasses.replace(self.counts)
+        # The last request in this thread is another program's.
+        self._last.key, self._last.is_hit, self._last.seconds_saved = None, False, 0.0
         start = time.perf_counter()
-
-        def keep(compiled: jax.stages.Compiled) -> bool:
-            key, seconds = self._last.key, time.perf_counter() - start
-            executable = compiled.runtime_executable()
-            is_read = self.counts.hits > self._counts_before.hits
-            is_wanted = not is_read and not has_callbacks and seconds >= jax.config.values[_MIN_COMPILE_SECONDS]
-            if key is None or executable is None or not is_wanted or jax.process_index() == 0 or self._has_failed:
-                return is_read
+        compiled = compile_it()
+        seconds = time.perf_counter() - start
+        is_hit, key, executable = self._last.is_hit, self._last.key, compiled.runtime_executable()
+        is_wanted = not is_hit and not has_callbacks and seconds >= jax.config.values[_MIN_COMPILE_SECONDS]
+        if (
+            is_wanted
+            and key is not None
+            and executable is not None
+            and jax.process_index() > 0
+            and not self._has_failed
+        ):
             backend = jax.local_devices()[0].client
             jax_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
-            return is_read
+        return compiled, is_hit
 
-        yield keep
+    def count_last_as_miss(self) -> None:
+        """Count the hit that `compile` returned last in this thread as a miss: the program is compiled after all."""
+        self.counts.hits -= 1
+        self.counts.seconds_saved -= self._last.seconds_saved
 
-    def discard(self) -> None:
-        """Count the program that was read last as one that had to be compiled."""
-        before = self._counts_before
-        self.counts.hits, self.counts.seconds_saved = before.hits, before.seconds_saved
+    def count(self, event: str, seconds: float = 0.0) -> None:
+        """Count one of jax's events; jax reports each in the thread that compiles."""
+        if event == _REQUEST:
+            self.counts.requests += 1
+        elif event == _HIT:
+            self.counts.hits += 1
+            self._last.is_hit = True
+        elif event == _SECONDS_SAVED:
+            self._last.seconds_saved = max(0.0, seconds)
+            self.counts.seconds_saved += self._last.seconds_saved
 
     def summary(self) -> str:
         """One line of what the cache did so far."""
@@ -182,12 +192,11 @@ def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
 
     def count(event: str, **_: str | int) -> None:
         if cache is not None:
-            cache.counts.requests += event == _REQUEST
-            cache.counts.hits += event == _HIT
+            cache.count(event)
 
     def count_seconds(event: str, duration_secs: float, **_: str | int) -> None:
-        if cache is not None and event == _SECONDS_SAVED:
-            cache.counts.seconds_saved += max(0.0, duration_secs)
+        if cache is not None:
+            cache.count(event, duration_secs)
 
     for name, value in settings.items():
         jax.config.update(name, value)

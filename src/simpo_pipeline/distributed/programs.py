@@ -6,7 +6,6 @@ with the first line that differs. Everything that runs on a device in this packa
 it reaches a device. Nothing here knows what a program computes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -76,6 +75,11 @@ class LoweredProgram:
         """The executable, with more options of the compiler where some are given."""
         options: dict[str, Any] = {**self.options, **more_options}
         return self.lowered.compile(options)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices it runs on: `cpu`, `gpu` or `tpu`."""
+        return next(iter(self.devices), jax.devices()[0]).platform
 
     @property
     def launch(self) -> Launch:
@@ -180,15 +184,18 @@ class Programs:
         )
         lowered = lower()
         launch = lowered.launch
-        if self._group is not None and launch.num_processes > 1:
-            agree_on_program(self._group, name, launch.fingerprint, lowered.parts)
         known = self._by_fingerprint.get((name, launch.fingerprint))
+        group = self._group if launch.num_processes > 1 else None
+        if group is not None:
+            known_by = agree_on_program(group, name, launch.fingerprint, lowered.parts, known is not None)
+            # A process whose compiler failed does not know what the others do; all compile it again.
+            known = known if all(known_by) else None
         if known is not None:
             return known
-        if self._group is not None and launch.num_processes > 1:
-            compiled = self._compiled_alike(self._group, lowered, lower, start)
+        if group is not None and lowered.platform == "cpu":
+            compiled = self._compile_or_load_everywhere(group, lowered, lower, start)
         else:
-            compiled, _ = self._compiled(lowered, start)
+            compiled, _ = self._compile_or_load(lowered, start)
         self._show_progress()
         made = Program(launch, compiled, self._before_launch)
         self._by_fingerprint[name, launch.fingerprint] = made
@@ -204,39 +211,51 @@ class Programs:
             self._built[key] = build()
         return self._built[key]
 
-    def _compiled_alike(
+    def _compile_or_load_everywhere(
         self, group: ProcessGroup, lowered: LoweredProgram, lower: Callable[[], LoweredProgram], start: float
     ) -> jax.stages.Compiled:
-        """Read a program that spans processes in all of them, or compile it in all.
+        """Load a program in all processes, or compile it in all.
 
-        On CPUs an executable that was read runs its collectives in another order than one that was compiled, and a
-        process would send one array where another one expects the next.
+        XLA's CPU backend orders the collectives of an executable that it loads differently from those of one that it
+        has just compiled. Gloo matches messages by their order alone: if both kinds meet, it aborts, or a process
+        receives the wrong array.
         """
-        # Without a cache of ours jax would use its own, which only process 0 writes.
-        with contextlib.nullcontext() if self._cache is not None else opened_cache(None):
-            compiled, is_read = self._compiled(lowered, start)
-        everyones: list[bool] = group.gather(is_read)
-        if not is_read or all(everyones):
-            return compiled
-        logger.info("%s was compiled in another process, so it is compiled here too", lowered.name)
-        assert self._cache is not None
-        self._cache.discard()
-        # jax keeps the executable of what was lowered before.
-        with opened_cache(None):
-            return lower().compile()
-
-    def _compiled(self, lowered: LoweredProgram, start: float) -> tuple[jax.stages.Compiled, bool]:
-        """Return the executable and whether it was read: an earlier job compiled it."""
         if self._cache is None:
-            compiled, is_read = lowered.compile(), False
+            # jax's own cache, if there is one, is written by process 0 only.
+            with opened_cache(None):
+                compiled, is_hit = self._compile_or_load(lowered, start)
+        else:
+            compiled, is_hit = self._compile_or_load(lowered, start)
+        hits: list[bool] = group.gather(is_hit)
+        if not is_hit or all(hits):
+            return compiled
+        assert self._cache is not None
+        self._cache.count_last_as_miss()
+        missing = ", ".join(str(index) for index, hit in enumerate(hits) if not hit)
+        logger.info("%s is compiled here too, since process %s did not find it", lowered.name, missing)
+        # `lowered.compile()` would return the loaded executable again: jax keeps it for this lowering.
+        again = lower()
+        if again.fingerprint != lowered.fingerprint:
+            raise ProgramError(
+                f"program {lowered.name!r} is another one each time that it is traced; build it from "
+                "nothing that changes"
+            )
+        with opened_cache(None):
+            compiled = again.compile()
+        logger.info("compiled %s in %.1f s (%s)", *_words_of(lowered, start))
+        return compiled
+
+    def _compile_or_load(self, lowered: LoweredProgram, start: float) -> tuple[jax.stages.Compiled, bool]:
+        """Return the executable and whether it was loaded from the cache."""
+        if self._cache is None:
+            compiled, is_hit = lowered.compile(), False
         else:
             has_callbacks = "callback" in lowered.parts["StableHLO"]
-            with self._cache.keeping(lowered.name, has_callbacks=has_callbacks) as keep:
-                compiled = lowered.compile()
-                is_read = keep(compiled)
-        words = (lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12])
-        logger.info("read compiled %s in %.1f s (%s)" if is_read else "compiled %s in %.1f s (%s)", *words)
-        return compiled, is_read
+            compiled, is_hit = self._cache.compile(lowered.name, lowered.compile, has_callbacks=has_callbacks)
+        logger.info(
+            "read compiled %s in %.1f s (%s)" if is_hit else "compiled %s in %.1f s (%s)", *_words_of(lowered, start)
+        )
+        return compiled, is_hit
 
     def _before_launch(self, launch: Launch) -> None:
         if self._check_launches and self._group is not None and launch.num_processes > 1:
@@ -247,6 +266,10 @@ class Programs:
     def _show_progress(self) -> None:
         if self._group is not None:
             self._group.standing.progress()
+
+
+def _words_of(lowered: LoweredProgram, start: float) -> tuple[str, float, str]:
+    return lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12]
 
 
 def lower_program(
@@ -273,15 +296,18 @@ def lower_program(
     return LoweredProgram(name, lowered, parts, frozenset(_devices_of(abstract_args, out_shardings)), options)
 
 
-def agree_on_program(group: ProcessGroup, name: str, fingerprint: str, parts: Mapping[str, str]) -> None:
-    """Makes sure that all processes are about to compile the same program.
+def agree_on_program(
+    group: ProcessGroup, name: str, fingerprint: str, parts: Mapping[str, str], is_known: bool
+) -> list[bool]:
+    """Make sure that all processes are about to compile the same program. Return which of them know it already.
 
     Raises:
         ProgramError: in every process, naming the program, the processes, and the first line that differs.
     """
-    told = group.gather([name, fingerprint])
+    gathered: list[tuple[list[str], bool]] = group.gather([[name, fingerprint], is_known])
+    told = [theirs for theirs, _ in gathered]
     if all(theirs == told[0] for theirs in told):
-        return
+        return [known for _, known in gathered]
     everyones: list[dict[str, str]] = group.gather({"name": name, **parts})
     other = next(index for index, theirs in enumerate(told) if theirs != told[0])
     others = [str(index) for index, theirs in enumerate(told) if theirs != told[0]]

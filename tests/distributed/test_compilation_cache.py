@@ -1,6 +1,8 @@
 """Programs are compiled once for all jobs that share a cache, and no cache can fail a job."""
 
+import dataclasses
 import logging
+import pathlib
 import re
 
 import jax
@@ -159,33 +161,57 @@ def test_a_place_that_is_none_is_refused(given):
         compilation_cache_path(given, {})
 
 
-def test_many_processes_all_read_what_they_compiled_or_all_compile_and_ledgers_stay_equal(launch, tmp_path):
-    cache = tmp_path / "cache"
+@dataclasses.dataclass(frozen=True)
+class ToyRun:
+    """What a job of two processes said of its cache."""
 
-    def run(name: str) -> tuple[list[tuple[str, str]], set[str], str]:
-        words = ("--prefix", tmp_path / name, "--compilation_cache", cache)
-        job = launch(2, TOY, *words).require_success()
-        return SUMMARY.findall(job.text), set(re.findall(r"\(ledger (\w+)\)", job.text)), job.text
+    read: int
+    compiled: int
+    ledgers: set[str]
+    text: str
 
-    ((read, compiled),), first_ledger, _ = run("first")
-    assert read == "0" and int(compiled) > 0
+    def lines(self, pattern: str) -> list[tuple[str, ...]]:
+        """The process and the groups of each line that a process logged and that matches."""
+        return re.findall(rf"^\[(\d)\] .*INFO {pattern}", self.text, re.MULTILINE)
+
+
+def run_toy(launch, prefix: pathlib.Path, cache: pathlib.Path) -> ToyRun:
+    text = launch(2, TOY, "--prefix", prefix, "--compilation_cache", cache).require_success().text
+    ((read, compiled),) = SUMMARY.findall(text)
+    return ToyRun(int(read), int(compiled), set(re.findall(r"\(ledger (\w+)\)", text)), text)
+
+
+@pytest.fixture(scope="module")
+def first_run(launch, tmp_path_factory) -> tuple[ToyRun, pathlib.Path]:
+    """A job with an empty cache, and the cache that it leaves."""
+    folder = tmp_path_factory.mktemp("toy")
+    return run_toy(launch, folder / "first", folder / "cache"), folder / "cache"
+
+
+def test_many_processes_read_what_they_compiled_and_ledgers_stay_equal(launch, first_run, tmp_path):
+    first, cache = first_run
+    assert first.read == 0 and first.compiled > 0 and len(first.ledgers) == 1
+    again = run_toy(launch, tmp_path / "again", cache)
+    assert (again.read, again.compiled, again.ledgers) == (first.compiled, 0, first.ledgers)
+    assert again.lines(r"compiled (\w+) in") == []
+
+
+def test_many_processes_all_read_a_program_over_them_or_all_compile_it(launch, first_run, tmp_path):
+    """Each process has entries of its own: without one of the two, a program over both is compiled in both."""
+    first, cache = first_run
     num_entries = len(list(cache.glob("*-cache")))
-    counts, ledger, text = run("second")
-    assert counts == [(compiled, "0")]
-    assert not re.search(r"\] \S+ INFO compiled ", text), text
-    # Each process has entries of its own. Without one of the two, a program over both is compiled in both.
     recompiling = set()
     for lacking in (0, 1):
         for name in ("update", "other_update", "generate"):
             sorted(cache.glob(f"jit_{name}-*-cache"))[lacking].unlink()
-        ((read, missed),), mixed_ledger, text = run(f"without_{lacking}")
-        assert int(missed) >= 2 and int(read) + int(missed) == int(compiled)
-        lines = re.findall(r"^\[(\d)\] .*INFO (\w+) is compiled here too, since process (\d) did not", text, re.M)
+        run = run_toy(launch, tmp_path / f"without_{lacking}", cache)
+        assert run.compiled >= 2 and run.read + run.compiled == first.compiled
+        lines = run.lines(r"(\w+) is compiled here too, since process (\d) did not")
         assert sorted(name for _, name, _ in lines) == ["other_update", "update"]
         assert all(host != missing for host, _, missing in lines)
-        assert set(re.findall(r"^\[\d\] .*INFO compiled (\w*update) in", text, re.M)) == {"other_update", "update"}
-        assert len(re.findall(r"^\[\d\] .*INFO compiled \w*update in", text, re.M)) == 4
+        both = [(host, name) for host in "01" for name in ("other_update", "update")]
+        assert sorted(run.lines(r"compiled (\w*update) in")) == both
         recompiling |= {(host, name) for host, name, _ in lines}
-        assert first_ledger == ledger == mixed_ledger and len(ledger) == 1
+        assert run.ledgers == first.ledgers
         assert len(list(cache.glob("*-cache"))) == num_entries
-    assert len(recompiling) == 4
+    assert sorted(recompiling) == both

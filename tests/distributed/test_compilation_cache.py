@@ -163,7 +163,7 @@ def test_a_place_that_is_none_is_refused(given):
 
 @dataclasses.dataclass(frozen=True)
 class ToyRun:
-    """What a job of two processes said of its cache."""
+    """The figures that a job of two processes gives of its cache."""
 
     read: int
     compiled: int

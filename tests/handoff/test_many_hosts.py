@@ -23,7 +23,7 @@ def run(launch, cache: pathlib.Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def found(launch, cache) -> list[dict]:
-    """What each process reports."""
+    """The report of each process."""
     return run(launch, cache)
 
 

@@ -210,7 +210,7 @@ def test_a_stop_string_ends_a_sample_and_is_left_out_of_its_text(model_path, ste
 def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
     model_path, step_run, tmp_path, ignore_eos, reasons
 ):
-    sampling = SamplingParams(max_tokens=64, n=12, ignore_eos=ignore_eos)
+    sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
     infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
     rows = rows_of(tmp_path)
     assert {row["finish_reason"] for row in rows} == reasons
@@ -218,7 +218,7 @@ def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
 
 
 def test_own_stop_tokens_come_on_top_of_the_tokenizers(model_path, step_run, tmp_path):
-    sampling = SamplingParams(max_tokens=64, n=12, stop_token_ids=(100, 101))
+    sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
     infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
     ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
     assert ends == {100, 101, 257, 260}

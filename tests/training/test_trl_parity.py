@@ -34,7 +34,7 @@ LARGEST_ERROR = 1e-4
 # One entry of 4,352 is a sum that nearly cancels, so its rounding depends on the CPU: against the gradient in float64
 # it is off by 7.1e-5 (padded) and 1.27e-4 (packed) on AMD Zen 4, where the next largest error of any is 4.3e-5.
 NEARLY_CANCELS = ("model.layers.24.mlp.up_proj.weight", 11)
-LARGEST_ERROR_OF_IT = 2e-4
+LARGEST_ERROR_OF_IT = 1.25e-4
 LAYOUTS = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 
 

@@ -77,11 +77,6 @@ class LoweredProgram:
         return self.lowered.compile(options)
 
     @property
-    def platform(self) -> str:
-        """Of the devices it runs on: `cpu`, `gpu` or `tpu`."""
-        return next(iter(self.devices), jax.devices()[0]).platform
-
-    @property
     def launch(self) -> Launch:
         """What the ledger records of it."""
         num_processes = len({device.process_index for device in self.devices})
@@ -192,7 +187,7 @@ class Programs:
             known = known if all(known_by) else None
         if known is not None:
             return known
-        if group is not None and lowered.platform == "cpu":
+        if group is not None and next(iter(lowered.devices)).platform == "cpu":
             compiled = self._compile_or_load_everywhere(group, lowered, lower, start)
         else:
             compiled, _ = self._compile_or_load(lowered, start)

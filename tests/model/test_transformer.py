@@ -177,12 +177,15 @@ def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, sm
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, small_model, parts):
-    merged = jax.jit(lambda layers: unstacked(merged_layers(layers, parts)))(small_model.layers)
-    rest = (small_model.final_norm, small_model.head, small_config)
-    by_layer = UnstackedLlama(small_model.embedding, merged, *rest)
-    expected = _logits(small_model, *_tokens(small_config)).array
-    np.testing.assert_allclose(_logits(by_layer, *_tokens(small_config)).array, expected, atol=2e-6)
+def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, random_model, parts):
+    # 128 rows of queries, 64 of keys, 256 merged: XLA's kernels sum all of these in one order, but not those of 48,
+    # 16 and 80 rows.
+    config = dataclasses.replace(small_config, num_heads=8, num_kv_heads=4, head_dim=16)
+    model = random_model(config, jax.random.key(0))
+    merged = jax.jit(lambda layers: unstacked(merged_layers(layers, parts)))(model.layers)
+    by_layer = UnstackedLlama(model.embedding, merged, model.final_norm, model.head, config)
+    expected = _logits(model, *_tokens(config)).array
+    np.testing.assert_allclose(_logits(by_layer, *_tokens(config)).array, expected, atol=2e-6)
 
 
 def test_bfloat16_logits_are_near_the_fp32_ones(small_config, small_model):

@@ -178,7 +178,13 @@ class FinishedJob:
 
 @pytest.fixture(scope="session")
 def launch(python: list[str]):
-    """Runs a script in many real processes of one job, through the project's own launcher."""
+    """Runs a script in many real processes of one job, through the project's own launcher.
+
+    XLA generates their code without optimising it: all of them compile at once, on the cores of one machine. What such
+    jobs show is who launches what, in which order, and what is left when one is lost; what programs compute is shown
+    in one process.
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
         command = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(num_processes)]
@@ -189,6 +195,7 @@ def launch(python: list[str]):
             stderr=subprocess.STDOUT,
             text=True,
             timeout=timeout,
+            env=environment,
         )
         return FinishedJob(done.returncode, done.stdout, time.time())
 

@@ -1,8 +1,9 @@
 """Each executor test that asks for `prefix` runs on a local folder and on an object store (fsspec's in-memory one)."""
 
+import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,19 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def start_program(python: list[str]) -> Callable[..., tuple[subprocess.Popen[str], int]]:
+    """Starts a script that prints its pid and waits for a line; gives its client, to wait for, and that pid."""
+
+    def start(program: Path, *words: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], int]:
+        pipe = subprocess.PIPE
+        command = [*python, str(program), *words]
+        client = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+        assert client.stdout is not None
+        first = client.stdout.readline()
+        assert first, client.communicate()[1]
+        return client, int(first)
+
+    return start

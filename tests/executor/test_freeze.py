@@ -3,12 +3,13 @@
 The freeze falls before each change of storage that a run makes, in turn: none is left out, none is sampled.
 """
 
+import contextlib
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +25,60 @@ ANYWHERE = 0
 HEARTBEAT = -1
 
 
-def start(prefix: str, name: str, point: int, environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, str(PROGRAM), prefix, name, str(point)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+class Program:
+    """One run of the program; begun when made."""
+
+    def __init__(self, start_program: Any, prefix: str, name: str, point: int, environment: dict[str, str]):
+        self._client, self.pid = start_program(PROGRAM, prefix, name, str(point), environment=environment)
+        self._client.stdin.write("begin\n")
+        self._client.stdin.flush()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def has_ended(self) -> bool:
+        return self._client.poll() is not None
+
+    def outcome(self) -> dict[str, Any]:
+        """What it printed at its end."""
+        out, err = self._client.communicate(timeout=60)
+        assert self._client.returncode == 0, err
+        return json.loads(out)
+
+    def stops(self) -> bool:
+        """Wait until it is stopped; False when it ended instead."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self.has_ended():
+                return False
+            # Its parent is the fork server, so no signal tells.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
+                    return True
+            time.sleep(0.002)
+        self._client.kill()
+        raise TimeoutError("the program neither stopped nor ended")
 
 
-def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return json.loads(out)
+@pytest.fixture
+def start(start_program):
+    """Starts a run of the program."""
+    return functools.partial(Program, start_program)
 
 
-def wait_until_stopped(process: subprocess.Popen[str]) -> bool:
-    """False when it ended instead."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        pid, code = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
-        if pid and os.WIFSTOPPED(code):
-            return True
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(code)
-            return False
-        time.sleep(0.002)
-    process.kill()
-    raise TimeoutError("the program neither stopped nor ended")
-
-
-def freeze_at_every_point(place: str, environment: dict[str, str]) -> list[str]:
+def freeze_at_every_point(start: Callable[..., Program], place: str, environment: dict[str, str]) -> list[str]:
     """How the frozen holder ended, by point."""
     ends: list[str] = []
     while True:
         point = len(ends) + 1
         prefix = f"{place}/{point}"
         frozen = start(prefix, "frozen", point, environment)
-        if not wait_until_stopped(frozen):
-            outcome(frozen)
+        if not frozen.stops():
+            frozen.outcome()
             return ends
-        other = outcome(start(prefix, "other", NEVER, environment))
-        frozen.send_signal(signal.SIGCONT)
-        end = outcome(frozen)
+        other = start(prefix, "other", NEVER, environment).outcome()
+        frozen.send(signal.SIGCONT)
+        end = frozen.outcome()
         ends.append(end["error"] or end["actions"][0])
         check(other, end)
 
@@ -85,32 +101,32 @@ def check(other: dict[str, Any], end: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_wherever_a_holder_is_frozen_its_later_writes_are_refused(tmp_path):
-    ends = freeze_at_every_point(str(tmp_path), dict(os.environ))
+def test_wherever_a_holder_is_frozen_its_later_writes_are_refused(start, tmp_path):
+    ends = freeze_at_every_point(start, str(tmp_path), dict(os.environ))
     assert len(ends) >= 11
     assert "LeaseLostError" in ends
     assert {"SKIP", "RUN"} <= set(ends)
 
 
 @pytest.mark.slow
-def test_wherever_a_holder_is_frozen_its_later_writes_to_a_bucket_are_refused(gcs, gcs_here):
-    ends = freeze_at_every_point("gs://bucket/freeze", gcs.environment())
+def test_wherever_a_holder_is_frozen_its_later_writes_to_a_bucket_are_refused(start, gcs, gcs_here):
+    ends = freeze_at_every_point(start, "gs://bucket/freeze", gcs.environment())
     assert len(ends) >= 11
     assert {"LeaseLostError", "SKIP", "RUN"} <= set(ends)
 
 
 @pytest.mark.parametrize("point", [ANYWHERE, HEARTBEAT])
-def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(tmp_path, point):
+def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(start, tmp_path, point):
     prefix = str(tmp_path / "runs")
     frozen = start(prefix, "frozen", point, dict(os.environ))
     if point == ANYWHERE:
         while not list(Path(prefix).glob("shared-*/endless.txt")):
-            assert frozen.poll() is None
+            assert not frozen.has_ended()
             time.sleep(0.002)
-        frozen.send_signal(signal.SIGSTOP)
-    assert wait_until_stopped(frozen)
-    other = outcome(start(prefix, "other", NEVER, dict(os.environ)))
-    frozen.send_signal(signal.SIGCONT)
-    end = outcome(frozen)  # its step never ends by itself
+        frozen.send(signal.SIGSTOP)
+    assert frozen.stops()
+    other = start(prefix, "other", NEVER, dict(os.environ)).outcome()
+    frozen.send(signal.SIGCONT)
+    end = frozen.outcome()  # its step never ends by itself
     assert end["error"] == "LeaseLostError"
     assert read_text(join(other["path"], "first.txt")) == "other"

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -79,11 +77,6 @@ def test_an_output_that_is_not_what_was_committed_is_noticed_from_the_listing(gc
     assert "lists data/out.txt with CRC32C" in planned.plan[0].reason
 
 
-def run_job(gcs: Any, prefix: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(PROGRAM), prefix]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=gcs.environment())
-
-
 def check_outputs(gcs: Any, name: str, *, all_done: bool) -> None:
     """What says SUCCESS is whole, by the store's own checksums; all of it says so."""
     objects = gcs.objects(name)
@@ -100,15 +93,15 @@ def check_outputs(gcs: Any, name: str, *, all_done: bool) -> None:
             ]
 
 
-def kill_at_every_change(gcs: Any, name: str, when: str) -> int:
+def kill_at_every_change(start_program: Any, gcs: Any, name: str, when: str) -> int:
     """Kill the job at change 1, 2, ... until it makes no more, and run it again after each; gives their number."""
     point = 0
     while True:
         point += 1
         prefix = f"{name}/{point}"
-        job = run_job(gcs, f"gs://bucket/{prefix}")
-        gcs.stop_at(pid=job.pid, request=point, when=when, signal="KILL", methods=CHANGES, match=f"^{prefix}/")
-        _, errors = job.communicate(timeout=120)
+        job, pid = start_program(PROGRAM, f"gs://bucket/{prefix}", environment=gcs.environment())
+        gcs.stop_at(pid=pid, request=point, when=when, signal="KILL", methods=CHANGES, match=f"^{prefix}/")
+        _, errors = job.communicate("begin\n", timeout=120)
         fired = gcs.stop_state()["fired"]
         gcs.stop_at()
         check_outputs(gcs, f"{prefix}/", all_done=False)
@@ -116,17 +109,17 @@ def kill_at_every_change(gcs: Any, name: str, when: str) -> int:
             assert job.returncode == 0, errors
             return point - 1
         assert job.returncode == -signal.SIGKILL
-        again = run_job(gcs, f"gs://bucket/{prefix}")
-        _, errors = again.communicate(timeout=120)
+        again, _ = start_program(PROGRAM, f"gs://bucket/{prefix}", environment=gcs.environment())
+        _, errors = again.communicate("begin\n", timeout=120)
         assert again.returncode == 0, errors
         check_outputs(gcs, f"{prefix}/", all_done=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_after_a_kill_at_any_change_of_the_bucket_the_next_run_finishes(gcs, when):
+def test_after_a_kill_at_any_change_of_the_bucket_the_next_run_finishes(start_program, gcs, when):
     """Each step makes 9 changes: lease, RUNNING, info, two outputs, manifest, info, SUCCESS, lease."""
-    assert kill_at_every_change(gcs, f"kill-{when}-{os.getpid()}", when) >= 3 * 9
+    assert kill_at_every_change(start_program, gcs, f"kill-{when}-{os.getpid()}", when) >= 3 * 9
 
 
 @pytest.mark.parametrize("kind", ["503", "cut_after", "delete_lost"])

@@ -10,6 +10,7 @@ removed.
 
 import array
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ import sys
 import time
 from typing import Any
 
+import gcsfs  # noqa: F401
 import jax
 from transformers import AutoTokenizer  # noqa: F401  # transformers imports the most at this name's first use
 
@@ -175,6 +177,8 @@ if __name__ == "__main__":
     server = Server(sys.argv[1])
     if os.fork() != 0:
         os._exit(0)  # whoever started the server knows that it is ready
+    # Else each fork, at its end, searches and so copies all that was imported for garbage.
+    gc.freeze()
     request = server.serve()
     if request is not None:
         run(request)

@@ -1,8 +1,11 @@
 """A program for test_gcs.py: a producer, a borrower and a taker, each leaving two outputs.
 
 python bucket_job.py PREFIX
+
+Prints its pid, and begins when it is sent a line.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -37,4 +40,6 @@ def run(prefix: str) -> Executor:
 
 
 if __name__ == "__main__":
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
     run(sys.argv[1])

@@ -2,6 +2,7 @@
 
 python freeze.py PREFIX NAME POINT
 
+Prints its pid, and begins when it is sent a line.
 POINT counts the run's own changes, not those of the heartbeat, which fall when the clock says: so a point is the same
 change in every run. A step of POINT 0 never stops itself, one of POINT -1 stops before its first heartbeat, and both
 work until they are stopped from outside. Prints how the run ended, as JSON.
@@ -77,4 +78,6 @@ def run(prefix: str, name: str, point: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    print(os.getpid(), flush=True)
+    sys.stdin.readline()
     print(json.dumps(run(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

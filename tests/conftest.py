@@ -64,12 +64,12 @@ def _prepare_jax(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests more time, and mark those of whole jobs, which want the machine to themselves."""
+    """Give slow tests more time, and mark those of jobs of many processes, which want the machine to themselves."""
     rooms = (ROOT / "tests" / "distributed", ROOT / "tests" / "experiments")
     for item in items:
         if item.get_closest_marker("slow") is None:
             continue
-        if item.path.parent in rooms:
+        if item.path.parent in rooms and "launch" in getattr(item, "fixturenames", ()):
             item.add_marker("alone")
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
@@ -134,23 +134,14 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(scope="session")
 def random_llama():
-    """Makes parameters that are spread as those of `init_llama`. numpy draws them: to compile jax's draws of small
-    arrays takes seconds for each model."""
-    import jax
+    """Makes fp32 parameters on the default device, from a config and a seed."""
     import jax.numpy as jnp
-    import numpy as np
+    from random_weights import random_weights
 
     from simpo_pipeline.model.transformer import abstract_llama
 
     def make(config, seed: int = 0):
-        rng = np.random.default_rng(seed)
-
-        def draw(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            if "norm" in jax.tree_util.keystr(path):
-                return jnp.asarray(np.ones(leaf.shape, np.float32))
-            return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(config.initializer_range))
-
-        return jax.tree_util.tree_map_with_path(draw, abstract_llama(config, jnp.float32))
+        return random_weights(config, abstract_llama(config, jnp.float32), seed)
 
     return make
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 import time
 
 import pytest
@@ -28,9 +27,15 @@ TINY = LlamaConfig(
 )
 
 
-def run(*words: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+@pytest.fixture
+def run(python):
+    """Runs the script to its end."""
+
+    def run_script(*words: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+        command = [*python, "experiments/sample_lm_multihost.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+    return run_script
 
 
 def rows_of(prefix: pathlib.Path) -> list[dict]:
@@ -61,7 +66,7 @@ def tiny_settings(tmp_path, tiny_model) -> str:
     return str(path)
 
 
-def test_the_dry_run_prints_the_steps_and_touches_nothing(tmp_path):
+def test_the_dry_run_prints_the_steps_and_touches_nothing(run, tmp_path):
     done = run("--config_path", LLAMA_8B, "--prefix", str(tmp_path / "runs"), "--dry_run")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["fetch_model", "infer-1", "show_samples"]
@@ -69,7 +74,7 @@ def test_the_dry_run_prints_the_steps_and_touches_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path, tiny_settings):
+def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(run, tmp_path, tiny_settings):
     prefix = tmp_path / "runs"
     done = run("--config_path", tiny_settings, "--prefix", str(prefix), timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,11 +91,11 @@ def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(tmp_path, tiny_settings):
+def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(run, python, tmp_path, tiny_settings):
     prefix, count = tmp_path / "runs", 150
     words = ["--config_path", tiny_settings, "--prefix", str(prefix), "--prompts", "null"]
     words += ["--synthetic_prompt_count", str(count), "--synthetic_prompt_template", "no {index}"]
-    command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
+    command = [*python, "experiments/sample_lm_multihost.py", *words]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     unfinished = f"infer-{count}-*/host_0000_of_0001.unfinished.jsonl"
@@ -115,7 +120,7 @@ def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(tmp_pat
     assert not path.exists()
 
 
-def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(tmp_path, tiny_settings):
+def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(run, tmp_path, tiny_settings):
     done = run("--config_path", tiny_settings, "--prefix", str(tmp_path / "runs"), "--model.num_kv_heads", "4")
     assert done.returncode == 1
     assert "model.num_kv_heads is 4, and the checkpoint's config.json says 2" in done.stdout
@@ -126,7 +131,7 @@ def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(tmp_path,
     ("line", "key"),
     [("max_prompts_per_batch: 1", "max_prompts_per_batch"), ("  use_logical_reset: true", "engine.use_logical_reset")],
 )
-def test_a_file_that_has_drifted_is_refused_in_one_sentence(line, key, tmp_path, tiny_settings):
+def test_a_file_that_has_drifted_is_refused_in_one_sentence(run, line, key, tmp_path, tiny_settings):
     drifted = tmp_path / "drifted.yaml"
     drifted.write_text(f"hf_checkpoint: some/model\nprompts: [hello]\nengine:\n  max_seq_len: 256\n{line}\n")
     done = run("--config_path", str(drifted), "--prefix", str(tmp_path / "runs"))
@@ -136,7 +141,7 @@ def test_a_file_that_has_drifted_is_refused_in_one_sentence(line, key, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_smollm2_file_samples_for_real(tmp_path):
+def test_the_smollm2_file_samples_for_real(run, tmp_path):
     done = run("--config_path", SMOLLM2, "--prefix", str(tmp_path), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows_of(tmp_path)

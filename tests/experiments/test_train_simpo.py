@@ -122,9 +122,10 @@ def test_no_setting_has_the_name_of_a_flag(settings):
 
 
 @pytest.mark.slow
-def test_the_tiny_file_trains_generates_and_trains_on(tmp_path):
+def test_the_tiny_file_trains_generates_and_trains_on(python, tmp_path):
     words = ["--config_path", TINY, "--prefix", str(tmp_path), "--tracker", "none"]
-    done = run(*words, timeout=200)
+    command = [*python, "experiments/train_simpo.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "Job finished with no error."
     summaries = {

@@ -10,8 +10,7 @@ import pathlib
 import resource
 import sys
 
-import jax
-import numpy as np
+from random_weights import random_weights
 
 from simpo_pipeline.distributed.mesh import local_mesh
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
@@ -21,9 +20,9 @@ from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.inference.sizing import Work, size_engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-from simpo_pipeline.model.transformer import abstract_llama, init_llama
+from simpo_pipeline.model.transformer import abstract_llama
 
-MODEL = LlamaConfig(256, 512, 8, 8, 8, 32, 4096, 2048, tie_word_embeddings=True)
+MODEL = LlamaConfig(256, 512, 4, 8, 8, 32, 4096, 2048, tie_word_embeddings=True)
 
 
 def resident_bytes() -> int:
@@ -43,13 +42,7 @@ def main() -> None:
     forbid_strays()
     mesh, programs = local_mesh(), Programs()
     shapes = with_shardings(abstract_llama(MODEL, dtype), mesh, TENSOR_PARALLEL_RULES)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    key = jax.ShapeDtypeStruct((2,), np.uint32)
-
-    def init(key: jax.Array):
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_llama(MODEL, key))
-
-    weights = programs.compile("init", init, key, out_shardings=placement)(np.array([0, 1], np.uint32))
+    weights = random_weights(MODEL, shapes)
     # Short sequences in a cache for long ones, which is most of it then; or chunks of long prompts in a small one.
     prompt, num_new, given = {"drawing": (3, 40, 1_500_000_000), "prompts": (900, 8, 600_000_000)}[load]
     sampling = SamplingParams(num_new, temperature=0.7, top_p=0.9)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from random_weights import random_weights
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
@@ -19,7 +20,7 @@ from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
-from simpo_pipeline.model.transformer import abstract_llama, init_llama
+from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 
 # Two devices share the key/value heads of the first; of the second, each keeps all three.
@@ -44,11 +45,7 @@ def tokens_of(model: LlamaConfig, num_devices: int) -> dict[str, object]:
     mesh = Mesh(np.array(jax.devices()[:num_devices]), (MODEL_AXIS,))
     programs = Programs()
     shapes = with_shardings(abstract_llama(model, jnp.float32), mesh, TENSOR_PARALLEL_RULES)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    key = jax.ShapeDtypeStruct((2,), np.uint32)
-    weights = programs.compile("init", lambda key: init_llama(model, key), key, out_shardings=placement)(
-        np.array([0, 1], np.uint32)
-    )
+    weights = random_weights(model, shapes)
     engine = Engine(
         model,
         EngineSizes(max_seqs=4, max_seq_len=64, page_size=16, num_pages=16, prefill_chunk_tokens=64),

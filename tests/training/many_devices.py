@@ -5,6 +5,7 @@ A script of its own, started by test_many_devices.py: the number of CPU devices 
 
 import dataclasses
 import json
+import tempfile
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from simpo_pipeline.distributed.mesh import DATA_AXIS, MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import save_weights
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from simpo_pipeline.training.trainer import Trainer
 
@@ -82,28 +84,35 @@ def make_loader(config: TrainerConfig, num_groups: int) -> PairLoader:
     )
 
 
-def train(
-    programs: Programs, config: TrainerConfig, mesh: Mesh, stops: tuple[int, ...] = (3,)
-) -> tuple[Trainer, list[dict[str, float]]]:
-    trainer = Trainer.start_random(config, MODEL, programs=programs, mesh=mesh)
+def train(trainer: Trainer, config: TrainerConfig, stops: tuple[int, ...] = (3,)) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for stop in stops:
         trainer.train_until(stop, make_loader(config, trainer.num_groups), lambda step, metrics: rows.append(metrics))
-    return trainer, rows
+    return rows
 
 
 def main() -> None:
     forbid_strays()
     programs = Programs()
     configs = {name: dataclasses.replace(RUN, **changes) for name, changes in VARIANTS.items()}
-    one, one_rows = train(programs, configs["padded"], mesh_of(1, 1))
-    curves = {f"{name} on (1, 1)": train(programs, config, mesh_of(1, 1))[1] for name, config in configs.items()}
-    for mesh, names in MESHES.items():
-        for name in names:
-            curves[f"{name} on {mesh}"] = train(programs, configs[name], mesh_of(*mesh))[1]
-    four, _ = train(programs, RUN, mesh_of(4, 1))
-    interleaved, _ = train(programs, RUN, mesh_of(4, 1), (1, 3))
-    both_axes, _ = train(programs, RUN, mesh_of(2, 2))
+    one = Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(1, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(folder, one.params)
+
+        def start(config: TrainerConfig, *mesh: int) -> Trainer:
+            # Not at random: that program takes as long to compile, for each mesh, as an update.
+            return Trainer.start(config, folder, programs=programs, mesh=mesh_of(*mesh))
+
+        one_rows = train(one, RUN)
+        curves = {f"{name} on (1, 1)": train(start(config, 1, 1), config) for name, config in configs.items()}
+        for mesh, names in MESHES.items():
+            for name in names:
+                curves[f"{name} on {mesh}"] = train(start(configs[name], *mesh), configs[name])
+        interleaved, both_axes = start(RUN, 4, 1), start(RUN, 2, 2)
+    four = Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(4, 1))
+    train(four, RUN)
+    train(interleaved, RUN, (1, 3))
+    train(both_axes, RUN)
     try:
         Trainer.start_random(dataclasses.replace(RUN, train_batch_size=6), MODEL, programs=programs, mesh=mesh_of(4, 1))
         refusal = "none"

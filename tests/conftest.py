@@ -136,12 +136,13 @@ def pytest_runtest_makereport():
 def random_llama():
     """Makes fp32 parameters on the default device, from a config and a seed."""
     import jax.numpy as jnp
-    from random_weights import random_weights
 
     from simpo_pipeline.model.transformer import abstract_llama
 
+    drawing = _load(ROOT / "tests" / "inference" / "random_weights.py")
+
     def make(config, seed: int = 0):
-        return random_weights(config, abstract_llama(config, jnp.float32), seed)
+        return drawing.random_weights(config, abstract_llama(config, jnp.float32), seed)
 
     return make
 

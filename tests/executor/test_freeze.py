@@ -45,15 +45,16 @@ class Program:
         assert self._client.returncode == 0, err
         return json.loads(out)
 
-    def stops(self) -> bool:
-        """Wait until it is stopped; False when it ended instead."""
+    def wait_until_stopped(self) -> bool:
+        """False when it ended instead."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.has_ended():
                 return False
-            # Its parent is the fork server, so no signal tells.
+            # The fork server is its parent, so waitpid cannot report the stop here.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
+                threads = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+                if threads and all(stat.rsplit(")", 1)[1].split()[0] == "T" for stat in threads):
                     return True
             time.sleep(0.002)
         self._client.kill()
@@ -73,7 +74,7 @@ def freeze_at_every_point(start: Callable[..., Program], place: str, environment
         point = len(ends) + 1
         prefix = f"{place}/{point}"
         frozen = start(prefix, "frozen", point, environment)
-        if not frozen.stops():
+        if not frozen.wait_until_stopped():
             frozen.outcome()
             return ends
         other = start(prefix, "other", NEVER, environment).outcome()
@@ -124,7 +125,7 @@ def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(start, 
             assert not frozen.has_ended()
             time.sleep(0.002)
         frozen.send(signal.SIGSTOP)
-    assert frozen.stops()
+    assert frozen.wait_until_stopped()
     other = start(prefix, "other", NEVER, dict(os.environ)).outcome()
     frozen.send(signal.SIGCONT)
     end = frozen.outcome()  # its step never ends by itself

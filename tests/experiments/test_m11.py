@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -157,9 +158,11 @@ def test_training_again_compiles_nothing_and_says_what_that_saved(run, prefix):
 
 
 @pytest.mark.slow
-def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, finished, tmp_path):
+def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
-    job = subprocess.Popen(command("m11_interleave.py", tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A process of its own: of a fork, the kill would reach the client first.
+    words = [sys.executable, *command("m11_interleave.py", tmp_path)[len(python) :]]
+    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
         while not any(path.stat().st_size for path in tmp_path.glob("train-5-*/metrics.jsonl")):

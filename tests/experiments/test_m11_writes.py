@@ -83,7 +83,7 @@ def test_nothing_of_the_trainer_is_written_between_train_2_and_train_5(tmp_path)
     # The wrapped steps replace the originals in place, so that live edges keep pointing at them.
     for step in (train_2, train_5):
         object.__setattr__(step, "fn", watched(dataclasses.replace(step)))
-    session = JobSession()
+    session = JobSession(compilation_cache="off")
     executor = Executor(prefix=str(tmp_path), session=session)
     try:
         executor.run(steps)

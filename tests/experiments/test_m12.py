@@ -18,9 +18,9 @@ def prefix(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def printed(python, prefix) -> str:
+def printed(prefix) -> str:
     script = pathlib.Path(__file__).with_name("m12_with_memory.py")
-    done = subprocess.run([*python, str(script), "--prefix", str(prefix)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), "--prefix", str(prefix)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

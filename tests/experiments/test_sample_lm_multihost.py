@@ -3,6 +3,7 @@
 import json
 import pathlib
 import subprocess
+import sys
 import time
 
 import pytest
@@ -91,11 +92,12 @@ def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(run, tmp
 
 
 @pytest.mark.slow
-def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(run, python, tmp_path, tiny_settings):
+def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(run, tmp_path, tiny_settings):
     prefix, count = tmp_path / "runs", 150
     words = ["--config_path", tiny_settings, "--prefix", str(prefix), "--prompts", "null"]
     words += ["--synthetic_prompt_count", str(count), "--synthetic_prompt_template", "no {index}"]
-    command = [*python, "experiments/sample_lm_multihost.py", *words]
+    # A process of its own: of a fork, the kill would reach the client first.
+    command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     unfinished = f"infer-{count}-*/host_0000_of_0001.unfinished.jsonl"

@@ -15,8 +15,9 @@ from simpo_pipeline.model.transformer import abstract_llama, attend_whole_sequen
 from steps.make_model import MakeModelConfig, make_model
 
 SAMPLER = "experiments/sample_lm_multihost.py"
-# Random weights large enough that greedy tokens are no matter of rounding.
-MODEL = LlamaConfig(64, 128, 2, 4, 2, 16, 264, 512, tie_word_embeddings=True, initializer_range=0.2)
+# As many key/value heads as four processes have devices, and random weights large enough that greedy tokens do not
+# depend on rounding.
+MODEL = LlamaConfig(64, 128, 2, 16, 8, 8, 264, 512, tie_word_embeddings=True, initializer_range=0.2)
 TIE = 1e-4
 YAML = """
 hf_checkpoint: {model}
@@ -81,11 +82,10 @@ def test_hosts_with_engines_of_their_own_draw_the_tokens_of_one(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 130])
-def test_uneven_and_empty_shards_are_served_whole_and_in_order(rows, count):
-    found = rows(4, "host_data_parallel", count=count)
-    assert len(found) == count
-    assert tokens(found) == tokens(rows(1, "host_data_parallel", count=count))
+def test_an_empty_shard_changes_nothing_for_the_others(rows):
+    found = rows(4, "host_data_parallel", count=3)
+    assert len(found) == 3
+    assert tokens(found) == tokens(rows(1, "host_data_parallel", count=3))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,8 +18,8 @@ M11 = "experiments/configs/simpo_ultrafeedback_llama3_8b_v5p_32_m11_train2_infer
 TINY = "experiments/configs/simpo_tiny_train2_infer8_train5.yaml"
 
 
-def run(*words: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "experiments/train_simpo.py", *words]
+def run(*words: str, timeout: int = 60, python: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    command = [*python, "experiments/train_simpo.py", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -124,8 +125,7 @@ def test_no_setting_has_the_name_of_a_flag(settings):
 @pytest.mark.slow
 def test_the_tiny_file_trains_generates_and_trains_on(python, tmp_path):
     words = ["--config_path", TINY, "--prefix", str(tmp_path), "--tracker", "none"]
-    command = [*python, "experiments/train_simpo.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run(*words, timeout=200, python=python)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "Job finished with no error."
     summaries = {

@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-import gcsfs  # noqa: F401
+import gcsfs  # noqa: F401  # a second, in scripts that use a bucket
 import jax
 from transformers import AutoTokenizer  # noqa: F401  # transformers imports the most at this name's first use
 
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     server = Server(sys.argv[1])
     if os.fork() != 0:
         os._exit(0)  # whoever started the server knows that it is ready
-    # Else each fork, at its end, searches and so copies all that was imported for garbage.
+    # Otherwise the garbage collector of each fork traverses all imported objects at exit, and so copies their pages.
     gc.freeze()
     request = server.serve()
     if request is not None:

@@ -44,7 +44,7 @@ def main() -> None:
     shapes = with_shardings(abstract_llama(MODEL, dtype), mesh, TENSOR_PARALLEL_RULES)
     weights = random_weights(MODEL, shapes)
     # Short sequences in a cache for long ones, which is most of it then; or chunks of long prompts in a small one.
-    prompt, num_new, given = {"drawing": (3, 40, 1_500_000_000), "prompts": (900, 8, 600_000_000)}[load]
+    prompt, num_new, given = {"drawing": (3, 40, 750_000_000), "prompts": (900, 8, 300_000_000)}[load]
     sampling = SamplingParams(num_new, temperature=0.7, top_p=0.9)
     requests = [Request((*range(prompt - 1), index), index, 0, sampling) for index in range(200 if prompt < 10 else 60)]
     config = EngineConfig(max_seqs=100, max_seq_len=1024, memory_utilization=1.0)

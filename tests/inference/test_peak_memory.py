@@ -18,3 +18,5 @@ def test_an_engine_takes_as_much_memory_as_it_announced_and_no_more_than_it_was_
     print(memory)
     assert abs(memory["taken"] - memory["announced"]) < 0.05 * memory["announced"]
     assert memory["announced"] <= memory["given"]
+    # With bfloat16, even the longest cache that these sequences can fill is smaller.
+    assert (memory["announced"] > 0.9 * memory["given"]) == ((dtype, load) != ("bfloat16", "drawing"))

@@ -80,6 +80,6 @@ def test_greedy_tokens_of_real_prompts_are_transformers(
             ties += 1
             assert margins[prompt, differs[0]] < TIE, f"prompt {prompt} differs at token {differs[0]}"
     print(f"{ties} of {len(tokens)} answers part at a tie within {TIE}; {stats}")
-    assert ties <= 2 * copies
+    assert ties <= copies * count // 64
     assert (stats.num_preemptions > 0) == (copies > 1)
     assert copies == 1 or stats.shared_tokens > sum(map(len, prompts)) / 2

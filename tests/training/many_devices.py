@@ -100,7 +100,7 @@ def main() -> None:
         save_weights(folder, one.params)
 
         def start(config: TrainerConfig, *mesh: int) -> Trainer:
-            # Not at random: that program takes as long to compile, for each mesh, as an update.
+            # To compile the program of random weights takes as long, for each mesh, as to compile an update.
             return Trainer.start(config, folder, programs=programs, mesh=mesh_of(*mesh))
 
         one_rows = train(one, RUN)
@@ -108,8 +108,10 @@ def main() -> None:
         for mesh, names in MESHES.items():
             for name in names:
                 curves[f"{name} on {mesh}"] = train(start(configs[name], *mesh), configs[name])
-        interleaved, both_axes = start(RUN, 4, 1), start(RUN, 2, 2)
-    four = Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(4, 1))
+        interleaved = start(RUN, 4, 1)
+    four, both_axes = (
+        Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(*mesh)) for mesh in ((4, 1), (2, 2))
+    )
     train(four, RUN)
     train(interleaved, RUN, (1, 3))
     train(both_axes, RUN)

@@ -169,7 +169,14 @@ class FinishedJob:
 
 
 @pytest.fixture(scope="session")
-def launch(python: list[str]):
+def unoptimised() -> dict[str, str]:
+    """The environment in which XLA compiles in two thirds of the time: for scripts that compare results of their own
+    with each other, or count, so that it does not matter how fast their code is."""
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(scope="session")
+def launch(python: list[str], unoptimised: dict[str, str]):
     """Runs a script in many real processes of one job, through the project's own launcher.
 
     XLA does not optimise the code of many: all of them compile at once, on the cores of one machine. The code of one
@@ -179,15 +186,13 @@ def launch(python: list[str]):
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
         command = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(num_processes)]
         command += ["--devices_per_host", str(devices), "--", *python, str(ROOT / script)]
-        flags = os.environ.get("XLA_FLAGS", "")
-        unoptimised = {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"} if num_processes > 1 else {}
         done = subprocess.run(
             [*command, *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=timeout,
-            env=os.environ | unoptimised,
+            env=os.environ | (unoptimised if num_processes > 1 else {}),
         )
         return FinishedJob(done.returncode, done.stdout, time.time())
 

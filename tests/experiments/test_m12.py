@@ -1,6 +1,7 @@
 """M12 on `tiny`: 20 updates with generation after every 5, in one process."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,9 +19,10 @@ def prefix(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def printed(prefix) -> str:
+def printed(prefix, unoptimised) -> str:
     script = pathlib.Path(__file__).with_name("m12_with_memory.py")
-    done = subprocess.run([sys.executable, str(script), "--prefix", str(prefix)], capture_output=True, text=True)
+    command, environment = [sys.executable, str(script), "--prefix", str(prefix)], os.environ | unoptimised
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -62,9 +62,8 @@ def test_parts_are_traded_within_hosts_and_gathered_over_hosts_and_nothing_is_su
         assert collectives["all-gather"] >= 8
 
 
-@pytest.mark.parametrize("host", ["0", "1"])
-def test_a_host_that_has_lost_its_cache_gets_the_same_weights(launch, cache, found, host):
+def test_a_host_that_has_lost_its_cache_gets_the_same_weights(launch, cache, found):
     """Loaded in one process and compiled in the other, the program's collectives would meet in another order."""
-    assert list((cache / host).glob("*-cache"))
-    shutil.rmtree(cache / host)
+    assert list((cache / "1").glob("*-cache"))
+    shutil.rmtree(cache / "1")
     assert [process["weights"] for process in run(launch, cache)] == [process["weights"] for process in found]

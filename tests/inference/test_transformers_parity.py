@@ -57,10 +57,20 @@ def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(s
     ("sizes", "count", "copies"),
     [
         (EngineSizes(max_seqs=128, max_seq_len=192, page_size=64, num_pages=384), 128, 1),
-        (EngineSizes(max_seqs=16, max_seq_len=192, page_size=16, num_pages=150, prefill_chunk_tokens=128), 32, 1),
-        (EngineSizes(max_seqs=32, max_seq_len=192, page_size=8, num_pages=150, decode_steps_per_call=7), 32, 2),
+        (
+            EngineSizes(
+                max_seqs=32,
+                max_seq_len=192,
+                page_size=8,
+                num_pages=150,
+                prefill_chunk_tokens=128,
+                decode_steps_per_call=7,
+            ),
+            32,
+            2,
+        ),
     ],
-    ids=["one_batch", "small_chunks", "shared_and_preempted"],
+    ids=["one_batch", "small_chunks_shared_and_preempted"],
 )
 def test_greedy_tokens_of_real_prompts_are_transformers(
     smollm2: Llama, mesh: Mesh, sizes: EngineSizes, count: int, copies: int

@@ -7,10 +7,12 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide(python: list[str]) -> None:
+def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide(
+    python: list[str], unoptimised: dict[str, str]
+) -> None:
     script = Path(__file__).with_name("two_devices.py")
     done = subprocess.run(
-        [*python, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+        [*python, str(script)], env=os.environ | unoptimised | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])

@@ -170,8 +170,10 @@ class FinishedJob:
 
 @pytest.fixture(scope="session")
 def unoptimised() -> dict[str, str]:
-    """The environment in which XLA compiles in two thirds of the time: for scripts that compare results of their own
-    with each other, or count, so that it does not matter how fast their code is."""
+    """The environment in which XLA compiles in two thirds of the time, without optimising the code.
+
+    It is for scripts that compare their own results with each other, or report memory and counts.
+    """
     return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
 
 

@@ -40,7 +40,7 @@ class Program:
         return self._client.poll() is not None
 
     def outcome(self) -> dict[str, Any]:
-        """What it printed at its end."""
+        """Wait for its end; return the JSON that it printed."""
         out, err = self._client.communicate(timeout=60)
         assert self._client.returncode == 0, err
         return json.loads(out)

@@ -29,10 +29,12 @@ def command(python):
 
 
 @pytest.fixture(scope="session")
-def run(command):
-    """Runs a script to its end, which has to be a good one; returns what it printed."""
+def run(command, unoptimised):
+    """Run a script to its end, which has to be a good one, and return what it printed; `tiny` runs unoptimised code."""
 
     def run_script(*words: Any, environment: dict[str, str] | None = None, **options: str) -> str:
+        if environment is None and "preset" not in options:
+            environment = os.environ | unoptimised
         done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -19,8 +19,8 @@ VOCAB = 300
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 # Two sizes of each program, and a cache far larger than anything else on the device.
 ROOMY = {"max_seqs": 256, "prefill_chunk_tokens": 256, "num_pages": 20_000, "decode_steps_per_call": 5}
-# Pages for a few sequences at a time.
-TIGHT = {"max_seqs": 9, "num_pages": 20, "decode_steps_per_call": 3}
+# Pages for a few sequences at a time, each of one token, and prompts cut in several chunks.
+TIGHT = {"max_seqs": 9, "page_size": 1, "num_pages": 160, "prefill_chunk_tokens": 10, "decode_steps_per_call": 3}
 DRAWING = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
 PENALISED = SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.6)
 TELLING = SamplingParams(max_tokens=12, top_k=9, min_p=0.01, logprobs=2, stop_token_ids=(7,), min_tokens=3)
@@ -50,7 +50,6 @@ def expected(greedy_tokens: Callable) -> list[tuple[int, ...]]:
         {},
         pytest.param(ROOMY, marks=pytest.mark.slow),
         TIGHT,
-        {"page_size": 1, "num_pages": 400, "prefill_chunk_tokens": 10},  # prompts cut in several chunks
         pytest.param({"page_size": 64, "decode_steps_per_call": 50}, marks=pytest.mark.slow),
         pytest.param({"max_seqs": 1, "decode_steps_per_call": 1}, marks=pytest.mark.slow),
     ],

@@ -153,7 +153,13 @@ def test_a_filter_that_keeps_one_token_is_greedy(settings: dict) -> None:
     np.testing.assert_array_equal(drawn_from(logits, rows_of(2000, **settings)), logits.argmax(axis=-1))
 
 
-@pytest.mark.parametrize("vocab", [2400, 8 * _BLOCK], ids=["slices_of_blocks_and_a_bit", "slices_of_whole_blocks"])
+@pytest.mark.parametrize(
+    "vocab",
+    [
+        pytest.param(2400, id="slices_of_blocks_and_a_bit"),
+        pytest.param(8 * _BLOCK, id="slices_of_whole_blocks", marks=pytest.mark.slow),
+    ],
+)
 def test_slices_of_the_vocabulary_draw_the_tokens_of_the_whole(vocab: int) -> None:
     num_rows = 1000
     logits = np.random.default_rng(0).normal(size=(num_rows, vocab)).astype(np.float32)

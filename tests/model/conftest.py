@@ -30,5 +30,5 @@ def random_model():
 
 
 @pytest.fixture(scope="session")
-def small_model(small_config, random_model):
-    return random_model(small_config, jax.random.key(0))
+def small_model(small_config, random_llama):
+    return random_llama(small_config)

@@ -15,7 +15,6 @@ from simpo_pipeline.model.sharding import TRAINING_RULES, fsdp_placement, with_s
 from simpo_pipeline.model.transformer import (
     abstract_llama,
     attend_whole_sequences,
-    init_llama,
     transform,
     unembedding,
 )
@@ -46,8 +45,9 @@ def compiled_gradient(config, mesh):
 
     abstract = with_shardings(abstract_llama(config, jnp.float32), mesh, TRAINING_RULES)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    host = jax.tree.map(np.asarray, jax.jit(init_llama, static_argnums=0)(config, jax.random.key(0)))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (SEQUENCES, POSITIONS)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    host = jax.tree.map(lambda leaf: config.initializer_range * rng.standard_normal(leaf.shape, np.float32), abstract)
+    tokens = rng.integers(0, config.vocab_size, (SEQUENCES, POSITIONS)).astype(np.int32)
     positions = np.broadcast_to(np.arange(POSITIONS, dtype=np.int32), tokens.shape)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     arguments = (jax.device_put(host, shardings), *(jax.device_put(x, rows) for x in (tokens, positions)))

@@ -24,9 +24,9 @@ def _assert_equal(one, other):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_comes_back_to_the_bit(small_config, random_model, tmp_path, tied):
+def test_a_saved_model_comes_back_to_the_bit(small_config, random_llama, tmp_path, tied):
     config = dataclasses.replace(small_config, tie_word_embeddings=tied)
-    model = random_model(config, jax.random.key(1))
+    model = random_llama(config, seed=1)
     save_weights(str(tmp_path), model)
     assert load_config(str(tmp_path)) == config
     _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
@@ -118,9 +118,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(small_config, sm
         assert words in str(refusal.value)
 
 
-def test_leftovers_of_old_exports_are_not_parameters(small_config, random_model, tmp_path):
+def test_leftovers_of_old_exports_are_not_parameters(small_config, random_llama, tmp_path):
     config = dataclasses.replace(small_config, tie_word_embeddings=True)
-    model = random_model(config, jax.random.key(1))
+    model = random_llama(config, seed=1)
 
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)

@@ -47,9 +47,13 @@ def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat
     return logits(model, hidden)
 
 
+# Enough entries for their spread to be measured.
+LARGER = {"hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.3}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_random_parameters_have_the_abstract_trees_shapes_and_the_configs_count(small_config, random_model, tied):
-    config = dataclasses.replace(small_config, tie_word_embeddings=tied)
+    config = dataclasses.replace(small_config, **LARGER, tie_word_embeddings=tied)
     model, abstract = random_model(config, jax.random.key(0)), abstract_llama(config, jnp.float32)
     assert jax.tree.structure(model) == jax.tree.structure(abstract)
     for leaf, expected in zip(jax.tree.leaves(model), jax.tree.leaves(abstract), strict=True):
@@ -59,7 +63,7 @@ def test_random_parameters_have_the_abstract_trees_shapes_and_the_configs_count(
 
 
 def test_random_matrices_spread_as_the_config_says_and_no_two_are_equal(small_config, random_model):
-    config = dataclasses.replace(small_config, hidden_size=64, intermediate_size=64, initializer_range=0.3)
+    config = dataclasses.replace(small_config, **LARGER)
     model = random_model(config, jax.random.key(0))
     matrices = [leaf for leaf in jax.tree.leaves(model) if leaf.ndim > 1 and not (leaf == 1).all()]
     assert len(matrices) == 9
@@ -177,11 +181,11 @@ def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, sm
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, random_model, parts):
+def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, random_llama, parts):
     # 128 rows of queries, 64 of keys, 256 merged: XLA's kernels sum all of these in one order, but not those of 48,
     # 16 and 80 rows.
     config = dataclasses.replace(small_config, num_heads=8, num_kv_heads=4, head_dim=16)
-    model = random_model(config, jax.random.key(0))
+    model = random_llama(config)
     merged = jax.jit(lambda layers: unstacked(merged_layers(layers, parts)))(model.layers)
     by_layer = UnstackedLlama(model.embedding, merged, model.final_norm, model.head, config)
     expected = _logits(model, *_tokens(config)).array

@@ -105,10 +105,16 @@ def test_attention_by_slots_equals_that_over_the_whole_row_and_so_do_its_gradien
     def over_all(q, k, v):
         return causal_attention_reference(q, k, v, segments)
 
-    np.testing.assert_allclose(by_slots(q, k, v), jnp.where(held, over_all(q, k, v), 0), atol=2e-6)
-    gradients = [jax.jit(lambda *x, of=of: jax.vjp(of, *x)[1](cotangent))(q, k, v) for of in (by_slots, over_all)]
-    for by_slot, whole in zip(*gradients, strict=True):
-        assert not by_slot[~jnp.broadcast_to(held, by_slot.shape)].any()
+    def attended_and_gradients(attend):
+        attended, pullback = jax.vjp(attend, q, k, v)
+        return attended, pullback(cotangent)
+
+    (attended, gradients), (expected, expected_gradients) = jax.tree.map(
+        np.asarray, [jax.jit(attended_and_gradients, static_argnums=0)(attend) for attend in (by_slots, over_all)]
+    )
+    np.testing.assert_allclose(attended, np.where(held, expected, 0), atol=2e-6)
+    for by_slot, whole in zip(gradients, expected_gradients, strict=True):
+        assert not by_slot[~np.broadcast_to(held, by_slot.shape)].any()
         np.testing.assert_allclose(by_slot, whole, atol=5e-6)
 
 

@@ -161,7 +161,7 @@ def mixed_batch(page_size: int) -> Batch:
 
 
 @fast_backends
-@pytest.mark.parametrize("page_size", [1, 4, 64, 128])
+@pytest.mark.parametrize("page_size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 64)), 128])
 def test_single_queries_equal_the_reference(backend: PagedAttention, page_size: int) -> None:
     batch = single_queries(page_size)
     np.testing.assert_allclose(batch.attend(backend), batch.expected, atol=2e-6)
@@ -169,7 +169,7 @@ def test_single_queries_equal_the_reference(backend: PagedAttention, page_size: 
 
 @fast_backends
 @pytest.mark.parametrize("num_single", [0, 3])
-@pytest.mark.parametrize("page_size", [1, pytest.param(4, marks=pytest.mark.slow), 16, 128])
+@pytest.mark.parametrize("page_size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 128)), 16])
 def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: int, num_single: int) -> None:
     batch = mixed_batch(page_size)
     got = dataclasses.replace(batch, num_single=num_single).attend(backend)

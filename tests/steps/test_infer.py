@@ -288,10 +288,11 @@ def beside_a_host(step_run, work, memory_bytes):
 
 
 def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step_run, tmp_path):
-    larger = {"num_requests": 9, "longest_prompt": 70, "longest_total": 100, "total_tokens": 400}
-    infer(config_for(model_path, tmp_path, engine=EngineConfig()), beside_a_host(step_run, larger, 2**40))
+    larger = {"num_requests": 9, "longest_prompt": 70, "longest_total": 120, "total_tokens": 400}
+    derived = dataclasses.replace(ENGINE, max_seqs=None, max_seq_len=None)
+    infer(config_for(model_path, tmp_path, engine=derived), beside_a_host(step_run, larger, 2**40))
     engine = read_json(f"{tmp_path}/summary.json")["engine"]
-    assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 100)
+    assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 120)
 
 
 def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):

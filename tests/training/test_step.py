@@ -153,8 +153,8 @@ PLAIN, WITH_SFT = SimpoConfig(), SimpoConfig(sft_weight=0.7, z_loss_weight=0.01)
     ("packing", "simpo"),
     [
         (False, PLAIN),
-        (True, PLAIN),
         (True, WITH_SFT),
+        pytest.param(True, PLAIN, marks=pytest.mark.slow),
         pytest.param(True, SimpoConfig(beta=1.5, gamma_beta_ratio=0.2, label_smoothing=0.1), marks=pytest.mark.slow),
         pytest.param(True, SimpoConfig(loss_type="hinge"), marks=pytest.mark.slow),
     ],
@@ -164,7 +164,7 @@ def test_loss_and_gradient_equal_a_plain_reference(packing, simpo, params, tiny_
     assert_equal_up_to_rounding(ours(dataclasses.replace(tiny_run, packing=packing, simpo=simpo)), expected)
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_of_a_batch_add_up_to_the_whole(packing, tiny_run, ours):
     whole = dataclasses.replace(tiny_run, train_batch_size=4, packing=packing, simpo=WITH_SFT)
     assert_equal_up_to_rounding(ours(dataclasses.replace(whole, grad_accumulation=4)), ours(whole))

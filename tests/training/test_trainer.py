@@ -29,7 +29,10 @@ def start(tiny_model, tiny_run, programs, one_device):
     return start_run
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True, "grad_accumulation": 2, "ema_decay": 0.9}])
+AVERAGED = {"packing": True, "grad_accumulation": 2, "ema_decay": 0.9}
+
+
+@pytest.mark.parametrize("changes", [{}, AVERAGED], ids=str)
 def test_interleaving_changes_nothing(changes, start, tiny_run, five_pairs, make_loader):
     loader = make_loader(five_pairs, dataclasses.replace(tiny_run, **changes))
     whole, interleaved = start(**changes), start(**changes)
@@ -103,12 +106,13 @@ def test_packed_rows_train_as_padded_ones_do(start, tiny_run, five_pairs, make_l
     assert all(0 < row["padding_share"] < 1 for row in (*padded, *packed))
 
 
-def test_the_average_of_the_weights_follows_them(start, loader):
-    trainer = start(ema_decay=0.75)
+def test_the_average_of_the_weights_follows_them(start, tiny_run, five_pairs, make_loader):
+    trainer = start(**AVERAGED)
+    loader = make_loader(five_pairs, dataclasses.replace(tiny_run, **AVERAGED))
     weights = [np.asarray(trainer.params.embedding.array)]
     trainer.train_until(2, loader, lambda step, metrics: weights.append(np.asarray(trainer.params.embedding.array)))
     assert trainer.state.ema is not None
-    expected = 0.75 * (0.75 * weights[0] + 0.25 * weights[1]) + 0.25 * weights[2]
+    expected = 0.9 * (0.9 * weights[0] + 0.1 * weights[1]) + 0.1 * weights[2]
     np.testing.assert_allclose(trainer.state.ema.embedding.array, expected, rtol=1e-6, atol=1e-7)
     assert start().state.ema is None
 

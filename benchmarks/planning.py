@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path, versioned
-from simpo_pipeline.executor.status import find_outputs, manifest_bytes
+from simpo_pipeline.executor.records.status import find_outputs, manifest_bytes
 
 STEPS = 10_000
 ROUNDS = 5

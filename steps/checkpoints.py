@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
+from simpo_pipeline.executor.records.status import CHECKPOINTS_FOLDER
 from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.status import CHECKPOINTS_FOLDER
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.training.config import CheckpointConfig
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError, DataError
-from simpo_pipeline.executor.info import read_info
+from simpo_pipeline.executor.records.info import read_info
 from simpo_pipeline.executor.run import PlanRow, StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.live import Live, joint_digest
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.running.live import Live, joint_digest
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.jsonl import JsonlWriter

@@ -24,6 +24,17 @@ ROWS = (
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+# The rooms of the executor, and its own files by the highest room that each may import; leaves first.
+EXECUTOR_ROWS = (
+    {"step", "run", "processes", "table"},
+    {"records"},
+    {"planning"},
+    {"running"},
+    {"executor"},
+    {"commands", "arguments"},
+    {"main"},
+    {"__init__", "__main__"},
+)
 HEAVY = ("jax", "equinox", "haliax", "optax")
 # Rooms that plan, store and track: a machine without jax could use them.
 LIGHT_ROOMS = ("executor", "storage", "tracking", "data", "config_files")
@@ -71,6 +82,19 @@ def test_imports_go_one_way():
             target = room_of_module(module)
             if room is not None and target is not None and target != room and ROW_OF[target] <= ROW_OF[room]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rooms_of_the_executor_import_one_way():
+    row_of = {room: row for row, rooms in enumerate(EXECUTOR_ROWS) for room in rooms}
+    wrong = []
+    for path in sorted((PACKAGE / "executor").rglob("*.py")):
+        room = path.relative_to(PACKAGE / "executor").parts[0].removesuffix(".py")
+        for module, line in imported_modules(path):
+            if module.startswith("simpo_pipeline.executor."):
+                target = module.split(".")[2]
+                if target != room and row_of[target] >= row_of[room] and row_of[target] > 0:
+                    wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {target}")
     assert not wrong, "\n".join(wrong)
 
 

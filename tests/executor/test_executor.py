@@ -16,8 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from simpo_pipeline.errors import ConfigError, PlanError, ReplayMismatchError, StepFailedError, StorageError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.live import Live
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.running.live import Live
 from simpo_pipeline.executor.step import (
     THIS_OUTPUT_PATH,
     ExecutorStep,
@@ -612,17 +612,17 @@ def test_a_chain_of_five_thousand_steps_is_planned(tmp_path):
 
 
 def test_storage_is_asked_once_per_step_when_planning(prefix, monkeypatch):
-    from simpo_pipeline.executor import planner
+    from simpo_pipeline.executor.planning import plan
 
     asked: list[str] = []
-    original = planner.read_record
+    original = plan.read_record
 
     def counting(path, watch):
         asked.append(path)
         return original(path, watch)
 
     run(prefix, interleave())
-    monkeypatch.setattr(planner, "read_record", counting)
+    monkeypatch.setattr(plan, "read_record", counting)
     executor = run(prefix, interleave(), dry_run=True)
     assert sorted(asked) == sorted(executor.output_paths.values())
 

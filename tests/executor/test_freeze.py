@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from simpo_pipeline.executor.status import find_outputs, manifest_bytes
+from simpo_pipeline.executor.records.status import find_outputs, manifest_bytes
 from simpo_pipeline.storage.files import exists, list_names, read_bytes, read_text
 from simpo_pipeline.storage.paths import join
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.lease import LeaseConfig
 from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
+from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.executor.step import ExecutorStep, this_output_path, versioned
 from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import IdentityError, LiveEdgeError, PlanError
-from simpo_pipeline.executor.graph import build_graph
-from simpo_pipeline.executor.identity import canonical, find_markers
+from simpo_pipeline.executor.planning.graph import build_graph
+from simpo_pipeline.executor.planning.identity import canonical, find_markers
 from simpo_pipeline.executor.step import ExecutorStep, borrow, ensure_versioned, output_path_of, take, versioned
 
 
@@ -87,7 +87,7 @@ def test_sets_have_no_order(members):
 
 def test_identity_is_the_same_in_another_process_with_another_hash_seed(tmp_path: pathlib.Path):
     program = (
-        "from simpo_pipeline.executor.graph import build_graph\n"
+        "from simpo_pipeline.executor.planning.graph import build_graph\n"
         "from simpo_pipeline.executor.step import *\n"
         "first = ExecutorStep('first', None, {'b': versioned({'x', 'y', 'zz'}), 'a': versioned(0.1)})\n"
         "second = ExecutorStep('second', None, [first / 'sub', borrow(first)])\n"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from simpo_pipeline.errors import IdentityError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.graph import build_graph
+from simpo_pipeline.executor.planning.graph import build_graph
 from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.step import (
     ExecutorStep,

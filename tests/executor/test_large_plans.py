@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from simpo_pipeline.executor import planner
 from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.planning import plan
 from simpo_pipeline.executor.step import ExecutorStep, this_output_path, versioned
 
 
@@ -51,8 +51,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return asking
 
-    monkeypatch.setattr(planner, "read_record", counted(planner.read_record))
-    monkeypatch.setattr(planner, "list_names", counted(planner.list_names))
+    monkeypatch.setattr(plan, "read_record", counted(plan.read_record))
+    monkeypatch.setattr(plan, "list_names", counted(plan.list_names))
     return counts
 
 

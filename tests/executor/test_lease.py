@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError, StorageError
-from simpo_pipeline.executor import holder as holder_module
-from simpo_pipeline.executor import lease
-from simpo_pipeline.executor.holder import Holder, parse_holder
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseReader, LeaseWatch
+from simpo_pipeline.executor.records import holder as holder_module
+from simpo_pipeline.executor.records import lease
+from simpo_pipeline.executor.records.holder import Holder, parse_holder
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseReader, LeaseWatch
 from simpo_pipeline.storage import local_versions
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, read_bytes, remove_tree, write_bytes
@@ -43,9 +43,8 @@ def keeper(run_id: str, clock: Clock | None = None) -> LeaseKeeper:
 
 def dead_holder() -> Holder:
     """A process of this machine that has ended."""
-    program = (
-        "from simpo_pipeline.executor.holder import Holder\nprint(Holder.of_this_process('dead-run').encode().decode())"
-    )
+    module = "simpo_pipeline.executor.records.holder"
+    program = f"from {module} import Holder\nprint(Holder.of_this_process('dead-run').encode().decode())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     holder = parse_holder(done.stdout.encode())
     assert holder is not None

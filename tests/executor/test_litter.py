@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError
-from simpo_pipeline.executor import litter
-from simpo_pipeline.executor.executor import PROBE_PREFIX, Executor
-from simpo_pipeline.executor.holder import Holder, parse_holder
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
-from simpo_pipeline.executor.litter import (
+from simpo_pipeline.executor.commands import litter
+from simpo_pipeline.executor.commands.litter import (
     Item,
     Kind,
     Removal,
@@ -24,10 +21,13 @@ from simpo_pipeline.executor.litter import (
     removals_text,
     remove_litter,
 )
-from simpo_pipeline.executor.live import Live
-from simpo_pipeline.executor.status import ERROR_FILE, INFO_FILE, LEASE_FILE, MANIFEST_FILE, STATUS_FILE
+from simpo_pipeline.executor.commands.survey import read_survey
+from simpo_pipeline.executor.executor import PROBE_PREFIX, Executor
+from simpo_pipeline.executor.records.holder import Holder, parse_holder
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseWatch
+from simpo_pipeline.executor.records.status import ERROR_FILE, INFO_FILE, LEASE_FILE, MANIFEST_FILE, STATUS_FILE
+from simpo_pipeline.executor.running.live import Live
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, take, this_output_path
-from simpo_pipeline.executor.survey import read_survey
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.files import list_files, read_bytes, remove_tree, write_bytes, write_text

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import LiveEdgeError
-from simpo_pipeline.executor.graph import build_graph
-from simpo_pipeline.executor.order import live_order
+from simpo_pipeline.executor.planning.graph import build_graph
+from simpo_pipeline.executor.planning.order import live_order
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take
 
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpo_pipeline.executor.graph import build_graph
-from simpo_pipeline.executor.lease import Holder
-from simpo_pipeline.executor.order import live_order
-from simpo_pipeline.executor.plan import Situation, make_plan
+from simpo_pipeline.executor.planning.graph import build_graph
+from simpo_pipeline.executor.planning.order import live_order
+from simpo_pipeline.executor.planning.plan import Situation, make_plan
+from simpo_pipeline.executor.records.lease import Holder
+from simpo_pipeline.executor.records.status import LeaseSight, Status, StepRecord
 from simpo_pipeline.executor.run import Action
-from simpo_pipeline.executor.status import LeaseSight, Status, StepRecord
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take
 
 DONE = StepRecord(Status.SUCCESS, manifest=None)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from simpo_pipeline.executor import provenance
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.provenance import find_provenance
+from simpo_pipeline.executor.records import provenance
+from simpo_pipeline.executor.records.provenance import find_provenance
 from simpo_pipeline.executor.step import ExecutorStep, this_output_path
 from simpo_pipeline.storage.files import list_files, read_json, read_text, write_text
 from simpo_pipeline.storage.paths import join

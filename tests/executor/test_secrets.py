@@ -2,7 +2,7 @@
 
 import pytest
 
-from simpo_pipeline.executor.secrets import blotted_text, blotted_values, blotted_words, is_secret_name
+from simpo_pipeline.executor.records.secrets import blotted_text, blotted_values, blotted_words, is_secret_name
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
-from simpo_pipeline.executor import status
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
-from simpo_pipeline.executor.status import Status
+from simpo_pipeline.executor.records import status
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
+from simpo_pipeline.executor.records.status import Status
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.files import remove_tree, write_bytes, write_json, write_text
 from simpo_pipeline.storage.paths import join

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from simpo_pipeline.errors import LeaseLostError
-from simpo_pipeline.executor.stopping import LOST_EXIT_CODE, StoppableCall
+from simpo_pipeline.executor.running.stopping import LOST_EXIT_CODE, StoppableCall
 
 
 def stop_when(call: StoppableCall, begun: threading.Event) -> threading.Thread:
@@ -76,7 +76,7 @@ def test_a_stop_at_any_moment_hits_the_call_or_nothing_else():
 def test_a_function_that_is_deaf_in_native_code_ends_with_its_process():
     program = (
         "import ctypes, threading\n"
-        "from simpo_pipeline.executor.stopping import StoppableCall\n"
+        "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
         "call = StoppableCall(0.2)\n"
         "threading.Timer(0.1, call.stop).start()\n"
         "call.call(lambda: ctypes.CDLL(None).sleep(600))\n"
@@ -90,7 +90,7 @@ def test_after_a_call_a_profiler_can_run():
     """Python 3.11 turns in a circle there if an error that was raised for a thread is taken back."""
     program = (
         "import cProfile\n"
-        "from simpo_pipeline.executor.stopping import StoppableCall\n"
+        "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
         "StoppableCall(60.0).call(lambda: 7)\n"
         "cProfile.Profile().runcall(lambda: [str(n) for n in range(100)])\n"
     )

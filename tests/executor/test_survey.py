@@ -7,11 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simpo_pipeline.errors import ConfigError, StepFailedError
-from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.holder import Holder
-from simpo_pipeline.executor.status import INFO_FILE, LEASE_FILE, STATUS_FILE, LeaseSight, Status, StepRecord
-from simpo_pipeline.executor.step import ExecutorStep, output_path_of, this_output_path
-from simpo_pipeline.executor.survey import (
+from simpo_pipeline.executor.commands.survey import (
     SeenLease,
     SeenStep,
     Survey,
@@ -20,6 +16,10 @@ from simpo_pipeline.executor.survey import (
     read_survey,
     status_text,
 )
+from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.records.holder import Holder
+from simpo_pipeline.executor.records.status import INFO_FILE, LEASE_FILE, STATUS_FILE, LeaseSight, Status, StepRecord
+from simpo_pipeline.executor.step import ExecutorStep, output_path_of, this_output_path
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.files import list_files, remove_tree, write_bytes, write_text
 from simpo_pipeline.storage.paths import base_name, join

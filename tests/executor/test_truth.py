@@ -11,10 +11,10 @@ import pytest
 
 from simpo_pipeline.errors import StepFailedError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.holder import Holder
-from simpo_pipeline.executor.lease import LeaseConfig
-from simpo_pipeline.executor.live import Live
+from simpo_pipeline.executor.records.holder import Holder
+from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.running.live import Live
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
 from simpo_pipeline.executor.table import plan_table
 from simpo_pipeline.storage.files import exists, list_files, remove_tree, write_bytes, write_text

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from simpo_pipeline.errors import ConfigError, StorageError
-from simpo_pipeline.executor.litter import find_litter, litter_text, removals_text, remove_litter
-from simpo_pipeline.executor.survey import read_survey, status_text
+from simpo_pipeline.executor.commands.litter import find_litter, litter_text, removals_text, remove_litter
+from simpo_pipeline.executor.commands.survey import read_survey, status_text
 
 DONE, STORAGE_FAILED, BAD_USAGE = 0, 1, 2
 _PROGRAM = "python -m simpo_pipeline.executor"

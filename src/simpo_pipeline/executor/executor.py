@@ -14,22 +14,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError, PlanError, StorageError
-from simpo_pipeline.executor.attempt import Job
-from simpo_pipeline.executor.explanation import Explanation, explain_step
-from simpo_pipeline.executor.graph import Graph, Step, build_graph
-from simpo_pipeline.executor.holder import utc_now
-from simpo_pipeline.executor.identity import EdgeKind
-from simpo_pipeline.executor.info import run_record_path, script_name, step_info
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper
-from simpo_pipeline.executor.live import LiveStore
-from simpo_pipeline.executor.order import Order, live_order
-from simpo_pipeline.executor.planner import Planner
+from simpo_pipeline.executor.planning.explanation import Explanation, explain_step
+from simpo_pipeline.executor.planning.graph import Graph, Step, build_graph
+from simpo_pipeline.executor.planning.identity import EdgeKind
+from simpo_pipeline.executor.planning.order import Order, live_order
+from simpo_pipeline.executor.planning.plan import Planner
+from simpo_pipeline.executor.planning.resolve import Resolver
+from simpo_pipeline.executor.planning.selection import named, select_steps
 from simpo_pipeline.executor.processes import Processes
-from simpo_pipeline.executor.provenance import find_provenance
-from simpo_pipeline.executor.resolve import Resolver
-from simpo_pipeline.executor.rounds import Rounds, StepResult
+from simpo_pipeline.executor.records.holder import utc_now
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper
+from simpo_pipeline.executor.records.provenance import find_provenance
 from simpo_pipeline.executor.run import PlanRow
-from simpo_pipeline.executor.selection import named, select_steps
+from simpo_pipeline.executor.running.attempt import Job
+from simpo_pipeline.executor.running.live import LiveStore
+from simpo_pipeline.executor.running.rounds import Rounds, StepResult
+from simpo_pipeline.executor.running.step_info import run_record_path, script_name, step_info
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
 from simpo_pipeline.storage.conditional import ConditionalFiles

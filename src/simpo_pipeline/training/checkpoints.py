@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError, TrainingError, first_line
-from simpo_pipeline.executor.live import joint_digest
 from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.running.live import joint_digest
 from simpo_pipeline.storage.fence import check_fences
 from simpo_pipeline.storage.files import list_names, read_json, remove_tree, write_json
 from simpo_pipeline.storage.paths import absolute, join

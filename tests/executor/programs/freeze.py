@@ -19,7 +19,7 @@ from typing import Any
 
 from simpo_pipeline.errors import SimpoPipelineError
 from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
-from simpo_pipeline.executor.lease import LeaseConfig
+from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join

@@ -19,9 +19,9 @@ from typing import Any
 
 from simpo_pipeline.errors import LeaseLostError
 from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
-from simpo_pipeline.executor import holder as holder_module
-from simpo_pipeline.executor.lease import LeaseConfig
-from simpo_pipeline.executor.status import find_outputs, manifest_bytes
+from simpo_pipeline.executor.records import holder as holder_module
+from simpo_pipeline.executor.records.lease import LeaseConfig
+from simpo_pipeline.executor.records.status import find_outputs, manifest_bytes
 from simpo_pipeline.storage.files import read_bytes, read_text, write_text
 from simpo_pipeline.storage.paths import join
 

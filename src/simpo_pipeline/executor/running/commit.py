@@ -8,8 +8,8 @@ older versions, are refused by the store itself, however late they come.
 from collections.abc import Mapping
 from typing import Any
 
-from simpo_pipeline.executor.lease import LeaseKeeper
-from simpo_pipeline.executor.status import (
+from simpo_pipeline.executor.records.lease import LeaseKeeper
+from simpo_pipeline.executor.records.status import (
     ERROR_FILE,
     INFO_FILE,
     LEASE_FILE,

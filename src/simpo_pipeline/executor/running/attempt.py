@@ -26,21 +26,21 @@ from simpo_pipeline.errors import (
     StepFailedError,
     StorageError,
 )
-from simpo_pipeline.executor.checkpoints import remove_checkpoints
-from simpo_pipeline.executor.commit import StepFiles
-from simpo_pipeline.executor.failures import describe_failure, failure_in, place_of, report_end, sort_failures
-from simpo_pipeline.executor.graph import Graph, Step
-from simpo_pipeline.executor.holder import utc_now
-from simpo_pipeline.executor.info import Ended, info_record, read_info
-from simpo_pipeline.executor.lease import LeaseFence, LeaseKeeper, LeaseReader
-from simpo_pipeline.executor.live import Live, LiveStore, joint_digest
+from simpo_pipeline.executor.planning.graph import Graph, Step
+from simpo_pipeline.executor.planning.resolve import Resolver
 from simpo_pipeline.executor.processes import Processes
-from simpo_pipeline.executor.provenance import Provenance
-from simpo_pipeline.executor.resolve import Resolver
+from simpo_pipeline.executor.records.holder import utc_now
+from simpo_pipeline.executor.records.info import Ended, info_record, read_info
+from simpo_pipeline.executor.records.lease import LeaseFence, LeaseKeeper, LeaseReader
+from simpo_pipeline.executor.records.provenance import Provenance
+from simpo_pipeline.executor.records.status import ERROR_FILE, LEASE_FILE, Status, read_record
 from simpo_pipeline.executor.run import PlanRow, StepRun
-from simpo_pipeline.executor.status import ERROR_FILE, LEASE_FILE, Status, read_record
+from simpo_pipeline.executor.running.checkpoints import remove_checkpoints
+from simpo_pipeline.executor.running.commit import StepFiles
+from simpo_pipeline.executor.running.failures import describe_failure, failure_in, place_of, report_end, sort_failures
+from simpo_pipeline.executor.running.live import Live, LiveStore, joint_digest
+from simpo_pipeline.executor.running.stopping import StoppableCall
 from simpo_pipeline.executor.step import LiveInput
-from simpo_pipeline.executor.stopping import StoppableCall
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.fence import fenced
 from simpo_pipeline.storage.files import remove_tree, write_json

@@ -9,15 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simpo_pipeline.errors import SimpoPipelineError, StepCancelledError, StepFailedError
-from simpo_pipeline.executor.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
-from simpo_pipeline.executor.checkpoints import remove_unused_checkpoints
-from simpo_pipeline.executor.graph import Step
-from simpo_pipeline.executor.order import Order
-from simpo_pipeline.executor.plan import Decision
-from simpo_pipeline.executor.planner import Planner
+from simpo_pipeline.executor.planning.graph import Step
+from simpo_pipeline.executor.planning.order import Order
+from simpo_pipeline.executor.planning.plan import Decision, Planner
+from simpo_pipeline.executor.records.status import LEASE_FILE
 from simpo_pipeline.executor.run import Action, PlanRow
-from simpo_pipeline.executor.schedule import Schedule
-from simpo_pipeline.executor.status import LEASE_FILE
+from simpo_pipeline.executor.running.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
+from simpo_pipeline.executor.running.checkpoints import remove_unused_checkpoints
+from simpo_pipeline.executor.running.schedule import Schedule
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
 

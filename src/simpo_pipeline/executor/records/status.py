@@ -18,8 +18,8 @@ from enum import StrEnum
 from typing import Any, cast
 
 from simpo_pipeline.errors import PathNotFoundError, StorageError
-from simpo_pipeline.executor.holder import Holder, parse_holder
-from simpo_pipeline.executor.lease import LeaseWatch
+from simpo_pipeline.executor.records.holder import Holder, parse_holder
+from simpo_pipeline.executor.records.lease import LeaseWatch
 from simpo_pipeline.storage.checksum import crc32c_of, crc32c_of_bytes
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.files import json_bytes, list_files, read_bytes, read_json

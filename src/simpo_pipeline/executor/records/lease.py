@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from simpo_pipeline.errors import ConfigError, FileLockedError, LeaseLostError, PathNotFoundError, StorageError
-from simpo_pipeline.executor.holder import Holder, parse_holder, utc_now
+from simpo_pipeline.executor.records.holder import Holder, parse_holder, utc_now
 from simpo_pipeline.storage.conditional import ConditionalFiles
 
 _logger = logging.getLogger("simpo_pipeline.executor")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, cast
 
-from simpo_pipeline.executor.graph import Step
+from simpo_pipeline.executor.planning.graph import Step
 from simpo_pipeline.executor.step import ExecutorStep, InputName, LiveInput, OutputName, VersionedValue
 from simpo_pipeline.storage.paths import is_relative, join
 

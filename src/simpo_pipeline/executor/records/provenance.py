@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from simpo_pipeline.executor.secrets import blotted_words
+from simpo_pipeline.executor.records.secrets import blotted_words
 
 _PACKAGES = (
     "simpo-pipeline",

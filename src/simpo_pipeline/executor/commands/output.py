@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from simpo_pipeline.errors import PathNotFoundError, SimpoPipelineError, StorageError
-from simpo_pipeline.executor.explanation import Explanation
-from simpo_pipeline.executor.rounds import StepResult
+from simpo_pipeline.executor.planning.explanation import Explanation
 from simpo_pipeline.executor.run import Action, PlanRow
+from simpo_pipeline.executor.running.rounds import StepResult
 from simpo_pipeline.executor.table import format_table, plan_table
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.paths import join

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from simpo_pipeline.errors import PeerFailedError
-from simpo_pipeline.executor.status import ERROR_FILE
+from simpo_pipeline.executor.records.status import ERROR_FILE
 
 _FAILURE_FIELDS = ("process_index", "host", "exception", "at", "traceback")
 

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.attempt import REPLAY_FOLDER
-from simpo_pipeline.executor.holder import Holder
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseWatch
-from simpo_pipeline.executor.output import json_document
-from simpo_pipeline.executor.parallel import in_parallel
-from simpo_pipeline.executor.status import (
+from simpo_pipeline.executor.commands.output import json_document
+from simpo_pipeline.executor.records.holder import Holder
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
+from simpo_pipeline.executor.records.status import (
     INFO_FILE,
     LEASE_FILE,
     STATUS_FILE,
@@ -23,9 +21,10 @@ from simpo_pipeline.executor.status import (
     is_output,
     read_record,
 )
+from simpo_pipeline.executor.running.attempt import REPLAY_FOLDER
 from simpo_pipeline.executor.table import format_table
 from simpo_pipeline.storage.entry import FileEntry
-from simpo_pipeline.storage.files import exists, list_files
+from simpo_pipeline.storage.files import exists, in_parallel, list_files
 from simpo_pipeline.storage.paths import absolute, join
 
 QUIET_SECONDS = 3600.0

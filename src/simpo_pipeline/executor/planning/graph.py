@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_pipeline.errors import PlanError
-from simpo_pipeline.executor.identity import Edge, EdgeKind, Identity, Markers, find_markers, identify
+from simpo_pipeline.executor.planning.identity import Edge, EdgeKind, Identity, Markers, find_markers, identify
 from simpo_pipeline.executor.step import ExecutorStep, InputName, get_executor_step
 from simpo_pipeline.storage.paths import absolute, is_relative, join
 

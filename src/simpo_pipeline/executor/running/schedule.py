@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from simpo_pipeline.executor.attempt import Ending
-from simpo_pipeline.executor.graph import Step
+from simpo_pipeline.executor.planning.graph import Step
+from simpo_pipeline.executor.running.attempt import Ending
 
 
 class Schedule:

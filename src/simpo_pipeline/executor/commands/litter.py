@@ -20,14 +20,21 @@ from enum import StrEnum
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError, PathNotFoundError, StorageError
-from simpo_pipeline.executor.attempt import REPLAY_FOLDER
+from simpo_pipeline.executor.commands.output import json_document
+from simpo_pipeline.executor.commands.survey import (
+    SeenLease,
+    SeenStep,
+    Survey,
+    aligned_right,
+    human_bytes,
+    is_quiet,
+    total_bytes,
+)
 from simpo_pipeline.executor.executor import PROBE_PREFIX
-from simpo_pipeline.executor.holder import parse_holder
-from simpo_pipeline.executor.info import read_info
-from simpo_pipeline.executor.lease import LeaseConfig, LeaseKeeper, LeaseWatch
-from simpo_pipeline.executor.output import json_document
-from simpo_pipeline.executor.parallel import in_parallel
-from simpo_pipeline.executor.status import (
+from simpo_pipeline.executor.records.holder import parse_holder
+from simpo_pipeline.executor.records.info import read_info
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseWatch
+from simpo_pipeline.executor.records.status import (
     CHECKPOINTS_FOLDER,
     LEASE_FILE,
     MANIFEST_FILE,
@@ -38,19 +45,11 @@ from simpo_pipeline.executor.status import (
     manifest_bytes,
     read_manifest,
 )
-from simpo_pipeline.executor.survey import (
-    SeenLease,
-    SeenStep,
-    Survey,
-    aligned_right,
-    human_bytes,
-    is_quiet,
-    total_bytes,
-)
+from simpo_pipeline.executor.running.attempt import REPLAY_FOLDER
 from simpo_pipeline.executor.table import format_table
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.entry import FileEntry
-from simpo_pipeline.storage.files import read_bytes, remove_tree
+from simpo_pipeline.storage.files import in_parallel, read_bytes, remove_tree
 from simpo_pipeline.storage.paths import join
 
 _PROBE = re.compile(re.escape(PROBE_PREFIX) + "[0-9a-f]+")

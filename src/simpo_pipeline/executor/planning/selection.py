@@ -3,13 +3,24 @@
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from simpo_pipeline.errors import PlanError
-from simpo_pipeline.executor.graph import Graph, Step, depth_first_order
-from simpo_pipeline.executor.order import Order
-from simpo_pipeline.executor.planner import Request
+from simpo_pipeline.executor.planning.graph import Graph, Step, depth_first_order
+from simpo_pipeline.executor.planning.order import Order
 
 _MAX_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was asked of the executor besides the DAG."""
+
+    wanted: frozenset[Step]
+    """The steps asked for; others run only if one of these needs them."""
+    forced: frozenset[Step] = frozenset()
+    """The steps to run also if they are done, once."""
+    force_run_failed: bool = True
 
 
 def select_steps(
@@ -20,7 +31,7 @@ def select_steps(
     until: Sequence[str] | None,
     force: Sequence[str] | None,
     force_run_failed: bool,
-) -> Request:
+) -> Selection:
     """What is asked for: all steps, or those that `run_only` and `until` leave, and the forced ones.
 
     Args:
@@ -44,7 +55,7 @@ def select_steps(
             f"run_only {list(run_only or ())} and until {list(until or ())} together leave no step. The steps are: "
             f"{_names(order)}."
         )
-    return Request(frozenset(wanted) | forced, forced, force_run_failed)
+    return Selection(frozenset(wanted) | forced, forced, force_run_failed)
 
 
 def _matching(order: Order, text: str) -> list[Step]:

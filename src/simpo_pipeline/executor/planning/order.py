@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from simpo_pipeline.errors import LiveEdgeError, PlanError
-from simpo_pipeline.executor.graph import Graph, Step, depth_first_order
-from simpo_pipeline.executor.identity import EdgeKind
+from simpo_pipeline.executor.planning.graph import Graph, Step, depth_first_order
+from simpo_pipeline.executor.planning.identity import EdgeKind
 
 
 @dataclass(frozen=True)

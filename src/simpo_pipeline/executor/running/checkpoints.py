@@ -6,8 +6,8 @@ every step that uses its live value has it too: until then a replay may resume f
 
 import logging
 
-from simpo_pipeline.executor.lease import LeaseKeeper
-from simpo_pipeline.executor.status import CHECKPOINTS_FOLDER, LEASE_FILE
+from simpo_pipeline.executor.records.lease import LeaseKeeper
+from simpo_pipeline.executor.records.status import CHECKPOINTS_FOLDER, LEASE_FILE
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
 

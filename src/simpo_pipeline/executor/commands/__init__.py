@@ -1,0 +1,1 @@
+"""`python -m simpo_pipeline.executor status|gc`, and the text that experiments print."""

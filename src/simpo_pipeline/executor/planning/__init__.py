@@ -1,0 +1,1 @@
+"""What to run and why: identities, order and the plan. It only reads."""

@@ -1,0 +1,285 @@
+"""What to do with each step, and why.
+
+`make_plan` is a pure function of the graph and of what storage holds. `Planner` reads storage in the leader and shares
+its plans with every process of the job.
+
+done        = SUCCESS is recorded and a manifest lists the outputs
+demanded(p) = a step that will RUN or REPLAY uses the live value of p
+SKIP        done, not forced, and not (demanded and not held by this process)
+REPLAY      done, demanded and not held; then its own live inputs are demanded too
+WAIT        not done, and another job holds a fresh lease
+BLOCKED     failed in this job, failed before (when that counts), has no function, or needs what is BLOCKED
+RUN         otherwise
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from simpo_pipeline.errors import PlanError
+from simpo_pipeline.executor.planning.explanation import explain_new_steps
+from simpo_pipeline.executor.planning.graph import Graph, Step
+from simpo_pipeline.executor.planning.order import Order
+from simpo_pipeline.executor.planning.selection import Selection
+from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
+from simpo_pipeline.executor.records.status import Status, StepRecord, read_record
+from simpo_pipeline.executor.run import Action, PlanRow
+from simpo_pipeline.storage.files import in_parallel, list_names
+from simpo_pipeline.storage.paths import base_name, parent
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An action and its reason."""
+
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a plan depends on besides the graph."""
+
+    records: Mapping[Step, StepRecord]
+    wanted: frozenset[Step]
+    """The steps asked for; others are in the plan only if a wanted one that is not done needs them."""
+    held: Collection[Step] = field(default_factory=frozenset[Step])
+    """The producers whose live values this process holds."""
+    ended: Mapping[Step, str] = field(default_factory=dict[Step, str])
+    """The steps that failed in this job, with a word on how."""
+    force_run_failed: bool = True
+    forced: frozenset[Step] = frozenset()
+    """Steps to run also if they are done."""
+
+
+def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, Decision]:
+    """The decision for each step that matters, in the order they run."""
+    decisions: dict[Step, Decision] = {}
+    for step in order.steps:
+        decisions[step] = _first_decision(step, graph, situation, decisions)
+    needed = _decide_backwards(graph, order, situation, decisions)
+    while _block_forwards(graph, order, decisions):
+        needed = _decide_backwards(graph, order, situation, decisions)
+    return {step: decisions[step] for step in order.steps if step in needed}
+
+
+def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: Mapping[Step, Decision]) -> Decision:
+    """The decision without regard to who uses the step."""
+    record = situation.records[step]
+    if record.done and step not in situation.forced:
+        return Decision(Action.SKIP, _skip_reason(step, graph, situation))
+    if step in situation.ended:
+        return Decision(Action.BLOCKED, situation.ended[step])
+    if step.fn is None:
+        return Decision(Action.BLOCKED, "it has no function, and no SUCCESS is recorded: its outputs were expected")
+    if record.lease is not None and record.lease.fresh:
+        return Decision(Action.WAIT, f"held by {record.lease.describe()}")
+    blocked = _blocked_need(step, graph, decisions)
+    if blocked is not None:
+        return blocked
+    if record.status is Status.FAILED and not situation.force_run_failed:
+        return Decision(Action.BLOCKED, "it failed before, and --force_run_failed is false")
+    return Decision(Action.RUN, "forced; SUCCESS is recorded" if record.done else _run_reason(record))
+
+
+def _skip_reason(step: Step, graph: Graph, situation: Situation) -> str:
+    """A forced step keeps its version, so those that used it stay done; that must not go unsaid."""
+    forced = [edge.step.name for edge in graph.needs(step) if edge.step in situation.forced]
+    if not forced:
+        return "SUCCESS is recorded"
+    names = _named(list(dict.fromkeys(forced)))
+    return f"SUCCESS is recorded, of what {names} gave before; to run it again too, force it"
+
+
+def _run_reason(record: StepRecord) -> str:
+    if record.status is Status.SUCCESS:
+        return f"SUCCESS is recorded, but its manifest {record.manifest}"
+    if record.status is Status.RUNNING:
+        left_by = f"{record.lease.describe()}, which is gone" if record.lease else "a job that holds no lease any more"
+        return f"left RUNNING by {left_by}"
+    if record.unreadable_status is not None:
+        return f"its status file holds {record.unreadable_status!r}, which is no status"
+    if record.status is not None:
+        words = {
+            Status.FAILED: "it failed before",
+            Status.DEP_FAILED: "a step it needs failed before",
+            Status.CANCELLED: "it was cancelled before",
+        }
+        return words[record.status]
+    if record.manifest is None:
+        return "a manifest is there, but no status is recorded"
+    return record.what_changed or "never ran"
+
+
+def _blocked_need(step: Step, graph: Graph, decisions: Mapping[Step, Decision]) -> Decision | None:
+    for edge in graph.needs(step):
+        if decisions[edge.step].action is Action.BLOCKED:
+            return Decision(Action.BLOCKED, f"needs {edge.step.name}, which is BLOCKED")
+    return None
+
+
+def _decide_backwards(graph: Graph, order: Order, situation: Situation, decisions: dict[Step, Decision]) -> set[Step]:
+    """Turn done steps with demanded live values into REPLAY, and collect the steps that matter, consumers first."""
+    needed: set[Step] = set(situation.wanted)
+    for step in reversed(order.steps):
+        if decisions[step].action in (Action.SKIP, Action.REPLAY):
+            decisions[step] = _skip_or_replay(step, graph, order, situation, decisions, needed)
+        if step in needed and decisions[step].action is not Action.SKIP:
+            needed.update(edge.step for edge in graph.needs(step))
+    return needed
+
+
+def _skip_or_replay(
+    step: Step,
+    graph: Graph,
+    order: Order,
+    situation: Situation,
+    decisions: Mapping[Step, Decision],
+    needed: Collection[Step],
+) -> Decision:
+    demand = [
+        consumer
+        for consumer in order.consumers.get(step, ())
+        if consumer in needed and decisions[consumer].action in (Action.RUN, Action.REPLAY)
+    ]
+    if not demand:
+        return Decision(Action.SKIP, _skip_reason(step, graph, situation))
+    users = _named([f"{consumer.name} ({decisions[consumer].action})" for consumer in demand])
+    if step in situation.held:
+        return Decision(Action.SKIP, f"SUCCESS is recorded, and its live value is held for {users}")
+    if step in situation.ended:
+        return Decision(Action.BLOCKED, situation.ended[step])
+    return Decision(Action.REPLAY, f"SUCCESS is recorded, but its live value is needed by {users}")
+
+
+def _named(users: list[str]) -> str:
+    more = len(users) - 3
+    return ", ".join(users[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def _block_forwards(graph: Graph, order: Order, decisions: dict[Step, Decision]) -> bool:
+    """Block what needs a blocked step; whether anything changed."""
+    changed = False
+    for step in order.steps:
+        if decisions[step].action in (Action.RUN, Action.REPLAY):
+            blocked = _blocked_need(step, graph, decisions)
+            if blocked is not None:
+                decisions[step] = blocked
+                changed = True
+    return changed
+
+
+_MANY_IN_ONE_FOLDER = 16
+
+
+class Planner:
+    """Makes the plans of one run; remembers, between them, the leases it saw and what it found out about new steps."""
+
+    def __init__(self, graph: Graph, order: Order, selection: Selection, processes: Processes, lease: LeaseConfig):
+        self.watch = LeaseWatch(lease)
+        self._graph = graph
+        self._order = order
+        self._selection = selection
+        self._processes = processes
+        self._what_changed: dict[Step, str] | None = None
+        self.with_checkpoints: set[Step] = set()
+        """In the leader, the steps that had checkpoints when they were last looked at."""
+
+    def check_same_steps(self) -> None:
+        """Make sure that all processes of the job built the same DAG.
+
+        Raises:
+            PlanError: in every process, naming the first step at which two of them part.
+        """
+        labels = [f"{step.name}-{self._graph.identities[step].hash}" for step in self._order.steps]
+        everyones: list[list[str]] = self._processes.gather(labels)
+        for index, theirs in enumerate(everyones):
+            if theirs != everyones[0]:
+                pairs = zip([*everyones[0], "nothing"], [*theirs, "nothing"], strict=False)
+                ours_first, theirs_first = next(pair for pair in pairs if pair[0] != pair[1])
+                raise PlanError(
+                    f"Process {index} built another DAG than process 0: {theirs_first} in place of {ours_first}. "
+                    "Start every process with the same code, config and environment."
+                )
+
+    def decide(
+        self, ended: Mapping[Step, str], held: Collection[Step], attempted: Collection[Step] = ()
+    ) -> dict[Step, Decision]:
+        """The plan now, the same in every process; `ended` and `held` as in Situation.
+
+        What was `attempted` in this run is forced no more.
+        """
+        index_of = {step: index for index, step in enumerate(self._order.steps)}
+
+        def decide() -> list[list[Any]]:
+            request = self._selection
+            situation = Situation(
+                self._read_records(),
+                request.wanted,
+                held,
+                ended,
+                request.force_run_failed,
+                request.forced.difference(attempted),
+            )
+            plan = make_plan(self._graph, self._order, situation)
+            return [[index_of[step], decision.action.value, decision.reason] for step, decision in plan.items()]
+
+        agreed: list[list[Any]] = self._processes.leader_decides(decide)
+        return {self._order.steps[index]: Decision(Action(action), reason) for index, action, reason in agreed}
+
+    def is_forced(self, step: Step) -> bool:
+        """Whether the step was to run also if it is done."""
+        return step in self._selection.forced
+
+    def anything_changed(self, waited_for: Collection[Step]) -> bool:
+        """Whether another job finished, or gave up, one of these steps; asks storage in the leader alone."""
+        return self._processes.leader_decides(lambda: any(self._may_proceed(step) for step in waited_for))
+
+    def _may_proceed(self, step: Step) -> bool:
+        record = read_record(self._graph.output_paths[step], self.watch)
+        return record.lease is None or not record.lease.fresh or (record.done and not self.is_forced(step))
+
+    def rows(self, decisions: Mapping[Step, Decision]) -> tuple[PlanRow, ...]:
+        """The plan as the steps and the tables show it."""
+        identities, paths = self._graph.identities, self._graph.output_paths
+        return tuple(
+            PlanRow(step.name, decision.action, decision.reason, identities[step].short_hash, paths[step])
+            for step, decision in decisions.items()
+        )
+
+    def _read_records(self) -> dict[Step, StepRecord]:
+        """What storage says of every step: it is asked once for each, not at all for most that never ran."""
+        paths = {step: self._graph.output_paths[step] for step in self._order.steps}
+        names_beside = self._list_shared_folders(paths.values())
+        there = [
+            path
+            for path in paths.values()
+            if parent(path) not in names_beside or base_name(path) in names_beside[parent(path)]
+        ]
+        found = dict(zip(there, in_parallel(lambda path: read_record(path, self.watch), there), strict=True))
+        records = {step: found.get(path, StepRecord()) for step, path in paths.items()}
+        if self._what_changed is None:
+            new = [step for step, record in records.items() if record.status is None]
+            self._what_changed = self._explain(new, names_beside)
+        self.with_checkpoints = {step for step, record in records.items() if record.has_checkpoints}
+        for step, text in self._what_changed.items():
+            records[step] = replace(records[step], what_changed=text)
+        return records
+
+    def _list_shared_folders(self, paths: Collection[str]) -> dict[str, frozenset[str]]:
+        """The names in each folder that holds many output paths."""
+        counts = Counter(parent(path) for path in paths)
+        return _list_folders([folder for folder, count in counts.items() if count >= _MANY_IN_ONE_FOLDER])
+
+    def _explain(self, new_steps: list[Step], names_beside: Mapping[str, frozenset[str]]) -> dict[Step, str]:
+        paths = {self._graph.output_paths[step]: step for step in new_steps if step.override_output_path is None}
+        missing = list(dict.fromkeys(folder for path in paths if (folder := parent(path)) not in names_beside))
+        names = {folder: sorted(found) for folder, found in {**names_beside, **_list_folders(missing)}.items()}
+        configs = {path: self._graph.identities[step].version["config"] for path, step in paths.items()}
+        return {paths[path]: text for path, text in explain_new_steps(configs, names).items()}
+
+
+def _list_folders(folders: Collection[str]) -> dict[str, frozenset[str]]:
+    return dict(zip(folders, map(frozenset, in_parallel(list_names, folders)), strict=True))

@@ -1,0 +1,52 @@
+"""The records of what ran: `.executor_info` beside each step's outputs, and one file per experiment.
+
+Never in them: environment variables, or anything else that may hold a secret.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from simpo_pipeline.errors import StorageError
+from simpo_pipeline.executor.records.holder import utc_now
+from simpo_pipeline.executor.records.provenance import Provenance
+from simpo_pipeline.executor.records.status import INFO_FILE
+from simpo_pipeline.storage.files import read_bytes
+from simpo_pipeline.storage.paths import join
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of a step ended well."""
+
+    seconds: float
+    live_digest: str | None
+
+
+def info_record(
+    info: Mapping[str, Any], run_id: str, provenance: Provenance, started: str, ended: Ended | None
+) -> dict[str, Any]:
+    """What `.executor_info` holds while a step runs; more when it has ended."""
+    record: dict[str, Any] = {**info, "run_id": run_id, **provenance.as_json(), "created_date": started}
+    if ended is not None:
+        record |= {"finished_date": utc_now(), "seconds": ended.seconds, "live_digest": ended.live_digest}
+    return record
+
+
+def read_info(output_path: str) -> dict[str, Any]:
+    """The record beside the outputs.
+
+    Raises:
+        PathNotFoundError: nothing ran there.
+        StorageError: the record is damaged.
+    """
+    path = join(output_path, INFO_FILE)
+    data = read_bytes(path)
+    try:
+        info = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path!r} is no JSON ({error}). Remove the step's status to run it again.") from error
+    if not isinstance(info, dict):
+        raise StorageError(f"{path!r} is no JSON object. Remove the step's status to run it again.")
+    return cast(dict[str, Any], info)

@@ -1,0 +1,1 @@
+"""Carry out a plan: attempts, live values, commits."""

@@ -1,0 +1,49 @@
+"""What the records say about a step and about an experiment before anything runs."""
+
+import hashlib
+import sys
+from pathlib import PurePath
+from typing import Any
+
+from simpo_pipeline.executor.planning.graph import Graph, Step
+from simpo_pipeline.executor.planning.identity import EdgeKind
+from simpo_pipeline.executor.planning.resolve import json_text, to_json
+from simpo_pipeline.executor.records.secrets import blotted_values
+from simpo_pipeline.storage.paths import join
+
+
+def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
+    """What `.executor_info` says about a step before it runs; the names are Marin's."""
+    needs = dict.fromkeys(edge.step for edge in graph.edges[step] if edge.kind is not EdgeKind.PSEUDO)
+    identity = graph.identities[step]
+    return {
+        "name": step.name,
+        "fn_name": function_name(step),
+        "description": step.description,
+        "version": identity.version,
+        "version_str": identity.version_str,
+        "config": blotted_values(to_json(config)),
+        "dependencies": [graph.output_paths[need] for need in needs],
+        "override_output_path": step.override_output_path,
+        "pip_dependency_groups": step.pip_dependency_groups,
+        "resources": to_json(step.resources),
+        "output_path": graph.output_paths[step],
+    }
+
+
+def function_name(step: Step) -> str:
+    """Where the step's function lies, to find it by; not part of the identity."""
+    module, name = getattr(step.fn, "__module__", None), getattr(step.fn, "__qualname__", None)
+    return f"{module}.{name}" if name else type(step.fn).__name__
+
+
+def script_name() -> str:
+    """The name of the script that was started."""
+    return PurePath(sys.argv[0]).stem or "python"
+
+
+def run_record_path(base_path: str, infos: list[dict[str, Any]]) -> str:
+    """Where the record of an experiment goes: the same experiment writes the same file."""
+    semantics = [{key: value for key, value in info.items() if key != "description"} for info in infos]
+    digest = hashlib.sha256(json_text(semantics).encode()).hexdigest()
+    return join(base_path, f"{script_name()}-{digest[:6]}.json")

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.job.joining import joined_job
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
-from steps.joined_job import joined_job
-from steps.session import JobFlags
 
 ROUNDS = 5
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce-scatter")

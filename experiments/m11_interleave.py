@@ -8,25 +8,24 @@ python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [-
 import dataclasses
 import pathlib
 
+from experiments.keeping import KEEPS_NOTHING, Keeping
+from experiments.preset_flags import PresetFlags
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import executor_main, parse_main_config, usage_errors_told
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.job.main import TrackerChoice, main
+from simpo_pipeline.job.preflight import preflight_main
+from simpo_pipeline.job.preflight_job import PreflightJob
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
 from simpo_pipeline.storage.checksum import crc32c_of
-from simpo_pipeline.tracking.factory import TrackerKind
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
-from steps.joined_job import joined_job
-from steps.keeping import KEEPS_NOTHING, Keeping
 from steps.make_model import MakeModelConfig, make_model
-from steps.preflight import PreflightFlags, PreflightJob, preflight_main
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 from steps.report import ReportConfig, report
-from steps.session import tracker_for
 from steps.train import TrainConfig, train
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -233,32 +232,16 @@ def preflight_job(preset: Preset) -> PreflightJob:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class M11Args(PreflightFlags, Keeping):
-    """Flags of this experiment besides the executor's own."""
-
-    preset: str = "smollm2"
-    tracker: TrackerKind = "jsonl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Keeping.__post_init__(self)
-        if self.preset not in PRESETS:
-            raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-
-
 if __name__ == "__main__":
-    args = parse_main_config(M11Args)
-    if args.preflight is not None:
-        preflight_main(preflight_job(PRESETS[args.preset]), args)
+    flags = parse_main_config(PresetFlags)
     with usage_errors_told():
-        steps = interleave(PRESETS[args.preset], args)
-    open_tracker = tracker_for(args.tracker, args, name=f"m11-{args.preset}", project="simpo-pipeline")
-    with joined_job(args) as job:
-        executor_main(
-            args,
-            steps=steps,
-            description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
-            session=args.job_session(open_tracker, job.group),
-            processes=job.processes,
-        )
+        name, preset = flags.choose(PRESETS, default="smollm2")
+        steps = interleave(preset, flags)
+    if flags.preflight is not None:
+        preflight_main(preflight_job(preset), flags)
+    main(
+        flags,
+        steps=steps,
+        description="train 2 updates, generate for 128 prompts, train 5 more, with one live trainer",
+        tracker=TrackerChoice(name=f"m11-{name}"),
+    )

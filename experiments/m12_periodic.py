@@ -9,22 +9,19 @@ M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50
 
 import dataclasses
 
-from m11_interleave import PRESETS as M11_PRESETS
-from m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
-
+from experiments.interleave import interleave_steps
+from experiments.keeping import KEEPS_NOTHING, Keeping
+from experiments.m11_interleave import PRESETS as M11_PRESETS
+from experiments.m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
+from experiments.preset_flags import PresetFlags
+from experiments.schedule import expand_schedule
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import executor_main, parse_main_config, usage_errors_told
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of
 from simpo_pipeline.inference.config import EngineConfig
-from simpo_pipeline.tracking.factory import TrackerKind
+from simpo_pipeline.job.main import TrackerChoice, main
+from simpo_pipeline.job.preflight import preflight_main
 from steps.infer import InferConfig
-from steps.interleave import interleave_steps
-from steps.joined_job import joined_job
-from steps.keeping import KEEPS_NOTHING, Keeping
-from steps.preflight import PreflightFlags, preflight_main
-from steps.schedule import expand_schedule
-from steps.session import tracker_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ def periodic(preset: PeriodicPreset, keeping: Keeping = KEEPS_NOTHING) -> list[E
         model=model,
         pairs=[(pairs, 1.0)],
         trainer=base.trainer,
-        segments=expand_schedule(base.trainer.num_train_steps, eval_every=preset.eval_every),
+        phases=expand_schedule(base.trainer.num_train_steps, eval_every=preset.eval_every),
         generation=InferConfig(
             model_path=output_path_of(model),
             prompts=base.prompts,
@@ -93,32 +90,16 @@ def periodic(preset: PeriodicPreset, keeping: Keeping = KEEPS_NOTHING) -> list[E
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class M12Args(PreflightFlags, Keeping):
-    """Flags of this experiment besides the executor's own."""
-
-    preset: str = "tiny"
-    tracker: TrackerKind = "jsonl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Keeping.__post_init__(self)
-        if self.preset not in PRESETS:
-            raise ConfigError(f"--preset {self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-
-
 if __name__ == "__main__":
-    args = parse_main_config(M12Args)
-    if args.preflight is not None:
-        preflight_main(preflight_job(PRESETS[args.preset].base), args)
+    flags = parse_main_config(PresetFlags)
     with usage_errors_told():
-        steps = periodic(PRESETS[args.preset], args)
-    open_tracker = tracker_for(args.tracker, args, name=f"m12-{args.preset}", project="simpo-pipeline")
-    with joined_job(args) as job:
-        executor_main(
-            args,
-            steps=steps,
-            description="generate after every period of training, with one live trainer",
-            session=args.job_session(open_tracker, job.group),
-            processes=job.processes,
-        )
+        name, preset = flags.choose(PRESETS, default="tiny")
+        steps = periodic(preset, flags)
+    if flags.preflight is not None:
+        preflight_main(preflight_job(preset.base), flags)
+    main(
+        flags,
+        steps=steps,
+        description="generate after every period of training, with one live trainer",
+        tracker=TrackerChoice(name=f"m12-{name}"),
+    )

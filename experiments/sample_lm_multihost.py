@@ -10,17 +10,17 @@ import dataclasses
 import itertools
 import logging
 
-from simpo_pipeline.executor.main import executor_main
+from experiments.settings.command_line import parse_command_line_or_exit
+from experiments.settings.fetch_checked_model import fetch_step
+from experiments.settings.retired import SAMPLE_LM_MULTIHOST
+from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.job.main import main
 from simpo_pipeline.storage.files import list_files
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import join
 from steps.infer import infer
-from steps.joined_job import joined_job
-from steps.settings.command_line import ExperimentFlags, parse_command_line_or_exit
-from steps.settings.fetch_checked_model import fetch_step
-from steps.settings.retired import SAMPLE_LM_MULTIHOST
-from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
 
 logger = logging.getLogger("simpo_pipeline.sample_lm_multihost")
 TITLE = "sample_lm_multihost"
@@ -60,12 +60,10 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
 
 
 if __name__ == "__main__":
-    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST, ExperimentFlags)
-    with joined_job(flags) as job:
-        executor_main(
-            flags,
-            steps=sampler_steps(settings),
-            description=f"samples of {settings.hf_checkpoint}",
-            session=flags.open_session(settings.trainer.tracker, TITLE, job),
-            processes=job.processes,
-        )
+    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST, JobFlags)
+    main(
+        flags,
+        steps=sampler_steps(settings),
+        description=f"samples of {settings.hf_checkpoint}",
+        tracker=settings.trainer.tracker.choice(TITLE),
+    )

@@ -5,12 +5,11 @@
 Its `state_digest` must equal that of M11's train-5, bit for bit.
 """
 
-from m11_interleave import NUM_TRAIN_STEPS, PRESETS, M11Args, Preset, model_and_pairs
-
-from simpo_pipeline.executor.main import executor_main, parse_main_config
+from experiments.m11_interleave import NUM_TRAIN_STEPS, PRESETS, Preset, model_and_pairs
+from experiments.preset_flags import PresetFlags
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
-from steps.joined_job import joined_job
-from steps.session import tracker_for
+from simpo_pipeline.job.main import TrackerChoice, main
 from steps.train import TrainConfig, train
 
 
@@ -31,13 +30,12 @@ def uninterrupted(preset: Preset) -> list[ExecutorStep]:
 
 
 if __name__ == "__main__":
-    args = parse_main_config(M11Args)
-    open_tracker = tracker_for(args.tracker, args, name=f"simpo-{args.preset}", project="simpo-pipeline")
-    with joined_job(args) as job:
-        executor_main(
-            args,
-            steps=uninterrupted(PRESETS[args.preset]),
-            description="the run of M11 without its interruption",
-            session=args.job_session(open_tracker, job.group),
-            processes=job.processes,
-        )
+    flags = parse_main_config(PresetFlags)
+    with usage_errors_told():
+        name, preset = flags.choose(PRESETS, default="smollm2")
+    main(
+        flags,
+        steps=uninterrupted(preset),
+        description="the run of M11 without its interruption",
+        tracker=TrackerChoice(name=f"simpo-{name}"),
+    )

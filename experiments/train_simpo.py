@@ -13,26 +13,27 @@ and any other schedule its own. A setting on the command line wins over the file
 
 import dataclasses
 
-from simpo_pipeline.executor.main import executor_main, usage_errors_told
+from experiments.interleave import interleave_steps
+from experiments.keeping import KEEPS_NOTHING, Keeping
+from experiments.settings.command_line import parse_command_line_or_exit
+from experiments.settings.fetch_checked_model import fetch_step
+from experiments.settings.retired import TRAIN_SIMPO
+from experiments.settings.train_simpo import TrainSimpoConfig
+from simpo_pipeline.executor.main import usage_errors_told
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.job.main import main
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.paths import is_local
-from steps.interleave import interleave_steps
-from steps.joined_job import joined_job
-from steps.keeping import KEEPS_NOTHING, Keeping
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
-from steps.settings.command_line import ExperimentFlags, parse_command_line_or_exit
-from steps.settings.fetch_checked_model import fetch_step
-from steps.settings.retired import TRAIN_SIMPO
-from steps.settings.train_simpo import TrainSimpoConfig
 
 TITLE = "train_simpo"
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainFlags(ExperimentFlags, Keeping):
+class TrainFlags(JobFlags, Keeping):
     """Flags of this experiment besides its settings."""
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ def train_simpo_steps(settings: TrainSimpoConfig, keeping: Keeping = KEEPS_NOTHI
         keeping=keeping,
         eval_every=settings.trainer.steps_per_eval,
         tensor_parallel=settings.trainer.tensor_parallel,
-        segments=settings.segments(),
+        phases=settings.phases(),
         generation=settings.build_generation(output_path_of(model)),
         title=settings.trainer.tracker.name or TITLE,
     )
@@ -90,11 +91,9 @@ if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO, TrainFlags)
     with usage_errors_told():
         steps = train_simpo_steps(settings, flags)
-    with joined_job(flags) as job:
-        executor_main(
-            flags,
-            steps=steps,
-            description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.segments())} stretches",
-            session=flags.open_session(settings.trainer.tracker, TITLE, job),
-            processes=job.processes,
-        )
+    main(
+        flags,
+        steps=steps,
+        description=f"SimPO: {settings.trainer.num_train_steps} updates in {len(settings.phases())} phases",
+        tracker=settings.trainer.tracker.choice(TITLE),
+    )

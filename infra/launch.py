@@ -1,4 +1,4 @@
-"""Starts a job on many hosts: a TPU slice, GKE, or processes of this machine. `--help` says how."""
+"""Start a job on many hosts: a TPU slice, GKE, or local processes. `--help` shows the usage."""
 
 import os
 import pathlib

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
+from simpo_pipeline.job.session import session_of
 from simpo_pipeline.storage.files import list_files, read_json, remove_tree, write_json
 from simpo_pipeline.storage.paths import join
 from steps.fetch_model import TOKENIZER_FILES, copy_files
-from steps.session import session_of
 
 if TYPE_CHECKING:
     from simpo_pipeline.model.transformer import Llama

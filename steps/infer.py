@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig, load_prompts, prompt_shard
 from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import generated_row
+from simpo_pipeline.inference.host_rows import HostRows
+from simpo_pipeline.inference.row_files import merge_rows, merged_file, remove_rows, write_rows
 from simpo_pipeline.inference.text import decoder_of, with_end_tokens
+from simpo_pipeline.job.session import session_of
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
-from steps.host_rows import HostRows
-from steps.rows import merge_rows, merged_file, remove_rows, write_rows
-from steps.session import session_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -4,15 +4,12 @@ import dataclasses
 import logging
 import time
 
-from simpo_pipeline.data.config import PreferenceSource, TooLong, Unusable
+from simpo_pipeline.data.config import PAIRS_FILE, VALIDATION_FILE, PreferenceSource, TooLong, Unusable
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
-
-PAIRS_FILE = "pairs.parquet"
-VALIDATION_FILE = "validation.parquet"
 
 
 @dataclasses.dataclass(frozen=True)

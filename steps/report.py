@@ -13,9 +13,9 @@ from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_valu
 from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
+from simpo_pipeline.tracking.line_chart import Chart, Series, layout_chart
 from simpo_pipeline.training.evaluation import Estimate, accuracy_gain, margin_gain
-from steps.evaluate import EVALUATIONS_FILE
-from steps.line_chart import Chart, Series, layout_chart
+from simpo_pipeline.training.evaluator import EVALUATIONS_FILE
 
 Row = dict[str, Any]
 
@@ -89,17 +89,17 @@ def report(config: ReportConfig, run: StepRun) -> None:
     if not run.processes.is_leader:
         return
     names = {row.output_path: row.step_name for row in run.plan}
-    stretches = [_read_stretch(path, names) for path in config.train_outputs]
+    phases = [_read_phase(path, names) for path in config.train_outputs]
     generations = [_read_generation(path, names, config.num_samples) for path in config.infer_outputs]
-    updates = sorted((row for stretch in stretches for row in stretch.updates), key=lambda row: row["step"])
-    evaluations = _compare([row for stretch in stretches for row in stretch.evaluations])
+    updates = sorted((row for phase in phases for row in phase.updates), key=lambda row: row["step"])
+    evaluations = _compare([row for phase in phases for row in phase.evaluations])
     page = {
         "title": config.title,
         "headline": _headline(updates, evaluations, generations),
         "plan": run.plan,
         "timings": [_read_timing(row) for row in run.plan],
         "timing_parts": TIMING_PARTS,
-        "stretches": stretches,
+        "phases": phases,
         "updates": updates,
         "update_columns": {key: label for key, label in UPDATE_COLUMNS.items() if any(key in row for row in updates)},
         "evaluations": evaluations,
@@ -109,11 +109,11 @@ def report(config: ReportConfig, run: StepRun) -> None:
     }
     write_text(join(config.output_path, "report.html"), render("report.html.jinja", page))
     write_text(join(config.output_path, "report.md"), render("report.md.jinja", page))
-    write_json(join(config.output_path, "summary.json"), _summarize(stretches, updates, evaluations, generations))
+    write_json(join(config.output_path, "summary.json"), _summarize(phases, updates, evaluations, generations))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class TrainedPhase:
     """What one training step did."""
 
     name: str
@@ -153,13 +153,13 @@ class Timing:
     summary: Row
 
 
-def _read_stretch(path: str, names: dict[str, str]) -> Stretch:
+def _read_phase(path: str, names: dict[str, str]) -> TrainedPhase:
     updates = tuple(read_jsonl(join(path, "metrics.jsonl")))
     if not updates:
         raise DataError(f"{join(path, 'metrics.jsonl')} has no rows; expected one of each update")
     evaluated = join(path, EVALUATIONS_FILE)
     evaluations = tuple(read_jsonl(evaluated)) if exists(evaluated) else ()
-    return Stretch(names.get(path, base_name(path)), updates, evaluations, read_json(join(path, "summary.json")))
+    return TrainedPhase(names.get(path, base_name(path)), updates, evaluations, read_json(join(path, "summary.json")))
 
 
 def _compare(rows: Sequence[Row]) -> list[Evaluated]:
@@ -239,7 +239,7 @@ def _headline(updates: Sequence[Row], evaluations: Sequence[Evaluated], generati
 
 
 def _summarize(
-    stretches: Sequence[Stretch],
+    phases: Sequence[TrainedPhase],
     updates: Sequence[Row],
     evaluations: Sequence[Evaluated],
     generations: Sequence[Generation],
@@ -252,7 +252,7 @@ def _summarize(
         "held_out_accuracy": _as_row(last and last.accuracy),
         "held_out_accuracy_gain": _as_row(last and last.gain),
         "held_out_margin_gain": _as_row(last and last.margin_gain),
-        "state_digests": {stretch.name: stretch.summary.get("state_digest") for stretch in stretches},
+        "state_digests": {phase.name: phase.summary.get("state_digest") for phase in phases},
         "generated_tokens": sum(one.summary.get("generated_tokens", 0) for one in generations),
         "samples_shown": sum(len(one.samples) for one in generations),
     }

@@ -6,20 +6,20 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from simpo_pipeline.data.config import PAIRS_FILE
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live, joint_digest
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
+from simpo_pipeline.job.profile import profiled
+from simpo_pipeline.job.session import JobSession, session_of
+from simpo_pipeline.processes import joint_digest
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
-from steps.checkpoints import StretchCheckpoints, refuse_impossible
-from steps.evaluate import Evaluator, open_sweep, read_held_out
-from steps.prepare_pairs import PAIRS_FILE
-from steps.profile import profiled
-from steps.session import JobSession, session_of
+from simpo_pipeline.training.evaluator import Evaluator, open_sweep, read_held_out
+from simpo_pipeline.training.phase_checkpoints import PhaseCheckpoints, refuse_impossible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,13 +47,13 @@ class WeightedPairs:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One stretch of a run.
+    """One phase of a run.
 
     Attributes:
-        trainer: The whole run: its length, schedule, data order and loss. Equal in every stretch of the run.
+        trainer: The whole run: its length, schedule, data order and loss. Equal in every phase of the run.
         model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
         pairs_path: Output of `prepare_pairs`, or several with their weights.
-        stop_step: The last update of this stretch, counted over the whole run.
+        stop_step: The last update of this phase, counted over the whole run.
         eval_every: After every so many updates, before the first and after the last of the run, the pairs that
             `prepare_pairs` held out are evaluated; None evaluates none.
         tensor_parallel: Over so many neighbouring devices each matrix is split too, in the step that starts the run.
@@ -156,7 +156,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
                 evaluator.evaluate()
             checkpoints.after_update()
 
-        for stop, around in _stretches(trainer.step, config, session.profile, run):
+        for stop, around in _spans(trainer.step, config, session.profile, run):
             with around:
                 trainer.train_until(stop, loader, record)
         session.has_profiled |= session.profile is not None and first_step <= session.profile <= trainer.step
@@ -174,10 +174,10 @@ def _refuse_profile_beyond(profile: int | None, num_train_steps: int) -> None:
         raise ConfigError(f"--profile {profile}: the run has updates 1 to {num_train_steps}")
 
 
-def _stretches(
+def _spans(
     step: int, config: TrainConfig, profile: int | None, run: StepRun
 ) -> list[tuple[int, AbstractContextManager[None]]]:
-    """Up to which updates to train, and what to do around that: the profiled update is a stretch of its own."""
+    """Up to which updates to train, and what to do around that: the profiled update is a phase of its own."""
     if profile is None or not step < profile <= config.stop_step:
         return [(config.stop_step, nullcontext())]
     around = profiled(config.output_path, run.processes.process_index)
@@ -189,25 +189,25 @@ def _progress(rows: list[dict[str, float]], evaluator: Evaluator | None) -> dict
     return {"metrics": list(rows), "evaluations": [] if evaluator is None else list(evaluator.rows)}
 
 
-def _resume_evaluations(evaluator: Evaluator, checkpoints: StretchCheckpoints, step: int, config: TrainConfig) -> None:
-    """Writes the evaluations of before again, and makes the one that is due where the stretch begins."""
+def _resume_evaluations(evaluator: Evaluator, checkpoints: PhaseCheckpoints, step: int, config: TrainConfig) -> None:
+    """Writes the evaluations of before again, and makes the one that is due where the phase begins."""
     for row in checkpoints.earlier("evaluations"):
         evaluator.write(row)
     done = bool(evaluator.rows) and evaluator.rows[-1]["step"] == step
-    # A stretch that takes its trainer live begins where the one before has evaluated.
+    # A phase that takes its trainer live begins where the one before has evaluated.
     resumed = checkpoints.record is not None and config.evaluates_after(step)
     if step == 0 or (resumed and not done):
         evaluator.evaluate()
 
 
-def _start(config: TrainConfig, run: StepRun, session: JobSession) -> "tuple[Trainer, StretchCheckpoints]":
+def _start(config: TrainConfig, run: StepRun, session: JobSession) -> "tuple[Trainer, PhaseCheckpoints]":
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.mesh import training_mesh
     from simpo_pipeline.training.trainer import Trainer
 
     # The programs first: they say whether this process may touch the devices.
     programs, mesh = session.programs, training_mesh(config.tensor_parallel)
-    checkpoints = StretchCheckpoints(config.checkpoint, run, mesh, after=0, until=config.stop_step)
+    checkpoints = PhaseCheckpoints(config.checkpoint, run, mesh, after=0, until=config.stop_step)
     if checkpoints.record is None:
         return Trainer.start(config.trainer, config.model_path, programs=programs, mesh=mesh), checkpoints
     step, load = checkpoints.record.step, checkpoints.load
@@ -215,14 +215,14 @@ def _start(config: TrainConfig, run: StepRun, session: JobSession) -> "tuple[Tra
     return trainer, checkpoints
 
 
-def _take(config: TrainConfig, run: StepRun) -> "tuple[Trainer, StretchCheckpoints]":
+def _take(config: TrainConfig, run: StepRun) -> "tuple[Trainer, PhaseCheckpoints]":
     trainer: Trainer = config.live
     if trainer.config != config.trainer:
         raise ConfigError(
             f"the live trainer is of another run: it has {trainer.config}, this step was given {config.trainer}; "
-            "all stretches of one run share one trainer config"
+            "all phases of one run share one trainer config"
         )
-    checkpoints = StretchCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
+    checkpoints = PhaseCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
     if checkpoints.record is not None:
         trainer.restore(checkpoints.record.step, checkpoints.load)
     return trainer, checkpoints

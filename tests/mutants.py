@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "src/simpo_pipeline"
 ROOMS = (
     *("executor", "storage", "tracking", "distributed", "data", "config_files", "model", "ops", "training"),
-    *("inference", "handoff", "preflight", "steps", "infra/launcher"),
+    *("inference", "handoff", "preflight", "job", "steps", "experiments", "infra/launcher"),
 )
 TIMEOUT_SECONDS = 600.0
 # Without the parameters of a test, which may hold anything.
@@ -953,10 +953,17 @@ PREFLIGHT = (
 STEPS = (
     Mutant(
         "no-generation-after-the-last-update",
-        "steps/schedule.py",
+        "experiments/schedule.py",
         "range(eval_every, num_train_steps + 1, eval_every)",
         "range(eval_every, num_train_steps, eval_every)",
-        "tests/steps/test_schedule.py",
+        "tests/experiments/test_schedule.py",
+    ),
+    Mutant(
+        "tracker-flag-ignored",
+        f"{PACKAGE}/job/main.py",
+        "kind = flags.tracker or choice.kind",
+        "kind = choice.kind",
+        "tests/job/test_main.py",
     ),
     Mutant(
         "held-out-pairs-in-the-training-file",
@@ -974,7 +981,7 @@ STEPS = (
     ),
     Mutant(
         "missing-rows-of-a-host-not-noticed",
-        "steps/rows.py",
+        "src/simpo_pipeline/inference/row_files.py",
         "        if count < len(wanted):",
         "        if count > len(wanted):",
         "tests/steps/test_infer.py",
@@ -995,17 +1002,17 @@ STEPS = (
     ),
     Mutant(
         "checkpoint-written-one-update-off",
-        "steps/checkpoints.py",
+        "src/simpo_pipeline/training/phase_checkpoints.py",
         "self._trainer.step % every == 0",
         "self._trainer.step % every == every - 1",
         "tests/steps/test_checkpoints.py",
     ),
     Mutant(
         "gamma-of-the-file-not-passed-on",
-        "steps/settings/train_simpo.py",
+        "experiments/settings/train_simpo.py",
         "                gamma_beta_ratio=self.gamma_beta_ratio,\n",
         "",
-        "tests/steps/test_settings_train_simpo.py",
+        "tests/experiments/test_settings_train_simpo.py",
     ),
 )
 
@@ -1027,8 +1034,8 @@ LAUNCHER = (
     Mutant(
         "retry-after-a-genuine-failure",
         "infra/launcher/tpu_vm.py",
-        "raise JobFailed(told, failed.state.exit_code or 1)",
-        "raise TpuLost(told)",
+        "raise JobFailed(message, failed.state.exit_code or 1)",
+        "raise TpuLost(message)",
         "tests/infra/test_tpu_failures.py",
     ),
     Mutant(
@@ -1097,8 +1104,8 @@ LAUNCHER = (
     Mutant(
         "killed-pod-started-again",
         "infra/launcher/jobset.py",
-        "_TOLD_TO_END = [143]",
-        "_TOLD_TO_END = [137, 143]",
+        "_SIGTERM_EXIT_CODES = [143]",
+        "_SIGTERM_EXIT_CODES = [137, 143]",
         "tests/infra/test_gke.py",
     ),
     Mutant(

@@ -15,18 +15,19 @@ PACKAGE = ROOT / "src" / "simpo_pipeline"
 ROWS = (
     {"experiments", "benchmarks"},
     {"steps"},
+    {"job"},
     {"training", "inference", "handoff", "preflight"},
     {"model", "data"},
     {"ops"},
     {"distributed", "tracking", "executor"},
     {"storage"},
-    {"config_files"},
+    {"config_files", "processes"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # The rooms of the executor, and its own files by the highest room that each may import; leaves first.
 EXECUTOR_ROWS = (
-    {"step", "run", "processes", "table"},
+    {"step", "run", "table"},
     {"records"},
     {"planning"},
     {"running"},
@@ -131,7 +132,7 @@ def test_steps_and_experiments_import_no_jax_before_a_step_runs():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["simpo_pipeline.executor.main", "steps.train", "steps.infer", "steps.report"])
+@pytest.mark.parametrize("module", ["simpo_pipeline.job.main", "steps.train", "steps.infer", "steps.report"])
 def test_what_planning_imports_brings_no_jax_along(module):
     slow = (*HEAVY, "transformers", "wandb")
     code = f"import sys, {module}; print([name for name in {slow!r} if name in sys.modules])"

@@ -1,1 +1,1 @@
-"""Starts a job on many hosts: processes of this machine, a TPU slice, or a JobSet on GKE."""
+"""A launcher for jobs on many hosts: local processes, a TPU slice, or a JobSet on GKE."""

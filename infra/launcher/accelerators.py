@@ -1,4 +1,4 @@
-"""TPU types: how many chips and hosts a name such as v5p-32 stands for, and what Google Cloud calls its parts."""
+"""TPU types: the number of chips and hosts of a type such as v5p-32, and the names that Google Cloud uses."""
 
 import dataclasses
 import re
@@ -6,20 +6,20 @@ import re
 from launcher.errors import BadUsage
 
 CHIPS_PER_HOST = 4
-# Types with so few chips have one host for all of them.
+# Where a type's size counts chips, a slice with at most this many chips has a single host.
 _CHIPS_OF_ONE_LARGE_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of TPU.
+    """A TPU generation.
 
     Attributes:
-        name: As in an accelerator type, before the dash.
-        cores_per_chip: The number after the dash counts cores; on newer kinds a chip counts as one.
+        name: The part of an accelerator type before the dash.
+        cores_per_chip: Cores per chip. The number after the dash counts cores; newer generations count a chip as one.
         runtime_version: The image of a TPU VM.
-        gke_accelerator: The label of GKE's nodes; "" where GKE has none.
-        dimensions: Of a slice's topology.
+        gke_accelerator: The label of GKE's nodes; "" if GKE does not offer this generation.
+        dimensions: Number of dimensions of a slice's topology.
     """
 
     name: str
@@ -45,30 +45,33 @@ _ALIASES = {"v5e": "v5litepod"}
 
 @dataclasses.dataclass(frozen=True)
 class TpuType:
-    """A slice: a kind of TPU and its size."""
+    """A slice: a TPU generation and a size."""
 
     generation: Generation
     size: int
 
     @property
     def name(self) -> str:
-        """As Google Cloud spells it."""
+        """The accelerator type, as Google Cloud spells it."""
         return f"{self.generation.name}-{self.size}"
 
     @property
     def chips(self) -> int:
-        """Of the whole slice."""
+        """Number of chips in the slice."""
         return self.size // self.generation.cores_per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines with chips of the slice; one process runs on each."""
+        """Number of hosts in the slice; one process runs on each."""
         is_one_host = self.generation.cores_per_chip == 1 and self.chips <= _CHIPS_OF_ONE_LARGE_HOST
         return 1 if is_one_host else max(1, self.chips // CHIPS_PER_HOST)
 
     @property
     def topology(self) -> str:
-        """The slice's shape on GKE: sides that are as equal as powers of two can be, the longest last."""
+        """The slice's topology on GKE, such as 2x2x4.
+
+        The sides are powers of two, as equal as possible, in ascending order (descending for up to 4 chips).
+        """
         sides = [1] * self.generation.dimensions
         product = 1
         while product < self.chips:
@@ -79,19 +82,21 @@ class TpuType:
 
 
 def parse_tpu_type(text: str) -> TpuType:
-    """The slice that a name such as `v5p-32` stands for.
+    """Parse a TPU type such as `v5p-32`.
 
     Raises:
-        BadUsage: the kind is unknown, or there is no slice of that size.
+        BadUsage: the generation is unknown, or it has no slice of that size.
     """
     matched = re.fullmatch(r"([a-z0-9]+)-(\d+)", text)
     kind = _ALIASES.get(matched[1], matched[1]) if matched else ""
     if matched is None or kind not in GENERATIONS:
         kinds = ", ".join([*GENERATIONS, *_ALIASES])
-        raise BadUsage(f"--tpu_type {text!r} is unknown; write KIND-SIZE, such as v5p-32, with a kind of {kinds}")
+        raise BadUsage(f"--tpu_type {text!r} is unknown; write KIND-SIZE, such as v5p-32; kinds: {kinds}")
     tpu_type = TpuType(GENERATIONS[kind], int(matched[2]))
     chips = tpu_type.chips
     if chips < 1 or chips & (chips - 1) or tpu_type.size % tpu_type.generation.cores_per_chip:
-        counted = "chips" if tpu_type.generation.cores_per_chip == 1 else "cores, two a chip"
-        raise BadUsage(f"--tpu_type {text!r}: the number counts {counted}, and chips come in powers of two")
+        counted = "chips" if tpu_type.generation.cores_per_chip == 1 else "cores, two per chip"
+        raise BadUsage(
+            f"--tpu_type {text!r}: the size counts {counted}, and the number of chips must be a power of two"
+        )
     return tpu_type

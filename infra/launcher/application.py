@@ -1,4 +1,4 @@
-"""From the words of the command line to what they ask for."""
+"""The launcher's application: runs what the command line asks for."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 @dataclasses.dataclass(frozen=True)
 class Surroundings:
-    """What a launch finds around it; tests bring their own."""
+    """The environment of a launch; tests substitute their own."""
 
     root: pathlib.Path
     variables: Mapping[str, str]
@@ -46,7 +46,7 @@ class Surroundings:
 
     @property
     def logs(self) -> pathlib.Path:
-        """Where the lines of hosts are kept."""
+        """Folder for the output of the hosts."""
         return self.root / "runs" / "launches"
 
 
@@ -56,25 +56,25 @@ class Application:
     def __init__(self, flags: argparse.Namespace, around: Surroundings) -> None:
         self._flags = flags
         self._around = around
-        # What only reads this machine is run in a dry run too.
-        self._here: Commands = RealCommands()
+        # Commands that only read local state also run in a dry run.
+        self._local_commands: Commands = RealCommands()
 
     def run(self) -> int:
-        """Does what the flags say; returns the exit code."""
+        """Run what the flags ask for and return the exit code."""
         flags, around = self._flags, self._around
-        # Also those that a job of an earlier call was given: its lines may come by here.
+        # The output of a job that was started earlier may contain these values too.
         around.console.keep_secret(value for name, value in around.variables.items() if is_secret(name))
         if flags.backend == "local":
             if flags.subcommand:
-                raise BadUsage(f"`{flags.subcommand}` is for --tpu_name NAME or --backend gke; Ctrl-C ends a local job")
-            return self._launch_here()
+                raise BadUsage(f"`{flags.subcommand}` needs --tpu_name NAME or --backend gke; Ctrl-C stops a local job")
+            return self._launch_locally()
         if flags.subcommand:
-            self._look_after_gke() if flags.backend == "gke" else self._look_after_tpu()
+            self._manage_gke() if flags.backend == "gke" else self._manage_tpu()
         else:
             self._launch_on_gke() if flags.backend == "gke" else self._launch_on_tpu()
         return 0
 
-    def _launch_here(self) -> int:
+    def _launch_locally(self) -> int:
         flags, console = self._flags, self._around.console
         given = given_variables(flags.environment, self._around.variables, console)
         if not flags.dry_run:
@@ -85,7 +85,7 @@ class Application:
             words = ["env", *(f"{name}={value}" for name, value in own.items()), *flags.command]
             console.show_command(shlex.join(words))
         console.comment_only()
-        console.say("Dry run: nothing was started. PORT is one that is free.")
+        console.say("Dry run: nothing was started. PORT stands for a free port.")
         return 0
 
     def _launch_on_tpu(self) -> None:
@@ -94,7 +94,7 @@ class Application:
         capacity = parse_capacity(flags.capacity_type or "on-demand")
         tpu = TpuOptions(place, parse_tpu_type(flags.tpu_type), capacity, flags.version, flags.service_account)
         image = self._image_options()
-        source = None if image.uri else read_source(self._around.root, self._here)
+        source = None if image.uri else read_source(self._around.root, self._local_commands)
         options = self._job_options(source)
         tools = self._tools(PrintedCommands(self._around.console, SmoothTpu(tpu)))
         job: HostJob = BareJob(options.run_id)
@@ -121,7 +121,7 @@ class Application:
             flags.service_account or "default",
         )
         image = self._image_options()
-        source = None if image.uri else read_source(self._around.root, self._here)
+        source = None if image.uri else read_source(self._around.root, self._local_commands)
         options = self._job_options(source)
         tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(options.run_id, gke.tpu_type.hosts)))
         uri = self._image(image, Registry(_region(zone), project), source, tools)
@@ -136,7 +136,7 @@ class Application:
             job.interrupted()
             raise
 
-    def _look_after_tpu(self) -> None:
+    def _manage_tpu(self) -> None:
         flags = self._flags
         place = Place(flags.tpu_name, *self._zone_and_project())
         tools = self._tools(PrintedCommands(self._around.console, SmoothTpu()))
@@ -146,7 +146,7 @@ class Application:
         else:
             {"status": tpu.status, "stop": tpu.stop, "clean": tpu.clean}[flags.subcommand]()
 
-    def _look_after_gke(self) -> None:
+    def _manage_gke(self) -> None:
         flags = self._flags
         if not flags.run_id:
             raise BadUsage(f"`{flags.subcommand} --backend gke` needs --run_id, the name of the JobSet")
@@ -165,7 +165,7 @@ class Application:
             where = ["--location", zone, "--project", project, "--quiet"]
             done = tools.commands.run(["gcloud", "container", "clusters", "get-credentials", flags.cluster, *where])
             if done.code != 0:
-                raise LaunchError(f"the cluster {flags.cluster} is not to be reached: {done.err.strip()}")
+                raise LaunchError(f"the cluster {flags.cluster} cannot be reached: {done.err.strip()}")
         kubectl = Kubectl(tools.commands, flags.namespace, tools.clock, tools.timing.poll)
         return GkeJob(name, flags.namespace, kubectl, tools)
 
@@ -174,15 +174,15 @@ class Application:
         timing = around.timing
         if not flags.subcommand:
             timing = dataclasses.replace(timing, start=flags.start_timeout)
-        commands: Commands = self._here
+        commands: Commands = self._local_commands
         if flags.dry_run:
             commands = printed
             around.console.comment_only()
         return Tools(commands, around.clock, around.console, timing, around.logs, flags.dry_run)
 
     def _zone_and_project(self) -> tuple[str, str]:
-        zone = self._flags.zone or config_value(self._here, "compute/zone")
-        project = self._flags.project or config_value(self._here, "project")
+        zone = self._flags.zone or config_value(self._local_commands, "compute/zone")
+        project = self._flags.project or config_value(self._local_commands, "project")
         if not zone:
             raise BadUsage("Zone must be specified or set in gcloud config: --zone ZONE, such as us-central1-a")
         if not project:
@@ -218,17 +218,17 @@ class Application:
 
 
 def _region(zone: str) -> str:
-    """Of a zone or of a region."""
+    """Return the region of a zone; a region is returned unchanged."""
     return zone.rpartition("-")[0] if zone[-2:-1] == "-" else zone
 
 
-def _end(signal_number: int, frame: object) -> NoReturn:
-    """A closed terminal or a scheduler's SIGTERM ends the launcher, without a question; the job goes on."""
+def _exit_on_signal(signal_number: int, frame: object) -> NoReturn:
+    """Exit without asking when the terminal closes or a scheduler sends SIGTERM; the job keeps running."""
     raise SystemExit(128 + signal_number)
 
 
 def main(words: Sequence[str], around: Surroundings) -> int:
-    """Runs the launcher; returns its exit code."""
+    """Run the launcher and return its exit code."""
     flags = parse(words)
     try:
         return Application(flags, around).run()
@@ -241,9 +241,9 @@ def main(words: Sequence[str], around: Surroundings) -> int:
 
 
 def main_of_process(root: pathlib.Path, variables: Mapping[str, str]) -> int:
-    """Runs the launcher as the program of this process."""
-    # A shell starts background commands with SIGINT ignored, and Python then leaves it so.
+    """Run the launcher as the main program of this process."""
+    # A shell starts background commands with SIGINT ignored, and Python keeps it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+        signal.signal(number, _exit_on_signal)
     return main(sys.argv[1:], Surroundings(root, variables))

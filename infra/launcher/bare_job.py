@@ -1,4 +1,4 @@
-"""The job without docker: the tracked files and a virtual environment on each host; scripts for a POSIX shell."""
+"""A job without docker, as POSIX shell scripts: the tracked files and a virtual environment on each host."""
 
 import dataclasses
 import shlex
@@ -7,18 +7,18 @@ from launcher.host_job import folder_of, numbered_lines_from, receive
 from launcher.options import JobOptions
 
 _STOP_SECONDS = 30
-# That of the Dockerfile and of preflights: with another one come other versions of jax and libtpu.
+# The same as in the Dockerfile and in preflights: another version would select other versions of jax and libtpu.
 _PYTHON = "3.11"
 
 
 @dataclasses.dataclass(frozen=True)
 class BareJob:
-    """One job, as a session of processes in a folder of its own."""
+    """A job that runs as a session of processes, with its own folder on each host."""
 
     run_id: str
 
     def receive_source(self, size: int) -> str:
-        """Unpacks the tar file that comes as input, in place of what was there."""
+        """Return a script that replaces the sources with the tar file from its input."""
         folder = folder_of(self.run_id)
         return (
             f"mkdir -p {folder} && cd {folder} && {receive('source.tar', size)} && rm -rf source && mkdir source && "
@@ -26,7 +26,10 @@ class BareJob:
         )
 
     def prepare(self) -> str:
-        """Sets up the virtual environment, so that all hosts can start within seconds of each other."""
+        """Return a script that sets up the virtual environment.
+
+        Done beforehand, so that all hosts can start within seconds of each other.
+        """
         return (
             f'cd {folder_of(self.run_id)}/source && PATH="$HOME/.local/bin:$PATH" && '
             "{ command -v uv > /dev/null || python3 -m pip install --user --quiet uv; } && "
@@ -34,7 +37,7 @@ class BareJob:
         )
 
     def remove_stale(self) -> str:
-        """Keeps the log of this job's last attempt under another name, and forgets how it ended."""
+        """Return a script that renames the log of this job's last attempt and removes its pid and exit code."""
         folder = folder_of(self.run_id)
         return (
             f"mkdir -p {folder} && cd {folder} && "
@@ -43,11 +46,14 @@ class BareJob:
         )
 
     def environment_text(self, job: JobOptions) -> str:
-        """The variables as a shell reads them."""
+        """Return the variables as shell assignments."""
         return "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(job.environment.items()))
 
     def start(self, job: JobOptions, environment_size: int) -> str:
-        """Starts the command in a session of its own unless it was started, with variables that come as input."""
+        """Return a script that starts the command in a new session, unless it was already started.
+
+        The script reads the variables from its input.
+        """
         inner = f"{shlex.join(job.command)} > ../log 2>&1 < /dev/null; echo $? > ../exit_code"
         return (
             f"cd {folder_of(self.run_id)}/source && trap 'rm -f ../environment' EXIT; trap 'exit 1' HUP INT TERM; "
@@ -57,7 +63,10 @@ class BareJob:
         )
 
     def state(self) -> str:
-        """Tells whether it runs, and how it ended; a session that ended without a word was killed."""
+        """Return a script that reports whether the job is running, and how it finished.
+
+        A session that finished without writing an exit code was killed.
+        """
         return (
             f"cd {folder_of(self.run_id)} 2> /dev/null && if [ -s exit_code ]; then "
             'echo "@launch state exited $(cat exit_code) false $(date -u -r exit_code +%Y-%m-%dT%H:%M:%S.%N)"; '
@@ -67,12 +76,12 @@ class BareJob:
         )
 
     def lines(self, first: int, follow: bool) -> str:
-        """Its numbered lines."""
+        """Return a script that prints the job's numbered output lines."""
         read = 'tail -n +1 --pid="$(cat pid)" -f log' if follow else "cat log"
         return f"cd {folder_of(self.run_id)} && {read} 2> /dev/null | {numbered_lines_from(first)}"
 
     def stop(self) -> str:
-        """Asks the session to end, and ends it after a while."""
+        """Return a script that terminates the session, and kills it after `_STOP_SECONDS`."""
         return (
             f"cd {folder_of(self.run_id)} 2> /dev/null && pid=$(cat pid 2> /dev/null) && kill -s TERM -- -$pid && "
             f"for _ in $(seq {_STOP_SECONDS}); do kill -s 0 -- -$pid 2> /dev/null || break; sleep 1; done; "

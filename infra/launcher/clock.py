@@ -1,4 +1,4 @@
-"""Time, as the launcher waits for it; tests bring their own."""
+"""The clock that the launcher waits with; tests substitute their own."""
 
 import threading
 import time
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Tells the time and lets it pass."""
+    """A source of time, and a way to wait."""
 
     def now(self) -> float:
-        """Seconds from some fixed moment."""
+        """Return the seconds since an arbitrary fixed moment."""
         ...
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        """Waits until the event is set, but no longer than so many seconds; returns whether it is set."""
+        """Wait until the event is set, for at most `seconds`. Return whether it is set."""
         ...
 
     def sleep(self, seconds: float) -> None:
-        """Waits."""
+        """Wait for `seconds`."""
         ...
 
 
 class WallClock:
-    """The machine's clock."""
+    """The clock of this machine."""
 
     def now(self) -> float:
         return time.monotonic()

@@ -1,4 +1,4 @@
-"""Commands of this machine: run, read line by line, or only printed."""
+"""Local commands: run to completion, read line by line, or only printed."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,14 @@ from launcher.errors import BadUsage
 _MISSING_PROGRAM = {
     "gcloud": "install the Google Cloud CLI, then run `gcloud auth login` (infra/README.md, step 1)",
     "kubectl": "install it with `gcloud components install kubectl gke-gcloud-auth-plugin`",
-    "docker": "install docker, give --image, or give --no_docker, which ships the sources and needs none",
-    "git": "install git; the launcher ships what git tracks",
+    "docker": "install docker, give --image, or give --no_docker, which ships the sources and does not need docker",
+    "git": "install git; the launcher ships the files that git tracks",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A command that has ended."""
+    """The result of a finished command."""
 
     argv: tuple[str, ...]
     code: int
@@ -31,37 +31,37 @@ class Done:
 
 
 class Stream(Protocol):
-    """A command whose lines are read while it runs."""
+    """A command whose output is read while it runs."""
 
     def lines(self) -> Iterator[str]:
-        """Its standard output. A line that lacks its end was cut off."""
+        """Yield the lines of standard output. A line without a trailing newline was cut off."""
         ...
 
     @property
     def has_succeeded(self) -> bool:
-        """Whether it has ended by itself, and well."""
+        """Whether the command has finished by itself and succeeded."""
         ...
 
     def close(self) -> None:
-        """Ends the command; whoever reads its lines sees their end."""
+        """Stop the command. A reader of its lines then reaches their end."""
         ...
 
 
 class Commands(Protocol):
-    """How commands are run."""
+    """A way to run commands."""
 
     def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> Done:
-        """Runs a command to its end; `about_stdin` says what its input is, in place of it."""
+        """Run a command to completion. `about_stdin` describes its input where the command is only printed."""
         ...
 
     def open(self, argv: Sequence[str]) -> Stream:
-        """Starts a command whose lines are wanted while it runs."""
+        """Start a command whose output is read while it runs."""
         ...
 
 
 class _ProcessStream:
     def __init__(self, argv: Sequence[str]) -> None:
-        # A session of its own: Ctrl-C asks us first, and closing reaches the ssh below gcloud too.
+        # A separate session: Ctrl-C reaches only the launcher, and closing also reaches the ssh process below gcloud.
         self._process = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
@@ -73,7 +73,7 @@ class _ProcessStream:
     def lines(self) -> Iterator[str]:
         assert self._process.stdout is not None
         with self._process.stdout:
-            # Bytes end their lines at a line feed only; a progress bar's carriage returns stay in the line.
+            # Bytes are split at line feeds only; the carriage returns of a progress bar stay in the line.
             for line in self._process.stdout:
                 yield line.decode("utf-8", "replace")
         self._process.wait()
@@ -88,7 +88,7 @@ class _ProcessStream:
 
 
 class RealCommands:
-    """Runs them."""
+    """Runs commands on this machine."""
 
     def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> Done:
         del about_stdin
@@ -107,11 +107,11 @@ class RealCommands:
 
 
 def _missing(program: str) -> BadUsage:
-    return BadUsage(f"there is no program {program!r} here; {_MISSING_PROGRAM[program]}")
+    return BadUsage(f"program {program!r} was not found; {_MISSING_PROGRAM[program]}")
 
 
 class Pretence(Protocol):
-    """What commands would answer if all went well."""
+    """Simulated output of commands that succeed."""
 
     def answer(self, argv: Sequence[str]) -> Done: ...
 
@@ -129,7 +129,7 @@ class _EmptyStream:
 
 
 class PrintedCommands:
-    """Prints them, and goes on as if each had done what it is for."""
+    """Prints commands instead of running them, and returns simulated results."""
 
     def __init__(self, console: Console, pretence: Pretence) -> None:
         self._console = console

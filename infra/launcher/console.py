@@ -1,4 +1,4 @@
-"""What the launcher says, without the secrets it knows."""
+"""The output of the launcher, with known secrets masked."""
 
 import pathlib
 import sys
@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
-# A shorter value may be a part of any word.
+# A shorter value could be part of any word.
 _SHORTEST_SECRET = 6
 
 
 def _ask_on_terminal(question: str) -> str | None:
-    """The answer; None where nobody can be asked."""
+    """Return the user's answer, or None without a terminal or at end of input."""
     if not sys.stdin.isatty():
         return None
     try:
@@ -21,7 +21,7 @@ def _ask_on_terminal(question: str) -> str | None:
 
 
 class Console:
-    """Prints from any thread, whole lines only, with every known secret masked."""
+    """Prints whole lines from any thread, with every known secret masked."""
 
     def __init__(self, ask: Callable[[str], str | None] = _ask_on_terminal) -> None:
         self._ask = ask
@@ -30,34 +30,34 @@ class Console:
         self._lock = threading.Lock()
 
     def keep_secret(self, values: Iterable[str]) -> None:
-        """No line shows these values from now on."""
+        """Mask these values in all further output."""
         known = {*self._secrets, *(value for value in values if len(value) >= _SHORTEST_SECRET)}
         self._secrets = tuple(sorted(known, key=len, reverse=True))
 
     def masked(self, text: str) -> str:
-        """The text without secrets."""
+        """Return the text with secrets masked."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def comment_only(self) -> None:
-        """From now on `say` marks its lines as a shell's comments, beside commands that are shown."""
+        """Make `say` print shell comments from now on, so that they differ from printed commands."""
         self._mark = "# "
 
     def show_command(self, text: str) -> None:
-        """A command that a dry run leaves out."""
+        """Print a command that a dry run does not run."""
         self._print(text, sys.stdout)
 
     def say(self, text: str) -> None:
-        """A line of the launcher's own or of a host."""
+        """Print a message of the launcher or a line of a host."""
         self._print(self._mark + text.replace("\n", f"\n{self._mark}"), sys.stdout)
 
     def complain(self, text: str) -> None:
-        """A line on standard error."""
+        """Print a message to standard error."""
         self._print(text, sys.stderr)
 
     def confirm(self, question: str) -> bool:
-        """Asks; no answer, and nobody to ask, is a no."""
+        """Ask a yes-or-no question. Without an answer or a terminal, the result is False."""
         answer = self._ask(f"{question} [y/N] ")
         return answer is not None and answer.strip().lower() in ("y", "yes")
 
@@ -67,7 +67,7 @@ class Console:
 
 
 class LineFile:
-    """A host's lines in a file of this machine, so that they outlive the host."""
+    """A local file with the output of a host, so that it outlives the host."""
 
     def __init__(self, path: pathlib.Path, console: Console) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,10 @@ class LineFile:
         self._console = console
 
     def write(self, line: str) -> None:
-        """Adds a line; it is on disk when this returns."""
+        """Append a line and flush it to the file."""
         self._file.write(f"{self._console.masked(line)}\n")
         self._file.flush()
 
     def close(self) -> None:
-        """No more lines come."""
+        """Close the file."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""The variables of a job, and which of them are secrets."""
+"""The environment variables of a job, and which of them are secrets."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,25 +7,25 @@ from launcher.console import Console
 from launcher.errors import BadUsage
 
 DEFAULTS = {
-    # jax's own default, 8482, is closed by firewalls that some organisations put up.
+    # JAX's default port, 8482, is blocked by the firewalls of some organisations.
     "JAX_COORDINATOR_PORT": "8476",
-    # Above 0 the TPU driver keeps the line to itself that says why it halted.
+    # Above 0, the TPU driver does not print the line that says why it halted.
     "TPU_MIN_LOG_LEVEL": "0",
     "TPU_STDERR_LOG_LEVEL": "0",
     "PYTHONUNBUFFERED": "1",
 }
-# Passed on when they are set here.
+# Forwarded to the job if they are set on this machine.
 PASSED_ON = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_PROJECT")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of that name holds what nobody may read."""
+    """Return whether a variable of that name holds a secret."""
     return _SECRET.search(name) is not None
 
 
 def job_environment(given: Sequence[Sequence[str]], own: Mapping[str, str], console: Console) -> dict[str, str]:
-    """The variables: defaults, those passed on, and those given.
+    """Return the job's variables: the defaults, the forwarded ones and the given ones. Later ones take precedence.
 
     Raises:
         BadUsage: as `given_variables`.
@@ -35,10 +35,10 @@ def job_environment(given: Sequence[Sequence[str]], own: Mapping[str, str], cons
 
 
 def given_variables(given: Sequence[Sequence[str]], own: Mapping[str, str], console: Console) -> dict[str, str]:
-    """Those given as `-e NAME VALUE`, `-e NAME=VALUE` or `-e NAME`.
+    """Return the variables given as `-e NAME VALUE`, `-e NAME=VALUE` or `-e NAME`.
 
     Raises:
-        BadUsage: a variable that is to be passed on is not set, or `-e` has more than two words.
+        BadUsage: a variable to forward is not set, or `-e` has more than two words.
     """
     variables: dict[str, str] = {}
     for words in given:
@@ -47,14 +47,14 @@ def given_variables(given: Sequence[Sequence[str]], own: Mapping[str, str], cons
         if len(words) == 2:
             if is_secret(words[0]):
                 console.complain(
-                    f"Warning: `-e {words[0]} VALUE` shows a secret to everyone who lists this machine's processes; "
+                    f"Warning: `-e {words[0]} VALUE` shows a secret to everyone who can list this machine's processes; "
                     f"export it and write `-e {words[0]}`."
                 )
             variables[words[0]] = words[1]
         elif len(words) == 1 and words[0] in own:
             variables[words[0]] = own[words[0]]
         elif len(words) == 1:
-            raise BadUsage(f"-e {words[0]} passes on your own {words[0]}, which is not set; export it, or give a value")
+            raise BadUsage(f"-e {words[0]} forwards your own {words[0]}, which is not set; export it, or give a value")
         else:
-            raise BadUsage(f"-e {' '.join(words)}: write -e NAME VALUE, -e NAME=VALUE, or -e NAME to pass on your own")
+            raise BadUsage(f"-e {' '.join(words)}: write -e NAME VALUE, -e NAME=VALUE, or -e NAME to forward your own")
     return variables

@@ -1,13 +1,13 @@
-"""What can go wrong with a launch.
+"""Errors of a launch.
 
 LaunchError
-├── BadUsage          the words are wrong, nothing was started            exit code 2
-├── CommandFailed     gcloud, docker or kubectl said no
-├── TpuLost           the TPU was preempted or broke; another attempt may help
-├── TpuGone           somebody deleted or stopped the TPU; nothing is made anew
-├── Unreachable       hosts did not answer although the TPU is healthy
-├── Busy              another job, or this one, is running there already
-└── JobFailed         the command ended with an error on a host           that host's exit code
+├── BadUsage          the command line is wrong; nothing was started      exit code 2
+├── CommandFailed     gcloud, docker or kubectl failed
+├── TpuLost           the TPU was preempted or failed; another attempt may help
+├── TpuGone           someone deleted or stopped the TPU; it is not re-created
+├── Unreachable       hosts did not respond although the TPU is healthy
+├── Busy              another job, or this one, is already running there
+└── JobFailed         the command failed on a host                        that host's exit code
 """
 
 import shlex
@@ -15,41 +15,41 @@ from collections.abc import Sequence
 
 
 class LaunchError(Exception):
-    """A launch that ends with an error that a user can act on."""
+    """A failed launch, with an error that the user can act on."""
 
     exit_code = 1
 
 
 class BadUsage(LaunchError, ValueError):
-    """The words of the command line are wrong."""
+    """The command line is wrong."""
 
     exit_code = 2
 
 
 class CommandFailed(LaunchError):
-    """A command of this machine ended with an error."""
+    """A local command failed."""
 
     def __init__(self, argv: Sequence[str], code: int, output: str, advice: str = "") -> None:
         shown = shlex.join(argv[:6]) + (" ..." if len(argv) > 6 else "")
-        said = output.strip() or "(it wrote nothing)"
-        super().__init__(f"`{shown}` ended with exit code {code}: {said}" + (f"\n{advice}" if advice else ""))
+        said = output.strip() or "(no output)"
+        super().__init__(f"`{shown}` exited with code {code}: {said}" + (f"\n{advice}" if advice else ""))
         self.output = output
 
 
 class TpuLost(LaunchError):
-    """The TPU was preempted, broke or could not be made."""
+    """The TPU was preempted, failed or could not be created."""
 
 
 class TpuGone(LaunchError):
-    """The TPU was deleted or stopped by somebody."""
+    """Someone deleted or stopped the TPU."""
 
 
 class Unreachable(LaunchError):
-    """Hosts of a healthy TPU do not answer."""
+    """Hosts of a healthy TPU do not respond."""
 
 
 class Busy(LaunchError):
-    """A job is running where this one was to start."""
+    """A job is already running where this one would start."""
 
 
 class JobFailed(LaunchError):

@@ -1,4 +1,4 @@
-"""The gcloud commands of a launch, and what their answers mean."""
+"""The gcloud commands of a launch, and the interpretation of their output."""
 
 import dataclasses
 import json
@@ -15,28 +15,28 @@ _CAPACITY_FLAGS = {
     "reserved": ("--reserved",),
     "best-effort": ("--best-effort",),
 }
-# Only the alpha commands know these.
+# Only the alpha commands support these.
 _ALPHA_CAPACITIES = ("best-effort",)
-# Google Cloud's passing troubles, as gcloud words them.
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL:", "503", "502", "Connection reset", "Remote end closed")
-_LOOKS = 5
-# A host that is taken does not say goodbye: ssh has to notice by itself, within a minute.
+# Transient errors of Google Cloud, as gcloud words them.
+_TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL:", "503", "502", "Connection reset", "Remote end closed")
+_MAX_RETRIES = 5
+# A preempted host does not close its connections: ssh has to detect the loss by itself, within a minute.
 _SSH_OPTIONS = ("ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 _SSH_FLAGS = tuple(f"--ssh-flag=-o{option}" for option in _SSH_OPTIONS)
 _ADVICE = {
-    "RESOURCE_EXHAUSTED": "The project's quota for these chips is used up or zero: see step 2 of infra/README.md.",
-    "Quota": "The project's quota for these chips is used up or zero: see step 2 of infra/README.md.",
-    "PERMISSION_DENIED": "The account may not do this: see step 1 of infra/README.md, and `gcloud auth list`.",
+    "RESOURCE_EXHAUSTED": "The project's quota for these chips is used up or zero; see step 2 of infra/README.md.",
+    "Quota": "The project's quota for these chips is used up or zero; see step 2 of infra/README.md.",
+    "PERMISSION_DENIED": "The account lacks the permission; see step 1 of infra/README.md, and `gcloud auth list`.",
     "SERVICE_DISABLED": "Enable the API: `gcloud services enable tpu.googleapis.com` (infra/README.md, step 1).",
     "active account": "Log in with `gcloud auth login`.",
     "Reauthentication": "Log in again with `gcloud auth login`.",
-    "is not found in zone": "The zone has no such TPU: `gcloud compute tpus accelerator-types list --zone ZONE`.",
+    "is not found in zone": "The zone lacks this type; see `gcloud compute tpus accelerator-types list --zone ZONE`.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A TPU VM, as Google Cloud describes it."""
+    """A TPU VM as described by Google Cloud."""
 
     state: str
     health: str
@@ -45,28 +45,28 @@ class Node:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether jobs can run on it."""
+        """Whether jobs can run on the TPU."""
         return self.state == "READY" and self.health in ("", "HEALTH_UNSPECIFIED", "HEALTHY")
 
 
 @dataclasses.dataclass(frozen=True)
 class QueuedResource:
-    """A request for a TPU, which lives on beside the TPU that it led to."""
+    """A request for a TPU. It continues to exist after the TPU is created."""
 
     state: str
     reason: str
 
 
 def advice_for(text: str) -> str:
-    """What a user can do about an error of gcloud; "" if nothing is known."""
+    """Return advice for the user on an error of gcloud; "" if there is none."""
     return next((advice for sign, advice in _ADVICE.items() if sign in text), "")
 
 
 def require(done: Done) -> Done:
-    """The command's result, if it succeeded.
+    """Return the command's result if it succeeded.
 
     Raises:
-        CommandFailed: it did not.
+        CommandFailed: the command failed.
     """
     if done.code != 0:
         raise CommandFailed(done.argv, done.code, done.err or done.out, advice_for(done.err))
@@ -74,7 +74,7 @@ def require(done: Done) -> Done:
 
 
 class Gcloud:
-    """Everything that a launch asks of Google Cloud about one TPU."""
+    """The gcloud commands for one TPU."""
 
     def __init__(self, commands: Commands, place: Place, clock: Clock, poll_seconds: float) -> None:
         self._commands = commands
@@ -84,8 +84,8 @@ class Gcloud:
         self._where = ("--zone", place.zone, "--project", place.project)
 
     def node(self) -> Node | None:
-        """The TPU VM; None if there is none of that name."""
-        found = self._described("tpu-vm")
+        """Return the TPU VM, or None if it does not exist."""
+        found = self._describe("tpu-vm")
         if found is None:
             return None
         kind = str(found.get("acceleratorType", "")).rpartition("/")[2]
@@ -93,8 +93,8 @@ class Gcloud:
         return Node(str(found.get("state", "")), str(found.get("health", "")), kind, len(endpoints))
 
     def queued_resource(self) -> QueuedResource | None:
-        """The request; None if there is none of that name."""
-        found = self._described("queued-resources")
+        """Return the queued resource, or None if it does not exist."""
+        found = self._describe("queued-resources")
         if found is None:
             return None
         state = cast(dict[str, Any], found.get("state", {}))
@@ -102,7 +102,7 @@ class Gcloud:
         return QueuedResource(str(state.get("state", "")), str(error.get("message", "")))
 
     def create(self, tpu: TpuOptions) -> None:
-        """Asks for the TPU; returns when the request stands in the queue."""
+        """Request the TPU. Returns when the request is in the queue."""
         track = ("alpha",) if tpu.capacity in _ALPHA_CAPACITIES else ()
         name = self._place.tpu_name
         argv = ["gcloud", *track, "compute", "tpus", "queued-resources", "create", name, "--node-id", name]
@@ -111,29 +111,29 @@ class Gcloud:
         argv += ["--service-account", tpu.service_account] if tpu.service_account else []
         argv += [*_CAPACITY_FLAGS[tpu.capacity], "--quiet"]
         done = self._commands.run(argv)
-        # A request repeated after a lost answer finds itself.
+        # A request that is repeated after a lost response finds the first one.
         if done.code != 0 and "ALREADY_EXISTS" not in done.err:
             require(done)
 
     def delete_queued_resource(self) -> None:
-        """Removes the request and, with --force, the TPU; returns when both are gone."""
+        """Delete the queued resource and, with --force, its TPU. Returns when both are gone."""
         self._delete("queued-resources", "--force")
 
     def delete_node(self) -> None:
-        """Removes a TPU that no request stands behind; returns when it is gone."""
+        """Delete a TPU that has no queued resource. Returns when it is gone."""
         self._delete("tpu-vm")
 
     def ssh(self, host: int, script: str) -> list[str]:
-        """The command that runs a shell script on a host."""
+        """Return the command that runs a shell script on a host."""
         name = self._place.tpu_name
         argv = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *self._where, "--worker", str(host)]
         return [*argv, *_SSH_FLAGS, "--quiet", "--command", script]
 
-    def _described(self, kind: str) -> dict[str, Any] | None:
+    def _describe(self, kind: str) -> dict[str, Any] | None:
         argv = ["gcloud", "compute", "tpus", kind, "describe", self._place.tpu_name, *self._where, "--format", "json"]
         done = self._commands.run(argv)
-        for _ in range(_LOOKS):
-            if done.code == 0 or not any(sign in done.err for sign in _PASSING):
+        for _ in range(_MAX_RETRIES):
+            if done.code == 0 or not any(sign in done.err for sign in _TRANSIENT):
                 break
             self._clock.sleep(self._poll_seconds)
             done = self._commands.run(argv)
@@ -149,7 +149,7 @@ class Gcloud:
 
 
 def config_value(commands: Commands, name: str) -> str:
-    """A setting of gcloud such as compute/zone; "" if it is not set."""
+    """Return a setting of gcloud, such as compute/zone; "" if it is not set."""
     done = require(commands.run(["gcloud", "config", "get-value", name, "--quiet"]))
     value = done.out.strip()
     return "" if value == "(unset)" else value

@@ -1,34 +1,34 @@
-"""What a job is on a host, however it is run: shell scripts, each of which may run twice without harm."""
+"""The interface of a job on a host: shell scripts, each of which may safely run twice."""
 
 import dataclasses
 from typing import Protocol
 
 from launcher.options import JobOptions
 
-# What a script ends with when its input did not come whole: sysexits.h calls it a temporary failure.
+# Exit code of a script whose input arrived incomplete: a temporary failure in sysexits.h.
 CUT = 75
-# When a container has ended that never ran, as docker says it.
+# Docker's finish time of a container that has never run.
 _NEVER = "0001-01-01T00:00:00Z"
 ROOT = '"$HOME"/.simpo-launch'
 
 
 def folder_of(run_id: str) -> str:
-    """Where a job keeps its files on a host, as a shell reads it."""
+    """Return the folder of a job's files on a host, as a shell expression."""
     return f"{ROOT}/{run_id}"
 
 
 def numbered_lines_from(first: int) -> str:
-    """A filter that passes lines on at once, each with its number, from some number on.
+    """Return a filter that prints each line at once, prefixed with its number, from line `first` on.
 
-    Numbers tell lines that come a second time after a broken connection.
+    The numbers identify lines that are sent again after a broken connection.
     """
-    # Not `sed -n '{first},$p'`: to know the last line it holds each one back until the next has come.
+    # Not `sed -n '{first},$p'`: to detect the last line, it holds each line back until the next one arrives.
     seen = f" | sed -u '1,{first - 1}d'" if first > 1 else ""
     return f"grep -a --line-buffered -n ''{seen}"
 
 
 class HostJob(Protocol):
-    """One job's scripts."""
+    """The shell scripts of one job."""
 
     @property
     def run_id(self) -> str: ...
@@ -49,22 +49,22 @@ class HostJob(Protocol):
 
 
 def receive(file: str, size: int) -> str:
-    """Writes the input into a file that nobody else can read; ends with CUT if it did not come whole."""
+    """Return a script that writes its input to a file for the owner only, or exits with CUT if input is missing."""
     return f"umask 077 && cat > {file} && {{ [ $(wc -c < {file}) -eq {size} ] || exit {CUT}; }}"
 
 
 def name_current(run_id: str, kind: str) -> str:
-    """Notes which job runs here last, for `logs`, `status` and `stop`."""
+    """Return a script that records the last job on this host, for `logs`, `status` and `stop`."""
     return f"echo {run_id} {kind} > {ROOT}/current"
 
 
 def tell_current() -> str:
-    """Tells which job ran here last."""
+    """Return a script that reports the last job on this host."""
     return f"cat {ROOT}/current 2> /dev/null | sed 's/^/@launch current /'"
 
 
 def tell_jobs() -> str:
-    """Tells the jobs that are on this host, and whether they run."""
+    """Return a script that reports the jobs on this host, and whether they are running."""
     form = '@launch job {{.Label "simpo-launch"}} {{.State}}'
     return (
         f"sudo docker ps --all --filter label=simpo-launch --format '{form}' 2> /dev/null; "
@@ -75,22 +75,22 @@ def tell_jobs() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HostState:
-    """How a job stands on a host: `running`, `exited`, `absent`, or docker's other words."""
+    """The state of a job on a host: `running`, `exited`, `absent`, or another state of docker."""
 
     word: str
     exit_code: int = 0
     is_out_of_memory: bool = False
     ended: str = ""
-    """When, in UTC as in RFC 3339 without its Z, so that the order of texts is that of times; "" if not known."""
+    """Finish time in UTC, as in RFC 3339 without the Z, so that text order is time order; "" if unknown."""
 
     @property
     def is_running(self) -> bool:
-        """Whether it may still write lines."""
+        """Whether the job may still produce output."""
         return self.word in ("running", "restarting", "paused")
 
 
 def parse_state(facts: tuple[str, ...]) -> HostState | None:
-    """The state that a script told; None if it told none."""
+    """Return the state that a script reported, or None if it reported none."""
     for fact in facts:
         words = fact.split()
         if len(words) in (4, 5) and words[0] == "state":

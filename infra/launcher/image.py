@@ -1,4 +1,4 @@
-"""The container image: built once for given contents, and found again by its tag."""
+"""The container image: built once for given contents, and identified by its tag."""
 
 import dataclasses
 
@@ -14,19 +14,19 @@ DOCKERFILE = "infra/Dockerfile"
 
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """Google's Artifact Registry in one region of a project."""
+    """The Artifact Registry of a project in one region."""
 
     region: str
     project: str
 
     @property
     def host(self) -> str:
-        """Where docker finds it."""
+        """Host name of the registry."""
         return f"{self.region}-docker.pkg.dev"
 
     def image_uri(self, options: ImageOptions, source: Source) -> str:
-        """Where the image of these sources lies."""
-        # A project of an organisation may be `example.com:project`.
+        """Return the URI of the image of these sources."""
+        # The project of an organisation may be named `example.com:project`.
         project = self.project.replace(":", "/")
         return f"{self.host}/{project}/{options.repository}/{options.name}:{source.tag}"
 
@@ -34,15 +34,15 @@ class Registry:
 def ensure_image(
     registry: Registry, options: ImageOptions, source: Source, commands: Commands, console: Console
 ) -> str:
-    """Builds and pushes the image of these sources if it is not there; returns its name."""
+    """Build and push the image of these sources unless it exists. Return its URI."""
     uri = registry.image_uri(options, source)
     find = ["gcloud", "artifacts", "docker", "images", "describe", uri, "--format", "value(image_summary.digest)"]
     if commands.run([*find, "--quiet"]).code == 0:
-        console.say(f"The image of these sources is there already: {uri}")
+        console.say(f"The image of these sources already exists: {uri}")
         return uri
     console.say(f"Building the image {uri}")
     require(commands.run(["gcloud", "auth", "configure-docker", registry.host, "--quiet"]))
-    # TPU hosts are x86, whatever this machine is.
+    # TPU hosts are x86, whatever the architecture of this machine.
     build = ["docker", "build", "--platform", "linux/amd64", "--file", DOCKERFILE, "--tag", uri, "-"]
     require(commands.run(build, source.archive, f"(a tar file of {len(source.files)} tracked files)"))
     pushed = commands.run(["docker", "push", uri])

@@ -1,7 +1,7 @@
 """The JobSet manifest of a job on GKE.
 
-Kueue queues it (the label), JobSet starts its pods as a gang and starts all of them again when one was preempted. A pod
-whose command failed ends the JobSet: an error of the program does not go away by itself.
+Kueue queues the JobSet (by its label). JobSet starts its pods as a gang, and restarts all of them if one is preempted.
+A pod whose command failed ends the JobSet, because a program error does not go away by itself.
 """
 
 from typing import Any
@@ -11,37 +11,37 @@ from launcher.options import GkeOptions, JobOptions
 
 LABEL = "simpo-launch"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-# What a container ends with that was told to end (SIGTERM). Not what a kill leaves, for so does want of memory.
-_TOLD_TO_END = [143]
+# Exit code of a container after SIGTERM. Not that of SIGKILL, which also results from running out of memory.
+_SIGTERM_EXIT_CODES = [143]
 _GRACE_SECONDS = 30
 _KEPT_SECONDS = 24 * 3600
-# Without end, as far as the field allows.
+# Unlimited, as far as the field allows.
 _ENDLESS = 2**31 - 1
-# How one process of libtpu reaches the others, and how it is watched.
+# Ports through which libtpu processes reach each other, and through which they are monitored.
 _PORTS = (8471, 8080)
 
 
 def secret_name(run_id: str) -> str:
-    """Of the Secret that holds the job's variables."""
+    """Return the name of the Secret with the job's variables."""
     return f"{run_id}-environment"
 
 
 def secret_manifest(job: JobOptions, jobset_uid: str) -> dict[str, Any]:
-    """The job's variables, secrets among them; deleted with the JobSet that owns them."""
+    """Return the Secret with all variables of the job. It is deleted with the JobSet that owns it."""
     owner = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": job.run_id, "uid": jobset_uid}
     metadata = {"name": secret_name(job.run_id), "labels": {LABEL: job.run_id}, "ownerReferences": [owner]}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict(job.environment)}
 
 
 def jobset_manifest(gke: GkeOptions, job: JobOptions, image: str) -> dict[str, Any]:
-    """One pod a host of one slice."""
+    """Return the JobSet of a job: one pod per host of one slice."""
     hosts = gke.tpu_type.hosts
     restarts = job.retries if job.retries >= 0 else _ENDLESS
     program_failed = {
         "action": "FailJob",
-        "onExitCodes": {"containerName": "job", "operator": "NotIn", "values": _TOLD_TO_END},
+        "onExitCodes": {"containerName": "job", "operator": "NotIn", "values": _SIGTERM_EXIT_CODES},
     }
-    # Looked at first: a pod that is evicted counts as one that may be started again.
+    # Evaluated first: an evicted pod counts as one that may be restarted.
     evicted = {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     slice_job = {
         "parallelism": hosts,
@@ -82,7 +82,7 @@ def _pod(gke: GkeOptions, job: JobOptions, image: str) -> dict[str, Any]:
     container = {
         "name": "job",
         "image": image,
-        # Kubernetes puts values in the place of $(NAME), and takes $$ for $.
+        # Kubernetes expands $(NAME), and reads $$ as $.
         "command": [word.replace("$", "$$") for word in job.command],
         "envFrom": [{"secretRef": {"name": secret_name(job.run_id)}}],
         "ports": [{"containerPort": port} for port in _PORTS],

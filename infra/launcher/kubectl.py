@@ -1,4 +1,4 @@
-"""The kubectl commands of a launch, and what their answers mean."""
+"""The kubectl commands of a launch, and the interpretation of their output."""
 
 import dataclasses
 import json
@@ -15,19 +15,19 @@ from launcher.jobset import secret_name
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 _HOST_LABEL = "batch.kubernetes.io/job-completion-index"
-_PASSING = ("connection refused", "i/o timeout", "TLS handshake timeout", "ServiceUnavailable", "EOF", "etcdserver")
-_LOOKS = 5
+_TRANSIENT = ("connection refused", "i/o timeout", "TLS handshake timeout", "ServiceUnavailable", "EOF", "etcdserver")
+_MAX_RETRIES = 5
 _ADVICE = {
-    'no matches for kind "JobSet"': "The cluster lacks JobSet: see the GKE section of infra/README.md.",
-    "Forbidden": "The account may not do this in the namespace: see the GKE section of infra/README.md.",
-    "connection refused": "kubectl talks to no cluster; give --cluster NAME --zone LOCATION.",
-    "current-context is not set": "kubectl talks to no cluster; give --cluster NAME --zone LOCATION.",
+    'no matches for kind "JobSet"': "The cluster lacks JobSet; see the GKE section of infra/README.md.",
+    "Forbidden": "The account lacks the permission in the namespace; see the GKE section of infra/README.md.",
+    "connection refused": "kubectl is not connected to a cluster; give --cluster NAME --zone LOCATION.",
+    "current-context is not set": "kubectl is not connected to a cluster; give --cluster NAME --zone LOCATION.",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class JobSet:
-    """A JobSet, as the cluster describes it. `end` is Completed, Failed or ""."""
+    """A JobSet as described by the cluster. `end` is Completed, Failed or ""."""
 
     uid: str
     hosts: int
@@ -39,7 +39,7 @@ class JobSet:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """One host of a JobSet in one of its attempts."""
+    """One host of a JobSet in one attempt."""
 
     name: str
     host: int
@@ -51,7 +51,7 @@ class Pod:
 
     @property
     def host_state(self) -> HostState:
-        """As of any host."""
+        """The state of the pod as a host of the job."""
         if self.exit_code is not None:
             return HostState("exited", self.exit_code, self.is_out_of_memory, self.ended)
         if self.phase == "Failed":
@@ -60,7 +60,7 @@ class Pod:
 
 
 class Kubectl:
-    """Everything that a launch asks of a cluster about one JobSet."""
+    """The kubectl commands in one namespace of a cluster."""
 
     def __init__(self, commands: Commands, namespace: str, clock: Clock, poll_seconds: float) -> None:
         self._commands = commands
@@ -69,39 +69,39 @@ class Kubectl:
         self._base = ("kubectl", "--namespace", namespace)
 
     def jobset(self, name: str) -> JobSet | None:
-        """None if there is none of that name."""
-        done = self._asked("get", "jobset", name, "--output", "json")
+        """Return the JobSet, or None if it does not exist."""
+        done = self._run_with_retries("get", "jobset", name, "--output", "json")
         if done.code != 0 and "NotFound" in done.err:
             return None
         return _jobset(json.loads(_require(done).out))
 
     def pods(self, name: str, attempt: int) -> list[Pod]:
-        """The pods of one attempt, by their hosts."""
+        """Return the pods of one attempt, sorted by host."""
         selector = f"{_JOBSET_LABEL}={name},{_ATTEMPT_LABEL}={attempt}"
-        done = _require(self._asked("get", "pods", "--selector", selector, "--output", "json"))
+        done = _require(self._run_with_retries("get", "pods", "--selector", selector, "--output", "json"))
         items = cast(list[dict[str, Any]], json.loads(done.out).get("items", []))
         return sorted((_pod(item) for item in items), key=lambda pod: pod.host)
 
     def create(self, manifest: Mapping[str, Any], about: str) -> None:
-        """Makes an object; the manifest goes in as input."""
+        """Create an object from the manifest. `about` describes it where the command is only printed."""
         text = json.dumps(manifest).encode()
         _require(self._commands.run([*self._base, "create", "--filename", "-"], text, about))
 
     def delete(self, name: str) -> None:
-        """Removes a JobSet with its pods and its Secret, and waits for that."""
+        """Delete a JobSet with its pods and its Secret, and wait until they are gone."""
         how = ["--ignore-not-found", "--cascade=foreground", "--wait=true"]
-        # The Secret by name: of what a JobSet owns only pods keep its end waiting.
+        # The Secret is deleted by name: of the objects that a JobSet owns, its deletion waits only for the pods.
         for kind, named in (("jobset", name), ("secret", secret_name(name))):
             _require(self._commands.run([*self._base, "delete", kind, named, *how]))
 
     def logs(self, pod: str, follow: bool) -> list[str]:
-        """The command that prints a pod's lines from the first one on."""
+        """Return the command that prints a pod's lines from the first one on."""
         return [*self._base, "logs", pod, "--container", "job", *(["--follow"] if follow else [])]
 
-    def _asked(self, *words: str) -> Done:
+    def _run_with_retries(self, *words: str) -> Done:
         done = self._commands.run([*self._base, *words])
-        for _ in range(_LOOKS):
-            if done.code == 0 or not any(sign in done.err for sign in _PASSING):
+        for _ in range(_MAX_RETRIES):
+            if done.code == 0 or not any(sign in done.err for sign in _TRANSIENT):
                 break
             self._clock.sleep(self._poll_seconds)
             done = self._commands.run([*self._base, *words])

@@ -1,4 +1,4 @@
-"""A job of many processes of this machine, each of which stands for a host with CPU devices of its own."""
+"""A job of many local processes, each of which stands for a host with its own CPU devices."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NoReturn
 
-# How long the others have to end by themselves when one process has failed: longer than they need to find it silent
-# (`WatchConfig.silence_seconds`) and to record why the job ends.
+# How long the other processes have to exit by themselves after one has failed. This is longer than they need to detect
+# its silence (`WatchConfig.silence_seconds`) and to record why the job ends.
 GRACE_SECONDS = 20.0
 INTERRUPT_SECONDS = 5.0
 LAST_LINES = 20
@@ -22,12 +22,12 @@ POLL_SECONDS = 0.1
 
 
 class Host:
-    """One process of the job, and the thread that passes its lines on."""
+    """One process of the job, and the thread that prints its output."""
 
     def __init__(self, index: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.index = index
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
-        # A session of its own, so that Ctrl-C reaches it through us alone, and its children end with it.
+        # A separate session: Ctrl-C reaches it only through the launcher, and its children are killed with it.
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -43,17 +43,17 @@ class Host:
 
     @property
     def exit_code(self) -> int | None:
-        """As the shell would state it (128 + signal); None while the process runs."""
+        """Exit code as reported by a shell (128 + signal); None while the process is running."""
         code = self._process.poll()
         return 128 - code if code is not None and code < 0 else code
 
     def send(self, signal_number: int) -> None:
-        """Sends a signal to the process and its children."""
+        """Send a signal to the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal_number)
 
     def finish_reading(self) -> None:
-        """Waits until the lines that the process left are passed on."""
+        """Wait until the remaining output of the process is printed."""
         self._reader.join(timeout=INTERRUPT_SECONDS)
 
     def _pass_lines_on(self) -> None:
@@ -64,7 +64,7 @@ class Host:
 
 
 def host_environment(base: Mapping[str, str], index: int, count: int, port: int | str, devices: int) -> dict[str, str]:
-    """The environment that tells a process which job it belongs to, and gives it CPU devices of its own."""
+    """Return the environment that makes a process part of the job and gives it its own CPU devices."""
     return {
         **base,
         "JAX_PLATFORMS": "cpu",
@@ -79,7 +79,7 @@ def host_environment(base: Mapping[str, str], index: int, count: int, port: int 
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is currently free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -87,10 +87,11 @@ def free_port() -> int:
 
 
 def wait_for_all(hosts: Sequence[Host], grace_seconds: float) -> Host | None:
-    """Waits until every process has ended, and ends the rest some time after one failed.
+    """Wait until every process has exited. Kill the rest `grace_seconds` after one has failed.
 
-    Returns one that was seen to fail when no other was: when several end together, not always the one to blame, which
-    the lines of the job name.
+    Returns:
+        The first process that was seen to fail, or None. If several exit at about the same time, it is not always the
+        cause of the failure; the output of the job names the cause.
     """
     first_failed: Host | None = None
     deadline = float("inf")
@@ -106,14 +107,14 @@ def wait_for_all(hosts: Sequence[Host], grace_seconds: float) -> Host | None:
 
 
 def end_all(hosts: Sequence[Host], signal_number: int) -> None:
-    """Sends a signal to every process that still runs."""
+    """Send a signal to every process that is still running."""
     for host in hosts:
         if host.exit_code is None:
             host.send(signal_number)
 
 
 def interrupt_all(hosts: Sequence[Host]) -> None:
-    """Asks every process to end, and waits a little: one may be stuck in a collective, or frozen."""
+    """Interrupt every process, and wait for a limited time: one may be stuck in a collective, or frozen."""
     end_all(hosts, signal.SIGINT)
     deadline = time.monotonic() + INTERRUPT_SECONDS
     while any(host.exit_code is None for host in hosts) and time.monotonic() < deadline:
@@ -127,8 +128,8 @@ def run_local(
     variables: Mapping[str, str] = MappingProxyType({}),
     grace_seconds: float = GRACE_SECONDS,
 ) -> int:
-    """Runs the command in `count` processes of one job, with `variables` beside our own; returns the exit code."""
-    # SIGINT too: a shell starts background commands with SIGINT ignored, and Python then leaves it so.
+    """Run the command in `count` processes of one job and return the exit code. `variables` are added to our own."""
+    # SIGINT too: a shell starts background commands with SIGINT ignored, and Python keeps it ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_on_termination)
     port = free_port()
@@ -140,13 +141,13 @@ def run_local(
             )
         first_failed = wait_for_all(hosts, grace_seconds)
     except KeyboardInterrupt:
-        with contextlib.suppress(KeyboardInterrupt):  # asked again: then without waiting
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C skips the wait
             interrupt_all(hosts)
         print("Job interrupted.", file=sys.stderr)
         return 130
     finally:
         for host in hosts:
-            host.send(signal.SIGKILL)  # also what an ended process left behind in its session
+            host.send(signal.SIGKILL)  # also kills children that an exited process left behind
     for host in hosts:
         host.finish_reading()
     if first_failed is None:
@@ -157,16 +158,16 @@ def run_local(
 
 
 def tell_failure(host: Host, count: int) -> None:
-    """Says which process failed first, with the last that it wrote."""
+    """Report which process failed first, with its last lines."""
     lines = "\n".join(f"    {line}" for line in host.last_lines)
     print(
-        f"Job failed: host {host.index} of {count} ended with exit code {host.exit_code}, and no other did before. Its "
-        f"last lines:\n{lines}",
+        f"Job failed: host {host.index} of {count} exited with code {host.exit_code}; no other host failed before it. "
+        f"Its last lines:\n{lines}",
         file=sys.stderr,
         flush=True,
     )
 
 
 def end_on_termination(signal_number: int, frame: object) -> NoReturn:
-    """Neither Ctrl-C, nor a closed terminal, nor a scheduler's SIGTERM is to leave a process behind."""
+    """Raise KeyboardInterrupt, so that Ctrl-C, a closed terminal or a scheduler's SIGTERM leaves no process behind."""
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a launch is told: values checked when they are made."""
+"""The options of a launch, validated at construction."""
 
 import dataclasses
 import hashlib
@@ -13,21 +13,25 @@ from launcher.errors import BadUsage
 
 CAPACITY_TYPES = ("on-demand", "spot", "reserved", "best-effort")
 CAPACITY_ALIASES = {"preemptible": "spot", "on_demand": "on-demand", "best_effort": "best-effort"}
-# These may lose their TPU at any moment.
+# A TPU of these types may be preempted at any moment.
 INTERRUPTIBLE = ("spot", "best-effort")
 
-# Google Cloud's rule for names; they become container and JobSet names too.
+# Google Cloud's rule for names. They are also used as container and JobSet names.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# A JobSet's name becomes the beginning of its pods' names, which may have 63 letters.
+# A JobSet's name is the prefix of its pods' names, which may have 63 characters.
 _LONGEST_RUN_ID = 40
 
 
 def parse_capacity(text: str) -> str:
-    """The capacity type; raises BadUsage for an unknown one."""
+    """Resolve a capacity type or an alias of one.
+
+    Raises:
+        BadUsage: the capacity type is unknown.
+    """
     capacity = CAPACITY_ALIASES.get(text, text)
     if capacity not in CAPACITY_TYPES:
-        allowed = ", ".join([*CAPACITY_TYPES, "preemptible (the old name of spot)"])
+        allowed = ", ".join([*CAPACITY_TYPES, "preemptible (the old name for spot)"])
         raise BadUsage(f"Unknown capacity type: {text}; choose one of {allowed}")
     return capacity
 
@@ -35,22 +39,22 @@ def parse_capacity(text: str) -> str:
 def _require_name(flag: str, value: str, longest: int = 63) -> None:
     if not _NAME.fullmatch(value) or len(value) > longest:
         raise BadUsage(
-            f"{flag} {value!r}: names begin with a small letter, have only small letters, digits and dashes, and at "
-            f"most {longest} of them"
+            f"{flag} {value!r}: names begin with a lowercase letter, contain only lowercase letters, digits and "
+            f"dashes, and have at most {longest} characters"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long things may take, in seconds.
+    """Time limits and intervals of a launch, in seconds.
 
     Attributes:
-        poll: Between two looks at something in the cloud that is being waited for.
-        tick: Between two looks at what threads of the launcher have done.
-        start: From the moment capacity is found until every host can be reached, or every pod runs.
-        reach: A host of a healthy TPU may stay silent for so long while its job runs.
-        grace: What the other hosts get to end by themselves when one has failed.
-        preemption_notice: So long after a failure an interruptible TPU is watched for the preemption behind it.
+        poll: Interval between two checks of a cloud resource that the launcher waits for.
+        tick: Interval between two checks of the launcher's own threads.
+        start: Limit from the moment capacity is found until every host can be reached, or every pod is running.
+        reach: How long a host of a healthy TPU may be silent while its job is running.
+        grace: How long the other hosts have to exit by themselves after one has failed.
+        preemption_notice: How long after a failure an interruptible TPU is watched for a preemption that explains it.
     """
 
     poll: float = 10.0
@@ -68,13 +72,13 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class JobOptions:
-    """What runs on each host.
+    """The command that runs on each host, and how it is launched.
 
     Attributes:
         command: Program and arguments.
-        environment: Variables of the job, secrets among them.
-        run_id: The job's name, the same for all its attempts; "" for one that the command gives.
-        retries: How often a TPU that was lost is made anew; below 0 without end.
+        environment: Environment variables of the job, including secrets.
+        run_id: Name of the job, the same for all its attempts; "" to derive it from the command.
+        retries: How often a lost TPU is re-created; no limit if negative.
     """
 
     command: tuple[str, ...]
@@ -98,24 +102,24 @@ def _check_command(command: tuple[str, ...]) -> None:
         raise BadUsage("the command is missing; write it after --, such as: -- python experiments/m11_interleave.py")
     if command[0].startswith("-"):
         raise BadUsage(
-            f"the command begins with {command[0]!r}, which is no program; flags of the launcher, such as -e, go "
+            f"the command begins with {command[0]!r}, which is not a program; flags of the launcher, such as -e, go "
             "before --"
         )
 
 
 def _check_variable(name: str, value: str) -> None:
     if not _VARIABLE.fullmatch(name):
-        raise BadUsage(f"-e {name!r} is no name of a variable; write -e NAME VALUE, or -e NAME to pass on your own")
+        raise BadUsage(f"-e {name!r} is not a valid variable name; write -e NAME VALUE, or -e NAME to forward your own")
     if "\n" in value or "\0" in value:
-        raise BadUsage(f"-e {name}: a value of several lines cannot be passed on; put it into a file of the repository")
+        raise BadUsage(f"-e {name}: a multi-line value cannot be forwarded; put it into a file of the repository")
     if name == "JAX_TRANSFER_GUARD" and value.startswith("disallow"):
         raise BadUsage(
-            f"-e {name} {value}: jax itself moves values when it starts, and the job would end there; leave it out"
+            f"-e {name} {value}: JAX itself transfers values when it starts, so the job would fail; leave it out"
         )
 
 
 def derived_run_id(command: tuple[str, ...]) -> str:
-    """The same for the same command: a name from its script, and a hash of all its words."""
+    """Return a name that is the same for the same command: the script's name and a hash of all words."""
     scripts = [word for word in command if word.endswith(".py")] or [command[0]]
     stem = re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(scripts[0]).stem.lower()).strip("-")[:24].strip("-")
     stem = stem if stem[:1].isalpha() else f"job-{stem}".strip("-")
@@ -124,13 +128,13 @@ def derived_run_id(command: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """Where the code comes from on the hosts.
+    """The source of the code that runs on the hosts.
 
     Attributes:
-        uri: An image that exists already; "" to build one from the tracked files.
-        repository: Of Artifact Registry, in the zone's region.
-        name: Of the image in it.
-        use_docker: False ships the tracked files and sets up a virtual environment on each host.
+        uri: An existing image; "" to build one from the tracked files.
+        repository: Repository of Artifact Registry in the zone's region.
+        name: Name of the image in the repository.
+        use_docker: If False, ship the tracked files and set up a virtual environment on each host.
     """
 
     uri: str = ""
@@ -140,14 +144,14 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         if self.uri and not self.use_docker:
-            raise BadUsage("--image names a container image, and --no_docker wants none; give only one of them")
+            raise BadUsage("--image names a container image, and --no_docker uses none; give only one of them")
         _require_name("--docker_repository", self.repository)
         _require_name("--image_name", self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A TPU VM by its name, and where it is."""
+    """The name and the location of a TPU VM."""
 
     tpu_name: str
     zone: str
@@ -156,27 +160,27 @@ class Place:
     def __post_init__(self) -> None:
         _require_name("--tpu_name", self.tpu_name)
         if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
-            raise BadUsage(f"--zone {self.zone!r} is no zone; write one such as us-central1-a")
+            raise BadUsage(f"--zone {self.zone!r} is not a zone; write one such as us-central1-a")
 
     @property
     def region(self) -> str:
-        """The zone without its last letter."""
+        """The region of the zone, such as us-central1."""
         return self.zone.rpartition("-")[0]
 
     @property
     def flags(self) -> str:
-        """The flags of this launcher that name this TPU."""
+        """The launcher's flags that identify this TPU."""
         return shlex.join(["--tpu_name", self.tpu_name, "--zone", self.zone, "--project", self.project])
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuOptions:
-    """The TPU that a launch wants.
+    """The TPU that a launch requests.
 
     Attributes:
         capacity: One of CAPACITY_TYPES.
-        version: The image of the TPU VM; "" for the one that goes with the type.
-        service_account: Whose rights the hosts have; "" for Compute Engine's default.
+        version: Image of the TPU VM; "" for the default of the type.
+        service_account: Service account of the hosts; "" for Compute Engine's default.
     """
 
     place: Place
@@ -193,14 +197,14 @@ class TpuOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GkeOptions:
-    """A GKE cluster with JobSet and Kueue, and what is wanted of it.
+    """A GKE cluster with JobSet and Kueue, and the slice that a launch requests from it.
 
     Attributes:
-        cluster: "" for the one that kubectl talks to already.
-        location: The cluster's zone or region.
-        project: Its project; "" if there is no cluster to look up.
-        queue: The LocalQueue of Kueue.
-        service_account: Of Kubernetes, bound to one that may write to the bucket.
+        cluster: Name of the cluster; "" for the one that kubectl is configured for.
+        location: Zone or region of the cluster.
+        project: Project of the cluster; "" if there is no cluster to look up.
+        queue: Name of Kueue's LocalQueue.
+        service_account: Kubernetes service account, bound to one that may write to the bucket.
     """
 
     tpu_type: TpuType
@@ -214,9 +218,13 @@ class GkeOptions:
 
     def __post_init__(self) -> None:
         if not self.tpu_type.generation.gke_accelerator:
-            raise BadUsage(f"--backend gke: GKE has no {self.tpu_type.name}; take v4 or later, or --backend tpu-vm")
+            raise BadUsage(
+                f"--backend gke: GKE does not offer {self.tpu_type.name}; use v4 or later, or --backend tpu-vm"
+            )
         if self.capacity not in ("on-demand", "spot", "reserved"):
-            raise BadUsage(f"--backend gke has no capacity {self.capacity!r}; choose on-demand, spot or reserved")
+            raise BadUsage(
+                f"--backend gke does not support capacity {self.capacity!r}; use on-demand, spot or reserved"
+            )
         if self.cluster and not self.location:
             raise BadUsage("--cluster needs --zone, the cluster's zone or region")
         _require_name("--namespace", self.namespace)

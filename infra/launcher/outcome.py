@@ -1,4 +1,4 @@
-"""Following a job on all hosts to its end, and the verdict."""
+"""Following a job on all hosts until it finishes, and its outcome."""
 
 import dataclasses
 import pathlib
@@ -17,32 +17,32 @@ LAST_LINES = 20
 
 
 class Feed(Protocol):
-    """A host, as the one who follows it sees it."""
+    """A source of one host's output lines and state."""
 
     @property
     def host(self) -> int: ...
 
     def lines(self, first: int) -> Iterator[tuple[int, str]]:
-        """Its lines from a number on, each once, with their numbers; ends with the job or with the connection."""
+        """Yield the numbered lines from number `first` on, each once. Stops when the job or the connection ends."""
         ...
 
     @property
     def was_cut(self) -> bool:
-        """Whether the lines that were read last may lack some at their end."""
+        """Whether lines may be missing at the end of the last read."""
         ...
 
     def state(self) -> HostState | None:
-        """How its job stands; None if the host does not answer."""
+        """Return the state of the host's job, or None if the host does not respond."""
         ...
 
     def close(self) -> None:
-        """Whoever reads its lines sees their end."""
+        """Close the feed. A reader of its lines then reaches their end."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class HostEnd:
-    """How a host's part ended. `state` is None for a host that did not answer any more."""
+    """The end of the job on one host. `state` is None for a host that stopped responding."""
 
     host: int
     state: HostState | None
@@ -50,25 +50,25 @@ class HostEnd:
 
     @property
     def is_success(self) -> bool:
-        """Whether the command ended with 0."""
+        """Whether the command exited with code 0."""
         return self.state is not None and self.state.word in ("exited", "dead") and self.state.exit_code == 0
 
     def told(self, count: int) -> str:
-        """What happened, for a person."""
+        """Return a description of what happened, for the user."""
         if self.state is None:
-            what = "did not answer any more"
+            what = "stopped responding"
         elif self.state.word == "exited" and self.state.is_out_of_memory:
-            what = f"was ended for lack of the host's memory (exit code {self.state.exit_code})"
+            what = f"ran out of host memory (exit code {self.state.exit_code})"
         elif self.state.word == "exited":
-            what = f"ended with exit code {self.state.exit_code}"
+            what = f"exited with code {self.state.exit_code}"
         else:
             what = f"has no running job ({self.state.word})"
         lines = "\n".join(f"    {line}" for line in self.last_lines)
-        return f"host {self.host} of {count} {what}, and no other did before. Its last lines:\n{lines}"
+        return f"host {self.host} of {count} {what}; no other host failed before it. Its last lines:\n{lines}"
 
 
 class _Follower(threading.Thread):
-    """Passes one host's lines on until its job has ended or the host stays silent."""
+    """Passes one host's lines on until its job has finished or the host stays silent."""
 
     def __init__(self, feed: Feed, ends: "queue.Queue[HostEnd]", following: "Following") -> None:
         super().__init__(daemon=True)
@@ -107,7 +107,7 @@ class _Follower(threading.Thread):
         return None
 
     def _read_new(self, file: LineFile) -> None:
-        """Passes on what was not seen yet."""
+        """Save and print the lines that were not seen yet."""
         for number, line in self._feed.lines(self._seen + 1):
             self._seen = number
             self._last.append(line)
@@ -116,7 +116,7 @@ class _Follower(threading.Thread):
 
 
 class Following:
-    """One attempt of a job, followed on all its hosts."""
+    """Follows one attempt of a job on all its hosts."""
 
     def __init__(
         self, feeds: Sequence[Feed], timing: Timing, clock: Clock, console: Console, folder: pathlib.Path
@@ -129,14 +129,15 @@ class Following:
         self._folder = folder
 
     def line_file(self, host: int) -> LineFile:
-        """Where a host's lines are kept on this machine."""
+        """Return the local file for a host's lines."""
         return LineFile(self._folder / f"host_{host}.log", self.console)
 
     def first_failed(self) -> HostEnd | None:
-        """Waits for all hosts; when one has failed, no longer than `timing.grace` for the others. None: all ended well.
+        """Wait for all hosts. After one has failed, wait at most `timing.grace` seconds for the others.
 
-        The one that ended first by the hosts' clocks, not the one that was heard of first. A host that does not answer
-        is named if none failed with an exit code.
+        Returns:
+            The host that failed first by the hosts' clocks, which need not be the first whose failure was noticed.
+            A host that does not respond is returned only if no other failure was reported. None if all succeeded.
         """
         ends: queue.Queue[HostEnd] = queue.Queue()
         followers = [_Follower(feed, ends, self) for feed in self._feeds]
@@ -150,9 +151,9 @@ class Following:
                 feed.close()
         for follower in followers:
             follower.join()
-        told = [(end, end.state.ended) for end in failed if end.state is not None]
-        # Of those whose time is not known, the one that was heard of first.
-        first = min(told, key=lambda each: (not each[1], each[1]), default=None)
+        reported = [(end, end.state.ended) for end in failed if end.state is not None]
+        # Among those without a known time, the one that was noticed first.
+        first = min(reported, key=lambda each: (not each[1], each[1]), default=None)
         return first[0] if first else failed[0] if failed else None
 
     def _collect(self, ends: "queue.Queue[HostEnd]", count: int) -> list[HostEnd]:

@@ -1,4 +1,4 @@
-"""What a dry run takes for the answers of commands: everything goes well, and there was nothing before."""
+"""Simulated command output for a dry run: everything succeeds, and nothing existed before."""
 
 import json
 from collections.abc import Sequence
@@ -9,26 +9,26 @@ from launcher.options import TpuOptions
 
 
 class SmoothTpu:
-    """A TPU that is not there until it is asked for, and whose job then ends with 0."""
+    """A simulated TPU that does not exist until it is requested, and whose job then exits with code 0."""
 
     def __init__(self, tpu: TpuOptions | None = None) -> None:
         self._tpu = tpu
         self._is_there = tpu is None
 
     def answer(self, argv: Sequence[str]) -> Done:
-        """Of a gcloud or docker command."""
+        """Return the simulated result of a gcloud or docker command."""
         words = tuple(argv)
         if "images" in words:
             return Done(words, 1, "", "NOT_FOUND")
         if "create" in words:
             self._is_there = True
         if "describe" in words:
-            return self._described(words)
+            return self._describe(words)
         if "ssh" in words:
             return Done(words, 0, _host_answer(words[-1]), "")
         return Done(words, 0, "", "")
 
-    def _described(self, words: tuple[str, ...]) -> Done:
+    def _describe(self, words: tuple[str, ...]) -> Done:
         if not self._is_there:
             return Done(words, 1, "", "NOT_FOUND")
         if "queued-resources" in words:
@@ -48,7 +48,7 @@ def _host_answer(script: str) -> str:
 
 
 class SmoothCluster:
-    """A cluster in which a JobSet, once made, runs at once and ends with 0."""
+    """A simulated cluster in which a JobSet starts as soon as it is created, and exits with code 0."""
 
     def __init__(self, name: str, hosts: int, is_there: bool = False) -> None:
         self._name = name
@@ -57,7 +57,7 @@ class SmoothCluster:
         self._has_ended = False
 
     def answer(self, argv: Sequence[str]) -> Done:
-        """Of a kubectl, gcloud or docker command."""
+        """Return the simulated result of a kubectl, gcloud or docker command."""
         words = tuple(argv)
         if "images" in words:
             return Done(words, 1, "", "NOT_FOUND")

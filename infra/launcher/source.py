@@ -1,4 +1,4 @@
-"""What is shipped to the hosts: the files that git tracks, as they are now."""
+"""The sources that are shipped to the hosts: the files that git tracks, in their current state."""
 
 import dataclasses
 import hashlib
@@ -20,8 +20,8 @@ class Source:
     """The tracked files of a repository.
 
     Attributes:
-        archive: A tar file, the same bytes for the same files.
-        commit: What is checked out, with `-dirty` if files differ from it.
+        archive: A tar file with the same bytes for the same files.
+        commit: The commit that is checked out, with `-dirty` appended if tracked files differ from it.
         files: Paths relative to the repository's root.
     """
 
@@ -32,21 +32,21 @@ class Source:
 
     @property
     def tag(self) -> str:
-        """Names exactly these contents."""
+        """A tag that identifies exactly these contents."""
         return hashlib.sha256(self.archive).hexdigest()[:_TAG_LETTERS]
 
 
 def read_source(root: pathlib.Path, commands: Commands) -> Source:
-    """Packs the tracked files of the repository at `root`."""
+    """Pack the tracked files of the repository at `root`."""
     git = ["git", "-C", str(root), "--no-optional-locks"]
     listed = require(commands.run([*git, "ls-files", "-z"])).out.split("\0")
     files = sorted(name for name in listed if name and (root / name).is_file())
     commit = require(commands.run([*git, "rev-parse", "HEAD"])).out.strip()
     changed = require(commands.run([*git, "status", "--porcelain", "--untracked-files=no"])).out.strip()
-    return Source(root, _packed(root, files), commit + ("-dirty" if changed else ""), frozenset(files))
+    return Source(root, _pack(root, files), commit + ("-dirty" if changed else ""), frozenset(files))
 
 
-def _packed(root: pathlib.Path, files: Sequence[str]) -> bytes:
+def _pack(root: pathlib.Path, files: Sequence[str]) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for name in files:
@@ -59,18 +59,18 @@ def _packed(root: pathlib.Path, files: Sequence[str]) -> bytes:
 
 
 def check_shipped(command: Sequence[str], source: Source) -> None:
-    """Finds files that the command names, that are here, and that the hosts would not have.
+    """Check that every local file that the command names is shipped to the hosts.
 
     Raises:
-        BadUsage: there is one.
+        BadUsage: the command names a local file that the hosts would not have.
     """
-    # os.path.isfile, unlike pathlib's, is False for words that no file can be called.
+    # Unlike pathlib's, os.path.isfile is False for words that cannot be file names.
     for word in command:
         path = pathlib.Path(word.partition("=")[2] if word.startswith("-") else word)
         if path.is_absolute() and os.path.isfile(path) and word != command[0]:
             raise BadUsage(
-                f"the command names {str(path)!r}, a file of this machine that the hosts do not have; move it into the "
-                "repository, `git add` it and name it relative to the repository"
+                f"the command names {str(path)!r}, a file on this machine that the hosts do not have; move it into the "
+                "repository, `git add` it and give its path relative to the repository"
             )
         if (
             path.name

@@ -1,4 +1,4 @@
-"""A host of a TPU VM, followed over ssh."""
+"""A feed of one host of a TPU VM, read over ssh."""
 
 from collections.abc import Iterator
 
@@ -8,13 +8,13 @@ from launcher.gcloud import Gcloud
 from launcher.host_job import HostJob, HostState, parse_state
 from launcher.hosts import Hosts
 
-# Each stream begins with it. When its connection breaks, gcloud repeats a command by itself, and the half line before
-# and the first of the repetition become one: the mark at its end tells it from a whole line.
+# Each stream begins with this mark. When the connection breaks, gcloud repeats the command by itself, and the partial
+# line before the break joins the first line of the repetition. The mark at its end tells it apart from a whole line.
 _START = "@launch lines"
 
 
 class SshFeed:
-    """Reads its lines and its state."""
+    """Reads the lines and the state of one host."""
 
     def __init__(self, host: int, job: HostJob, hosts: Hosts, gcloud: Gcloud, commands: Commands) -> None:
         self._host = host
@@ -36,9 +36,9 @@ class SshFeed:
             self._stream.close()
         for line in self._stream.lines():
             number, _, text = line.partition(":")
-            # A line that lacks its end, or has a mark there, was cut off with the connection. It comes again.
+            # A line without a newline, or with the mark at its end, was cut off with the connection. It is sent again.
             is_whole = line.endswith("\n") and not line.endswith(f"{_START}\n")
-            # A repetition begins with lines that came before.
+            # A repetition begins with lines that were already received.
             if is_whole and number.isdecimal() and int(number) >= first:
                 first = int(number) + 1
                 yield int(number), text.rstrip("\n")
@@ -65,5 +65,5 @@ class SshFeed:
 
 
 def feeds_of(hosts: Hosts, job: HostJob, gcloud: Gcloud, commands: Commands) -> list[SshFeed]:
-    """A feed for each host."""
+    """Return a feed for each host."""
     return [SshFeed(host, job, hosts, gcloud, commands) for host in range(hosts.count)]

@@ -1,4 +1,4 @@
-"""What a launch works with."""
+"""The shared dependencies of a launch."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ DRY = "Dry run: nothing was changed."
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """Hands, clock and voice; `is_dry` if commands are only printed, `logs` is where lines of hosts are kept."""
+    """Dependencies of a launch. `is_dry`: commands are only printed. `logs`: folder for the output of the hosts."""
 
     commands: Commands
     clock: Clock
@@ -26,12 +26,12 @@ class Tools:
     is_dry: bool = False
 
     def tell_success(self) -> None:
-        """The last line of a job that ended well on every host."""
+        """Print the last line of a job that succeeded on every host."""
         self.console.say(DRY if self.is_dry else FINISHED)
 
 
 def follow_dry(feeds: Sequence[Feed]) -> None:
-    """Prints what following would run."""
+    """Print the commands that following the job would run."""
     for feed in feeds:
         list(feed.lines(1))
         feed.state()

@@ -1,4 +1,4 @@
-"""A job on a TPU VM: its whole life, and the attempts that preemption asks for."""
+"""The whole life cycle of a job on a TPU VM, including the attempts after preemptions."""
 
 import pathlib
 
@@ -17,7 +17,7 @@ from launcher.tools import Tools, follow_dry
 
 
 class TpuVmLaunch:
-    """One job on one TPU."""
+    """A launch of one job on one TPU."""
 
     def __init__(self, tpu: TpuOptions, options: JobOptions, job: HostJob, source: Source | None, tools: Tools) -> None:
         self._tpu = tpu
@@ -31,13 +31,13 @@ class TpuVmLaunch:
         self._hosts: Hosts | None = None
 
     def run(self) -> None:
-        """Runs the job to its end, or until it is started if it is not to be followed.
+        """Run the job until it finishes, or only until it is started if it is not followed.
 
-        A TPU that was lost is made anew, `retries` times at most. A command that failed is not run again. With
-        `autodelete` the TPU is deleted at the end, unless a job may still be running there.
+        A lost TPU is re-created at most `retries` times. A failed command is not run again. With `autodelete`, the
+        TPU is deleted at the end, unless a job may still be running there.
 
         Raises:
-            LaunchError: the job did not end well.
+            LaunchError: the job failed.
         """
         try:
             self._run()
@@ -48,14 +48,14 @@ class TpuVmLaunch:
                 self._delete_after_failure()
             raise
         if not self._options.foreground:
-            self._tell_how_to_follow()
+            self._print_next_commands()
             return
         if self._options.autodelete:
             self._provisioner.delete()
         self._tools.tell_success()
 
     def interrupted(self) -> None:
-        """What Ctrl-C asks: whether the job, or what it waits for, is to end too."""
+        """Ask after Ctrl-C whether to stop the job too, or to delete the TPU or request that it waits for."""
         console = self._tools.console
         if self._hosts is None:
             what = f"TPU {self._tpu.place.tpu_name}"
@@ -63,15 +63,15 @@ class TpuVmLaunch:
                 self._provisioner.delete()
                 console.say(f"{what} is deleted." if self._has_tpu else "The request is deleted.")
             elif self._has_tpu:
-                console.say(f"{what} stays, and costs; delete it: {self._other('clean')}")
+                console.say(f"{what} remains and is billed; delete it: {self._command('clean')}")
             else:
-                console.say(f"The request stays in the queue. Delete it: {self._other('clean')}")
+                console.say(f"The request remains in the queue. Delete it: {self._command('clean')}")
         elif console.confirm(f"Stop the job {self._job.run_id} on all hosts too?"):
             self._hosts.require("stopping the job", self._job.stop())
-            console.say(f"The job is stopped. The TPU stays, and costs; delete it: {self._other('clean')}")
+            console.say(f"The job is stopped. The TPU remains and is billed; delete it: {self._command('clean')}")
         else:
-            console.say("The job goes on.")
-            self._tell_how_to_follow()
+            console.say("The job keeps running.")
+            self._print_next_commands()
 
     def _run(self) -> None:
         attempt = 1
@@ -90,14 +90,14 @@ class TpuVmLaunch:
     def _delete_after_failure(self) -> None:
         try:
             self._provisioner.delete()
-        except LaunchError as error:  # the failure is to be told first
-            self._tools.console.complain(f"The TPU could not be deleted: {error}\ndelete it: {self._other('clean')}")
+        except LaunchError as error:  # must not hide the original failure
+            self._tools.console.complain(f"The TPU could not be deleted: {error}\ndelete it: {self._command('clean')}")
 
     def _attempt(self, attempt: int) -> None:
         node = self._provisioner.acquire()
         self._has_tpu = True
         try:
-            hosts = self._started(node)
+            hosts = self._start(node)
         except Busy:
             raise
         except LaunchError as failure:
@@ -111,14 +111,14 @@ class TpuVmLaunch:
         if failed is None:
             return
         self._raise_if_lost(JobFailed(failed.told(hosts.count), 1))
-        if failed.state is not None:  # a host that is silent may be at work
+        if failed.state is not None:  # a silent host may still be working
             hosts.attempt(self._job.stop())
         self._fail(failed, hosts.count, attempt)
 
-    def _started(self, node: Node) -> Hosts:
+    def _start(self, node: Node) -> Hosts:
         tools = self._tools
         hosts = Hosts(tools.commands, self._gcloud, node.hosts, tools.timing, tools.clock, 1 if tools.is_dry else 0)
-        self._refuse_running_jobs(hosts)
+        self._raise_if_busy(hosts)
         if isinstance(self._job, BareJob) and self._source is not None:
             archive = self._source.archive
             about = f"(a tar file of {len(self._source.files)} tracked files)"
@@ -133,15 +133,15 @@ class TpuVmLaunch:
         hosts.require("starting the job", self._job.start(self._options, len(variables)), variables, about)
         return hosts
 
-    def _refuse_running_jobs(self, hosts: Hosts) -> None:
-        """A TPU has room for one job. Ended ones of others stay as they are."""
+    def _raise_if_busy(self, hosts: Hosts) -> None:
+        """Raise Busy if a job is running on the TPU, which has room for one. Finished jobs are left alone."""
         for answer in hosts.require("looking for other jobs", tell_jobs()):
             for fact in answer.facts:
                 words = fact.split()
                 if words[0] == "job" and words[2] in ("running", "restarting", "paused"):
                     raise Busy(
-                        f"the job {words[1]} runs on host {answer.host} of TPU {self._tpu.place.tpu_name}. Follow it: "
-                        f"{self._other('logs --foreground')}\nor end it: {self._other('stop')}"
+                        f"the job {words[1]} is running on host {answer.host} of TPU {self._tpu.place.tpu_name}. "
+                        f"Follow it: {self._command('logs --foreground')}\nor stop it: {self._command('stop')}"
                     )
 
     def _follow(self, hosts: Hosts, attempt: int) -> HostEnd | None:
@@ -158,29 +158,29 @@ class TpuVmLaunch:
         try:
             reason = self._provisioner.why_lost()
         except CommandFailed as error:
-            self._tools.console.complain(f"Whether the TPU was lost is not known: {error}")
+            self._tools.console.complain(f"Could not determine whether the TPU was lost: {error}")
             return
         if reason:
             raise TpuLost(f"{reason}; before that, {failure}") from failure
 
     def _fail(self, failed: HostEnd, count: int, attempt: int) -> None:
-        told = f"Job failed: {failed.told(count)}\nAll lines: {self._folder(attempt)}"
+        message = f"Job failed: {failed.told(count)}\nAll lines: {self._folder(attempt)}"
         if failed.state is None:
             raise Unreachable(
-                f"{told}\nThe TPU is healthy, costs, and may still be at work; look at it: {self._other('status')}\n"
-                f"or delete it: {self._other('clean')}"
+                f"{message}\nThe TPU is healthy and billed, and its job may still be running; check it: "
+                f"{self._command('status')}\nor delete it: {self._command('clean')}"
             )
-        raise JobFailed(told, failed.state.exit_code or 1)
+        raise JobFailed(message, failed.state.exit_code or 1)
 
-    def _other(self, subcommand: str) -> str:
+    def _command(self, subcommand: str) -> str:
         return f"python infra/launch.py {subcommand} {self._tpu.place.flags}"
 
-    def _tell_how_to_follow(self) -> None:
+    def _print_next_commands(self) -> None:
         self._tools.console.say(
-            f"The job {self._job.run_id} is started on TPU {self._tpu.place.tpu_name}. It goes on without this "
-            "terminal, is not started again when the TPU is preempted, and the TPU costs until it is deleted.\n"
-            f"    follow: {self._other('logs --foreground')}\n"
-            f"    look:   {self._other('status')}\n"
-            f"    end:    {self._other('stop')}\n"
-            f"    delete: {self._other('clean')}"
+            f"The job {self._job.run_id} is started on TPU {self._tpu.place.tpu_name}. It keeps running without "
+            "this terminal. It is not restarted if the TPU is preempted. The TPU is billed until it is deleted.\n"
+            f"    follow: {self._command('logs --foreground')}\n"
+            f"    status: {self._command('status')}\n"
+            f"    stop:   {self._command('stop')}\n"
+            f"    delete: {self._command('clean')}"
         )

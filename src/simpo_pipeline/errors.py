@@ -2,32 +2,32 @@
 
     SimpoPipelineError
     ├── ConfigError (ValueError)            a setting, a flag or a YAML key is wrong
-    ├── DataError (ValueError)              a row, a file or a tokenizer does not hold what was promised
-    ├── ModelError (ValueError)             weights or a model config that we do not support
-    ├── CapacityError (ValueError)          a request that the engine's pages or lengths cannot hold
+    ├── DataError (ValueError)              a row, a file or a tokenizer does not have the expected content
+    ├── ModelError (ValueError)             weights or a model config that this package does not support
+    ├── CapacityError (ValueError)          a request that exceeds the engine's pages or lengths
     ├── StorageError (OSError)              a path could not be read or written
     │   ├── PathNotFoundError (FileNotFoundError)   nothing is stored at the path
-    │   └── FileLockedError                 another process of this machine keeps the file locked
+    │   └── FileLockedError                 another process on this machine holds the lock of the file
     ├── PlanError (ValueError)              the DAG itself is wrong; nothing has run
     │   ├── IdentityError                   a config value has no canonical form
-    │   └── LiveEdgeError                   borrow/take edges that cannot be served
-    ├── TrainingError (RuntimeError)        an update failed, or a trainer is used that has lost its state
+    │   └── LiveEdgeError                   borrow or take edges that cannot be satisfied
+    ├── TrainingError (RuntimeError)        an update failed, or a trainer without a state was used
     ├── StepError (RuntimeError)            something failed while the DAG ran
     │   ├── StepFailedError                 a step function raised
-    │   ├── ReplayMismatchError             a replayed step gave another live value than its first run
-    │   ├── LeaseLostError                  another job holds the output path now
+    │   ├── ReplayMismatchError             a replayed step produced a different live value than its first run
+    │   ├── LeaseLostError                  another job now holds the output path
     │   └── StepCancelledError              the job was interrupted while the step ran
     ├── ProgramError (RuntimeError)         device programs differ between hosts, or one was launched outside the ledger
-    └── CoordinationError (RuntimeError)    the processes of one job lost each other, or do different things
-        └── PeerFailedError                 another process failed, and this one stopped to follow it
+    └── CoordinationError (RuntimeError)    the processes of one job lost contact or diverged
+        └── PeerFailedError                 another process failed, so this one stopped too
 
-Every message says what was got, what is allowed, and what to do. Classes also inherit the standard type a caller
-would expect, so `except ValueError` works without importing this module.
+Every message says what was found, what is allowed, and what to do. Classes also inherit the standard type that a
+caller would expect, so `except ValueError` works without importing this module.
 """
 
 
 class SimpoPipelineError(Exception):
-    """Root of every error raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(SimpoPipelineError, ValueError):
@@ -35,7 +35,7 @@ class ConfigError(SimpoPipelineError, ValueError):
 
 
 class DataError(SimpoPipelineError, ValueError):
-    """A row, a file or a tokenizer does not hold what was promised."""
+    """A row, a file or a tokenizer does not have the expected content."""
 
 
 class ModelError(SimpoPipelineError, ValueError):
@@ -43,7 +43,7 @@ class ModelError(SimpoPipelineError, ValueError):
 
 
 class CapacityError(SimpoPipelineError, ValueError):
-    """A request that the engine's pages or lengths cannot hold."""
+    """A request that exceeds the engine's pages or lengths."""
 
 
 class StorageError(SimpoPipelineError, OSError):
@@ -55,7 +55,7 @@ class PathNotFoundError(StorageError, FileNotFoundError):
 
 
 class FileLockedError(StorageError):
-    """Another process of this machine keeps the file locked."""
+    """Another process on this machine holds the lock of the file."""
 
 
 class PlanError(SimpoPipelineError, ValueError):
@@ -67,11 +67,11 @@ class IdentityError(PlanError):
 
 
 class LiveEdgeError(PlanError):
-    """Borrow and take edges that cannot be served."""
+    """Borrow or take edges that cannot be satisfied."""
 
 
 class TrainingError(SimpoPipelineError, RuntimeError):
-    """An update failed, or a trainer is used that has lost its state."""
+    """An update failed, or a trainer without a state was used."""
 
 
 class StepError(SimpoPipelineError, RuntimeError):
@@ -83,11 +83,11 @@ class StepFailedError(StepError):
 
 
 class ReplayMismatchError(StepError):
-    """A replayed step gave another live value than its first run."""
+    """A replayed step produced a different live value than its first run."""
 
 
 class LeaseLostError(StepError):
-    """Another job holds the output path now."""
+    """Another job now holds the output path."""
 
 
 class StepCancelledError(StepError):
@@ -99,13 +99,13 @@ class ProgramError(SimpoPipelineError, RuntimeError):
 
 
 class CoordinationError(SimpoPipelineError, RuntimeError):
-    """The processes of one job lost each other, or do different things."""
+    """The processes of one job lost contact or diverged."""
 
 
 class PeerFailedError(CoordinationError):
-    """Another process of the job failed, and this one stopped to follow it."""
+    """Another process of the job failed, so this one stopped too."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing."""
+    """Return the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -101,31 +101,31 @@ def test_the_command_line_wins_over_the_file_key_by_key():
             OVEN + "shelves: {top: {height: 1}}",
             "kitchen.yaml: shelves.top.height is retired: shelves adjust themselves.",
         ),
-        ("oven: {celsius: hot}", "kitchen.yaml: oven.celsius is 'hot'; allowed is an integer."),
-        ("oven: {celsius: true}", "kitchen.yaml: oven.celsius is True; allowed is an integer."),
-        ("oven: {celsius: 1.5}", "kitchen.yaml: oven.celsius is 1.5; allowed is an integer."),
-        ("oven: {celsius: 180, rate: '1'}", "kitchen.yaml: oven.rate is '1'; allowed is a number."),
-        ("oven: {celsius: 180, fan: 1}", "kitchen.yaml: oven.fan is 1; allowed is true or false."),
-        ("oven: {celsius: 180, fan: null}", "kitchen.yaml: oven.fan is null; allowed is true or false."),
-        ("oven:", "kitchen.yaml: oven is null; allowed is a mapping with keys celsius, fan, rate."),
-        (OVEN + "name: 3", "kitchen.yaml: name is 3; allowed is text."),
-        (OVEN + "owner: 3", "kitchen.yaml: owner is 3; allowed is true or false or text."),
-        (OVEN + "mode: coal", "kitchen.yaml: mode is 'coal'; allowed is one of gas, wood."),
-        (OVEN + "lamp: 3", "kitchen.yaml: lamp is 3; allowed is a mapping or null."),
-        (OVEN + "lamp: {celsius: hot}", "kitchen.yaml: lamp.celsius is 'hot'; allowed is an integer."),
+        ("oven: {celsius: hot}", "kitchen.yaml: oven.celsius is 'hot'; expected an integer."),
+        ("oven: {celsius: true}", "kitchen.yaml: oven.celsius is True; expected an integer."),
+        ("oven: {celsius: 1.5}", "kitchen.yaml: oven.celsius is 1.5; expected an integer."),
+        ("oven: {celsius: 180, rate: '1'}", "kitchen.yaml: oven.rate is '1'; expected a number."),
+        ("oven: {celsius: 180, fan: 1}", "kitchen.yaml: oven.fan is 1; expected true or false."),
+        ("oven: {celsius: 180, fan: null}", "kitchen.yaml: oven.fan is null; expected true or false."),
+        ("oven:", "kitchen.yaml: oven is null; expected a mapping with keys celsius, fan, rate."),
+        (OVEN + "name: 3", "kitchen.yaml: name is 3; expected text."),
+        (OVEN + "owner: 3", "kitchen.yaml: owner is 3; expected true or false or text."),
+        (OVEN + "mode: coal", "kitchen.yaml: mode is 'coal'; expected one of gas, wood."),
+        (OVEN + "lamp: 3", "kitchen.yaml: lamp is 3; expected a mapping or null."),
+        (OVEN + "lamp: {celsius: hot}", "kitchen.yaml: lamp.celsius is 'hot'; expected an integer."),
         (
             OVEN + "shelves: {top: {items: salt}}",
-            "kitchen.yaml: shelves.top.items is 'salt'; allowed is a list, each entry text.",
+            "kitchen.yaml: shelves.top.items is 'salt'; expected a list, each entry text.",
         ),
         (
             OVEN + "shelves: {top: {counts: [1, x]}}",
-            "kitchen.yaml: shelves.top.counts[1] is 'x'; allowed is an integer.",
+            "kitchen.yaml: shelves.top.counts[1] is 'x'; expected an integer.",
         ),
         ("name: no oven", "kitchen.yaml: oven is missing; give a mapping."),
         (OVEN + "lamp: {fan: true}", "kitchen.yaml: lamp.celsius is missing; give an integer."),
         ("oven: {celsius: 301}", "kitchen.yaml: oven.celsius must be at most 300, got 301"),
         (OVEN + "lamp: {celsius: 301}", "kitchen.yaml: oven.celsius must be at most 300, got 301"),
-        ("[1, 2]", "kitchen.yaml: the file holds [1, 2], and a mapping of settings is needed."),
+        ("[1, 2]", "kitchen.yaml: the file contains [1, 2]; expected a mapping of settings."),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(text, sentence):
@@ -134,7 +134,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(text, sentence):
 
 def test_a_key_given_twice_is_refused_naming_its_line():
     assert refusal("name: a\n" + OVEN + "name: b\n") == (
-        "kitchen.yaml: key 'name' is given twice, the second time in line 3; keep one."
+        "kitchen.yaml: key 'name' is given twice, the second time on line 3; keep one."
     )
     assert "key 'fan' is given twice" in refusal("oven: {celsius: 1, fan: true, fan: false}")
 
@@ -147,10 +147,10 @@ def test_text_that_is_no_yaml_is_refused_naming_the_file_and_the_line():
 
 def test_every_wrong_key_has_a_sentence_of_its_own():
     assert refusal("oven: {celsius: hot, coal: 1}\nnam: x", "--mode", "coal").splitlines() == [
-        "kitchen.yaml: oven.celsius is 'hot'; allowed is an integer.",
+        "kitchen.yaml: oven.celsius is 'hot'; expected an integer.",
         "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
         "kitchen.yaml: nam is not a setting; the nearest is name.",
-        "command line: mode is 'coal'; allowed is one of gas, wood.",
+        "command line: mode is 'coal'; expected one of gas, wood.",
     ]
 
 
@@ -159,12 +159,15 @@ def test_every_wrong_key_has_a_sentence_of_its_own():
     [
         (["--oven.celcius", "3"], "command line: oven.celcius is not a setting; the nearest is oven.celsius."),
         (["--oven.coal", "3"], "command line: oven.coal is retired: set mode to wood and leave the key out."),
-        (["--oven.celsius"], "command line: oven.celsius is True; allowed is an integer."),
+        (["--oven.celsius"], "command line: oven.celsius is True; expected an integer."),
         (["--name", "a", "--name", "b"], "command line: name is given twice, whole or in part; keep one."),
         (["--oven.fan", "--oven", "{}"], "command line: oven is given twice, whole or in part; keep one."),
         (["--name", "a", "--name.b", "c"], "command line: name.b is given twice, whole or in part; keep one."),
-        (["--name.first", "a"], "command line: name is {'first': 'a'}; allowed is text."),
-        (["--name", "a", "b"], "command line: 'b' belongs to no flag; write --key value, with --key=value for text."),
+        (["--name.first", "a"], "command line: name is {'first': 'a'}; expected text."),
+        (
+            ["--name", "a", "b"],
+            "command line: 'b' does not belong to a flag; write --key value, or --key=value for text.",
+        ),
         (["--oven.celsius", "301"], "kitchen.yaml with the command line: oven.celsius must be at most 300, got 301"),
     ],
 )

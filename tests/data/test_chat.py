@@ -96,7 +96,7 @@ def test_a_template_that_drops_the_prompts_end_is_refused(tokenizer: Any):
 
 def test_roles_the_template_refuses_are_named(tokenizer: Any):
     tokenizer.chat_template = "{{ raise_exception('no system turn, please') }}"
-    with pytest.raises(DataError, match="refuses turns of system: no system turn, please"):
+    with pytest.raises(DataError, match="rejects a conversation of system: no system turn, please"):
         encode_chat(tokenizer, [Message("system", "x")], add_generation_prompt=False)
 
 

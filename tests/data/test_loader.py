@@ -105,7 +105,7 @@ def test_a_setting_out_of_range_is_refused_by_name(field: str, value: int):
 
 def test_a_mixture_of_other_pairs_is_refused():
     settings: dict[str, Any] = {"batch_size": 1, "seq_len": 6, "seed": 0, "pad_id": 0, "num_updates": 1}
-    with pytest.raises(ConfigError, match="the mixture has 3 pairs, and 1 are there"):
+    with pytest.raises(ConfigError, match="the mixture has 3 pairs, but 1 were given"):
         PairLoader([make_pair(0)], mixture=Mixture((2, 1), (1.0, 1.0)), **settings)
 
 

@@ -138,12 +138,12 @@ def test_a_split_in_several_configurations_is_not_mixed(fake_hub: Callable[..., 
         (row(chosen=[{"role": "user"}]), r"field 'chosen\[0\].content' is missing"),
         (row(chosen=[{"role": 1, "content": "q"}]), r"field 'chosen\[0\].role' is a number, expected a string"),
         (row(chosen=messages("q")), "field 'chosen' has 1 messages, expected a prompt and an answer"),
-        (row(rejected=messages("2+2?", "5", "why?")), "field 'rejected' has no assistant turn at its end"),
-        (row(rejected=messages("2+3?", "5")), r"another prompt than 'chosen' \(message 0: user: '2\+2\?' against"),
-        (row(rejected=messages("a", "b", "c", "d")), "another prompt than 'chosen'"),
-        (row(chosen=messages("2+2?", "4 \ud83d")), r"field 'chosen\[1\]\.content' is not Unicode text at character 2"),
-        (row(prompt_id="p\ud83d"), r"field 'prompt_id' is not Unicode text at character 1"),
-        (row(chosen=[{"role": "\ud83d", "content": "q"}]), r"field 'chosen\[0\]\.role' is not Unicode text"),
+        (row(rejected=messages("2+2?", "5", "why?")), "field 'rejected' does not end with an assistant turn"),
+        (row(rejected=messages("2+3?", "5")), r"a different prompt than 'chosen' \(message 0: user: '2\+2\?' against"),
+        (row(rejected=messages("a", "b", "c", "d")), "a different prompt than 'chosen'"),
+        (row(chosen=messages("2+2?", "4 \ud83d")), r"field 'chosen\[1\]\.content' is not valid Unicode at character 2"),
+        (row(prompt_id="p\ud83d"), r"field 'prompt_id' is not valid Unicode at character 1"),
+        (row(chosen=[{"role": "\ud83d", "content": "q"}]), r"field 'chosen\[0\]\.role' is not valid Unicode"),
         ([1, 2], "got a list, expected an object"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_parquet_text_that_is_not_utf8_is_named(tmp_path: Path):
     binary = pa.array(texts, pa.list_(pa.struct([("role", pa.string()), ("content", pa.binary())])))
     as_text = binary.cast(pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])), safe=False)
     pq.write_table(pa.table({"chosen": as_text, "rejected": as_text}), tmp_path / "latin.parquet")
-    with pytest.raises(DataError, match=r"latin\.parquet, row 2: a text is not UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.parquet, row 2: a text field is not UTF-8"):
         read(tmp_path / "latin.parquet")
 
 
@@ -200,7 +200,7 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, name: str):
         pq.write_table(schema.empty_table(), tmp_path / name)
     else:
         (tmp_path / name).write_text("\n")
-    with pytest.raises(DataError, match=f"{name}: the data set is empty"):
+    with pytest.raises(DataError, match=f"{name}: the dataset is empty"):
         read(tmp_path / name)
 
 
@@ -210,7 +210,7 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_allowed():
 
 
 def test_a_hub_id_without_its_split_says_that_split_is_missing():
-    with pytest.raises(DataError, match="for a hub dataset give its split too"):
+    with pytest.raises(DataError, match="for a hub dataset, also give its split"):
         read("HuggingFaceH4/ultrafeedback_binarized")
 
 

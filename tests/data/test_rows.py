@@ -152,7 +152,7 @@ def test_there_are_slots_only_where_they_cost_less_than_the_row():
 
 def test_a_pair_longer_than_its_slot_is_refused():
     short, long = make_pair(0, 5, 2, 2), make_pair(1, 5, 40, 40)
-    with pytest.raises(ValueError, match="the shape of other batches"):
+    with pytest.raises(ValueError, match="the shape is for other batches"):
         packed_rows([long], packed_shape([[short] * 9], 1), PAD)
 
 

@@ -93,7 +93,7 @@ def test_truncate_drops_a_pair_that_has_no_preference_left(tokenizer: Any, hopel
 UNUSABLE = [
     (record(" \n", "Eh"), r"field 'chosen\[1\]\.content' is an empty answer"),
     (record("Eh", ""), r"field 'rejected\[1\]\.content' is an empty answer"),
-    (record("Eh", "Eh"), "hold the same answer"),
+    (record("Eh", "Eh"), "have the same answer"),
 ]
 
 
@@ -109,7 +109,8 @@ def test_answers_that_the_template_makes_equal_are_no_preference(tokenizer: Any)
     assert trimming.chat_template != tokenizer.chat_template
     records = [record("Yes", "Yes\n", prompt_id="equal"), record("Yes", "No", prompt_id="good")]
     with pytest.raises(
-        DataError, match=r"line 3: the chat template makes the same tokens of .* set unusable to 'drop'"
+        DataError,
+        match=r"line 3: the chat template renders 'chosen' and 'rejected' to equal tokens.* set unusable to 'drop'",
     ):
         tokenize_pairs(records, trimming, max_length=64)
     pairs, stats = tokenize_pairs(records, trimming, max_length=64, unusable="drop")
@@ -133,7 +134,7 @@ def test_no_pair_left_is_an_error_that_says_what_became_of_them(tokenizer: Any):
 
 def test_an_unsuitable_template_is_reported_with_the_row(tokenizer: Any):
     tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(DataError, match=r"pairs\.jsonl, line 3: the chat template of .* refuses .*never"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 3: the chat template of .* rejects .*never"):
         tokenize_pairs([record("Yo", "Eh")], tokenizer, max_length=64)
 
 

@@ -206,7 +206,7 @@ def test_many_processes_all_read_a_program_over_them_or_all_compile_it(launch, f
             sorted(cache.glob(f"jit_{name}-*-cache"))[lacking].unlink()
         run = run_toy(launch, tmp_path / f"without_{lacking}", cache)
         assert run.compiled >= 2 and run.read + run.compiled == first.compiled
-        lines = run.lines(r"(\w+) is compiled here too, since process (\d) did not")
+        lines = run.lines(r"compiling (\w+) here too, because process (\d) did not")
         assert sorted(name for _, name, _ in lines) == ["other_update", "update"]
         assert all(host != missing for host, _, missing in lines)
         both = [(host, name) for host in "01" for name in ("other_update", "update")]

@@ -37,7 +37,7 @@ def test_explicit_settings_win_over_a_tpu(tmp_path: pathlib.Path):
 
 
 def test_a_silence_that_jax_would_not_wait_for_is_refused():
-    with pytest.raises(ConfigError, match=r"watch\.silence_seconds is 20\.0; at most 18\.0"):
+    with pytest.raises(ConfigError, match=r"watch\.silence_seconds is 20\.0; it must be at most 18\.0"):
         WatchConfig(silence_seconds=20.0)
 
 

@@ -69,7 +69,7 @@ def test_processes_at_different_places_are_all_told_where_each_is(in_all):
     errors = in_all(work)
     assert all(isinstance(error, CoordinationError) for error in errors)
     for error in errors[:2]:
-        assert "process 0 came to gather (" in str(error) and "process 1 came to agree (" in str(error)
+        assert "process 0 reached gather (" in str(error) and "process 1 reached agree (" in str(error)
 
 
 def test_a_process_that_failed_is_followed_to_the_end_of_the_step(in_all):
@@ -121,7 +121,7 @@ def test_launches_in_another_order_are_told_with_their_position_and_lines(in_all
     errors = in_all(work)
     assert all(isinstance(error, ProgramError) for error in errors)
     assert len({str(error) for error in errors}) == 1
-    assert "in 'train', at number 1 of what they do together: process 0 launched 'b' (" in str(errors[0])
+    assert "in 'train', at shared event 1: process 0 launched 'b' (" in str(errors[0])
     assert "test_group:" in str(errors[0]) and "process 1 launched 'c' (" in str(errors[0])
 
 
@@ -134,7 +134,7 @@ def test_a_launch_more_on_one_host_is_told_and_bars_all_further_ones(in_all):
             group.step_ended("train")
         except ProgramError as error:
             group.ledger.record(launch("decode", num_processes=1))
-            with pytest.raises(ProgramError, match=r"parted in step 'train'; start the job again"):
+            with pytest.raises(ProgramError, match=r"diverged in step 'train'; restart the job"):
                 group.ledger.record(launch("train_step"))
             return str(error)
         return "not noticed"
@@ -150,7 +150,7 @@ def test_after_a_failed_step_unequal_launches_bar_further_ones_without_another_e
         else:
             group.ledger.record(launch("train_step"))
         group.step_ended("train")
-        with pytest.raises(ProgramError, match="parted in step 'train'"):
+        with pytest.raises(ProgramError, match="diverged in step 'train'"):
             group.ledger.record(launch("train_step"))
         return "barred"
 

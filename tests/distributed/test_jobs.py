@@ -80,7 +80,7 @@ def test_every_process_launches_the_same_programs_over_many_processes(launch, tm
             r"'.*dense<1\.250000e-01>.*' in process 0 and '.*dense<5\.000000e-01>.*' there. Nothing was launched",
         ),
         ("other_order", r"process 0 launched 'other_update' \(__main__:\d+\); process 1 launched 'update' \(__main__"),
-        ("skip", r"process 0 came to gather \(__main__:\d+\); process 1 launched 'update' \(__main__:\d+\)"),
+        ("skip", r"process 0 reached gather \(__main__:\d+\); process 1 launched 'update' \(__main__:\d+\)"),
     ],
 )
 def test_what_one_host_does_alone_stops_the_job_and_is_named(launch, tmp_path, fault, culprit):

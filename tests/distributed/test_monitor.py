@@ -69,7 +69,7 @@ def test_processes_that_part_are_ended_and_the_step_is_recorded_by_the_leader(jo
     with job.groups[0].phase("train-2", files_only=False, on_abort=job.recorded.append):
         job.wait_for(lambda: set(job.ended) == {0, 1})
     (failure,) = job.recorded
-    assert "at number 1 of what they do together" in failure["exception"]
+    assert "at shared event 1: " in failure["exception"]
     assert "process 1 launched 'zeros'" in failure["exception"]
 
 
@@ -94,7 +94,7 @@ def test_a_process_that_leaves_takes_the_others_along(job):
 
 
 def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):
-    job.groups[0].standing.waiting = "came to gather (x:1)"
+    job.groups[0].standing.waiting = "reached gather (x:1)"
     waiting = job.groups[0].phase("infer", files_only=False, on_abort=None)
     with waiting, job.groups[1].phase("infer", files_only=False, on_abort=None):
         for _ in range(5):

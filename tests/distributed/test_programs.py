@@ -126,10 +126,10 @@ def devices_of(*process_indices: int):
 
 def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused():
     unequal = devices_of(0, 0, 1)
-    with pytest.raises(ConfigError, match=r"the processes have \[2, 1\] devices; a job needs the same number in each"):
+    with pytest.raises(ConfigError, match=r"the processes have \[2, 1\] devices; every process needs the same number"):
         hosts_mesh(unequal, unequal[:2])
     equal = devices_of(0, 0, 1, 1)
-    with pytest.raises(ConfigError, match=r"the engine's devices are .* and those of their process, by id"):
+    with pytest.raises(ConfigError, match=r"the engine's devices are .* the devices of their process, ordered by id"):
         hosts_mesh(equal, equal[:1:-1])
 
 

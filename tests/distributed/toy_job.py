@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from simpo_pipeline.executor.live import Live, joint_digest
 from simpo_pipeline.executor.main import executor_main, parse_main_config
-from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, ExecutorStep, borrow, take, versioned
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.job.joining import joined_job
+from simpo_pipeline.job.session import session_of
+from simpo_pipeline.processes import joint_digest
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker
-from steps.joined_job import joined_job
-from steps.session import JobFlags, session_of
 
 SIZE = 48
 

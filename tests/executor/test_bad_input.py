@@ -14,7 +14,7 @@ import pytest
 
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
 from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join

@@ -9,8 +9,7 @@ from simpo_pipeline.executor.commands.litter import find_litter, remove_litter
 from simpo_pipeline.executor.commands.survey import read_survey
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.records.status import CHECKPOINTS_FOLDER, read_manifest
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import ExecutorStep, take, this_output_path
 from simpo_pipeline.storage.files import list_files, write_text
 from simpo_pipeline.storage.paths import base_name, join

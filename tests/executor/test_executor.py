@@ -16,8 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from simpo_pipeline.errors import ConfigError, PlanError, ReplayMismatchError, StepFailedError, StorageError
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import (
     THIS_OUTPUT_PATH,
     ExecutorStep,

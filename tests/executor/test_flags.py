@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
 from simpo_pipeline.storage.files import write_json, write_text
 from simpo_pipeline.storage.paths import join

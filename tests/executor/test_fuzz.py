@@ -17,8 +17,7 @@ from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
 from simpo_pipeline.executor.records.info import read_info
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.records.status import StepRecord, read_manifest, read_record
-from simpo_pipeline.executor.run import Action
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Action, Live
 from simpo_pipeline.executor.step import ExecutorStep, take, this_output_path, versioned
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.files import exists, list_files, read_bytes, read_text, write_bytes

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from simpo_pipeline.errors import IdentityError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.planning.graph import build_graph
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.step import (
     ExecutorStep,
     InputName,
@@ -29,6 +28,7 @@ from simpo_pipeline.executor.step import (
     unwrap_versioned_value,
     versioned,
 )
+from simpo_pipeline.processes import Processes
 
 
 @dataclass(frozen=True)

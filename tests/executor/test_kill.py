@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, take, this_output_path
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import write_text

@@ -26,7 +26,7 @@ from simpo_pipeline.executor.executor import PROBE_PREFIX, Executor
 from simpo_pipeline.executor.records.holder import Holder, parse_holder
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseWatch
 from simpo_pipeline.executor.records.status import ERROR_FILE, INFO_FILE, LEASE_FILE, MANIFEST_FILE, STATUS_FILE
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, take, this_output_path
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.entry import FileEntry

@@ -1,7 +1,8 @@
 import pytest
 
 from simpo_pipeline.errors import LiveEdgeError
-from simpo_pipeline.executor.running.live import Live, LiveStore
+from simpo_pipeline.executor.run import Live
+from simpo_pipeline.executor.running.live import LiveStore
 from simpo_pipeline.executor.step import ExecutorStep, LiveUse
 
 MADE, ONE, TWO = (ExecutorStep(name, None, None) for name in ("made", "one", "two"))

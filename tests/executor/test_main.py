@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
-from simpo_pipeline.executor.processes import Processes
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
 
 SCRIPT = """
 import os, sys, time
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.main import executor_main
 from simpo_pipeline.executor.step import ExecutorStep, borrow, take, this_output_path, versioned
 from simpo_pipeline.storage.files import write_text

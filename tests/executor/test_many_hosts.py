@@ -17,12 +17,11 @@ from simpo_pipeline.errors import (
     StepFailedError,
 )
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.processes import NoWatch, Processes
 from simpo_pipeline.executor.records.holder import Holder
 from simpo_pipeline.executor.records.lease import LeaseConfig
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
+from simpo_pipeline.processes import NoWatch, Processes
 from simpo_pipeline.storage.files import exists, list_files, read_json, read_text, remove_tree, write_bytes, write_text
 from simpo_pipeline.storage.paths import join
 

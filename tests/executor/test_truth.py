@@ -13,8 +13,7 @@ from simpo_pipeline.errors import StepFailedError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.records.holder import Holder
 from simpo_pipeline.executor.records.lease import LeaseConfig
-from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path, versioned
 from simpo_pipeline.executor.table import plan_table
 from simpo_pipeline.storage.files import exists, list_files, remove_tree, write_bytes, write_text

@@ -13,9 +13,8 @@ from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.records import lease
 from simpo_pipeline.executor.records.holder import Holder
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper
-from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.executor.run import Live, StepRun
 from simpo_pipeline.executor.running import attempt
-from simpo_pipeline.executor.running.live import Live
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, this_output_path
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, read_bytes, read_text, remove_tree, write_bytes, write_text

@@ -5,23 +5,19 @@
 FAULT is raise, hang, kill or freeze; STEP is train (before update 4) or infer (at the second round of the engine).
 """
 
-import importlib
 import os
-import pathlib
 import signal
 import sys
 import time
 from typing import NoReturn
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
-m11 = importlib.import_module("m11_interleave")
-
-from simpo_pipeline.data.loader import PairLoader  # noqa: E402
-from simpo_pipeline.data.rows import RowBatch  # noqa: E402
-from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
-from simpo_pipeline.inference.scheduler import Scheduler  # noqa: E402
-from simpo_pipeline.tracking.tracker import NoTracker  # noqa: E402
-from steps.joined_job import joined_job  # noqa: E402
+from experiments.m11_interleave import PRESETS, interleave
+from experiments.preset_flags import PresetFlags
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.rows import RowBatch
+from simpo_pipeline.executor.main import parse_main_config
+from simpo_pipeline.inference.scheduler import Scheduler
+from simpo_pipeline.job.main import TrackerChoice, main
 
 
 def happen(fault: str) -> NoReturn:
@@ -58,8 +54,5 @@ if __name__ == "__main__":
     del sys.argv[1:4]
     if os.environ["JAX_PROCESS_ID"] == victim:
         plant(fault, step)
-    args = parse_main_config(m11.M11Args)
-    with joined_job(args) as job:
-        session = args.job_session(NoTracker, job.group)
-        steps = m11.interleave(m11.PRESETS["tiny"], args)
-        executor_main(args, steps=steps, session=session, processes=job.processes)
+    flags = parse_main_config(PresetFlags)
+    main(flags, steps=interleave(PRESETS["tiny"], flags), tracker=TrackerChoice("none"))

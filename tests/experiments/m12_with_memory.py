@@ -3,18 +3,14 @@
 python tests/experiments/m12_with_memory.py [flags of m12_periodic.py]
 """
 
-import importlib
 import pathlib
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "experiments"))
-m12 = importlib.import_module("m12_periodic")
-interleave = importlib.import_module("steps.interleave")
-
-from simpo_pipeline.executor.main import executor_main, parse_main_config  # noqa: E402
-from simpo_pipeline.tracking.tracker import NoTracker  # noqa: E402
-from steps.joined_job import joined_job  # noqa: E402
-from steps.train import train  # noqa: E402
+from experiments import interleave
+from experiments.m12_periodic import PRESETS, periodic
+from experiments.preset_flags import PresetFlags
+from simpo_pipeline.executor.main import parse_main_config
+from simpo_pipeline.job.main import TrackerChoice, main
+from steps.train import train
 
 
 def resident_bytes() -> int:
@@ -34,8 +30,6 @@ def telling(config, run):
 
 
 if __name__ == "__main__":
-    args = parse_main_config(m12.M12Args)
+    flags = parse_main_config(PresetFlags)
     setattr(interleave, "train", telling)  # noqa: B010
-    with joined_job(args) as job:
-        session = args.job_session(NoTracker, job.group)
-        executor_main(args, steps=m12.periodic(m12.PRESETS["tiny"]), session=session, processes=job.processes)
+    main(flags, steps=periodic(PRESETS["tiny"]), tracker=TrackerChoice("none"))

@@ -6,14 +6,14 @@ import runpy
 
 import pytest
 
+from experiments.schedule import TrainingPhase
+from experiments.settings.command_line import read_settings
+from experiments.settings.retired import SAMPLE_LM_MULTIHOST, TRAIN_SIMPO
+from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
+from experiments.settings.train_simpo import TrainSimpoConfig
 from simpo_pipeline.config_files.parse import load_yaml
 from simpo_pipeline.executor.step import unwrap_versioned_value
 from simpo_pipeline.inference.config import SamplingParams
-from steps.schedule import Segment
-from steps.settings.command_line import read_settings
-from steps.settings.retired import SAMPLE_LM_MULTIHOST, TRAIN_SIMPO
-from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
-from steps.settings.train_simpo import TrainSimpoConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = pathlib.Path("experiments/configs")
@@ -59,7 +59,7 @@ def test_m11_resolves_to_the_run_of_record():
     settings = read_run(M11)
     generation = settings.build_generation("model")
     assert generation is not None
-    assert settings.segments() == (Segment(0, 2, infer=True), Segment(2, 7, infer=False))
+    assert settings.phases() == (TrainingPhase(0, 2, infer=True), TrainingPhase(2, 7, infer=False))
     assert dataclasses.asdict(settings.build_trainer()) == {
         "num_train_steps": 7,
         "train_batch_size": 128,
@@ -147,11 +147,11 @@ def test_m11_is_the_preset_of_the_main_experiment():
 
 
 def test_m12_generates_after_every_50_updates_the_last_included_and_once():
-    assert read_run(M12).segments() == tuple(Segment(stop - 50, stop, infer=True) for stop in (50, 100, 150, 200))
+    assert read_run(M12).phases() == tuple(TrainingPhase(stop - 50, stop, infer=True) for stop in (50, 100, 150, 200))
 
 
-def test_the_base_run_is_one_stretch_of_2150_updates():
-    assert read_run(BASE).segments() == (Segment(0, 2150, infer=False),)
+def test_the_base_run_is_one_phase_of_2150_updates():
+    assert read_run(BASE).phases() == (TrainingPhase(0, 2150, infer=False),)
 
 
 @pytest.mark.parametrize(("name", "num_prompts"), [(M10_128, 128), (M10_1024, 1024), (ONE_PROMPT, 1)])

@@ -1,4 +1,4 @@
-"""M11 on two processes, killed in its second stretch, resumes from a checkpoint and exports its weights."""
+"""M11 on two processes, killed in its second phase, resumes from a checkpoint and exports its weights."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def test_a_job_killed_in_update_4_resumes_from_update_3_to_the_same_digest(launc
     lines = [line for line in again.lines(0) if "INFO step" in line]
     assert 4 <= len(lines) <= 5, again.text
     # That of update 3 may have been half written when the kill came.
-    assert again.text.count("went on from checkpoint") == count * (1 + (len(lines) == 4)), again.text
+    assert again.text.count("resumed from checkpoint") == count * (1 + (len(lines) == 4)), again.text
     assert digest(killed, "train-5") == digest(whole, "train-5")
     losses = [(output(prefix, "train-5") / "metrics.jsonl").read_text().count("\n") for prefix in (whole, killed)]
     assert losses == [5, 5]

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from simpo_pipeline.executor.executor import Executor
-from steps.session import JobSession
+from simpo_pipeline.job.session import JobSession
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC

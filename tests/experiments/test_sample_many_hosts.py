@@ -113,7 +113,7 @@ def test_a_prompt_that_one_host_cannot_serve_stops_all_before_any_device_work(la
     for host in (0, 1):
         told = "\n".join(job.lines(host))
         assert "(process 1 of 2): CapacityError: request 0 (prompt 1, sample 0) has 4" in told
-        assert "engine.max_seq_len is 384: raise it as far as the model goes, or ask for fewer" in told
+        assert "engine.max_seq_len is 384: raise it, up to the model's limit, or request fewer tokens" in told
         assert "compiled" not in told
 
 

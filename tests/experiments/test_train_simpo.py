@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from steps.settings.command_line import setting_names
-from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
-from steps.settings.train_simpo import TrainSimpoConfig
+from experiments.settings.command_line import setting_names
+from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
+from experiments.settings.train_simpo import TrainSimpoConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 M11 = "experiments/configs/simpo_ultrafeedback_llama3_8b_v5p_32_m11_train2_infer128_train5.yaml"

@@ -29,11 +29,11 @@ from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.distributed.mesh import global_mesh, local_mesh, place, training_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.handoff.handoff import build_handoff
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.job.joining import joined_job
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
-from steps.joined_job import joined_job
-from steps.session import JobFlags
 
 # 134 million parameters, 537 MB in float32; the bound on memory has to be far above what an allocator rounds.
 MODEL = LlamaConfig(1024, 4096, 8, 16, 8, 64, 8192, 64, tie_word_embeddings=True)

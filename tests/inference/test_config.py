@@ -34,13 +34,13 @@ def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
         ({"stop": ("",)}, "stop must be"),
         ({"min_tokens": 2}, r"min_tokens must lie in \[0, max_tokens=1\], got 2"),
         ({"logprobs": 21}, "logprobs"),
-        ({"max_tokens": 16.0}, "max_tokens must be a whole number, got 16.0"),
-        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
-        ({"n": True}, "n must be a whole number, got True"),
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
-        ({"logprobs": 2.0}, "logprobs must be a whole number, got 2.0"),
+        ({"max_tokens": 16.0}, "max_tokens must be an integer, got 16.0"),
+        ({"max_tokens": None}, "max_tokens must be an integer, got None"),
+        ({"n": True}, "n must be an integer, got True"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"logprobs": 2.0}, "logprobs must be an integer, got 2.0"),
         ({"top_k": 2**31}, r"top_k must lie in \[0, 2147483647\]"),
-        ({"stop_token_ids": (1.5,)}, "each of stop_token_ids must be a whole number, got 1.5"),
+        ({"stop_token_ids": (1.5,)}, "each of stop_token_ids must be an integer, got 1.5"),
         ({"stop_token_ids": None}, r"stop_token_ids must be a tuple, \(\) for none, got None"),
         ({"stop": "end"}, r"stop must be a tuple, \(\) for none, got 'end'"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
@@ -63,7 +63,7 @@ def test_an_engine_size_below_one_is_refused_by_name(field: str) -> None:
 
 
 def test_half_a_sequence_is_no_size() -> None:
-    with pytest.raises(ConfigError, match=r"engine\.max_seqs must be a whole number, got 2\.5"):
+    with pytest.raises(ConfigError, match=r"engine\.max_seqs must be an integer, got 2\.5"):
         check(EngineConfig, max_seqs=2.5)
 
 

@@ -77,10 +77,10 @@ def test_a_cut_off_last_row_is_left_out_and_any_other_damage_is_an_error(tmp_pat
     path.write_bytes(b'{"number": 1}\n{"number": 2')
     assert found(str(path)) == [1]
     path.write_bytes(b'{"number": 1}\n{"number": 2\n{"number": 3}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON .*; only a last line may be cut"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON .*; only the last line may be cut"):
         found(str(path))
     path.write_bytes(b"[1]\n")
-    with pytest.raises(DataError, match=r"line 1: got a list; each line is one JSON object"):
+    with pytest.raises(DataError, match=r"line 1: got a list; each line must be a JSON object"):
         found(str(path))
 
 

@@ -155,21 +155,27 @@ LONG = [1] * 120
     [
         (["ab", ""], None, CapacityError, "request 1 .*empty prompt; give it at least one token"),
         ([[]], None, CapacityError, "request 0 .*empty prompt"),
-        ([[1, 264]], None, CapacityError, "has token id 264; the model knows 0 to 263"),
-        ([[1, -1]], None, CapacityError, "has token id -1; the model knows 0 to 263"),
-        ([LONG], None, CapacityError, r"120 prompt tokens and max_tokens 16, 136 in all; engine\.max_seq_len is 128"),
-        (["ab"], [GREEDY] * 2, ConfigError, "2 sampling_params for 1 prompts; give one for all, or one for each"),
-        (["ab"], SamplingParams(stop_token_ids=(264,)), ConfigError, "stop_token_ids has 264; the model knows 0 to"),
+        ([[1, 264]], None, CapacityError, "has token id 264; the model's token ids are 0 to 263"),
+        ([[1, -1]], None, CapacityError, "has token id -1; the model's token ids are 0 to 263"),
+        ([LONG], None, CapacityError, r"120 prompt tokens and max_tokens 16, 136 in total; engine\.max_seq_len is 128"),
+        (["ab"], [GREEDY] * 2, ConfigError, "2 sampling_params for 1 prompts; pass one, or one per prompt"),
+        (
+            ["ab"],
+            SamplingParams(stop_token_ids=(264,)),
+            ConfigError,
+            "stop_token_ids has 264; the model's token ids are 0 to",
+        ),
         (
             ["ab"],
             SamplingParams(stop_token_ids=tuple(range(7))),
             ConfigError,
-            "and the tokenizer's own end tokens .* are 9, and at most 8 are supported; give fewer, or set ignore_eos",
+            "and the tokenizer's end tokens .* are 9 stop tokens; at most 8 are supported. "
+            "Pass fewer, or set ignore_eos",
         ),
-        ([1, 2], None, ConfigError, r"prompts is a list with numbers; write \[\[...\]\] for one prompt"),
-        ([["a"]], None, ConfigError, r"prompts\[0\] is \['a'\]; a prompt is a text or a list of token ids"),
-        ([b"ab"], None, ConfigError, r"prompts\[0\] is b'ab'; a prompt is"),
-        (None, None, ConfigError, "prompts is a NoneType; give a text, or a list"),
+        ([1, 2], None, ConfigError, r"prompts is a list with integers; pass \[\[...\]\] for one prompt"),
+        ([["a"]], None, ConfigError, r"prompts\[0\] is \['a'\]; a prompt must be a text or a list of token ids"),
+        ([b"ab"], None, ConfigError, r"prompts\[0\] is b'ab'; a prompt must be"),
+        (None, None, ConfigError, "prompts is a NoneType; pass a text, or a list"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_any_device_work(
@@ -195,7 +201,7 @@ def test_no_prompts_make_no_outputs(llm: LLM) -> None:
     "messages", [[[]], [[{"role": "user"}]], ["hi"], [[{"role": "user", "content": "a"}, "b"]], [{"content": "a"}]]
 )
 def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
-    with pytest.raises(ConfigError, match=r"messages\[0\] is .*a conversation is a list of turns with a role and"):
+    with pytest.raises(ConfigError, match=r"messages\[0\] is .*a conversation must be a list of turns with role and"):
         unchecked(LLM.chat)(llm, messages)
 
 
@@ -206,7 +212,11 @@ def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
         ({"max_seqs": 0}, ConfigError, "max_seqs must be at least 1, got 0"),
         ({"max_seq_len": 129}, ConfigError, "max_seq_len is 129, but the model has only 128 positions; lower it"),
         ({"memory_utilization": 1.5}, ConfigError, r"memory_utilization must lie in \(0, 1\], got 1.5"),
-        ({"num_pages": 10**9}, CapacityError, r"the engine needs .* GiB .*engine\.num_pages asks for; it may take"),
+        (
+            {"num_pages": 10**9},
+            CapacityError,
+            r"the engine needs .* GiB .*requested by engine\.num_pages\); it may use",
+        ),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(model_path: str, options: Any, error: type[Exception], message: str):

@@ -11,7 +11,7 @@ def test_pages_are_handed_out_once_and_come_back() -> None:
     assert pool.num_free == 2
     with pytest.raises(AssertionError, match="not held"):
         pool.release(first)
-    with pytest.raises(AssertionError, match="3 pages asked for, 2 free"):
+    with pytest.raises(AssertionError, match="3 pages requested, 2 free"):
         pool.allocate(3)
 
 

@@ -68,9 +68,9 @@ def _fits(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int) -> bo
     [
         (
             EngineConfig(page_size=16, num_pages=10**9),
-            r"1000000000 pages of 8192 bytes, which engine\.num_pages",
+            r"1000000000 pages of 8192 bytes \(requested by engine\.num_pages",
         ),
-        (EngineConfig(page_size=16, memory_utilization=1e-6), r"4 pages .*the longest sequence alone fills"),
+        (EngineConfig(page_size=16, memory_utilization=1e-6), r"4 pages .*the minimum for the longest sequence"),
     ],
 )
 def test_what_memory_cannot_hold_is_refused_with_what_is_needed_and_what_there_is(

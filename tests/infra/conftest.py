@@ -1,4 +1,4 @@
-"""A cloud of fakes: `gcloud`, `docker` and `kubectl` are programs on PATH that keep what happened in one file."""
+"""A fake cloud: `gcloud`, `docker` and `kubectl` are programs on PATH that record all events in one file."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ from launcher.console import Console
 from launcher.options import Timing
 
 FAKES = pathlib.Path(__file__).parent / "fakes"
-# Without site-packages, not even those of the virtual environment, a program starts twice as fast.
+# Without any site-packages, even those of the virtual environment, a program starts twice as fast.
 PROGRAM = """#!{python} -SE
 import sys
 sys.path.insert(0, {fakes!r})
@@ -29,7 +29,7 @@ JOB = ("--", "python", "experiments/m11.py", "--prefix", "gs://bucket/path")
 
 
 class FastClock:
-    """Time that passes by being waited for, and a Ctrl-C that comes while the launcher waits."""
+    """A clock that advances only by waiting, and raises a Ctrl-C while the launcher waits."""
 
     def __init__(self, is_interrupted: Callable[[], bool]) -> None:
         self._now = 0.0
@@ -52,7 +52,7 @@ class FastClock:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a call of the launcher ended."""
+    """The result of a launcher call."""
 
     code: int
     out: str
@@ -63,16 +63,16 @@ class Result:
         return self.out.splitlines()[-1] if self.out else ""
 
     def host_lines(self, host: int) -> list[str]:
-        """What one host printed."""
+        """Return the lines that one host printed."""
         mark = f"[host {host}] "
         return [line.removeprefix(mark) for line in self.out.splitlines() if line.startswith(mark)]
 
 
 class Cloud:
-    """The fakes, and a launcher among them."""
+    """The fake cloud, and a launcher that uses it."""
 
     run_id = "m11-641778c9"
-    """What the launcher calls the job of `launch`."""
+    """Name that the launcher gives to the job of `launch`."""
     finished = "Job finished with no error."
     where = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
 
@@ -106,16 +106,16 @@ class Cloud:
         (self.folder / "state").write_text(repr(state))
 
     def plan(self, **plan: Any) -> None:
-        """What is to happen from now on."""
+        """Set the events that happen from now on."""
         self.write(self.state | {"plan": plan})
 
     def has_tpu(self, state: str = "READY", kind: str = "v5p-16", request: str | None = "ACTIVE", **node: Any) -> None:
-        """There is a TPU before the launch."""
+        """Create a TPU that exists before the launch."""
         there = {"state": state, "health": "HEALTHY", "type": kind, "hosts": {"v5p-8": 1, "v5p-16": 2}[kind]} | node
         self.write(self.state | {"node": there, "request": request and {"state": request}, "wanted": kind, "made": 1})
 
     def ask(self, question: str) -> str | None:
-        """The next answer to a question of the launcher."""
+        """Return the next answer to a question of the launcher."""
         self.questions.append(question)
         answer = self.answers.pop(0) if self.answers else None
         if isinstance(answer, type):
@@ -123,14 +123,14 @@ class Cloud:
         return answer
 
     def is_interrupted(self) -> bool:
-        """Whether Ctrl-C comes now; it comes once."""
+        """Return whether Ctrl-C arrives now; it arrives once."""
         if self.interrupt_when is None or not self.interrupt_when(self.state):
             return False
         self.interrupt_when = None
         return True
 
     def call(self, *words: str, variables: dict[str, str] | None = None) -> Result:
-        """One call of the launcher."""
+        """Call the launcher once."""
         around = Surroundings(
             self.root, variables or {}, FastClock(self.is_interrupted), Console(self.ask), self.timing
         )
@@ -142,33 +142,33 @@ class Cloud:
         return Result(code, out, err)
 
     def launch(self, *flags: str, kind: str = "v5p-16", job: tuple[str, ...] = JOB, **more: Any) -> Result:
-        """Launches a job in the foreground."""
+        """Launch a job in the foreground."""
         return self.call("--foreground", *self.where, "--tpu_type", kind, *flags, *job, **more)
 
     def launch_on_one_host(self, *flags: str, job: tuple[str, ...] = JOB, **more: Any) -> Result:
-        """The same on the smallest TPU, from an image that exists."""
+        """Launch a job in the foreground on the smallest TPU, from an existing image."""
         return self.launch("--image", "proj/image:tag", *flags, kind="v5p-8", job=job, **more)
 
     def calls(self, *parts: str, at: str = "") -> list[list[str]]:
-        """The commands that were run here, or on a host, and have all of these words."""
+        """Return the commands that were run here, or on host `at`, and contain all of these words."""
         found = [call["words"] for call in self.state["calls"] if call["at"] == at]
         return [words for words in found if all(part in words for part in parts)]
 
     def everything_said(self) -> str:
-        """Every word of every command on every machine."""
+        """Return all words of all commands on all machines."""
         return json.dumps(self.state["calls"])
 
     def home(self, host: int, life: int = 1) -> pathlib.Path:
-        """A host's home."""
+        """Return the home folder of a host."""
         return self.folder / f"tpu_{life}" / f"host_{host}"
 
     def containers(self, host: int, life: int = 1) -> dict[str, Any]:
-        """A host's containers, by name."""
+        """Return the containers of a host by name."""
         file = self.home(host, life) / "containers"
         return ast.literal_eval(file.read_text()) if file.exists() else {}
 
     def put_container(self, host: int, run_id: str, **container: Any) -> None:
-        """A container from before this launch."""
+        """Add a container that exists before the launch."""
         home = self.home(host)
         home.mkdir(parents=True, exist_ok=True)
         usual = {"id": f"{len(self.containers(host)) + 100:012x}", "label": run_id, "state": "exited", "code": 1}
@@ -179,7 +179,7 @@ class Cloud:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
-    """A small repository to ship, with a file that git does not know."""
+    """A small repository to ship, with one file that git does not track."""
     root = tmp_path_factory.mktemp("repository")
     (root / "experiments").mkdir()
     (root / "experiments" / "m11.py").write_text("print('hello')\n")
@@ -193,7 +193,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture
 def cloud(tmp_path, repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The fakes on PATH, and nothing made yet."""
+    """A fake cloud on PATH, without any resources yet."""
     programs = tmp_path / "bin"
     programs.mkdir()
     python = os.path.realpath(sys.executable)

@@ -1,4 +1,4 @@
-"""TPU types: chips, hosts and topologies as Google Cloud's tables have them."""
+"""TPU types: chips, hosts and topologies as in Google Cloud's tables."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""What `--dry_run` prints: golden command lines, and that a real run is made of the same.
+"""The output of `--dry_run`: it matches golden files, and a real run uses the same commands.
 
-A test whose command lines differ leaves them in its own folder, to be looked at and moved to `golden/`.
+A test whose output differs leaves it in its temporary folder, for inspection and to be moved to `golden/`.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 WHERE = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
-# The command of the first attempt, with names that Google Cloud takes.
+# The command line of an earlier launcher, with names that Google Cloud accepts.
 ORIGINAL = (
     "--foreground --zone us-central1-a --tpu_name m11 --tpu_type v5p-32 --capacity_type on-demand -- "
     "python experiments/m11_interleave.py --preset llama3_8b_v5p_32 --prefix gs://bucket/path"

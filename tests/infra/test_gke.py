@@ -1,4 +1,4 @@
-"""The life of a job on GKE, and what can go wrong with it, with a kubectl that is played."""
+"""The life cycle of a job on GKE and its failures, with a fake kubectl."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_an_attempt_that_was_lost_is_followed_by_the_next_and_success_is_success
     cloud.plan(attempts=[lost, {"suspended": 1, "pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
     done = launch()
     assert done.code == 0, done.err
-    assert "Attempt 1 was lost; JobSet starts the job again." in done.err
+    assert "Attempt 1 was lost; JobSet restarts the job." in done.err
     assert done.last_line == cloud.finished and done.host_lines(1)[-2:] == ["step 1", "step 2"]
 
 
@@ -65,7 +65,7 @@ def test_a_pod_without_memory_is_told_so(cloud, launch):
     pod = {"code": 137, "reason": "OOMKilled"}
     cloud.plan(attempts=[{"pods": {"0": pod}, "end": "Failed", "message": "m"}])
     done = launch()
-    assert done.code == 137 and "for lack of the host's memory" in done.err
+    assert done.code == 137 and "ran out of host memory" in done.err
 
 
 def test_an_image_that_cannot_be_read_is_told_while_pods_wait(cloud, launch):
@@ -77,7 +77,7 @@ def test_an_image_that_cannot_be_read_is_told_while_pods_wait(cloud, launch):
 def test_pods_that_never_start_are_given_up(cloud, launch):
     cloud.plan(attempts=[{"pending": 999, "end": "Completed"}])
     done = launch("--start_timeout", "5")
-    assert done.code == 1 and "5 s after Kueue let it in" in done.err
+    assert done.code == 1 and "5 s after Kueue admitted it" in done.err
 
 
 def test_a_wait_in_the_queue_has_no_end_of_its_own(cloud, launch):
@@ -89,7 +89,7 @@ def test_a_jobset_that_is_there_is_not_started_beside_itself(cloud, launch):
     cloud.plan(attempts=[{"end": "Completed"}])
     assert cloud.call(*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "true").code == 0
     done = launch()
-    assert done.code == 1 and "is there already" in done.err
+    assert done.code == 1 and "already exists" in done.err
 
 
 def test_an_ended_jobset_is_replaced_and_its_lines_are_kept(cloud, launch):
@@ -104,7 +104,7 @@ def test_an_ended_jobset_is_replaced_and_its_lines_are_kept(cloud, launch):
     ("match", "said", "advice"),
     [
         ("create", 'no matches for kind "JobSet"', "The cluster lacks JobSet"),
-        ("create", "Forbidden: cannot create", "may not do this"),
+        ("create", "Forbidden: cannot create", "lacks the permission"),
         ("get jobset", "error: current-context is not set", "give --cluster NAME"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_cluster_is_asked_for_by_name(cloud, launch):
 def test_a_cluster_that_is_not_to_be_reached_is_told(cloud, launch):
     cloud.plan(faults=[{"match": "get-credentials", "err": "not found"}])
     done = launch("--cluster", "tpus", "--zone", "us-central1", "--project", "proj")
-    assert done.code == 1 and "the cluster tpus is not to be reached: not found" in done.err
+    assert done.code == 1 and "the cluster tpus cannot be reached: not found" in done.err
 
 
 def test_secrets_are_in_a_secret_that_goes_with_the_jobset_and_nowhere_else(cloud, launch):
@@ -202,7 +202,7 @@ def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
     assert followed.code == 0 and followed.last_line == cloud.finished
     assert cloud.call("clean", *named).code == 0
     assert cloud.state["jobset"] is None and cloud.state["secret"] is None
-    assert "nothing of that name" in cloud.call("status", *named).out
+    assert "not found in namespace team" in cloud.call("status", *named).out
 
 
 @pytest.mark.parametrize(("answer", "is_there"), [("y", False), ("n", True)])
@@ -217,8 +217,8 @@ def test_ctrl_c_asks_whether_the_jobset_is_to_go(cloud, launch, answer, is_there
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tpu_type", "v3-32"], "GKE has no v3-32"),
-        (["--tpu_type", "v5p-16", "--capacity_type", "best-effort"], "has no capacity 'best-effort'"),
+        (["--tpu_type", "v3-32"], "GKE does not offer v3-32"),
+        (["--tpu_type", "v5p-16", "--capacity_type", "best-effort"], "does not support capacity 'best-effort'"),
         (["--tpu_type", "v5p-16", "--namespace", "No"], "--namespace 'No'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The local launcher: lines with their host, the job's exit code, and no process left behind."""
+"""The local launcher: lines with their host, the exit code of the job, and no process left behind."""
 
 import os
 import pathlib
@@ -62,7 +62,7 @@ def test_a_dry_run_starts_nothing_and_prints_what_it_would_start():
     line = [sys.executable, LAUNCHER, "--dry_run", "--local", "2", "-e", "MINE", "it's", "--", sys.executable]
     done = subprocess.run([*line, "-c", "print('ran')"], capture_output=True, text=True, timeout=60)
     *commands, last = done.stdout.splitlines()
-    assert done.returncode == 0 and last == "# Dry run: nothing was started. PORT is one that is free."
+    assert done.returncode == 0 and last == "# Dry run: nothing was started. PORT stands for a free port."
     for index, words in enumerate(map(shlex.split, commands)):
         assert words[-3:] == [sys.executable, "-c", "print('ran')"]
         assert {f"JAX_PROCESS_ID={index}", "JAX_NUM_PROCESSES=2", "MINE=it's"} < set(words)
@@ -75,7 +75,7 @@ def test_the_exit_code_is_that_of_the_first_process_to_fail_and_its_last_lines_a
     )
     done = run(3, code)
     assert done.returncode == 5
-    assert "Job failed: host 1 of 3 ended with exit code 5, and no other did before. Its last lines:" in done.stderr
+    assert "Job failed: host 1 of 3 exited with code 5; no other host failed before it. Its last lines:" in done.stderr
     assert "    I am 1" in done.stderr
     assert "Job finished" not in done.stdout
 
@@ -86,7 +86,7 @@ def test_a_process_ended_by_a_signal_counts_as_failed():
 
 
 SIGNALS = [
-    [signal.SIGINT, signal.SIGINT],  # who asks twice does not wait
+    [signal.SIGINT, signal.SIGINT],  # a second Ctrl-C skips the wait
     pytest.param([signal.SIGINT], marks=pytest.mark.slow),
     pytest.param([signal.SIGTERM], marks=pytest.mark.slow),
     pytest.param([signal.SIGHUP], marks=pytest.mark.slow),
@@ -123,9 +123,9 @@ def test_an_interrupted_job_leaves_no_process_behind_even_one_that_is_frozen_or_
     ("words", "message"),
     [
         (["--local", "2"], "the command is missing; write it after --"),
-        (["--local", "0", "--", "true"], "'0' is no whole number from 1 on"),
-        (["--local", "2", "--devices_per_host", "x", "--", "true"], "'x' is no whole number"),
-        (["--local", "2", "--", "no-such-program-here"], "there is no program 'no-such-program-here'"),
+        (["--local", "0", "--", "true"], "'0' is not a positive integer"),
+        (["--local", "2", "--devices_per_host", "x", "--", "true"], "'x' is not a positive integer"),
+        (["--local", "2", "--", "no-such-program-here"], "program 'no-such-program-here' was not found"),
         (["--", "true"], "--local"),
     ],
 )

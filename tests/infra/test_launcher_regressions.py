@@ -1,6 +1,6 @@
-"""What was wrong with the first attempt's launcher, and holds now.
+"""Regression tests for the faults of an earlier launcher.
 
-Rows are those of its list of failures; defects are those found in its launcher by reading.
+Row numbers refer to its list of failures; defect numbers refer to faults found by reading its code.
 """
 
 import json
@@ -26,7 +26,7 @@ def container(cloud):
 
 
 def test_defect_1_success_after_the_last_retry_is_success(cloud):
-    # It was remembered from the attempt before the last one on that something had failed.
+    # The failure of an earlier attempt used to be remembered.
     cloud.plan(containers=[{"all": {"hangs": True, "preempts": True}}, {}])
     done = cloud.launch_on_one_host("--spot", "--retries", "1")
     assert done.code == 0 and done.last_line == cloud.finished
@@ -36,7 +36,7 @@ def test_defect_2_a_detached_launch_does_not_say_that_the_job_has_finished(cloud
     cloud.plan(containers=[{"all": {"hangs": True}}])
     done = cloud.call(*cloud.where, "--tpu_type", "v5p-8", "--image", "i", "--", "true")
     assert done.code == 0 and "finished" not in done.out
-    assert "goes on without this terminal" in done.out
+    assert "keeps running without this terminal" in done.out
 
 
 @pytest.mark.parametrize("flags", [(), ("--no_docker",)])
@@ -91,7 +91,7 @@ def test_defect_7_the_log_of_a_failed_attempt_outlives_the_next(cloud):
 def test_defect_8_node_count_is_refused_where_it_would_mean_four_slices(cloud):
     done = cloud.launch("--node_count", "4", kind="v5p-32")
     assert done.code == 2
-    assert "--node_count 4 asks for 4 slices of v5p-32, not for hosts" in done.err
+    assert "--node_count 4 requests 4 slices of v5p-32, not hosts" in done.err
     assert "leave it out" in done.err
 
 
@@ -123,19 +123,19 @@ def test_row_27_a_file_that_is_not_shipped_is_found_before_anything_starts(cloud
 def test_row_27_a_file_of_this_machine_is_found_before_anything_starts(cloud, tmp_path):
     (tmp_path / "config.yaml").write_text("a: 1")
     done = cloud.launch("--no_docker", kind="v5p-8", job=("--", "python", "a.py", str(tmp_path / "config.yaml")))
-    assert done.code == 2 and "a file of this machine that the hosts do not have" in done.err
+    assert done.code == 2 and "a file on this machine that the hosts do not have" in done.err
 
 
 def test_row_27_a_transfer_guard_that_jax_does_not_survive_is_refused(cloud):
     done = cloud.launch_on_one_host("-e", "JAX_TRANSFER_GUARD", "disallow")
     assert done.code == 2 and "leave it out" in done.err
-    # What is set here does not travel by itself.
+    # A variable that is set on this machine is not forwarded by itself.
     assert cloud.launch_on_one_host(variables={"JAX_TRANSFER_GUARD": "disallow"}).code == 0
     assert "JAX_TRANSFER_GUARD" not in container(cloud)["environment"]
 
 
 def test_row_43_success_after_a_retry_detached_and_quoting(cloud):
-    # All three in one launch.
+    # All three at once.
     cloud.plan(lives=[[["SUSPENDED", None]]], containers=[{"all": {"hangs": True}}])
     cloud.write(cloud.state | {"node": None, "request": None, "made": 0})
     done = cloud.call(*cloud.where, "--tpu_type", "v5p-8", "--image", "i", "--", "echo", "a b; exit 1")
@@ -147,7 +147,7 @@ def test_row_43_success_after_a_retry_detached_and_quoting(cloud):
 class TestSecrets:
     @pytest.mark.parametrize("flags", [("--image", "i"), ("--no_docker",)])
     def test_they_reach_the_job_and_no_command_file_or_line_shows_them(self, cloud, flags):
-        # The job itself gives one away.
+        # The job itself prints a secret.
         cloud.plan(containers=[{"all": {"lines": ["my token is hf_verysecret"]}}])
         job = ("--", "python", "-c", "import os; print('my token is', os.environ['HF_TOKEN'])")
         flags = ("-e", "MY_PASSWORD", *flags, "--run_id", "secret")

@@ -1,4 +1,4 @@
-"""Following hosts to their end, without programs: the feeds are played here."""
+"""Following hosts until they finish, with fake feeds and without programs."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ RUNNING, DONE, FAILED = HostState("running"), HostState("exited", 0), HostState(
 
 @dataclasses.dataclass
 class PlayedFeed:
-    """Tells these states one after the other, and a line before each."""
+    """A fake feed that reports these states one after the other, with a line before each."""
 
     host: int
     states: list[HostState | Exception | None]
@@ -37,7 +37,7 @@ class PlayedFeed:
 
 
 class Clock:
-    """A second passes with every look."""
+    """A clock that advances by one second with every reading."""
 
     def __init__(self) -> None:
         self._ticks = itertools.count()
@@ -75,7 +75,7 @@ def test_a_job_that_is_not_there_has_not_ended_well(follow, word):
 
 
 def test_a_short_silence_after_a_long_quiet_time_is_forgiven(follow):
-    # Silence begins with the first question that is not answered, not with the last line.
+    # Silence begins with the first query without an answer, not with the last line.
     assert follow([*[RUNNING] * 200, None, DONE], reach=5) is None
 
 

@@ -1,4 +1,4 @@
-"""How a launch on a TPU VM ends, and what stays: --autodelete, stop, Ctrl-C and signals."""
+"""The end of a launch on a TPU VM and what remains: --autodelete, stop, Ctrl-C and signals."""
 
 import pathlib
 import shutil
@@ -72,7 +72,7 @@ class TestStop:
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "current", "at": "host 0", "kind": "refuse", "times": 9}])
         done = cloud.call(word, *WHERE)
-        assert done.code == 1 and "host 0 of TPU m11 could not be asked" in done.err
+        assert done.code == 1 and "host 0 of TPU m11 could not be queried" in done.err
 
 
 class TestCtrlC:
@@ -104,7 +104,7 @@ class TestCtrlC:
         cloud.interrupt_when = lambda state: any("ssh" in call["words"] for call in state["calls"])
         done = cloud.launch_on_one_host()
         assert done.code == 130 and cloud.questions == ["Delete TPU m11 too? [y/N] "]
-        assert (cloud.state["node"] is not None) == is_there and ("stays, and costs" in done.out) == is_there
+        assert (cloud.state["node"] is not None) == is_there and ("remains and is billed" in done.out) == is_there
 
     @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
     def test_in_the_queue_it_asks_whether_the_request_is_to_go(self, cloud, answer, is_there):
@@ -125,7 +125,7 @@ def test_the_program_itself_ends_on_a_signal_and_leaves_the_job_where_nobody_can
     program = [sys.executable, str(tmp_path / "infra" / "launch.py"), *words]
     with subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
-        # A line is shown before the next one is there.
+        # Each line is printed before the next one arrives.
         assert any("[host 0] waiting" in line for line in launcher.stdout)
         launcher.send_signal(number)
         rest = launcher.stdout.read()

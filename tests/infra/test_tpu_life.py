@@ -1,4 +1,4 @@
-"""The life of a job on a TPU VM, as it should be: made, waited for, started, followed, ended, looked after."""
+"""The regular life cycle of a job on a TPU VM, from the request for a TPU to stop and clean."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_every_state_of_the_queue_is_told_once(cloud):
     cloud.plan(lives=[[*waiting, ["PROVISIONING", None], ["ACTIVE", "CREATING"], ["ACTIVE", "READY"]]])
     done = cloud.launch_on_one_host()
     assert done.code == 0, done.err
-    told = [line for line in done.out.splitlines() if line.startswith("TPU m11: request")]
+    told = [line for line in done.out.splitlines() if line.startswith("TPU m11: request ")]
     assert told == [
         "TPU m11: request WAITING_FOR_RESOURCES",
         "TPU m11: request PROVISIONING",
@@ -46,7 +46,7 @@ def test_a_healthy_tpu_is_used_as_it_is(cloud, request_state):
     done = cloud.launch_on_one_host()
     assert done.code == 0, done.err
     assert not cloud.calls("create") and not cloud.calls("delete")
-    assert "is there and healthy" in done.out
+    assert "exists and is healthy" in done.out
 
 
 def test_the_same_files_are_built_into_an_image_once(cloud):
@@ -54,7 +54,7 @@ def test_the_same_files_are_built_into_an_image_once(cloud):
     done = cloud.launch(kind="v5p-8")
     assert done.code == 0, done.err
     assert len(cloud.state["built"]) == 1 and len(cloud.state["pushed"]) == 1
-    assert "is there already" in done.out
+    assert "already exists" in done.out
 
 
 def test_an_image_that_exists_is_used_without_docker_here(cloud):
@@ -86,7 +86,7 @@ def test_capacity_types_and_their_aliases(cloud, words, flags, track):
 
 
 def test_success_after_a_lost_tpu_is_success(cloud):
-    # Host 0's lines are read before it takes the TPU with it; with both, either might be the first.
+    # Host 0's lines are read before it preempts the TPU. If both hosts did, either could be the first.
     lost = {"0": {"hangs": True, "preempts": True, "lines": ["step 1"]}, "1": {"hangs": True}}
     cloud.plan(containers=[lost, SPOKEN])
     done = cloud.launch("--spot")
@@ -107,7 +107,7 @@ def test_all_attempts_of_a_job_have_one_name(cloud):
 
 
 def test_a_host_that_fails_because_the_tpu_is_taken_is_no_failure_of_the_job(cloud):
-    # The container's end is seen before the cloud says why.
+    # The container's exit is noticed before the cloud reports the reason.
     cloud.plan(containers=[{"0": {"code": 1, "preempts": True}, "1": {"hangs": True}}, {}])
     done = cloud.launch("--spot")
     assert done.code == 0, done.err
@@ -125,8 +125,8 @@ def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
     assert cloud.call("stop", *cloud.where).code == 0
     assert cloud.call("logs", *cloud.where).host_lines(1) == ["step 1"]
     followed = cloud.call("logs", "--foreground", *cloud.where)
-    assert followed.code == 137 and "ended with exit code 137" in followed.err
-    assert "costs nothing any more" in cloud.call("clean", *cloud.where).out
+    assert followed.code == 137 and "exited with code 137" in followed.err
+    assert "it is no longer billed" in cloud.call("clean", *cloud.where).out
     assert cloud.state["node"] is None
     assert "it costs nothing" in cloud.call("clean", *cloud.where).out
     assert "it costs nothing" in cloud.call("status", *cloud.where).out
@@ -183,6 +183,6 @@ def test_without_docker_a_detached_job_is_found_refused_and_stopped(cloud):
     assert cloud.call(*cloud.where, *job).code == 0
     assert ": running" in cloud.call("status", *cloud.where).out
     again = cloud.call(*cloud.where, *job)
-    assert again.code == 1 and "runs on host 0" in again.err
+    assert again.code == 1 and "is running on host 0" in again.err
     assert cloud.call("stop", *cloud.where).code == 0
     assert "exited, exit code 137" in cloud.call("status", *cloud.where).out

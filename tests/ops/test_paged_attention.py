@@ -346,4 +346,4 @@ def test_backends_are_interchangeable_values(backend: PagedAttention) -> None:
 
 
 def test_the_backend_follows_the_devices_of_the_mesh() -> None:
-    assert backend_for(CPU_MESH) == CPU
+    assert backend_for(CPU_MESH, "model") == CPU

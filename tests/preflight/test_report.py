@@ -50,11 +50,11 @@ def test_a_phase_is_what_lives_through_it_and_its_hungriest_program():
 def test_what_fits_is_said_with_all_figures():
     report = report_of(examined(), phases=[phase("train", {}, {"train_step": MEMORY}, GB)])
     text = as_text(report)
-    assert "38.00 GB of 95.00 GB: arguments 6.00 GB, outputs 6.00 GB, of these in place of arguments 5.00 GB" in text
-    assert "all-gather         bf16      64 x, 0.90 GB into each chip" in text
+    assert "38.00 GB of 95.00 GB: arguments 6.00 GB, outputs 6.00 GB (5.00 GB aliased to arguments)" in text
+    assert "all-gather         bf16      64 x, 0.90 GB received per chip" in text
     assert "roofline     9.00 s: compute 9.00 s, HBM 200.000 ms, links 100.000 ms" in text
     assert "estimate     10.80 s, 1.20 x" in text
-    assert text.splitlines()[-1] == "Verdict: every program compiles for v5p-32, and all of the job fits."
+    assert text.splitlines()[-1] == "Verdict: every program compiles for v5p-32, and the whole job fits in memory."
 
 
 def test_the_json_has_the_same_and_can_be_written():
@@ -79,7 +79,7 @@ def test_the_json_has_the_same_and_can_be_written():
         ),
         (
             report_of(examined(), phases=[phase("train", {"much": 60 * GB}, {"train_step": MEMORY}, GB)]),
-            "'train' needs 98.00 GB of a chip that has 95.00 GB",
+            "'train' needs 98.00 GB per chip, but a chip has 95.00 GB",
         ),
         (
             dataclasses.replace(report_of(examined()), refusals=["the engine needs 9 GiB"]),

@@ -6,13 +6,13 @@ import json
 import pytest
 
 from simpo_pipeline.data.config import PreferenceSource
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.job.session import JobSession
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
-from steps.session import JobSession
 
 TINY_LLAMA = LlamaConfig(
     hidden_size=16,

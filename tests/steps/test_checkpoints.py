@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from simpo_pipeline.errors import ConfigError, StorageError, TrainingError
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import CheckpointConfig
 from simpo_pipeline.training.trainer import Trainer
@@ -153,7 +153,7 @@ def test_as_many_are_kept_as_asked_for_and_torn_ones_go(run_train, tmp_path):
     (torn / "manifest.ocdbt").write_text("half of it")
     run_train("two", CheckpointConfig("every", 1, keep=2), is_used_live=True)
     found = checkpoints(tmp_path / "two")
-    assert set(found) == {2, 3}  # the last is the one that a replay for the next stretch starts from
+    assert set(found) == {2, 3}  # the last is the one that a replay for the next phase starts from
     assert not torn.exists()
     names = {path.name for path in (tmp_path / "two" / ".checkpoints").iterdir()}
     assert names == {path.name for path in found.values()} | {f"{path.name}.json" for path in found.values()}
@@ -177,7 +177,7 @@ def test_a_replay_takes_the_last_state_and_writes_none(run_train, stop_in_update
     assert run_train("second", live=again.value).digest == run_train("whole").digest
 
 
-def test_a_stretch_that_takes_its_trainer_goes_on_from_its_own(run_train, stop_in_update, tmp_path):
+def test_a_phase_that_takes_its_trainer_goes_on_from_its_own(run_train, stop_in_update, tmp_path):
     let_go = stop_in_update(3, ValueError("stopped"))
     with pytest.raises(ValueError, match="stopped"):
         run_train("second", ON_FAILURE, live=run_train("first", stop_step=1).value)
@@ -202,7 +202,7 @@ def test_a_changed_state_is_refused_by_its_digest(run_train, tmp_path):
     path = folder.with_name(folder.name + ".json")
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"digest": "0" * 64}))
-    with pytest.raises(TrainingError, match=r"holds a state of digest \w+, and 0+ was written.*Delete '.*json'"):
+    with pytest.raises(TrainingError, match=r"contains a state with digest \w+, but 0+ was written.*Delete '.*json'"):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
 
@@ -213,7 +213,7 @@ def test_files_that_are_gone_are_told_with_what_to_delete(run_train, tmp_path):
         if path.is_file():
             path.unlink()
     with pytest.raises(
-        StorageError, match=r"cannot be read .* start again, and if its files are lost, delete '.*json' first"
+        StorageError, match=r"cannot be read .* restart the job, and if its files are lost, delete '.*json' first"
     ):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_other_devices_is_refused(run_train, tmp_path):
     path = folder.with_name(folder.name + ".json")
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"layout": "2 processes, {'data': 4, 'model': 1}"}))
-    with pytest.raises(ConfigError, match=r"was written by 2 processes.*and this job has 1 processes"):
+    with pytest.raises(ConfigError, match=r"was written by 2 processes.*but this job has 1 processes"):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
 

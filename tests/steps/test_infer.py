@@ -7,16 +7,16 @@ import pytest
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import read_finished_rows
+from simpo_pipeline.inference.host_rows import HostRows
+from simpo_pipeline.inference.row_files import host_file, merge_rows, merged_file, unfinished_file, write_rows
 from simpo_pipeline.inference.sequence import Completion, Request
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
-from steps.host_rows import HostRows
 from steps.infer import InferConfig, check_same_tokens, infer
-from steps.rows import host_file, merge_rows, merged_file, unfinished_file, write_rows
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")
@@ -73,14 +73,14 @@ def test_a_borrowed_trainer_is_generated_from_and_left_as_it_was(
 ):
     # Updates this large leave no doubt whose parameters answer.
     large = dataclasses.replace(trainer_config, optimizer=OptimizerConfig(learning_rate=0.1))
-    stretch = TrainConfig(
+    phase = TrainConfig(
         trainer=large,
         model_path=model_path,
         pairs_path=pairs_path,
         stop_step=3,
         output_path=str(tmp_path / "train"),
     )
-    live = train(stretch, step_run)
+    live = train(phase, step_run)
     for name, trainer in (("live", live.value), ("file", None)):
         infer(config_for(model_path, tmp_path / name, trainer=trainer), step_run)
     assert live.value.digest() == live.digest
@@ -296,5 +296,5 @@ def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step
 
 
 def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):
-    with pytest.raises(CapacityError, match=r"the engine needs .* it may take 0\.00 GiB"):
+    with pytest.raises(CapacityError, match=r"the engine needs .* it may use 0\.00 GiB"):
         infer(config_for(model_path, tmp_path, engine=EngineConfig()), beside_a_host(step_run, None, 1000))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.errors import ConfigError, DataError, StorageError
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.run import Action, PlanRow, StepRun
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.training.evaluation import accuracy
 from steps.report import ReportConfig, fenced, markdown_cell, printable, report, show_number, spread
 

@@ -1,4 +1,4 @@
-"""train runs its stretch of the run, writes a row per update, and hands on a live trainer it can go on with."""
+"""train runs its phase of the run, writes a row per update, and hands on a live trainer it can go on with."""
 
 import dataclasses
 import shutil
@@ -9,14 +9,14 @@ import pytest
 
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.errors import ConfigError, DataError
+from simpo_pipeline.job.session import JobSession
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
-from steps.session import JobSession
 from steps.train import TrainConfig, WeightedPairs, train
 
 
 @pytest.fixture
-def run_stretch(model_path, pairs_path, trainer_config, step_run, tmp_path):
+def run_phase(model_path, pairs_path, trainer_config, step_run, tmp_path):
     def run(stop_step, live=None, trainer=trainer_config, pairs_path=pairs_path, run=step_run, **options):
         output_path = str(tmp_path / f"to-{stop_step}")
         config = TrainConfig(
@@ -35,46 +35,46 @@ def run_stretch(model_path, pairs_path, trainer_config, step_run, tmp_path):
     return run
 
 
-def test_two_stretches_give_the_state_of_one(run_stretch):
-    first, first_rows, first_summary = run_stretch(1)
+def test_two_phases_give_the_state_of_one(run_phase):
+    first, first_rows, first_summary = run_phase(1)
     assert first_summary["step"] == 1
     assert first_summary["state_digest"] == first.digest
-    second, second_rows, second_summary = run_stretch(3, live=first.value)
+    second, second_rows, second_summary = run_phase(3, live=first.value)
     assert second.value is first.value
     assert [row["step"] for row in first_rows + second_rows] == [1, 2, 3]
     assert (second_summary["first_step"], second_summary["step"]) == (2, 3)
-    whole, whole_rows, whole_summary = run_stretch(3)
+    whole, whole_rows, whole_summary = run_phase(3)
     assert whole_summary["state_digest"] == second_summary["state_digest"] == whole.digest
     assert [row["loss"] for row in whole_rows] == [row["loss"] for row in first_rows + second_rows]
 
 
-def test_the_summary_adds_up_the_rows(run_stretch):
-    _, rows, summary = run_stretch(2)
+def test_the_summary_adds_up_the_rows(run_phase):
+    _, rows, summary = run_phase(2)
     assert summary["tokens"] == sum(row["tokens"] for row in rows)
     assert summary["loss"] == rows[-1]["loss"]
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"], rel=0.01)
 
 
-def test_a_trainer_of_another_run_is_refused(run_stretch, trainer_config):
-    first, _, _ = run_stretch(1)
+def test_a_trainer_of_another_run_is_refused(run_phase, trainer_config):
+    first, _, _ = run_phase(1)
     with pytest.raises(ConfigError, match="live trainer is of another run"):
-        run_stretch(2, live=first.value, trainer=dataclasses.replace(trainer_config, seed=1))
+        run_phase(2, live=first.value, trainer=dataclasses.replace(trainer_config, seed=1))
 
 
 @pytest.mark.parametrize("stop_step", [0, 4])
-def test_a_stop_outside_the_run_is_refused_before_anything_runs(run_stretch, stop_step):
+def test_a_stop_outside_the_run_is_refused_before_anything_runs(run_phase, stop_step):
     with pytest.raises(ConfigError, match=f"stop_step is {stop_step}, and the run has updates 1 to 3"):
-        run_stretch(stop_step)
+        run_phase(stop_step)
 
 
 def test_held_out_pairs_are_evaluated_before_the_first_update_every_so_many_and_after_the_last(
-    run_stretch, tmp_path, pairs_path
+    run_phase, tmp_path, pairs_path
 ):
-    plain, _, _ = run_stretch(3)
-    first, _, _ = run_stretch(1, eval_every=2)
+    plain, _, _ = run_phase(3)
+    first, _, _ = run_phase(1, eval_every=2)
     assert evaluated_after(tmp_path / "to-1") == [0]
-    second, _, _ = run_stretch(3, live=first.value, eval_every=2)
-    assert evaluated_after(tmp_path / "to-3") == [2, 3], "not again what the stretch before evaluated"
+    second, _, _ = run_phase(3, live=first.value, eval_every=2)
+    assert evaluated_after(tmp_path / "to-3") == [2, 3], "not again what the phase before evaluated"
     assert second.digest == plain.digest, "an evaluation leaves no trace"
     row = next(read_jsonl(str(tmp_path / "to-3" / "evaluations.jsonl")))
     held_out = len(read_pairs(f"{pairs_path}/validation.parquet"))
@@ -94,31 +94,33 @@ def evaluated_after(output):
 
 
 def test_an_evaluation_without_held_out_pairs_is_refused_before_a_device_is_touched(
-    run_stretch, tmp_path, pairs_path, monkeypatch
+    run_phase, tmp_path, pairs_path, monkeypatch
 ):
     copied = tmp_path / "without"
     shutil.copytree(pairs_path, copied)
     (copied / "validation.parquet").unlink()
     monkeypatch.setattr("steps.train._start", None)
     with pytest.raises(ConfigError, match=r"no validation\.parquet in .*: set validation_fraction"):
-        run_stretch(1, pairs_path=str(copied), eval_every=1)
+        run_phase(1, pairs_path=str(copied), eval_every=1)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_before_a_device_is_touched(
-    run_stretch, pairs_path, tmp_path, monkeypatch
+    run_phase, pairs_path, tmp_path, monkeypatch
 ):
     pairs = read_pairs(pairs_file(pairs_path))
     foreign = dataclasses.replace(pairs[1], chosen_tokens=pairs[1].chosen_tokens + 264)
     (tmp_path / "foreign").mkdir()
     write_pairs(pairs_file(tmp_path / "foreign"), [pairs[0], foreign])
     monkeypatch.setattr("steps.train._start", None)
-    with pytest.raises(DataError, match=r"holds token .*, and the model knows tokens 0 to 263; prepare the pairs with"):
-        run_stretch(1, pairs_path=str(tmp_path / "foreign"))
+    with pytest.raises(
+        DataError, match=r"contains token .*, but the model knows tokens 0 to 263; prepare the pairs with"
+    ):
+        run_phase(1, pairs_path=str(tmp_path / "foreign"))
 
 
 @pytest.mark.parametrize("file", ["pairs.parquet", "validation.parquet"])
 def test_a_pair_too_long_for_the_run_is_refused_before_a_device_is_touched(
-    run_stretch, pairs_path, tmp_path, trainer_config, monkeypatch, file
+    run_phase, pairs_path, tmp_path, trainer_config, monkeypatch, file
 ):
     folder = tmp_path / "long"
     shutil.copytree(pairs_path, folder)
@@ -127,10 +129,10 @@ def test_a_pair_too_long_for_the_run_is_refused_before_a_device_is_touched(
     write_pairs(f"{folder}/{file}", [*pairs[1:], dataclasses.replace(pairs[0], chosen_tokens=tokens)])
     monkeypatch.setattr("steps.train._start", None)
     with pytest.raises(DataError, match=f"{pairs[0].prompt_id}' has {len(tokens)} tokens, more than seq_len 96"):
-        run_stretch(1, pairs_path=str(folder), eval_every=1)
+        run_phase(1, pairs_path=str(folder), eval_every=1)
 
 
-def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, trainer_config):
+def test_several_datasets_are_read_by_weight(run_phase, pairs_path, tmp_path, trainer_config):
     renamed = tmp_path / "others"
     others = [
         dataclasses.replace(pair, prompt_id=f"other-{i}") for i, pair in enumerate(read_pairs(pairs_file(pairs_path)))
@@ -138,8 +140,8 @@ def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, 
     renamed.mkdir()
     write_pairs(pairs_file(renamed), others)
     both = (WeightedPairs(pairs_path, 3.0), WeightedPairs(str(renamed), 1.0))
-    published, rows, _ = run_stretch(3, pairs_path=both)
-    _, alone, _ = run_stretch(3)
+    published, rows, _ = run_phase(3, pairs_path=both)
+    _, alone, _ = run_phase(3)
     assert published.value.step == 3
     assert [row["loss"] for row in rows] != [row["loss"] for row in alone]
     with pytest.raises(ConfigError, match="weight of here is 0"):
@@ -149,10 +151,10 @@ def test_several_datasets_are_read_by_weight(run_stretch, pairs_path, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, session, monkeypatch, tmp_path):
-    plain, _, _ = run_stretch(3)
+def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_phase, session, monkeypatch, tmp_path):
+    plain, _, _ = run_phase(3)
     monkeypatch.setattr(session, "profile", 2)
-    traced, _, _ = run_stretch(3)
+    traced, _, _ = run_phase(3)
     assert traced.digest == plain.digest
     (trace,) = (tmp_path / "to-3" / "profile").rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -160,13 +162,11 @@ def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_stretch, s
     assert len([name for name in names if name.startswith("$trainer.py") and name.endswith(" _update")]) == 1
 
 
-def test_a_profile_of_an_update_that_does_not_run_is_refused_or_told(
-    run_stretch, session, step_run, monkeypatch, caplog
-):
+def test_a_profile_of_an_update_that_does_not_run_is_refused_or_told(run_phase, session, step_run, monkeypatch, caplog):
     monkeypatch.setattr(session, "profile", 4)
     monkeypatch.setattr("steps.train._start", None)
     with pytest.raises(ConfigError, match="--profile 4: the run has updates 1 to 3"):
-        run_stretch(3)
+        run_phase(3)
     skipped = JobSession(profile=2)
     skipped.close(None)
     assert caplog.messages == ["--profile 2: this job did not run that update, so there is no trace"]

@@ -42,7 +42,7 @@ def trainer_config(**changes) -> TrainerConfig:
         ),
         (SimpoConfig, {"loss_type": "ipo"}, r"simpo\.loss_type is 'ipo': give one of sigmoid, hinge"),
         (SimpoConfig, {"label_smoothing": 0.5}, r"label_smoothing is 0\.5: give a number from 0 to below 0\.5"),
-        (SimpoConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, r"only the sigmoid loss has it"),
+        (SimpoConfig, {"label_smoothing": 0.1, "loss_type": "hinge"}, r"only the sigmoid loss supports it"),
         (SimpoConfig, {"sft_weight": -1.0}, r"simpo\.sft_weight is -1\.0"),
         (SimpoConfig, {"z_loss_weight": math.nan}, r"simpo\.z_loss_weight is nan"),
         (OptimizerConfig, {"decay": 2.5}, r"optimizer\.decay is 2\.5: give a fraction of the run below 1, or a whole"),

@@ -38,4 +38,4 @@ def test_interleaving_changes_nothing_on_four_devices(found):
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(found):
-    assert found["refusal"].startswith("train_batch_size is 6 pairs, and the mesh has 4 devices on its axis 'data'")
+    assert found["refusal"].startswith("train_batch_size is 6 pairs, but the mesh has 4 devices on its axis 'data'")

@@ -163,19 +163,21 @@ def test_going_back_or_beyond_the_run_is_refused_and_changes_nothing(stop, messa
 @pytest.mark.parametrize("changes", [{"train_batch_size": 3}, {"train_seq_len": 32}, {"packing": True}])
 def test_a_loader_of_another_shape_is_refused(changes, start, tiny_run, five_pairs, make_loader):
     other = make_loader(five_pairs, dataclasses.replace(tiny_run, **changes))
-    with pytest.raises(ConfigError, match=r"this run has 2 pairs of 16 with .*Make the loader"):
+    with pytest.raises(ConfigError, match=r"this run has 2 pairs of 16 with .*Build the loader"):
         start().train_until(1, other, ignore)
 
 
 def test_a_loader_of_another_runs_length_is_refused(start, tiny_run, five_pairs, make_loader):
     other = make_loader(five_pairs, dataclasses.replace(tiny_run, num_train_steps=8))
-    with pytest.raises(ConfigError, match="the loader serves 8 updates and the run has 7"):
+    with pytest.raises(ConfigError, match="the loader serves 8 updates, but the run has 7"):
         start().train_until(1, other, ignore)
 
 
 def test_sequences_longer_than_the_model_are_refused_before_compiling(start, programs, monkeypatch):
     monkeypatch.setattr(programs, "compile", None)
-    with pytest.raises(ConfigError, match="train_seq_len is 65 and the model's max_seq_len 64; lower train_seq_len"):
+    with pytest.raises(
+        ConfigError, match="train_seq_len is 65, but the model's max_seq_len is 64; lower train_seq_len"
+    ):
         start(train_seq_len=65)
 
 
@@ -185,10 +187,10 @@ def test_tokens_beyond_the_vocabulary_are_refused_before_compiling(
     trainer = start()
     before = trainer.digest()
     monkeypatch.setattr(programs, "compile", None)
-    with pytest.raises(DataError, match="the padding token is 40, and the model knows tokens 0 to 39"):
+    with pytest.raises(DataError, match="the padding token is 40, but the model knows tokens 0 to 39"):
         trainer.train_until(1, make_loader(five_pairs, tiny_run, pad_id=40), ignore)
     beyond = dataclasses.replace(five_pairs[3], rejected_tokens=five_pairs[3].rejected_tokens + 40)
-    with pytest.raises(DataError, match=f"{beyond.prompt_id}' holds token .*, and the model knows tokens 0 to 39"):
+    with pytest.raises(DataError, match=f"{beyond.prompt_id}' contains token .*, but the model knows tokens 0 to 39"):
         trainer.train_until(1, make_loader([*five_pairs[:3], beyond], tiny_run), ignore)
     assert trainer.digest() == before
 
@@ -201,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_update_and_pairs(start, 
     with pytest.raises(TrainingError, match=rf"update 2 gave .*nan.*'{ids[0]}', '{ids[1]}'"):
         trainer.train_until(3, loader, ignore)
     assert all(leaf.is_deleted() for leaf in leaves)
-    with pytest.raises(TrainingError, match=r"no state any more: update 2 was not finite\. Start the run again"):
+    with pytest.raises(TrainingError, match=r"has no state: update 2 was not finite\. Restart the run"):
         trainer.digest()
 
 
@@ -211,7 +213,7 @@ def test_an_update_that_fails_leaves_no_state_in_use(start, loader):
     trainer.params.embedding.array.delete()  # what a borrower must not do
     with pytest.raises((RuntimeError, ValueError), match="deleted"):
         trainer.train_until(2, loader, ignore)
-    with pytest.raises(TrainingError, match="no state any more: update 2 failed"):
+    with pytest.raises(TrainingError, match="has no state: update 2 failed"):
         trainer.train_until(2, loader, ignore)
 
 

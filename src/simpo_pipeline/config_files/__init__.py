@@ -1,1 +1,1 @@
-"""Strict settings from YAML text and the command line."""
+"""Strict decoding of settings from YAML text and the command line."""

@@ -1,7 +1,7 @@
-"""Whether raw values fit a dataclass, key by key, said in one sentence for each that does not.
+"""Check of raw values against a dataclass, key by key, with one sentence for each value that does not fit.
 
-Understands fields of dataclasses, `X | None`, `Literal`, `dict[str, X]`, lists, tuples of one kind, and scalars.
-Nothing is converted: a number in quotes is text. Knows neither files nor what a setting is for.
+Supports fields that are dataclasses, `X | None`, `Literal`, `dict[str, X]`, lists, tuples of one type, and scalars.
+Nothing is converted: a number in quotes is text. This module does not know files or the meaning of a setting.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class _Checker:
     retired: Mapping[str, str]
 
     def value(self, kind: Any, raw: Any, key: str, pattern: str) -> Iterator[str]:
-        """Sentences about `raw` under `key`; in `pattern` a star stands for each name that the user chose."""
+        """Yield sentences about `raw` under `key`; in `pattern`, a star stands for each name that the user chose."""
         origin = typing.get_origin(kind)
         arguments = typing.get_args(kind)
         if kind is Any:
@@ -42,7 +42,7 @@ class _Checker:
             for index, inner in enumerate(raw):
                 yield from self.value(arguments[0], inner, f"{key}[{index}]", _below(pattern, "*"))
         elif not _fits(kind, raw):
-            yield f"{self.source}: {key} is {_show(raw)}; allowed is {_describe(kind)}."
+            yield f"{self.source}: {key} is {_show(raw)}; expected {_describe(kind)}."
 
     def _union(self, kinds: tuple[Any, ...], raw: Any, key: str, pattern: str) -> Iterator[str]:
         if raw is None and type(None) in kinds:
@@ -51,14 +51,14 @@ class _Checker:
         if not all(answers):
             return
         if len(answers) == 1 and isinstance(raw, list | dict):
-            # The value has the right form, and what is wrong lies inside it.
+            # The value itself has the right type; the misfit is inside it.
             yield from answers[0]
         else:
-            yield f"{self.source}: {key} is {_show(raw)}; allowed is {' or '.join(map(_describe, kinds))}."
+            yield f"{self.source}: {key} is {_show(raw)}; expected {' or '.join(map(_describe, kinds))}."
 
     def _dataclass(self, kind: type, raw: Any, key: str, pattern: str) -> Iterator[str]:
         if not isinstance(raw, dict):
-            yield f"{self.source}: {key} is {_show(raw)}; allowed is a mapping with keys {', '.join(_hints(kind))}."
+            yield f"{self.source}: {key} is {_show(raw)}; expected a mapping with keys {', '.join(_hints(kind))}."
             return
         hints = _hints(kind)
         for name, inner in raw.items():
@@ -79,19 +79,19 @@ class _Checker:
 
 
 def find_misfits(kind: type, raw: Mapping[str, Any], source: str, retired: Mapping[str, str]) -> list[str]:
-    """One sentence for each key of `raw` that is unknown, retired or of the wrong type; keys left out are fine.
+    """Return one sentence for each key of `raw` that is unknown, retired or of the wrong type; keys may be missing.
 
     Args:
         kind: The dataclass that `raw` is meant for.
-        raw: What a YAML file holds.
-        source: The file, or "command line"; begins each sentence.
-        retired: Dotted key (`*` for names in a dict) to the words that say what to do instead.
+        raw: The content of a YAML file.
+        source: The file, or "command line"; each sentence begins with it.
+        retired: Maps a dotted key (`*` for names in a dict) to a text that says what to do instead.
     """
     return list(_Checker(source, kind, retired).value(kind, dict(raw), "", ""))
 
 
 def find_missing(kind: type, raw: Mapping[str, Any], source: str, key: str = "") -> list[str]:
-    """One sentence for each required field that `raw`, which fits otherwise, leaves out."""
+    """Return one sentence for each required field that is missing from `raw`, which fits otherwise."""
     missing: list[str] = []
     hints = _hints(kind)
     for field in dataclasses.fields(kind):
@@ -120,7 +120,7 @@ def _fits(kind: Any, raw: Any) -> bool:
         return any(raw == allowed and type(raw) is type(allowed) for allowed in typing.get_args(kind))
     if kind not in _SCALARS:
         return False
-    # bool is a subclass of int, and no number.
+    # bool is a subclass of int, but it is not a number.
     return isinstance(raw, _SCALARS[kind][0]) and (kind is bool or not isinstance(raw, bool))
 
 

@@ -1,7 +1,7 @@
-"""Settings from a YAML document and the command line into a frozen dataclass, or an error that names key and place.
+"""Decoding of a YAML document and the command line to a frozen dataclass, or an error that names key and source.
 
-The keys are checked here, one sentence for each that is wrong; draccus then builds the dataclasses. Files are read by
-the caller: this module knows text, and not where it was stored.
+This module checks the keys, with one sentence for each that is wrong; draccus then builds the dataclasses. The caller
+reads the files: this module knows text, but not where it is stored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ T = TypeVar("T")
 def decode_yaml(
     cls: type[T], text: str, *, source: str, flags: Sequence[str] = (), retired: Mapping[str, str] | None = None
 ) -> T:
-    """The settings in `text`, with those of the command line in place of its own.
+    """Return the settings in `text`, overridden by those of the command line.
 
     Args:
-        cls: A dataclass; its annotations say what each key may hold.
+        cls: A dataclass; its annotations define the values that each key accepts.
         text: A YAML document.
-        source: The path of the document, which begins each complaint about it.
+        source: The path of the document; each message about it begins with the path.
         flags: Command-line words such as `--trainer.num_train_steps 3`; keys are dotted.
-        retired: Dotted key (`*` for names in a dict) to what to do instead: "set x instead", "leave it out".
+        retired: Maps a dotted key (`*` for names in a dict) to what to do instead: "set x instead", "leave it out".
 
     Raises:
-        ConfigError: a key is unknown, retired, given twice, missing or of the wrong type, one sentence each;
-            or the values do not go together, as the dataclasses say.
+        ConfigError: a key is unknown, retired, given twice, missing or of the wrong type, one sentence each; or
+            a dataclass rejects the combination of values.
     """
     in_file = parse_yaml(text, source)
     in_flags = parse_flags(flags, COMMAND_LINE)
@@ -49,12 +49,12 @@ def decode_yaml(
     try:
         return draccus.decode(cls, merged)
     except (DraccusException, SimpoPipelineError) as error:
-        place = f"{source} with the {COMMAND_LINE}" if in_flags else source
-        raise ConfigError(f"{place}: {_innermost_reason(error)}") from error
+        origin = f"{source} with the {COMMAND_LINE}" if in_flags else source
+        raise ConfigError(f"{origin}: {_innermost_reason(error)}") from error
 
 
 def _innermost_reason(error: BaseException) -> str:
-    """What the dataclass itself said; draccus wraps it in its own words."""
+    """Return the message of the dataclass itself, without the text that draccus wraps around it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SimpoPipelineError):

@@ -1,1 +1,1 @@
-"""Preference records to tokenised pairs to batches."""
+"""Preference records, tokenized pairs and batches."""

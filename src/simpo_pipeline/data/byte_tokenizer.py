@@ -1,6 +1,6 @@
-"""A tokenizer of single bytes in Hugging Face's files, for models with random weights: nothing to download.
+"""A byte-level tokenizer in Hugging Face's file format, for models with random weights; nothing is downloaded.
 
-Token id = byte value below 256, then five special tokens. The chat template is ChatML.
+Token ids below 256 are byte values; five special tokens follow. The chat template is ChatML.
 """
 
 import json
@@ -26,9 +26,9 @@ def write_byte_tokenizer(out_dir: str) -> None:
     Raises:
         StorageError: a file cannot be written.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # here: planning needs none of it
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # not needed for planning
 
-    # Byte-level tokenizers stand a visible character for each byte; bytes without one of their own get a spare.
+    # A byte-level tokenizer represents each byte by a visible character. A byte without one of its own gets a spare.
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     spare = iter(sorted(character for character in alphabet if ord(character) > 255))
     vocab = {chr(byte) if chr(byte) in alphabet else next(spare): byte for byte in range(256)}

@@ -1,9 +1,11 @@
-"""Chat messages to token ids through a Hugging Face tokenizer and its chat template, and back to the turn's end.
+"""Conversion of chat messages to token ids with a Hugging Face tokenizer and its chat template.
 
-Law: for every conversation that ends in an answer, the tokens of the prompt are exactly those generation starts from:
+Also finds the tokens that end a turn.
+
+Invariant: for every conversation that ends in an answer, the prompt's tokens are exactly those generation starts from:
 `encode_turn(t, messages).prompt == encode_chat(t, messages[:-1], add_generation_prompt=True)`.
 
-Knows nothing of preference pairs, models or batches.
+This module does not know preference pairs, models or batches.
 """
 
 import logging
@@ -20,7 +22,7 @@ from simpo_pipeline.errors import DataError, first_line
 from simpo_pipeline.storage.files import list_files, read_bytes
 from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
 
-# What a tokenizer may consist of; a model folder also holds gigabytes of weights, which must not be downloaded for it.
+# The files of a tokenizer. A model folder also contains gigabytes of weights, which must not be downloaded for it.
 _TOKENIZER_FILES = frozenset(
     {
         "added_tokens.json",
@@ -39,7 +41,7 @@ _TOKENIZER_FILES = frozenset(
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What this project asks of a Hugging Face tokenizer."""
+    """The part of the Hugging Face tokenizer interface that this project uses."""
 
     chat_template: Any
     name_or_path: str
@@ -62,7 +64,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EncodedTurn:
-    """A conversation split where the last answer begins; the answer ends with its end-of-turn token."""
+    """Tokens of a conversation, split where the last answer begins; the answer ends with its end-of-turn token."""
 
     prompt: list[int]
     answer: list[int]
@@ -76,7 +78,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         StorageError: the folder cannot be read.
     """
     with _without_torch_notice():
-        from transformers import AutoTokenizer  # here, because it takes seconds to import
+        from transformers import AutoTokenizer  # imported here because it takes seconds
 
     with _local_tokenizer(path) as (name, revision):
         try:
@@ -88,31 +90,33 @@ def load_tokenizer(path: str) -> Tokenizer:
             ) from error
     if not tokenizer.chat_template:
         raise DataError(
-            f"{path}: the tokenizer has no chat template, so messages cannot become tokens; use the tokenizer of the "
-            f"model's instruction-tuned sibling, or add a chat_template.jinja to the folder"
+            f"{path}: the tokenizer has no chat template, so messages cannot be tokenized; use the tokenizer of the "
+            f"model's instruction-tuned variant, or add a chat_template.jinja to the folder"
         )
     return tokenizer
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-    """Return the tokens of the rendered conversation; with add_generation_prompt an assistant's turn is opened.
+    """Return the tokens of the rendered conversation.
+
+    With `add_generation_prompt`, the opening of an assistant turn follows the messages.
 
     Raises:
-        DataError: the chat template refuses the messages.
+        DataError: the chat template rejects the messages.
     """
-    # return_dict is False because transformers 5 else answers with an encoding of several fields.
+    # return_dict is False because transformers 5 returns an encoding of several fields otherwise.
     return list(_apply(tokenizer, messages, add_generation_prompt, tokenize=True, return_dict=False))
 
 
 def encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedTurn:
     """Return the tokens of a conversation, split before its last turn.
 
-    White space that the template writes after the end-of-turn token is left out: generation stops before it.
-    Where the tokenizer merges text across the border (an answer that begins with a line break), the answer is
-    tokenised by itself, since generation starts from the prompt's own tokens.
+    White space that the template writes after the end-of-turn token is excluded: generation stops before it.
+    If the tokenizer merges text across the boundary (an answer that begins with a line break), the answer is tokenized
+    separately, because generation starts from the prompt's own tokens.
 
     Raises:
-        DataError: the template refuses the messages or renders the prompt differently once the answer follows.
+        DataError: the template rejects the messages, or renders the prompt differently when the answer follows.
     """
     prompt = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
     full = encode_chat(tokenizer, messages, add_generation_prompt=False)
@@ -121,9 +125,10 @@ def encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedTur
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens at which a generated turn is over, ascending: the template's end of turn and end of sequence.
+    """Return the ids of the tokens that end a generated turn, in ascending order.
 
-    They may differ: Llama 3 ends turns with another token than texts.
+    These are the end-of-turn token of the template and the end-of-sequence token of the tokenizer. They may differ:
+    Llama 3 ends a turn with a different token than a text.
     """
     probe = (Message("user", "question"), Message("assistant", "answer"))
     last = encode_turn(tokenizer, probe).answer[-1]
@@ -134,7 +139,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def pad_token_id(tokenizer: Tokenizer) -> int:
-    """Return the token that fills rows behind their end; any will do, since masks exclude it."""
+    """Return the id of the token that pads rows at their end. Any token works, because masks exclude padding."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
@@ -147,22 +152,24 @@ def _encode_answer_alone(tokenizer: Tokenizer, messages: Sequence[Message]) -> l
     if not full_text.startswith(prompt_text):
         same = next(i for i, character in enumerate(prompt_text) if full_text[i : i + 1] != character)
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path!r} renders the prompt differently once the answer follows: "
+            f"the chat template of {tokenizer.name_or_path!r} renders the prompt differently when the answer follows: "
             f"{prompt_text[same : same + 40]!r} becomes {full_text[same : same + 40]!r} at character {same}; training "
-            f"needs a template whose prompt, with add_generation_prompt, is the beginning of the whole conversation"
+            f"needs a template whose prompt, with add_generation_prompt, is a prefix of the whole conversation"
         )
     return list(tokenizer.encode(full_text[len(prompt_text) :], add_special_tokens=False))
 
 
 def _apply(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, **options: Any) -> Any:
-    from jinja2 import TemplateError  # here, as transformers: planning needs neither
+    from jinja2 import TemplateError  # imported here, like transformers: planning needs neither
 
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
-        raise DataError(f"the chat template of {tokenizer.name_or_path!r} refuses turns of {roles}: {error}") from error
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path!r} rejects a conversation of {roles}: {error}"
+        ) from error
 
 
 def _cut_after_turn(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
@@ -179,7 +186,10 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
 
 @contextmanager
 def _local_tokenizer(path: str) -> Generator[tuple[str, str | None]]:
-    """Give a name transformers can load: a local folder as it is, a remote one copied, a hub id with its revision."""
+    """Yield a name that transformers can load, and a revision or None.
+
+    A local folder is used as is. A remote folder is copied to a temporary one. A hub id is split from its revision.
+    """
     if not is_local(path):
         with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as folder:
             for entry in list_files(path):
@@ -192,14 +202,14 @@ def _local_tokenizer(path: str) -> Generator[tuple[str, str | None]]:
         yield local_path, None
         return
     if local_path != path or path.startswith(("/", ".")):
-        raise DataError(f"{path}: there is no such folder; expected a tokenizer's folder or a model id on the hub")
+        raise DataError(f"{path}: there is no such folder; expected the folder of a tokenizer or a model id on the hub")
     name, _, revision = path.partition("@")
     yield name, revision or None
 
 
 @contextmanager
 def _without_torch_notice() -> Generator[None]:
-    """Keep quiet that torch is absent, which transformers logs at its first import: tokenizers do without."""
+    """Suppress the notice of transformers' first import that PyTorch is absent; tokenizers do not need it."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "PyTorch was not found" not in record.getMessage()

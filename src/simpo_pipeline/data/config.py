@@ -1,6 +1,6 @@
-"""Where preference data comes from and what happens to rows that cannot be used as they are.
+"""Configuration of preference data: its source, and the treatment of rows that cannot be used as they are.
 
-Plain values: nothing is looked up or read here.
+Plain values: this module does not look up or read anything.
 """
 
 from dataclasses import dataclass
@@ -8,11 +8,16 @@ from typing import Literal
 
 from simpo_pipeline.errors import ConfigError
 
+PAIRS_FILE = "pairs.parquet"
+"""Tokenised pairs to train on, in the outputs of the step `prepare_pairs`."""
+VALIDATION_FILE = "validation.parquet"
+"""Tokenised pairs that are held out for evaluation."""
+
 TooLong = Literal["raise", "truncate", "drop"]
-"""What happens to a pair longer than the maximum: an error, its answers' tails cut, or the pair left out (counted)."""
+"""Treatment of a pair longer than the maximum: raise an error, truncate its answers, or drop the pair (counted)."""
 
 Unusable = Literal["raise", "drop"]
-"""What happens to a pair without a preference (an empty answer, or two equal ones): an error, or left out (counted)."""
+"""Treatment of a pair without a preference (an empty answer or two equal ones): raise an error or drop it (counted)."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class PreferenceSource:
     """Preference data: files, or one split of a dataset on the Hugging Face hub.
 
     Without `split`, `path` is a `.jsonl` or `.parquet` file at any local path or fsspec URL; `*`, `?` and `[...]`
-    match within one folder level, and all matching files are read in the order of their names.
-    With `split`, `path` is a dataset id (`HuggingFaceH4/ultrafeedback_binarized`), whose Parquet files of that split
-    are read at `revision` (a commit, tag or branch; None is the default branch).
+    match within one folder level, and all matching files are read in name order.
+    With `split`, `path` is a dataset id (`HuggingFaceH4/ultrafeedback_binarized`). The Parquet files of that split are
+    read at `revision` (a commit, tag or branch; None is the default branch).
     """
 
     path: str

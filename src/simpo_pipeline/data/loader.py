@@ -1,10 +1,10 @@
-"""Batches of pairs in an order that is a pure function of (seed, step).
+"""Batches of pairs, in an order that is a pure function of (seed, step).
 
-Law: update `step` (0-based) reads the places [step * batch_size, (step + 1) * batch_size) of the run's `PairOrder`. So
-a run that stops and restarts at any step reads what it would have read, and a batch may span epochs. A batch larger
-than the data set is allowed and holds some pairs more than once.
+Invariant: update `step` (0-based) reads positions [step * batch_size, (step + 1) * batch_size) of the run's
+`PairOrder`. A run that stops and restarts at any step therefore reads the same batches as one that does not stop. A
+batch may span epochs. A batch larger than the dataset is allowed and contains some pairs more than once.
 
-Knows nothing of devices, shards or processes: every process builds the same whole batch in numpy.
+This module does not know devices, shards or processes: every process builds the same global batch in numpy.
 """
 
 import functools
@@ -21,15 +21,16 @@ _LEAST = {"batch_size": 1, "seq_len": 2, "seed": 0, "pad_id": 0, "num_updates": 
 
 @dataclass(frozen=True, eq=False)
 class PairLoader:
-    """Serve the `num_updates` batches of a run, of `batch_size` pairs each, as rows of one shape.
+    """Serves the `num_updates` batches of a run, each with `batch_size` pairs, as rows of one shape.
 
-    With `packing` each group has a row, as long as the run's batches need (`rows.packed_shape`); without, each sequence
-    has a row of `seq_len` tokens. Rows fall into `num_groups` groups of equal size. `pad_id` fills what is left.
-    `mixture` says which of the pairs belong to which dataset; without, they are one.
+    With `packing`, each group has one row, long enough for every batch of the run (`rows.packed_shape`). Without it,
+    each sequence has a row of `seq_len` tokens. Rows are divided into `num_groups` groups of equal size. `pad_id` is
+    the padding token. `mixture` assigns the pairs to datasets; without it, all pairs form one dataset.
 
     Raises:
-        ConfigError: batch_size < 1, seq_len < 2, a negative seed or pad_id, no updates, a mixture of other pairs.
-        DataError: there are no pairs, or one is longer than seq_len (named).
+        ConfigError: batch_size < 1, seq_len < 2, num_updates < 1, num_groups < 1, a negative seed or pad_id, or a
+            mixture whose sizes do not add up to the number of pairs.
+        DataError: there are no pairs, or a pair is longer than seq_len; the message names it.
     """
 
     pairs: Sequence[TokenizedPair]
@@ -51,7 +52,7 @@ class PairLoader:
             raise DataError("there are no pairs to train on; check the source and how many were dropped as too long")
         if self.mixture is not None and sum(self.mixture.sizes) != len(self.pairs):
             raise ConfigError(
-                f"PairLoader: the mixture has {sum(self.mixture.sizes)} pairs, and {len(self.pairs)} are there"
+                f"PairLoader: the mixture has {sum(self.mixture.sizes)} pairs, but {len(self.pairs)} were given"
             )
         check_lengths(self.pairs, self.seq_len)
 
@@ -64,7 +65,7 @@ class PairLoader:
         return padded_shape(batches, self.batch_size, self.seq_len, self.num_groups)
 
     def batch(self, step: int) -> RowBatch:
-        """Return the batch of update number `step` (0-based), the same at every call."""
+        """Return the batch of update `step` (0-based); every call returns the same batch."""
         if not 0 <= step < self.num_updates:
             raise ConfigError(f"PairLoader: step is {step}; the run has updates 0 to {self.num_updates - 1}")
         rows = packed_rows if self.packing else padded_rows
@@ -74,7 +75,7 @@ class PairLoader:
         return [self.pairs[index] for index in self.indices(step)]
 
     def indices(self, step: int) -> list[int]:
-        """Return which pairs update `step` reads, as indices into `pairs`."""
+        """Return the indices into `pairs` that update `step` reads."""
         return self._order.read(range(step * self.batch_size, (step + 1) * self.batch_size))
 
     @functools.cached_property

@@ -1,10 +1,10 @@
-"""The order in which a run reads its pairs: a function of the seed and the place in the run alone, by `grain`.
+"""The order in which a run reads its pairs: a pure function of the seed and the position in the run, by `grain`.
 
-Laws: each dataset is shuffled anew each epoch, and its epochs lie end to end. Several are interleaved by weight, so
-that every stretch of the run holds them in proportion, however large they are. Whoever starts at any place reads what
-would have been read there.
+Invariants: each dataset is reshuffled every epoch, and its epochs follow each other without a gap. Several datasets are
+interleaved by weight, so every part of the run contains them in proportion, whatever their sizes. A run that starts at
+any position reads what an uninterrupted run reads there.
 
-Numpy and grain only: nothing is prefetched, no thread is started, and every process finds the same order.
+Numpy and grain only: nothing is prefetched, no thread is started, and every process computes the same order.
 """
 
 import math
@@ -20,15 +20,15 @@ from simpo_pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets that lie one after the other in one list of pairs.
+    """Datasets that are concatenated in one list of pairs.
 
     Attributes:
-        sizes: How many pairs each has.
-        weights: In which proportion pairs are read of each; only their ratios matter, to a hundredth of the smallest,
-            since grain makes whole numbers of them.
+        sizes: Number of pairs in each dataset.
+        weights: Relative rate at which pairs are read from each dataset. Only the ratios matter, to a hundredth of the
+            smallest weight, because grain converts weights to integers.
 
     Raises:
-        ConfigError: there is none, one is empty, or a weight is not a finite number above 0.
+        ConfigError: there is no dataset, a dataset is empty or has no weight, or a weight is not finite and above 0.
     """
 
     sizes: tuple[int, ...]
@@ -46,10 +46,13 @@ class Mixture:
 
 
 class PairOrder:
-    """Which pair is read at which place of a run, the first being 0."""
+    """The pair that is read at each position of a run. The first position is 0."""
 
     def __init__(self, mixture: Mixture, seed: int) -> None:
-        """`seed` is any integer of at least 0; grain's own seeds have 32 bits, so each dataset's is drawn from it."""
+        """Build the order from `seed`, any integer of at least 0.
+
+        The seed of each dataset is drawn from it, because grain's own seeds have 32 bits.
+        """
         ends = np.cumsum(mixture.sizes).tolist()
         datasets = [
             grain.MapDataset.range(end - size, end).shuffle(seed=_seed_of(seed, number)).repeat()
@@ -58,10 +61,10 @@ class PairOrder:
         self._order = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights=mixture.weights)
 
     def read(self, places: Sequence[int]) -> list[int]:
-        """The pairs at these places, by their indices in the list of all."""
+        """Return the pairs at these positions, as indices into the list of all pairs."""
         return [cast(int, self._order[place]) for place in places]
 
 
 def _seed_of(seed: int, dataset: int) -> int:
-    # numpy keeps the values of SeedSequence stable for ever.
+    # numpy keeps the values of SeedSequence stable across releases.
     return int(np.random.SeedSequence((seed, dataset)).generate_state(1)[0])

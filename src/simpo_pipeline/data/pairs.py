@@ -1,6 +1,6 @@
-"""Tokenised preference pairs: the value the loader serves, and its Parquet file.
+"""Tokenized preference pairs, which the loader serves, and their Parquet file.
 
-Knows token ids and where an answer begins. Does not know text, tokenizers or models.
+This module knows token ids and where an answer begins. It does not know text, tokenizers or models.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from simpo_pipeline.storage.files import open_read, open_write
 
 @dataclass(frozen=True, eq=False)
 class TokenizedPair:
-    """One prompt with its chosen and its rejected answer, as the model reads them: prompt then answer.
+    """One prompt with its chosen and its rejected answer, each as the model reads it: prompt, then answer.
 
-    `*_response_start` is the index of the answer's first token; from there to the end all tokens are the answer's,
-    its end-of-turn token included.
+    `*_response_start` is the index of the answer's first token. All tokens from there to the end belong to the answer,
+    including its end-of-turn token.
 
     Raises:
         DataError: the prompt or an answer has no tokens.
@@ -45,20 +45,20 @@ class TokenizedPair:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of both sequences, without padding."""
+        """Number of tokens in both sequences, without padding."""
         return len(self.chosen_tokens) + len(self.rejected_tokens)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of the two sequences."""
+        """Number of tokens in the longer of the two sequences."""
         return max(len(self.chosen_tokens), len(self.rejected_tokens))
 
 
 def check_lengths(pairs: Sequence[TokenizedPair], seq_len: int) -> None:
-    """Checks that every sequence has at most `seq_len` tokens.
+    """Check that every sequence has at most `seq_len` tokens.
 
     Raises:
-        DataError: one has more; the first such pair is named.
+        DataError: a sequence is longer; the message names the first such pair.
     """
     for pair in pairs:
         if pair.longest > seq_len:
@@ -69,32 +69,32 @@ def check_lengths(pairs: Sequence[TokenizedPair], seq_len: int) -> None:
 
 
 def check_vocabulary(pairs: Sequence[TokenizedPair], pad_id: int, vocab_size: int) -> None:
-    """Checks that a model of this many tokens knows all those of the pairs, and the one that fills what is left.
+    """Check that the padding token and all tokens of the pairs are in a vocabulary of `vocab_size` tokens.
 
     Raises:
-        DataError: it does not.
+        DataError: a token is outside the vocabulary.
     """
     if pad_id >= vocab_size:
         raise DataError(
-            f"the padding token is {pad_id}, and the model knows tokens 0 to {vocab_size - 1}; use the model's own "
+            f"the padding token is {pad_id}, but the model knows tokens 0 to {vocab_size - 1}; use the model's own "
             "tokenizer"
         )
     for pair in pairs:
         largest = max(int(pair.chosen_tokens.max()), int(pair.rejected_tokens.max()))
         if largest >= vocab_size:
             raise DataError(
-                f"pair {pair.prompt_id!r} holds token {largest}, and the model knows tokens 0 to {vocab_size - 1}; "
+                f"pair {pair.prompt_id!r} contains token {largest}, but the model knows tokens 0 to {vocab_size - 1}; "
                 "prepare the pairs with the model's own tokenizer"
             )
 
 
 def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
-    """Write the pairs as one Parquet file: prompt_id, two lists of int32 tokens and where each answer starts.
+    """Write the pairs as one Parquet file: prompt_id, two lists of int32 tokens, and the start of each answer.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    import pyarrow as pa  # here, because importing it takes longer than planning a whole job
+    import pyarrow as pa  # imported here because the import takes longer than planning a whole job
     import pyarrow.parquet as pq
 
     table = pa.table(
@@ -111,13 +111,13 @@ def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
 
 
 def read_pairs(path: str) -> list[TokenizedPair]:
-    """Read what write_pairs wrote, in its order.
+    """Read the pairs that `write_pairs` wrote, in the same order.
 
     Raises:
         DataError: the file is not Parquet or lacks a column.
         StorageError: the file cannot be read.
     """
-    import pyarrow as pa  # here, as above
+    import pyarrow as pa  # imported here, as above
     import pyarrow.parquet as pq
 
     names = [field.name for field in fields(TokenizedPair)]
@@ -130,14 +130,14 @@ def read_pairs(path: str) -> list[TokenizedPair]:
     if missing:
         raise DataError(
             f"{path}: the columns {', '.join(missing)} are missing (it has {', '.join(table.column_names)}); expected "
-            f"tokenised pairs; prepare preference data first"
+            f"tokenized pairs; prepare the preference data first"
         )
     columns = [_token_rows(table[name]) if name.endswith("_tokens") else table[name].to_pylist() for name in names]
     return [TokenizedPair(*row) for row in zip(*columns, strict=True)]
 
 
 def _token_rows(column: Any) -> list[Int32[np.ndarray, " _"]]:
-    """Cut one list column into rows that share its memory, so that a large set costs no copy a row."""
+    """Split one list column into rows that share its memory, which avoids a copy per row of a large dataset."""
     rows = column.combine_chunks()
     tokens = rows.values.to_numpy()
     offsets = rows.offsets.to_numpy()

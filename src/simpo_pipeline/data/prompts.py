@@ -1,6 +1,6 @@
 """Prompts to generate from, and the shard of them that one host serves.
 
-Knows text and numbers; it does not know tokenizers, models or processes.
+This module knows text and indices. It does not know tokenizers, models or processes.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ DEFAULT_TEMPLATE = "Synthetic prompt {index}: explain one key concept in machine
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from; exactly one of the three ways.
+    """The source of prompts; exactly one of the three sources must be set.
 
     Attributes:
         prompts: The prompts themselves.
-        prompts_path: A UTF-8 text file at any storage path, one prompt a line, empty lines left out.
-        synthetic_prompt_count: How many prompts to make from `synthetic_prompt_template`.
-        synthetic_prompt_template: A format string with the field `{index}`, counted from 0.
+        prompts_path: A UTF-8 text file at any storage path, with one prompt per line. Empty lines are skipped.
+        synthetic_prompt_count: Number of prompts to generate from `synthetic_prompt_template`.
+        synthetic_prompt_template: A format string with the field `{index}`, which counts from 0.
     """
 
     prompts: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class PromptsConfig:
 
     @property
     def count(self) -> int | None:
-        """How many prompts there are; None when only the file at `prompts_path` knows."""
+        """Number of prompts; None if it depends on the file at `prompts_path`."""
         return self.synthetic_prompt_count if not self.prompts else len(self.prompts)
 
     def _expand_template(self, index: int) -> str:
@@ -51,15 +51,15 @@ class PromptsConfig:
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 f"synthetic_prompt_template {self.synthetic_prompt_template!r} cannot be filled ({error!r}); "
-                "its only field is {index}, and literal braces are doubled"
+                "its only field is {index}, and literal braces must be doubled"
             ) from error
 
 
 def load_prompts(config: PromptsConfig) -> tuple[str, ...]:
-    """All prompts of the job, in their global order.
+    """Return all prompts of the job, in global order.
 
     Raises:
-        DataError: `prompts_path` does not exist or holds no prompt.
+        DataError: `prompts_path` does not exist or contains no prompt.
     """
     if config.prompts:
         return config.prompts
@@ -75,10 +75,12 @@ def load_prompts(config: PromptsConfig) -> tuple[str, ...]:
 
 
 def prompt_shard(num_prompts: int, process_index: int, process_count: int) -> range:
-    """The contiguous indices `[i*n//p, (i+1)*n//p)` that process i of p serves; uneven and empty shards are fine.
+    """Return the contiguous indices `[i*n//p, (i+1)*n//p)` that process i of p serves.
+
+    Shards may differ in size or be empty.
 
     Raises:
-        ConfigError: there is no process `process_index` among `process_count`.
+        ConfigError: `process_count` is below 1, or `process_index` is not in [0, process_count).
     """
     if process_count < 1:
         raise ConfigError(f"process_count must be positive, got {process_count}")

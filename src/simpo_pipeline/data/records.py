@@ -1,8 +1,9 @@
 """Preference records: two conversations that differ in the last assistant turn, read from JSONL, Parquet or the hub.
 
-The schema is that of UltraFeedback-binarized: `chosen` and `rejected` are lists of `{role, content}` messages and
-`prompt_id` is optional; other columns are ignored. Every error names file, row and field, says what was got and what
-is expected. Knows nothing of tokens; whether the two answers are worth comparing is decided where they are tokenised.
+The schema is that of UltraFeedback-binarized: `chosen` and `rejected` are lists of `{role, content}` messages, and
+`prompt_id` is optional. Other columns are ignored. Every error names the file, the row and the field, and says what was
+found and what is expected. This module does not know tokens. Whether a record's two answers can be compared is checked
+when they are tokenized.
 """
 
 import json
@@ -30,9 +31,9 @@ class Message:
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One prompt with a better and a worse answer; `where` says which file and row it came from.
+    """One prompt with a better and a worse answer; `where` names the file and row it came from.
 
-    Law: `chosen[:-1] == rejected[:-1]`, neither is empty, and both last messages are assistant turns.
+    Invariant: `chosen[:-1] == rejected[:-1]`, neither is empty, and both last messages are assistant turns.
     """
 
     prompt_id: str
@@ -50,7 +51,7 @@ def read_records(source: PreferenceSource) -> Iterator[PreferenceRecord]:
     """Yield the records of all files of `source` in order.
 
     Raises:
-        DataError: no file, a file of another kind, no record at all, or a malformed one.
+        DataError: there is no file, a file is neither JSONL nor Parquet, there is no record, or a record is malformed.
         StorageError: a file cannot be read.
     """
     num_records = 0
@@ -61,11 +62,11 @@ def read_records(source: PreferenceSource) -> Iterator[PreferenceRecord]:
                 num_records += 1
                 yield parse_record(row, default_id=f"{base_name(path)}:{number}", where=where)
     if not num_records:
-        raise DataError(f"{source.path}: the data set is empty; at least one preference pair is needed")
+        raise DataError(f"{source.path}: the dataset is empty; at least one preference pair is needed")
 
 
 def parse_record(row: object, *, default_id: str, where: str) -> PreferenceRecord:
-    """Check one decoded row against the schema.
+    """Return the record of one decoded row, checked against the schema.
 
     Raises:
         DataError: a field is missing or of the wrong type, the last turn is not the assistant's, or the prompts differ.
@@ -80,8 +81,8 @@ def parse_record(row: object, *, default_id: str, where: str) -> PreferenceRecor
     chosen, rejected = (_parse_messages(fields, field, where) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise DataError(
-            f"{where}: field 'rejected' has another prompt than 'chosen' {_first_difference(chosen, rejected)}; "
-            f"both must hold the same turns before the last one"
+            f"{where}: field 'rejected' has a different prompt than 'chosen' {_first_difference(chosen, rejected)}; "
+            f"both must have the same turns before the last one"
         )
     return PreferenceRecord(prompt_id or default_id, chosen, rejected, where)
 
@@ -99,7 +100,7 @@ def _parse_messages(fields: Mapping[str, object], field: str, where: str) -> tup
         raise DataError(f"{where}: field {field!r} has {len(messages)} messages, expected a prompt and an answer")
     if messages[-1].role != "assistant":
         raise DataError(
-            f"{where}: field {field!r} has no assistant turn at its end; the last message is of role "
+            f"{where}: field {field!r} does not end with an assistant turn; the last message has role "
             f"{messages[-1].role!r}, expected 'assistant'"
         )
     return messages
@@ -120,9 +121,9 @@ def _parse_message(value: object, field: str, where: str) -> Message:
 
 def _check_text(text: str, field: str, where: str) -> None:
     try:
-        text.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        text.encode("utf-8")  # JSON can contain half of a surrogate pair, which no tokenizer accepts
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field '{field}' is not Unicode text at character {error.start}") from error
+        raise DataError(f"{where}: field '{field}' is not valid Unicode at character {error.start}") from error
 
 
 def _first_difference(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> str:
@@ -159,7 +160,7 @@ def _jsonl_rows(lines: Iterable[bytes], path: str) -> Iterator[tuple[int, str, o
 
 
 def _parquet_rows(file: Any, path: str) -> Iterator[tuple[int, str, object]]:
-    import pyarrow as pa  # here, because importing it takes longer than planning a whole job
+    import pyarrow as pa  # imported here because the import takes longer than planning a whole job
     import pyarrow.parquet as pq
 
     try:
@@ -183,5 +184,7 @@ def _batch_rows(batch: Any, path: str, first: int) -> list[object]:
             try:
                 batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, row {first + index + 1}: a text is not UTF-8 ({error.reason})") from error
+                raise DataError(
+                    f"{path}, row {first + index + 1}: a text field is not UTF-8 ({error.reason})"
+                ) from error
         raise

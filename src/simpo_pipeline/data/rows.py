@@ -1,17 +1,18 @@
-"""Pairs as the rows of arrays of one fixed shape: padded, a row for each sequence, or packed, a row for each group.
+"""Pairs as rows of arrays with a fixed shape: padded (one row per sequence) or packed (one row per group).
 
-A packed row holds the pairs of what one device computes at a time, the longest first. The two answers of a pair share
-its prompt:
+A packed row contains the pairs that one device computes at a time, longest first. The two answers of a pair share its
+prompt:
 
     tokens      prompt without its last token | last of prompt, chosen answer | last of prompt, rejected answer
     branches    0                             | 1                             | 2
-    positions   0 ..                          | goes on from the prompt       | goes on from the prompt too
+    positions   0 ..                          | continue from the prompt      | continue from the prompt
 
-A token reads earlier tokens of its segment (its pair) on branch 0 and on its own, so each answer sees just what it
-would see in a row of its own, and the prompt is computed once. An answer's last token is predicted, but never fed.
-Attention need not look at the whole row: each pair lies in a slot, and slots have lengths that hold for the whole run.
+A token attends to the earlier tokens of its segment (its pair) on branch 0 and on its own branch. Each answer thus
+sees exactly what it would see in a row of its own, and the prompt is computed once. The last token of an answer is
+predicted but never fed to the model. Attention does not need the whole row: each pair occupies a slot, and the slot
+lengths are fixed for the whole run.
 
-Numpy only; knows nothing of devices. Every process builds the same.
+Numpy only; this module does not know devices. Every process builds the same arrays.
 """
 
 import heapq
@@ -25,11 +26,11 @@ from jaxtyping import Float32, Int32
 
 from simpo_pipeline.data.pairs import TokenizedPair
 
-# Rows and slots are so many tokens long, or a multiple: products and attention like it.
+# Lengths of rows and slots, in tokens, are multiples of these, which matmuls and attention prefer.
 _ROW_STEP = 64
 _SLOT_STEP = 32
 _PREDICTIONS_STEP = 8
-# Slots of one length are attended together, and each length is a piece of program of its own.
+# Attention handles the slots of one length together, and each distinct length adds code to the program.
 _MOST_SLOT_LENS = 6
 NOBODY = -1
 
@@ -39,10 +40,10 @@ class RowShape:
     """The shape of an update's arrays.
 
     Attributes:
-        num_groups: Into so many groups the rows fall, neighbours together: what one device computes at a time.
-        num_predictions: Predictions that a group has room for.
-        slot_lens: Of packed rows, the longest first: a row's pairs, by their lengths, have no more tokens than these.
-            Empty where attention over the whole row costs no more.
+        num_groups: Number of groups of adjacent rows. One device computes one group at a time.
+        num_predictions: Maximum number of predictions in a group.
+        slot_lens: Lengths of the slots of a packed row, longest first. The pairs of a row, sorted by length, fit into
+            the slots in this order. Empty if attention over the whole row is no more expensive.
     """
 
     num_rows: int
@@ -57,18 +58,20 @@ class RowBatch:
     """The rows of one update.
 
     Attributes:
-        positions: Of each token in its sequence.
-        segments: Which tokens belong together; `NOBODY` for padding.
-        branches: 0 for tokens that the whole segment may read, else the branch that may.
-        slots: First place and tokens of the pair in each slot of a packed row; (0, 0) where there is none.
-        predict_at: Where a token of an answer is predicted, that is the place of the token before it: counted from the
-            first token of the group's first row.
-        targets: The token predicted there.
-        sequences: Whose it is: 2 * pair for the chosen answer, 2 * pair + 1 for the rejected one, `NOBODY` for none.
-        answer_lens: Tokens of each pair's two answers.
-        pair_rows: A row that each pair lies in; two answers in rows of their own are neighbours.
-        num_tokens: Tokens of all sequences, prompts counted for each answer, without padding.
-        padding_share: The part of the rows' places that holds no token.
+        positions: Position of each token in its sequence.
+        segments: Id of each token's segment, the tokens that belong together; `NOBODY` for padding.
+        branches: 0 for tokens that the whole segment may attend to; otherwise the only branch that may.
+        slots: Position in the row of the first token, and number of tokens, of the pair in each slot of a packed row;
+            (0, 0) for an empty slot.
+        predict_at: Index of the token before each predicted token of an answer, counted from the first token of the
+            group's first row.
+        targets: The predicted tokens.
+        sequences: Sequence of each target: 2 * pair for the chosen answer, 2 * pair + 1 for the rejected one, `NOBODY`
+            for padding.
+        answer_lens: Number of tokens in the two answers of each pair.
+        pair_rows: Index of a row that contains the pair. If its two answers have rows of their own, these are adjacent.
+        num_tokens: Number of tokens in all sequences, without padding. A prompt counts once for each answer.
+        padding_share: Fraction of the rows' positions that are padding.
     """
 
     tokens: Int32[np.ndarray, "rows row_len"]
@@ -86,18 +89,18 @@ class RowBatch:
 
 
 class _Piece(NamedTuple):
-    """Tokens that lie side by side in a row, all of one sequence and one branch."""
+    """Adjacent tokens of a row that belong to one sequence and one branch."""
 
     tokens: Int32[np.ndarray, " piece"]
     first_position: int
     segment: int
     branch: int
-    targets: Int32[np.ndarray, " predicted"]  # predicted by the last so many tokens of the piece
+    targets: Int32[np.ndarray, " predicted"]  # predicted by the last len(targets) tokens of the piece
     sequence: int
 
 
 def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) -> RowShape:
-    """The smallest shape that holds each of the batches packed, but for rounding up."""
+    """Return the smallest shape, up to rounding, that fits each of the batches in packed rows."""
     by_slot: list[int] = []
     row_len = num_predictions = 1
     for batch in batches:
@@ -108,35 +111,39 @@ def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) ->
             row_len = max(row_len, sum(in_row))
             num_predictions = max(num_predictions, sum(_num_answer_tokens(batch[index]) for index in row))
     row_len = _rounded_up(row_len, _ROW_STEP)
-    slot_lens = _few_lens([_rounded_up(length, _SLOT_STEP) for length in by_slot])
-    # All slots are attended, in every row: of few pairs whose lengths vary much from row to row they are long.
-    pays = sum(length**2 for length in slot_lens) < row_len**2
+    slot_lens = _merge_lens([_rounded_up(length, _SLOT_STEP) for length in by_slot])
+    # Attention covers all slots of every row. They are long if rows have few pairs whose lengths vary between rows.
+    slots_pay = sum(length**2 for length in slot_lens) < row_len**2
     num_predictions = _rounded_up(num_predictions, _PREDICTIONS_STEP)
-    return RowShape(num_groups, row_len, num_groups, num_predictions, slot_lens if pays else ())
+    return RowShape(num_groups, row_len, num_groups, num_predictions, slot_lens if slots_pay else ())
 
 
 def padded_shape(
     batches: Sequence[Sequence[TokenizedPair]], batch_size: int, seq_len: int, num_groups: int
 ) -> RowShape:
-    """The shape of batches of `batch_size` pairs with a row of `seq_len` tokens for each sequence."""
+    """Return the shape of batches of `batch_size` pairs with one row of `seq_len` tokens per sequence."""
     rows_per_group, most = 2 * batch_size // num_groups, 1
     for batch in batches:
-        held = [0] * num_groups
+        num_predictions = [0] * num_groups
         for number, pair in enumerate(batch):
-            held[2 * number // rows_per_group] += _num_answer_tokens(pair)
-        most = max(most, *held)
+            num_predictions[2 * number // rows_per_group] += _num_answer_tokens(pair)
+        most = max(most, *num_predictions)
     return RowShape(2 * batch_size, seq_len, num_groups, _rounded_up(most, _PREDICTIONS_STEP))
 
 
 def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
-    """A `padded_shape` that holds any batches: all but the first token of each sequence are an answer's."""
+    """Return a `padded_shape` that fits any batch: every token of a sequence but the first may belong to an answer."""
     num_rows = 2 * batch_size
     num_predictions = _rounded_up(num_rows // num_groups * (seq_len - 1), _PREDICTIONS_STEP)
     return RowShape(num_rows, seq_len, num_groups, num_predictions)
 
 
 def packed_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
-    """The batch in packed rows; ValueError where a pair is longer than its slot."""
+    """Return the batch in packed rows.
+
+    Raises:
+        ValueError: a pair is longer than its slot.
+    """
     lengths = [packed_len(pair) for pair in pairs]
     slots = np.zeros((shape.num_rows, len(shape.slot_lens), 2), np.int32)
     pair_rows = np.zeros(len(pairs), np.int32)
@@ -147,30 +154,32 @@ def packed_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) ->
         if shape.slot_lens:
             in_row = [lengths[index] for index in row]
             if any(length > most for length, most in zip(in_row, shape.slot_lens, strict=False)):
-                raise ValueError(f"pairs of {in_row} tokens in slots of {shape.slot_lens}: the shape of other batches")
+                raise ValueError(
+                    f"pairs of {in_row} tokens do not fit slots of {shape.slot_lens}: the shape is for other batches"
+                )
             slots[number, : len(row), 0] = np.cumsum([0, *in_row])[:-1]
             slots[number, : len(row), 1] = in_row
-    return _laid_out(pieces, pairs, pair_rows, slots, shape, pad_id)
+    return _build_batch(pieces, pairs, pair_rows, slots, shape, pad_id)
 
 
 def padded_rows(pairs: Sequence[TokenizedPair], shape: RowShape, pad_id: int) -> RowBatch:
-    """The batch with each sequence in a row of its own: chosen and rejected of pair p in rows 2 * p and 2 * p + 1."""
+    """Return the batch with one row per sequence: rows 2 * p and 2 * p + 1 are chosen and rejected of pair p."""
     pieces = {
         2 * index + side: [_Piece(tokens[:-1], 0, 0, 0, tokens[start:], 2 * index + side)]
         for index, pair in enumerate(pairs)
         for side, (tokens, start) in enumerate(_sides(pair))
     }
     no_slots = np.zeros((shape.num_rows, 0, 2), np.int32)
-    return _laid_out(pieces, pairs, 2 * np.arange(len(pairs), dtype=np.int32), no_slots, shape, pad_id)
+    return _build_batch(pieces, pairs, 2 * np.arange(len(pairs), dtype=np.int32), no_slots, shape, pad_id)
 
 
 def packed_len(pair: TokenizedPair) -> int:
-    """Places that a pair takes in a packed row."""
+    """Return the number of positions that a pair takes in a packed row."""
     return sum(len(piece.tokens) for piece in _packed_pieces(pair, 0))
 
 
 def fill_rows(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Which items go into which row: the longest first, each into the row that is the least full."""
+    """Return the items of each row: items are assigned longest first, each to the row that is the least full."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     by_fill = [(0, number) for number in range(num_rows)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -194,7 +203,7 @@ def _packed_pieces(pair: TokenizedPair, index: int) -> list[_Piece]:
     return pieces
 
 
-def _laid_out(
+def _build_batch(
     rows: Mapping[int, Sequence[_Piece]],
     pairs: Sequence[TokenizedPair],
     pair_rows: Int32[np.ndarray, " pairs"],
@@ -217,9 +226,9 @@ def _laid_out(
             tokens[at], segments[at], branches[at] = piece.tokens, piece.segment, piece.branch
             positions[at] = np.arange(piece.first_position, piece.first_position + length)
             start += length
-            places = group, slice(num_predicted[group], num_predicted[group] + count)
-            predict_at[places] = row_in_group * shape.row_len + np.arange(start - count, start)
-            targets[places], sequences[places] = piece.targets, piece.sequence
+            predicted = group, slice(num_predicted[group], num_predicted[group] + count)
+            predict_at[predicted] = row_in_group * shape.row_len + np.arange(start - count, start)
+            targets[predicted], sequences[predicted] = piece.targets, piece.sequence
             num_predicted[group] += count
     return RowBatch(
         tokens,
@@ -237,8 +246,11 @@ def _laid_out(
     )
 
 
-def _few_lens(slot_lens: Sequence[int]) -> tuple[int, ...]:
-    """The same lengths, longest first, some of them raised until there are few: those that cost the least attention."""
+def _merge_lens(slot_lens: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths, longest first, with some raised until at most `_MOST_SLOT_LENS` are distinct.
+
+    The lengths whose increase adds the least attention are raised.
+    """
     lens = list(slot_lens)
     while len(distinct := sorted(set(lens))) > _MOST_SLOT_LENS:
         shorter, longer = min(

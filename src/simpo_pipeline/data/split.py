@@ -1,6 +1,6 @@
-"""Which pairs are held out for evaluation: a pure function of their prompts' tokens.
+"""The split into training pairs and pairs held out for evaluation: a pure function of the prompts' tokens.
 
-Not of their ids: data without any has one for every row, and pairs of one prompt must not part.
+Ids are not used: data without ids gets a new one for every row, and pairs with the same prompt must stay together.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ from simpo_pipeline.errors import ConfigError, DataError
 
 
 def is_held_out(prompt: Int32[np.ndarray, " tokens"], fraction: float) -> bool:
-    """Whether the pairs of a prompt are held out when about `fraction` of all are; the same on every machine."""
+    """Return whether the pairs of a prompt are among the `fraction` that is held out; the same on every machine."""
     digest = hashlib.sha256(prompt.astype("<i4").tobytes()).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def split_pairs(pairs: Sequence[TokenizedPair], fraction: float) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
-    """(pairs to train on, pairs held out), each in their order; pairs of one prompt are on one side.
+    """Return (training pairs, held-out pairs), each in the given order; pairs with the same prompt stay together.
 
     Raises:
         ConfigError: the fraction is not in [0, 1).
-        DataError: nothing is left on one side, though some should be.
+        DataError: one side is empty although it should not be.
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"validation_fraction is {fraction}: give a number from 0 to 1 (1 excluded)")

@@ -1,4 +1,4 @@
-"""All pairs once, in their order: what an evaluation reads."""
+"""A single pass over all pairs, in order, for an evaluation."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from simpo_pipeline.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class PairSweep:
-    """Serve each pair once, `batch_size` at a time, as rows of one shape; fields as in `loader.PairLoader`.
+    """Serves each pair once, `batch_size` at a time, as rows of one shape; fields as in `loader.PairLoader`.
 
     Raises:
-        DataError: there are no pairs, or one is longer than seq_len (named).
+        DataError: there are no pairs, or a pair is longer than seq_len; the message names it.
     """
 
     pairs: Sequence[TokenizedPair]
@@ -26,7 +26,7 @@ class PairSweep:
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise DataError("there are no pairs to evaluate on; hold some out, or leave the evaluation out")
+            raise DataError("there are no pairs to evaluate on; hold some out, or leave out the evaluation")
         check_lengths(self.pairs, self.seq_len)
 
     @functools.cached_property
@@ -37,7 +37,7 @@ class PairSweep:
         return padded_shape(self._batches, self.batch_size, self.seq_len, self.num_groups)
 
     def batches(self) -> Iterator[RowBatch]:
-        """The batches; the last one may hold fewer pairs."""
+        """Yield the batches; the last one may have fewer pairs."""
         rows = packed_rows if self.packing else padded_rows
         for batch in self._batches:
             yield rows(batch, self.shape, self.pad_id)

@@ -1,6 +1,7 @@
-"""Preference records to tokenised pairs, with a count of everything that did not fit.
+"""Tokenization of preference records, with a count of everything that did not fit.
 
-Nothing is cut or left out silently: the default is an error, and each other policy is counted in PairStats.
+Nothing is truncated or dropped silently: the default policy raises an error, and PairStats counts the effects of every
+other policy.
 """
 
 from collections import Counter
@@ -18,10 +19,11 @@ from simpo_pipeline.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class PairStats:
-    """What became of the records. Token counts are of the kept pairs, both sequences of each, without padding.
+    """Counts of kept, truncated and dropped records, and of the kept pairs' tokens.
 
-    num_records == num_pairs + num_dropped_too_long + num_dropped_unusable; num_truncated of num_pairs are cut.
-    `padding_share` is the part of the batches' positions that would be padding at `max_length` positions a row.
+    Token counts cover both sequences of each kept pair, without padding.
+    num_records == num_pairs + num_dropped_too_long + num_dropped_unusable; num_truncated of num_pairs are truncated.
+    `padding_share` is the fraction of the batches' positions that would be padding with `max_length` positions per row.
     """
 
     num_records: int
@@ -38,7 +40,7 @@ class PairStats:
 
     @property
     def num_dropped(self) -> int:
-        """Records left out, for whatever reason."""
+        """Number of records that were dropped, for any reason."""
         return self.num_dropped_too_long + self.num_dropped_unusable
 
 
@@ -50,14 +52,14 @@ def tokenize_pairs(
     too_long: TooLong = "raise",
     unusable: Unusable = "raise",
 ) -> tuple[list[TokenizedPair], PairStats]:
-    """Tokenise the records in order; no sequence of the result is longer than `max_length`.
+    """Tokenize the records in order; no sequence of the result is longer than `max_length`.
 
-    `truncate` keeps the prompt and cuts the tails of the answers (and so their end-of-turn tokens); it drops a pair
-    whose prompt alone leaves no room, or whose answers become equal.
+    With `too_long="truncate"`, the prompt is kept and the answers lose their ends, including their end-of-turn tokens.
+    A pair is dropped if its prompt leaves no room for an answer, or if its answers become equal.
 
     Raises:
         ConfigError: max_length < 2.
-        DataError: a pair is too long or unusable and the policy says raise, the chat template does not suit, or no
+        DataError: a pair is too long or unusable and the policy is "raise", the chat template cannot be used, or no
             pair is left.
     """
     if max_length < 2:
@@ -80,11 +82,11 @@ def tokenize_pairs(
 def _tokenize_record(
     record: PreferenceRecord, tokenizer: Tokenizer, max_length: int, too_long: TooLong, unusable: Unusable
 ) -> tuple[str, TokenizedPair | None]:
-    """Say what became of a record: 'kept', 'truncated', 'too long' or 'unusable'; the first two with its pair."""
+    """Return the outcome of a record ('kept', 'truncated', 'too long' or 'unusable'), and its pair if it is kept."""
     complaint = _complaint(record)
     pair = None if complaint else _tokenize_pair(record, tokenizer)
     if pair is not None and np.array_equal(pair.chosen_tokens, pair.rejected_tokens):
-        complaint = "the chat template makes the same tokens of 'chosen' and 'rejected', expected two different answers"
+        complaint = "the chat template renders 'chosen' and 'rejected' to equal tokens, expected two different answers"
     if complaint and unusable == "raise":
         raise DataError(f"{record.where}: {complaint}; correct the row, or set unusable to 'drop'")
     if complaint or pair is None:
@@ -105,7 +107,7 @@ def _complaint(record: PreferenceRecord) -> str | None:
         if not messages[-1].content.strip():
             return f"field '{side}[{len(messages) - 1}].content' is an empty answer, expected text"
     if record.chosen[-1].content == record.rejected[-1].content:
-        return "fields 'chosen' and 'rejected' hold the same answer, expected two different ones"
+        return "fields 'chosen' and 'rejected' have the same answer, expected two different ones"
     return None
 
 

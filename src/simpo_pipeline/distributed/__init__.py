@@ -1,1 +1,1 @@
-"""Processes, meshes, named device programs and the ledger of their launches."""
+"""Processes of a job, meshes, named device programs, and the ledger of program launches."""

@@ -1,16 +1,17 @@
 """The persistent compilation cache: executables that outlive the process that compiled them.
 
 jax decides what identifies an executable (program, options, versions, devices) and what an entry contains. This module
-decides where entries are stored and what happens when storage fails:
+decides where entries are stored and how storage failures are handled:
 
-- An entry is written in one piece, locally or on `gs://`, so a killed job leaves no partial entry behind.
-- A damaged entry is removed and compiled again. Storage that cannot be read or written costs one warning, never a job.
-- Every process of a job writes what it compiled. jax itself writes in process 0 only, and the programs that another
-  host runs on its own devices would be compiled again in every job.
-- On CPUs, all processes load a program that spans them or all compile it. `Programs` sees to that.
+- An entry is written in one piece, locally or on `gs://`, so a killed job leaves no partial entry.
+- A damaged entry is removed and its program is recompiled. Storage that cannot be read or written causes one warning
+  and never fails a job.
+- Every process of a job writes the programs that it compiled. jax itself writes only in process 0, so the programs that
+  another host runs on its own devices would be recompiled in every job.
+- On CPUs, either all processes load a program that spans them or all processes compile it. `Programs` enforces this.
 
-An entry is code that jax loads, so anybody who can write to the folder can run code in the job. jax keeps its interface
-for caches private; this file alone imports it, and `tests/distributed/test_compilation_cache.py` notices when it moves.
+An entry is code that jax loads, so anyone who can write to the folder can run code in the job. jax's cache interface is
+private. Only this file imports it, and `tests/distributed/test_compilation_cache.py` fails when the interface moves.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
 
 logger = logging.getLogger(__name__)
 
-# jax's own names of files, so that a folder can be shared with programs that use jax's cache directly.
+# jax's own file name suffix, so that programs that use jax's cache directly can share the folder.
 _SUFFIX = "-cache"
 _MIN_COMPILE_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
@@ -42,39 +43,39 @@ _SECONDS_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 
 @dataclasses.dataclass
 class CacheCounts:
-    """Counts since the cache was opened."""
+    """Counters since the cache was opened."""
 
     requests: int = 0
-    """Programs that were asked for."""
+    """Number of programs requested."""
     hits: int = 0
-    """Programs that were read instead of compiled."""
+    """Number of programs read from the cache instead of compiled."""
     seconds_saved: float = 0.0
-    """Compile time of the hits minus the time to read them. jax records whole seconds of it, rounded down."""
+    """Compile time of the hits minus the time to read them. jax rounds compile times down to whole seconds."""
 
     @property
     def misses(self) -> int:
-        """Programs that had to be compiled."""
+        """Number of programs that had to be compiled."""
         return self.requests - self.hits
 
 
 class CompilationCache(CacheInterface):
-    """Entries of jax's compilation cache in one folder. `opened_cache` makes one and connects it to jax."""
+    """A store for jax's compilation cache in one folder. `opened_cache` creates one and connects it to jax."""
 
     def __init__(self, path: str) -> None:
-        self._path = pathlib.Path(path)  # jax shows it in its own log
+        self._path = pathlib.Path(path)  # jax shows this attribute in its log
         self.path = path
         self.counts = CacheCounts()
         self._has_failed = False
-        # The last request of each thread: its key if jax stored nothing for it, and what came of it.
+        # The last request of each thread: its key if jax stored nothing for it, and its outcome.
         self._last = threading.local()
 
     def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the entry of a key; None if there is none that can be used."""
+        """Return the entry of a key, or None if there is no usable entry."""
         self._last.key = key
         return self._read(key)
 
     def put(self, key: str, value: bytes) -> None:
-        """Store an entry, over what is there."""
+        """Store an entry, replacing any earlier one."""
         self._last.key = None
         if self._has_failed:
             return
@@ -88,15 +89,16 @@ class CompilationCache(CacheInterface):
     ) -> tuple[jax.stages.Compiled, bool]:
         """Compile one program through the cache. Return the executable and whether it was a hit.
 
-        Process 0 leaves storing to jax. Every other process stores what it compiled by jax's rules: no program that
-        calls back into Python, whose pointers mean nothing to another process, and none that compiled too fast.
+        In process 0, jax stores the executable. Every other process stores the programs that it compiled, by jax's
+        rules. It skips programs that call back into Python, whose pointers are invalid in another process, and programs
+        that compiled faster than jax's minimum compile time.
 
         Args:
             name: The program's name, for jax's log.
-            compile_it: Compiles the program with jax, which asks this cache first.
+            compile_it: Compiles the program with jax. jax queries this cache first.
             has_callbacks: Whether the program calls back into Python.
         """
-        # The last request in this thread is another program's.
+        # Clear the last request of this thread, which was for another program.
         self._last.key, self._last.is_hit, self._last.seconds_saved = None, False, 0.0
         start = time.perf_counter()
         compiled = compile_it()
@@ -115,12 +117,12 @@ class CompilationCache(CacheInterface):
         return compiled, is_hit
 
     def count_last_as_miss(self) -> None:
-        """Count the hit that `compile` returned last in this thread as a miss: the program is compiled after all."""
+        """Turn the last hit of `compile` in this thread into a miss, because the program is compiled after all."""
         self.counts.hits -= 1
         self.counts.seconds_saved -= self._last.seconds_saved
 
     def count(self, event: str, seconds: float = 0.0) -> None:
-        """Count one of jax's events; jax reports each in the thread that compiles."""
+        """Count one monitoring event of jax. jax reports each event in the thread that compiles."""
         if event == _REQUEST:
             self.counts.requests += 1
         elif event == _HIT:
@@ -131,7 +133,7 @@ class CompilationCache(CacheInterface):
             self.counts.seconds_saved += self._last.seconds_saved
 
     def summary(self) -> str:
-        """One line of what the cache did so far."""
+        """Return a one-line summary of the cache's activity so far."""
         found = self.counts
         read = (
             f"read {found.hits} programs, which saved at least {found.seconds_saved:.1f} s" if found.hits else "read 0"
@@ -151,8 +153,8 @@ class CompilationCache(CacheInterface):
             return None
         try:
             jax_cache.decompress_executable(entry)
-        except Exception as error:  # zlib's or zstd's own, whichever jax uses here
-            logger.warning("compilation cache: %s is damaged (%s); it is compiled again", path, error)
+        except Exception as error:  # raised by zlib or zstd, whichever jax uses here
+            logger.warning("compilation cache: %s is damaged (%s); its program is recompiled", path, error)
             self._remove(path)
             return None
         return entry
@@ -166,7 +168,7 @@ class CompilationCache(CacheInterface):
     def _give_up(self, error: StorageError) -> None:
         self._has_failed = True
         logger.warning(
-            "compilation cache: %s The job continues without it; --compilation_cache chooses another place", error
+            "compilation cache: %s The job continues without it; set --compilation_cache to use another folder", error
         )
 
     def _file(self, key: str) -> str:
@@ -175,16 +177,16 @@ class CompilationCache(CacheInterface):
 
 @contextmanager
 def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
-    """Connect jax to the cache at `path` while the block runs; None disables caching.
+    """Connect jax to the cache at `path` inside the `with` block; None disables caching.
 
-    Programs of any compile time are stored, unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
+    Programs are stored regardless of their compile time unless `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` is set.
     """
     cache = None if path is None else CompilationCache(path)
     settings = {"jax_enable_compilation_cache": cache is not None and jax.config.values["jax_enable_compilation_cache"]}
     if cache is not None and _MIN_COMPILE_SECONDS.upper() not in os.environ:
         settings[_MIN_COMPILE_SECONDS] = 0
     if path is not None and is_local(path):
-        # XLA keeps results of autotuning on GPUs in a local folder below it.
+        # XLA stores the results of GPU autotuning in a local folder below this one.
         settings["jax_compilation_cache_dir"] = strip_file_scheme(path)
         _make_private(strip_file_scheme(path))
     before = {name: jax.config.values[name] for name in settings}
@@ -214,14 +216,14 @@ def opened_cache(path: str | None) -> Generator[CompilationCache | None]:
 
 
 def _connect(cache: CacheInterface | None) -> None:
-    """Let jax read and write through `cache`; None lets it open its own at the next compilation, if it is to."""
+    """Make jax use `cache`. With None, jax opens its own cache at the next compilation if caching is enabled."""
     jax_cache.reset_cache()
     jax_cache._cache = cache
     jax_cache._cache_initialized = cache is not None
 
 
 def _make_private(folder: str) -> None:
-    """Create a folder that no other user can write to. A failure comes up again at the first write, with a warning."""
+    """Create a folder that no other user can write to. A failure recurs at the first write, which logs a warning."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:

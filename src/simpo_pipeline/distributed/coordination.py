@@ -1,7 +1,7 @@
 """The coordination service of a job: a key-value store and barriers that all its processes share.
 
-Nothing here launches a device program. jax keeps the client of this service private; this file alone imports it, and
-`tests/distributed/test_coordination.py` notices when it moves.
+Nothing here launches a device program. jax's client of this service is private. Only this file imports it, and
+`tests/distributed/test_coordination.py` fails when the client moves.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -12,45 +12,45 @@ from jax._src import distributed as jax_distributed
 from simpo_pipeline.distributed.config import Membership
 from simpo_pipeline.errors import ConfigError, CoordinationError
 
-# jax's own detection of dead processes, behind ours (`WatchConfig.silence_seconds`): it ends a process from a thread
-# in C++, without a word from Python.
+# Timeout of jax's own detection of dead processes. It is longer than ours (`WatchConfig.silence_seconds`), because jax
+# ends a process from a C++ thread, without any output from Python.
 HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 20
-# A slice's hosts start minutes apart.
+# The hosts of a slice start minutes apart.
 _GATHERING_SECONDS = 600
 
 
 @runtime_checkable
 class Coordination(Protocol):
-    """A key-value store that all processes of a job share, and its barriers."""
+    """A key-value store and barriers that all processes of a job share."""
 
     def put(self, key: str, value: bytes) -> None:
-        """Stores a value, in place of an earlier one."""
+        """Store a value, replacing any earlier one."""
         ...
 
     def get(self, key: str, timeout_seconds: float) -> bytes | None:
-        """The value, as soon as it is there; None when it does not come in time."""
+        """Return the value as soon as it exists, or None if the timeout expires first."""
         ...
 
     def get_now(self, key: str) -> bytes | None:
-        """The value if it is there."""
+        """Return the value if it exists, otherwise None."""
         ...
 
     def list(self, prefix: str) -> dict[str, bytes]:
-        """Every key below `prefix`, which ends with a slash, and its value."""
+        """Return every key below `prefix`, which must end with a slash, with its value."""
         ...
 
     def delete(self, key: str) -> None:
-        """Removes a key, and all below it."""
+        """Remove a key and all keys below it."""
         ...
 
     def barrier(self, name: str, timeout_seconds: float) -> bool:
-        """Waits until every process has come to the barrier of that name; False when they do not in time."""
+        """Wait until every process reaches the named barrier. Return False if the timeout expires first."""
         ...
 
 
 class JaxCoordination:
-    """The service that `jax.distributed` runs in process 0. Every call raises CoordinationError when it is lost."""
+    """The service that `jax.distributed` runs in process 0. Calls raise CoordinationError if the service is lost."""
 
     def __init__(self) -> None:
         client = jax_distributed.global_state.client
@@ -89,7 +89,7 @@ class JaxCoordination:
         return True
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        """The call's result; None for a key that is not there, or not in time."""
+        """Return the call's result, or None if the key does not exist or its timeout expired."""
         try:
             return getattr(self._client, method)(*args, **options)
         except jax.errors.JaxRuntimeError as error:
@@ -99,11 +99,11 @@ class JaxCoordination:
 
 
 def join(membership: Membership) -> tuple[int, int]:
-    """Joins the job; returns this process's index and how many there are. No device is touched.
+    """Join the job. Return this process's index and the number of processes. No device is touched.
 
     Raises:
-        ConfigError: the cluster does not say who belongs to the job.
-        CoordinationError: the other processes did not come.
+        ConfigError: jax cannot detect from the cluster which processes belong to the job.
+        CoordinationError: the other processes did not join.
     """
     given: dict[str, Any] = {}
     if membership.coordinator_address is not None:
@@ -122,20 +122,20 @@ def join(membership: Membership) -> tuple[int, int]:
         )
     except ValueError as error:
         raise ConfigError(
-            f"this machine looks like one of a cluster, but jax cannot tell who belongs to the job: {error} Set "
+            f"this machine seems to be part of a cluster, but jax cannot detect the processes of the job: {error} Set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process."
         ) from error
     except RuntimeError as error:
-        raise CoordinationError(f"the processes of the job did not find each other: {error}") from error
+        raise CoordinationError(f"the processes of the job could not connect to each other: {error}") from error
     state = jax_distributed.global_state
     return state.process_id, state.num_processes or 1
 
 
 def leave() -> None:
-    """Ends the membership, when all processes do so."""
+    """Leave the job, once all processes have called this function."""
     jax.distributed.shutdown()
 
 
 def _lost(error: Exception) -> CoordinationError:
     first_line = str(error).split("\n", 1)[0]
-    return CoordinationError(f"the coordination service in process 0 does not answer: {first_line}")
+    return CoordinationError(f"the coordination service in process 0 does not respond: {first_line}")

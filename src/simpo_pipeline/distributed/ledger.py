@@ -1,11 +1,11 @@
-"""The ledger: the ordered record of what this process did that its peers must do too.
+"""The ledger: an ordered record of the operations of this process that its peers must match.
 
-A pod compares program k of host A with program k of host B. CPU and GPU do not, so this record is what proves there
-that every process launched the same programs over many hosts in the same order. Beside those launches it holds the
-meetings (gather, agree) in between: a host that goes on to a meeting while the others launch has left them as well.
-Programs on the devices of one process alone are counted, not compared: hosts serve shards of unequal length.
+A pod compares program k of host A with program k of host B. CPUs and GPUs do not, so on them this record is the proof
+that every process launched the same multi-process programs in the same order. The ledger also records the meetings
+(gather, agree) between those launches, because a host that reaches a meeting while the others launch has diverged too.
+Programs on the devices of a single process are counted but not compared, because hosts serve shards of unequal length.
 
-It knows names and fingerprints, nothing of what programs compute.
+The ledger knows names and fingerprints, but not what programs compute.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 from simpo_pipeline.errors import ProgramError
 
 _LAUNCH = "launch "
-# Frames of these are not where something was launched from, but how.
+# Modules whose frames `call_site` skips: they perform a launch but do not decide on it.
 _PLUMBING = (
     "simpo_pipeline.distributed",
-    "simpo_pipeline.executor.processes",
-    "steps.joined_job",
+    "simpo_pipeline.processes",
+    "simpo_pipeline.job.joining",
     "jaxtyping",
     "beartype",
     "contextlib",
@@ -30,7 +30,7 @@ _PLUMBING = (
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: which program, and on how many devices of how many processes it ran."""
+    """One launch: the program, and the number of devices and processes that it ran on."""
 
     program: str
     fingerprint: str
@@ -40,16 +40,16 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One thing that all processes do together: a launch over many processes, or a meeting."""
+    """One operation that all processes share: a launch that spans processes, or a meeting."""
 
     identity: str
-    """Equal in all processes."""
+    """Text that must be equal in all processes."""
     text: str
-    """For people: what it is, and from which line."""
+    """Human-readable description: the operation and the line that called it."""
 
     @property
     def is_launch(self) -> bool:
-        """Whether it is a launch, and no meeting."""
+        """Whether the event is a launch rather than a meeting."""
         return self.identity.startswith(_LAUNCH)
 
     def __str__(self) -> str:
@@ -58,25 +58,25 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What was done together since the processes were last found equal."""
+    """The shared events since the ledgers of the processes were last compared."""
 
     number: int
     events: list[Event] = dataclasses.field(default_factory=list)
-    """Grows at its end while others read it."""
+    """Append-only; other threads may read it at any time."""
 
     def digest(self) -> str:
-        """SHA-256 over its events, in order."""
+        """Return the SHA-256 (hex) of the events, in order."""
         return _digest(event.identity for event in list(self.events))
 
     def launch_digest(self) -> str:
-        """SHA-256 over the launches among its events, in order."""
+        """Return the SHA-256 (hex) of the launches among the events, in order."""
         return _digest(event.identity for event in list(self.events) if event.is_launch)
 
 
 class Ledger:
-    """Launches in the order in which they were made; and, since the last `turn_page`, everything done together.
+    """All launches in the order in which they were made, and the shared events since the last `turn_page`.
 
-    One thread writes. Others may read at any time.
+    Only one thread may write. Other threads may read at any time.
     """
 
     def __init__(self) -> None:
@@ -85,31 +85,31 @@ class Ledger:
         self._closed: str | None = None
 
     def record(self, launch: Launch) -> None:
-        """Appends one launch; called just before the program reaches the devices.
+        """Append one launch. Call this just before the program reaches the devices.
 
         Raises:
-            ProgramError: the program spans processes, and these have parted.
+            ProgramError: the program spans processes, and the processes have diverged.
         """
         if launch.num_processes > 1:
             if self._closed is not None:
-                raise ProgramError(f"{launch.program!r} runs on devices of many processes, and {self._closed}")
+                raise ProgramError(f"cannot launch {launch.program!r}, which spans several processes: {self._closed}")
             where = call_site()
             identity = f"{_LAUNCH}{launch.program} {launch.fingerprint}"
             self._page.events.append(Event(identity, f"launched {launch.program!r} ({where})"))
         self._launches.append(launch)
 
     def record_meeting(self, kind: str, where: str) -> Event:
-        """Appends a meeting of all processes, called from `where`; returns its event."""
-        event = Event(f"{kind} {where}", f"came to {kind} ({where})")
+        """Append a meeting of all processes, called from `where`, and return its event."""
+        event = Event(f"{kind} {where}", f"reached {kind} ({where})")
         self._page.events.append(event)
         return event
 
     def turn_page(self) -> None:
-        """Forgets the events so far: they were compared, and are equal."""
+        """Discard the events so far, after they were compared."""
         self._page = Page(self._page.number + 1)
 
     def close(self, why: str) -> None:
-        """From now on every launch over many processes raises, because their launches no longer match."""
+        """Make every later launch that spans processes raise, because the launches no longer match."""
         self._closed = why
 
     @property
@@ -119,7 +119,7 @@ class Ledger:
 
     @property
     def multi_process_launches(self) -> tuple[Launch, ...]:
-        """The launches over several processes, which peers must match, in order."""
+        """The launches that span processes, in order. Peers must match them."""
         return tuple(launch for launch in self._launches if launch.num_processes > 1)
 
     @property
@@ -128,14 +128,15 @@ class Ledger:
         return self._page
 
     def digest(self) -> str:
-        """SHA-256 over the order and fingerprints of the launches over several processes."""
+        """Return the SHA-256 (hex) of the names and fingerprints of the launches that span processes, in order."""
         return _digest(f"{launch.program} {launch.fingerprint}" for launch in self.multi_process_launches)
 
 
 def first_parting(pages: Sequence[Sequence[Event]]) -> tuple[int, list[Event | None]] | None:
-    """The first position at which the processes' events differ, and each one's event there.
+    """Return the first position at which the processes' events differ, and each process's event at that position.
 
-    None for a process whose record ends before; records of which one is the beginning of the other do not part.
+    The event is None for a process whose record ends earlier. A record that is a prefix of another does not diverge
+    from it. Return None if no records diverge.
     """
     for position in range(max(map(len, pages), default=0)):
         there = [page[position] if position < len(page) else None for page in pages]
@@ -145,13 +146,13 @@ def first_parting(pages: Sequence[Sequence[Event]]) -> tuple[int, list[Event | N
 
 
 def end_of_shortest(pages: Sequence[Sequence[Event]]) -> tuple[int, list[Event | None]]:
-    """The position at which the shortest record ends, and each process's event there."""
+    """Return the position at which the shortest record ends, and each process's event at that position."""
     position = min(map(len, pages))
     return position, [page[position] if position < len(page) else None for page in pages]
 
 
 def call_site() -> str:
-    """`module:line` of the innermost caller that is not plumbing."""
+    """Return `module:line` of the innermost caller outside the modules in `_PLUMBING`."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_PLUMBING):
         frame = frame.f_back

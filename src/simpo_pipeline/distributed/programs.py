@@ -1,9 +1,9 @@
-"""Device programs: compiled ahead under a name, fingerprinted, agreed on, and launched through the ledger.
+"""Device programs: compiled ahead of time under a name, fingerprinted, agreed on, and launched through the ledger.
 
-A program that spans processes is compared across them before it is compiled: a difference is told in every process,
-with the first line that differs. Everything that runs on a device in this package is a `Program`; after
-`forbid_strays()` jax refuses to run anything else, so a stray eager operation raises on the host that wrote it before
-it reaches a device. Nothing here knows what a program computes.
+A program that spans processes is compared across them before it is compiled. Every process reports a difference, with
+the first line that differs. Everything that this package runs on a device is a `Program`. After `forbid_strays()`, jax
+refuses to run anything else, so a stray eager operation raises on the host that issued it before it reaches a device.
+Nothing here knows what a program computes.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class MemoryBytes:
-    """The compiler's own figures for one program, in bytes per device."""
+    """Memory statistics that the compiler reports for one program, in bytes per device."""
 
     arguments: int
     outputs: int
@@ -41,18 +41,18 @@ class MemoryBytes:
 
     @property
     def peak(self) -> int:
-        """Arguments, outputs and temporaries that live at once; donated buffers are counted once."""
+        """Size of arguments, outputs and temporaries together. Donated buffers are counted once."""
         return self.arguments + self.outputs - self.aliased + self.temporary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoweredProgram:
-    """A program as it goes to the compiler.
+    """A program as it is passed to the compiler.
 
     Attributes:
-        parts: All that makes the program what it is, by name.
-        devices: What it runs on; empty where it runs on the default device.
-        options: The compiler's, for this program only.
+        parts: Everything that defines the program, by name.
+        devices: Devices that it runs on; empty if it runs on the default device.
+        options: Compiler options for this program only.
     """
 
     name: str
@@ -63,22 +63,22 @@ class LoweredProgram:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the parts: equal in every process that compiles the same program for the same devices."""
+        """SHA-256 (hex) of the parts, equal in all processes that compile the same program for the same devices."""
         return hashlib.sha256("\0".join(self.parts.values()).encode()).hexdigest()
 
     @functools.cached_property
     def stablehlo_fingerprint(self) -> str:
-        """SHA-256 (hex) of the program's text, which does not name devices."""
+        """SHA-256 (hex) of the program's StableHLO text, which does not name devices."""
         return hashlib.sha256(self.parts["StableHLO"].encode()).hexdigest()
 
     def compile(self, **more_options: str | bool | int) -> jax.stages.Compiled:
-        """The executable, with more options of the compiler where some are given."""
+        """Compile the program and return the executable. `more_options` are added to the compiler options."""
         options: dict[str, Any] = {**self.options, **more_options}
         return self.lowered.compile(options)
 
     @property
     def launch(self) -> Launch:
-        """What the ledger records of it."""
+        """The launch that the ledger records for this program."""
         num_processes = len({device.process_index for device in self.devices})
         return Launch(self.name, self.fingerprint, max(1, len(self.devices)), max(1, num_processes))
 
@@ -86,7 +86,7 @@ class LoweredProgram:
 class Program:
     """An XLA executable with a name. Calling it launches it and records the launch.
 
-    Arguments must match the abstract arguments it was compiled for in tree structure, shape, dtype and sharding.
+    Arguments must match the abstract arguments that it was compiled for in tree structure, shape, dtype and sharding.
     """
 
     def __init__(self, launch: Launch, compiled: jax.stages.Compiled, before_launch: Callable[[Launch], None]):
@@ -98,10 +98,10 @@ class Program:
 
     @property
     def memory_bytes(self) -> MemoryBytes:
-        """What the compiler says this program needs."""
+        """The memory that this program needs, as reported by the compiler."""
         stats = self._compiled.memory_analysis()
         if stats is None:
-            raise ProgramError(f"this backend states no memory figures for {self.name!r}; run on cpu, gpu or tpu")
+            raise ProgramError(f"this backend reports no memory statistics for {self.name!r}; run on cpu, gpu or tpu")
         return MemoryBytes(
             arguments=stats.argument_size_in_bytes,
             outputs=stats.output_size_in_bytes,
@@ -110,18 +110,18 @@ class Program:
         )
 
     def as_text(self) -> str:
-        """The optimized HLO, for people and tests that look for collectives in it."""
+        """Return the optimized HLO, for people and for tests that search it for collectives."""
         return self._compiled.as_text() or ""
 
     def __call__(self, *args: Any) -> Any:
         self._before_launch(self._launch)
-        # The one place where execution is allowed once strays are forbidden; the window is local to this thread.
+        # After `forbid_strays()`, execution is allowed only here. The permission is local to this thread.
         with jax.no_execution(False):
             return self._compiled(*args)
 
 
 class Programs:
-    """Compiles and keeps the programs of one job, and holds its ledger."""
+    """Compiler and store of the programs of one job, and owner of its ledger."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class Programs:
         check_launches: bool = False,
         cache: CompilationCache | None = None,
     ) -> None:
-        """`cache` is the open compilation cache, if there is one.
+        """Create an empty store. `cache` is the open compilation cache, if there is one.
 
-        `check_launches` makes all processes meet before each launch of a program that spans them. Then a launch that
-        the others do not make raises in every process, with its line, before it reaches a device; otherwise the monitor
-        finds it a moment later. It costs some milliseconds a launch.
+        `check_launches` makes all processes meet before each launch of a program that spans them. A launch that the
+        others do not make then raises in every process, with its line, before it reaches a device. Otherwise the
+        monitor finds it a moment later. The check costs a few milliseconds per launch.
         """
         self.ledger = Ledger() if group is None else group.ledger
         self._group = group
@@ -152,20 +152,20 @@ class Programs:
         out_shardings: Any = None,
         compiler_options: Mapping[str, bool | int] | None = None,
     ) -> Program:
-        """Compiles `function` ahead for the given abstract arguments.
+        """Compile `function` ahead of time for the given abstract arguments.
+
+        A program that lowers to the same text for the same devices is compiled only once; later calls return it again.
 
         Args:
-            name: What logs, ledger and errors call the program.
-            function: A function of positional arguments, pytrees in and out.
-            abstract_args: Pytrees of `jax.ShapeDtypeStruct`, with shardings where a mesh is used.
-            donate_argnums: Arguments whose buffers the program may reuse; the caller's arrays are dead afterwards.
+            name: Name of the program in logs, ledger and errors.
+            function: A function of positional arguments that takes and returns pytrees.
+            abstract_args: Pytrees of `jax.ShapeDtypeStruct`, with shardings if a mesh is used.
+            donate_argnums: Arguments whose buffers the program may reuse. The caller's arrays are invalid afterwards.
             out_shardings: As in `jax.jit`; None leaves the choice to the compiler.
-            compiler_options: XLA's debug options by name, for this program only.
-
-        A program that lowers to the same text for the same devices is compiled once and returned again.
+            compiler_options: XLA debug options by name, for this program only.
 
         Raises:
-            ProgramError: the program spans processes and is not the same in all.
+            ProgramError: the program spans processes and is not the same in all of them.
         """
         start = time.perf_counter()
         lower = functools.partial(
@@ -183,7 +183,7 @@ class Programs:
         group = self._group if launch.num_processes > 1 else None
         if group is not None:
             known_by = agree_on_program(group, name, launch.fingerprint, lowered.parts, known is not None)
-            # A process whose compiler failed does not know what the others do; all compile it again.
+            # A process whose compiler failed lacks the program that the others have. Then all compile it again.
             known = known if all(known_by) else None
         if known is not None:
             return known
@@ -197,10 +197,10 @@ class Programs:
         return made
 
     def built_once(self, key: Hashable, build: Callable[[], BuiltT]) -> BuiltT:
-        """Return what `build` returned for an equal key before; call it the first time.
+        """Return the earlier result of `build` for an equal key; call `build` the first time.
 
-        Tracing and lowering takes seconds, also where the executable is known. The key must hold all that the programs
-        are made from, and every process must ask for equal keys in the same order.
+        Tracing and lowering take seconds, even if the executable is already known. The key must contain everything that
+        the programs are built from, and every process must request equal keys in the same order.
         """
         if key not in self._built:
             self._built[key] = build()
@@ -209,14 +209,14 @@ class Programs:
     def _compile_or_load_everywhere(
         self, group: ProcessGroup, lowered: LoweredProgram, lower: Callable[[], LoweredProgram], start: float
     ) -> jax.stages.Compiled:
-        """Load a program in all processes, or compile it in all.
+        """Load a program in all processes, or compile it in all of them.
 
-        XLA's CPU backend orders the collectives of an executable that it loads differently from those of one that it
-        has just compiled. Gloo matches messages by their order alone: if both kinds meet, it aborts, or a process
-        receives the wrong array.
+        XLA's CPU backend orders the collectives of a loaded executable differently from those of a freshly compiled
+        one. Gloo matches messages only by their order. If processes mix the two, Gloo aborts or a process receives the
+        wrong array.
         """
         if self._cache is None:
-            # jax's own cache, if there is one, is written by process 0 only.
+            # Disable jax's own cache, if there is one, because only process 0 writes to it.
             with opened_cache(None):
                 compiled, is_hit = self._compile_or_load(lowered, start)
         else:
@@ -227,17 +227,17 @@ class Programs:
         assert self._cache is not None
         self._cache.count_last_as_miss()
         missing = ", ".join(str(index) for index, hit in enumerate(hits) if not hit)
-        logger.info("%s is compiled here too, since process %s did not find it", lowered.name, missing)
+        logger.info("compiling %s here too, because process %s did not find it in the cache", lowered.name, missing)
         # `lowered.compile()` would return the loaded executable again: jax keeps it for this lowering.
         again = lower()
         if again.fingerprint != lowered.fingerprint:
             raise ProgramError(
-                f"program {lowered.name!r} is another one each time that it is traced; build it from "
-                "nothing that changes"
+                f"program {lowered.name!r} is different each time it is traced; build it only from "
+                "values that do not change"
             )
         with opened_cache(None):
             compiled = again.compile()
-        logger.info("compiled %s in %.1f s (%s)", *_words_of(lowered, start))
+        logger.info("compiled %s in %.1f s (%s)", *_log_args(lowered, start))
         return compiled
 
     def _compile_or_load(self, lowered: LoweredProgram, start: float) -> tuple[jax.stages.Compiled, bool]:
@@ -248,7 +248,7 @@ class Programs:
             has_callbacks = "callback" in lowered.parts["StableHLO"]
             compiled, is_hit = self._cache.compile(lowered.name, lowered.compile, has_callbacks=has_callbacks)
         logger.info(
-            "read compiled %s in %.1f s (%s)" if is_hit else "compiled %s in %.1f s (%s)", *_words_of(lowered, start)
+            "read compiled %s in %.1f s (%s)" if is_hit else "compiled %s in %.1f s (%s)", *_log_args(lowered, start)
         )
         return compiled, is_hit
 
@@ -263,7 +263,7 @@ class Programs:
             self._group.standing.progress()
 
 
-def _words_of(lowered: LoweredProgram, start: float) -> tuple[str, float, str]:
+def _log_args(lowered: LoweredProgram, start: float) -> tuple[str, float, str]:
     return lowered.name, time.perf_counter() - start, lowered.launch.fingerprint[:12]
 
 
@@ -275,13 +275,13 @@ def lower_program(
     out_shardings: Any = None,
     compiler_options: Mapping[str, bool | int] | None = None,
 ) -> LoweredProgram:
-    """What `Programs.compile` compiles, of the same arguments; descriptions of devices do, too."""
+    """Lower a program, from the arguments of `Programs.compile`. Descriptions of devices are allowed too."""
 
     def program(*args: Any) -> Any:
         return function(*args)
 
-    # Kernels carry the names of their source files into the text: with folders it would be another one on a host, or in
-    # an environment, where they lie elsewhere.
+    # Kernels put the names of their source files into the text. With folder names, the text would differ on a host or
+    # in an environment where the files are in another folder.
     jax.config.update("jax_hlo_source_file_canonicalization_regex", "^.*/")
     program.__name__ = program.__qualname__ = name
     jitted = jax.jit(program, donate_argnums=tuple(donate_argnums), out_shardings=out_shardings)
@@ -294,45 +294,46 @@ def lower_program(
 def agree_on_program(
     group: ProcessGroup, name: str, fingerprint: str, parts: Mapping[str, str], is_known: bool
 ) -> list[bool]:
-    """Make sure that all processes are about to compile the same program. Return which of them know it already.
+    """Check that all processes are about to compile the same program. Return which of them already know it.
 
     Raises:
         ProgramError: in every process, naming the program, the processes, and the first line that differs.
     """
     gathered: list[tuple[list[str], bool]] = group.gather([[name, fingerprint], is_known])
-    told = [theirs for theirs, _ in gathered]
-    if all(theirs == told[0] for theirs in told):
+    programs = [program for program, _ in gathered]
+    if all(program == programs[0] for program in programs):
         return [known for _, known in gathered]
-    everyones: list[dict[str, str]] = group.gather({"name": name, **parts})
-    other = next(index for index, theirs in enumerate(told) if theirs != told[0])
-    others = [str(index) for index, theirs in enumerate(told) if theirs != told[0]]
+    all_parts: list[dict[str, str]] = group.gather({"name": name, **parts})
+    other = next(index for index, program in enumerate(programs) if program != programs[0])
+    others = [str(index) for index, program in enumerate(programs) if program != programs[0]]
     raise ProgramError(
-        f"program {everyones[other]['name']!r} of process {', '.join(others)} is not program "
-        f"{everyones[0]['name']!r} of process 0: {first_difference(everyones[0], everyones[other])}. Nothing was "
-        "launched. Start every process with the same code, versions, flags and config, and build programs from nothing "
-        "that differs between hosts."
+        f"program {all_parts[other]['name']!r} of process {', '.join(others)} is not program "
+        f"{all_parts[0]['name']!r} of process 0: {first_difference(all_parts[0], all_parts[other])}. Nothing was "
+        "launched. Start every process with the same code, versions, flags and config, and build programs only from "
+        "values that are equal on all hosts."
     )
 
 
 def agree_on_launch(group: ProcessGroup, launch: Launch) -> None:
-    """Makes sure that all processes are about to launch the same program.
+    """Check that all processes are about to launch the same program.
 
     Raises:
         ProgramError: in every process, naming what each would launch.
     """
-    told: list[list[str]] = group.gather([launch.program, launch.fingerprint])
-    if any(theirs != told[0] for theirs in told):
+    gathered: list[list[str]] = group.gather([launch.program, launch.fingerprint])
+    if any(theirs != gathered[0] for theirs in gathered):
         names = "; ".join(
             f"process {index} would launch {program!r} ({fingerprint[:12]})"
-            for index, (program, fingerprint) in enumerate(told)
+            for index, (program, fingerprint) in enumerate(gathered)
         )
         raise ProgramError(
-            f"{names}, at {call_site()}. Nothing was launched; all must launch the same programs in the same order."
+            f"{names}, at {call_site()}. Nothing was launched; all processes must launch the same programs in the "
+            "same order."
         )
 
 
 def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """The first line in which two programs differ, and which part of what makes a program it is in."""
+    """Describe the first line in which two programs differ, and the part of the program that contains it."""
     for part, text in ours.items():
         lines, other_lines = text.splitlines() or [""], theirs[part].splitlines() or [""]
         for number, (line, other) in enumerate(itertools.zip_longest(lines, other_lines, fillvalue="nothing"), 1):
@@ -342,19 +343,19 @@ def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def forbid_strays() -> None:
-    """From now on jax raises for every execution that does not come from a `Program`, in all threads."""
+    """Make jax raise, in all threads, for every execution that does not come from a `Program`."""
     jax.config.update("jax_no_execution", True)
 
 
 def allow_strays() -> None:
-    """Undoes `forbid_strays`."""
+    """Undo `forbid_strays`."""
     jax.config.update("jax_no_execution", False)
 
 
 def _parts(stablehlo: str, abstract_args: Any, out_shardings: Any) -> dict[str, str]:
-    """All that makes a program what it is, by name."""
-    # Lowered text, not the compiled one: chip coordinates enter the compilation, so optimized HLO of the same
-    # program differs between the hosts of a pod. StableHLO does not hold the devices, hence the shardings.
+    """Return everything that defines a program, by name."""
+    # The lowered text, not the compiled one: chip coordinates affect compilation, so the optimized HLO of the same
+    # program differs between the hosts of a pod. StableHLO does not name the devices, so shardings are added.
     shardings = [_describe(sharding) for sharding in _shardings((abstract_args, out_shardings))]
     return {
         **{package: _version(package) for package in ("jax", "jaxlib", "libtpu")},

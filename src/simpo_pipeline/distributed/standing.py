@@ -1,6 +1,6 @@
-"""What one process shows of itself to the others of its job: where it is, and whether it moves.
+"""The standing of a process in its job: its current phase, and whether it makes progress.
 
-The main thread sets it as it goes; the monitor's thread reads it and publishes it. Every write is one assignment.
+The main thread updates it; the monitor thread reads and publishes it. Every write is a single assignment.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ OnAbort = Callable[[Failure], None]
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of work.
+    """A named part of a process's work.
 
     Attributes:
-        name: What people read of it.
-        deadline_seconds: It may go so long without progress; None: any time.
-        on_abort: Called, in another thread, when the process has to be ended from outside during this phase.
+        name: Name shown in messages.
+        deadline_seconds: Longest time without progress; None means no limit.
+        on_abort: Called in another thread if the monitor has to end the process during this phase.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The standing of one process at one moment, as its peers see it."""
+    """A snapshot of the standing of one process, as its peers see it."""
 
     host: str
     pid: int
@@ -46,35 +46,35 @@ class Report:
     leaving: str | None
 
     def describe(self, index: int, count: int) -> str:
-        """The process, in words."""
+        """Return a description of the process for messages."""
         return f"host {self.host} (process {index} of {count}, pid {self.pid})"
 
 
 class Standing:
-    """Where this process is; one phase at a time."""
+    """The current standing of this process. It is in one phase at a time."""
 
     def __init__(self, deadline_seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_progress = clock()
         self.phase = Phase("between steps", deadline_seconds)
         self.waiting: str | None = None
-        # The page of the ledger in which this process failed, and how.
+        # The ledger page on which this process failed, and its failure.
         self.failure: tuple[int, Failure] | None = None
         self.leaving: str | None = None
-        # The page of the ledger in which a peer failed, and what is known of it.
+        # The ledger page on which a peer failed, and a description of its failure.
         self.peer_failure: tuple[int, str] | None = None
 
     def progress(self) -> None:
-        """Says that the process moves."""
+        """Record that the process makes progress."""
         self._last_progress = self._clock()
 
     def enter(self, phase: Phase) -> None:
-        """Begins another phase."""
+        """Start another phase."""
         self.progress()
         self.phase = phase
 
     def report(self, beat: int, page: int, num_events: int) -> Report:
-        """What the peers get to see now."""
+        """Return a snapshot for the peers."""
         idle_seconds = self._clock() - self._last_progress
         deadline = self.phase.deadline_seconds
         return Report(

@@ -21,7 +21,6 @@ from simpo_pipeline.executor.planning.order import Order, live_order
 from simpo_pipeline.executor.planning.plan import Planner
 from simpo_pipeline.executor.planning.resolve import Resolver
 from simpo_pipeline.executor.planning.selection import named, select_steps
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper
 from simpo_pipeline.executor.records.provenance import find_provenance
@@ -32,6 +31,7 @@ from simpo_pipeline.executor.running.rounds import Rounds, StepResult
 from simpo_pipeline.executor.running.step_info import run_record_path, script_name, step_info
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.files import exists, write_json
 from simpo_pipeline.storage.paths import absolute, join

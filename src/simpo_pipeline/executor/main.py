@@ -19,10 +19,10 @@ from simpo_pipeline.errors import ConfigError, PlanError, SimpoPipelineError, St
 from simpo_pipeline.executor.arguments import parse_arguments
 from simpo_pipeline.executor.commands.output import SummaryColumns, explanations_text, plan_text, results_text
 from simpo_pipeline.executor.executor import Executor
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.executor.run import Action
 from simpo_pipeline.executor.step import ExecutorStep, InputName
+from simpo_pipeline.processes import Processes
 
 ConfigT = TypeVar("ConfigT")
 _logger = logging.getLogger("simpo_pipeline")

@@ -1,10 +1,14 @@
-"""What a step function is told about the run it belongs to, when it asks by naming a second parameter `run`."""
+"""What goes between the executor and a step function: the run it is given, and the live value it returns.
 
+A step function is given its `StepRun` when it names a second parameter `run`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from simpo_pipeline.executor.processes import Processes
+from simpo_pipeline.processes import Processes
 
 
 class Action(StrEnum):
@@ -53,3 +57,15 @@ class StepRun:
     """Hash of the step's identity."""
     is_used_live: bool = False
     """Whether the experiment has steps that use the live value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """What a step function returns to publish a live value."""
+
+    value: Any
+    digest: str | None = None
+    """Names the value's content; recorded at the first run and compared at every replay."""
+    free: Callable[[], None] | None = None
+    """Releases what the value holds (device buffers) when no step will use it again. Not called once it is taken,
+    because the taker owns it then, unless the taker fails."""

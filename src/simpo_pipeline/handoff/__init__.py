@@ -1,1 +1,1 @@
-"""Trainer parameters become inference weights, on device."""
+"""Conversion of trainer parameters to inference weights, on device."""

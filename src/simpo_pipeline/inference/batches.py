@@ -1,4 +1,4 @@
-"""Rounds of the scheduler as arrays of fixed shapes, built in numpy: what the device programs take."""
+"""Batches of fixed shapes, built in NumPy from scheduler rounds as inputs of the device programs."""
 
 from collections.abc import Sequence as Sized
 
@@ -14,30 +14,30 @@ from simpo_pipeline.inference.sequence import Sequence
 
 
 class PrefillBatch(eqx.Module):
-    """Tokens of several sequences, end to end."""
+    """Prompt tokens of several sequences, concatenated."""
 
     tokens: Int[Array | np.ndarray, " tokens"]
-    positions: Int[Array | np.ndarray, " tokens"]  # in its sequence; -1 for padding
-    seqs: Int[Array | np.ndarray, " tokens"]  # which sequence each token is of
+    positions: Int[Array | np.ndarray, " tokens"]  # position in the sequence; -1 for padding
+    seqs: Int[Array | np.ndarray, " tokens"]  # row of `page_table` of each token's sequence
     page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]
     query_starts: Int[Array | np.ndarray, " seqs_and_end"]
     kv_lens: Int[Array | np.ndarray, " seqs"]
 
 
 class DecodeBatch(eqx.Module):
-    """Sequences that draw tokens, one a row; rows past the last sequence draw none."""
+    """Sequences that sample tokens, one per row; rows past the last sequence are padding."""
 
     tokens: Int[Array | np.ndarray, " rows"]  # the last token of each sequence, not yet in the cache
-    positions: Int[Array | np.ndarray, " rows"]  # of that token; -1 for a row without a sequence
-    num_steps: Int[Array | np.ndarray, " rows"]  # tokens that it may draw now
-    num_ended: Int[Array | np.ndarray, ""]  # the round ends when so many rows have ended
+    positions: Int[Array | np.ndarray, " rows"]  # position of that token; -1 for padding rows
+    num_steps: Int[Array | np.ndarray, " rows"]  # maximum number of tokens to sample; 0 for padding rows
+    num_ended: Int[Array | np.ndarray, ""]  # the round ends when this number of rows has finished
     page_table: Int[Array | np.ndarray, "rows pages_per_seq"]
     sampling: SamplingRows
-    seen: UInt32[Array | np.ndarray, "rows words"]  # a bit for each token of the sequence; used by the penalty
+    seen: UInt32[Array | np.ndarray, "rows words"]  # bit set of the sequence's tokens, for the repetition penalty
 
 
 def prefill_batch(chunks: Sized[PrefillChunk], sizes: EngineSizes, num_tokens: int) -> PrefillBatch:
-    """The chunks of a round, padded to `num_tokens` tokens and to `max_prefill_seqs` sequences."""
+    """Return the chunks of a round, padded to `num_tokens` tokens and `max_prefill_seqs` sequences."""
     num_seqs = sizes.max_prefill_seqs
     tokens, seqs = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
     positions = np.full(num_tokens, -1, np.int32)
@@ -58,7 +58,7 @@ def prefill_batch(chunks: Sized[PrefillChunk], sizes: EngineSizes, num_tokens: i
 
 
 def decode_batch(current: Round, sizes: EngineSizes, num_rows: int, vocab_size: int) -> DecodeBatch:
-    """The sequences of a round that draw tokens, padded to `num_rows` rows."""
+    """Return the decoding sequences of a round, padded to `num_rows` rows."""
     rows = current.decoding
     tokens, positions, num_steps = (
         np.zeros(num_rows, np.int32),

@@ -1,6 +1,7 @@
-"""How tokens are drawn, and how large the engine is.
+"""Sampling parameters and engine sizes.
 
-Imports no jax, so that plans can hold these without paying for it. Sizes of the engine never change a token.
+This module does not import JAX, so planning code can use these classes without the cost of that import. Engine sizes
+never change the generated tokens.
 """
 
 import dataclasses
@@ -8,37 +9,40 @@ import math
 
 from simpo_pipeline.errors import ConfigError
 
-# Compared with each drawn token on the device, in an array of this width.
+# Width of the array of stop token ids that each sampled token is compared with on the device.
 MAX_STOP_TOKENS = 8
-# Alternatives to each token that a program can report, as many as vLLM's default.
+# Maximum number of top log-probabilities that a program reports per token; vLLM's default.
 MAX_LOGPROBS = 20
-# Of numbers that go to the device as int32, and the least divisor of logits, which float32 must hold afterwards.
-_LARGEST_INT, _LEAST = 2**31 - 1, 1e-6
+# The largest int32, for values sent to the device, and the smallest divisor of logits whose quotients fit float32.
+_MAX_INT32, _MIN_DIVISOR = 2**31 - 1, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one prompt's samples are drawn and when each ends; names as in vLLM.
+    """Sampling parameters and stop conditions of one prompt's samples; names as in vLLM.
 
-    Filters apply in the order of Hugging Face: repetition penalty, temperature, top_k, top_p, min_p. Each keeps tokens
-    as likely as the last one it keeps.
+    Filters apply in the order of Hugging Face: repetition penalty, temperature, top_k, top_p, min_p. Each filter also
+    keeps tokens that tie with the least likely token it keeps.
 
     Attributes:
-        max_tokens: A sample ends with finish reason "length" when it has this many tokens.
-        temperature: Logits are divided by it; 0 takes the likeliest token.
-        top_k: Tokens are drawn from so many likeliest ones; 0 keeps every token.
-        top_p: Tokens are drawn from the smallest set of likeliest tokens with at least this probability.
-        min_p: Tokens less likely than this times the likeliest one are left out.
-        repetition_penalty: Logits of tokens in the prompt or drawn before are divided by it where positive, multiplied
-            where negative (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing.
-        n: Samples of each prompt.
-        seed: 32 bits; with the step, the prompt's and the sample's index and the position, it makes each token's key.
-        stop_token_ids: A sample ends with finish reason "stop" when it draws one of these.
-        stop: A sample ends with finish reason "stop_string" when its text contains one of these strings.
-        min_tokens: Before a sample has so many tokens, stop tokens are not drawn and stop strings do not end it.
-        ignore_eos: The end of the turn and the tokenizer's EOS, which else are stop tokens too, do not end a sample.
-        logprobs: None for none; else each drawn token comes with its log-probability under the model (before penalty,
-            temperature and filters) and with those of so many likeliest tokens.
+        max_tokens: Maximum number of generated tokens. A sample that reaches it finishes with reason "length".
+        temperature: Divisor of the logits; 0 selects the most likely token (greedy).
+        top_k: Number of most likely tokens to sample from; 0 keeps every token.
+        top_p: Tokens are sampled from the smallest set of most likely tokens with at least this total probability.
+        min_p: Minimum probability of a token, as a fraction of the most likely token's probability.
+        repetition_penalty: For tokens in the prompt or generated so far, positive logits are divided by the penalty
+            and negative logits are multiplied by it (Keskar et al. 2019, arXiv:1909.05858); 1 disables it.
+        n: Number of samples per prompt.
+        seed: 32-bit seed. Each token's key is derived from the seed, the step, the prompt index, the sample index and
+            the position.
+        stop_token_ids: Token ids that end a sample with finish reason "stop" when sampled.
+        stop: Strings that end a sample with finish reason "stop_string" when its text contains one of them.
+        min_tokens: Minimum number of generated tokens. Before that, stop tokens are not sampled and stop strings do
+            not end the sample.
+        ignore_eos: Whether to continue past the end of turn and the tokenizer's EOS, which are otherwise stop tokens.
+        logprobs: Number of most likely tokens to report log-probabilities for, in addition to the log-probability of
+            each sampled token; None reports no log-probabilities. They are the model's, before penalty, temperature
+            and filters.
     """
 
     max_tokens: int = 16
@@ -63,17 +67,18 @@ class SamplingParams:
             raise ConfigError(
                 f"temperature must be a finite number of at least 0 (0 is greedy), got {self.temperature}"
             )
-        if 0 < self.temperature < _LEAST:
-            raise ConfigError(f"temperature must be 0 (greedy) or at least {_LEAST}, got {self.temperature}")
-        if not 0 <= self.top_k <= _LARGEST_INT:
-            raise ConfigError(f"top_k must lie in [0, {_LARGEST_INT}] (0 keeps every token), got {self.top_k}")
+        if 0 < self.temperature < _MIN_DIVISOR:
+            raise ConfigError(f"temperature must be 0 (greedy) or at least {_MIN_DIVISOR}, got {self.temperature}")
+        if not 0 <= self.top_k <= _MAX_INT32:
+            raise ConfigError(f"top_k must lie in [0, {_MAX_INT32}] (0 keeps every token), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1] (1 keeps every token), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must lie in [0, 1] (0 keeps every token), got {self.min_p}")
-        if not _LEAST <= self.repetition_penalty <= 1 / _LEAST:
+        if not _MIN_DIVISOR <= self.repetition_penalty <= 1 / _MIN_DIVISOR:
             raise ConfigError(
-                f"repetition_penalty must lie in [{_LEAST}, {1 / _LEAST}] (1 is none), got {self.repetition_penalty}"
+                f"repetition_penalty must lie in [{_MIN_DIVISOR}, {1 / _MIN_DIVISOR}] (1 disables it), "
+                f"got {self.repetition_penalty}"
             )
         if self.n < 1:
             raise ConfigError(f"n must be at least 1, got {self.n}")
@@ -85,9 +90,9 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         for name in ("max_tokens", "top_k", "n", "seed", "min_tokens"):
-            _require_whole(name, getattr(self, name))
+            _require_integer(name, getattr(self, name))
         if self.logprobs is not None:
-            _require_whole("logprobs", self.logprobs)
+            _require_integer("logprobs", self.logprobs)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -96,7 +101,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), tuple | list):
                 raise ConfigError(f"{name} must be a tuple, () for none, got {getattr(self, name)!r}")
         for token in self.stop_token_ids:
-            _require_whole("each of stop_token_ids", token)
+            _require_integer("each of stop_token_ids", token)
         if not isinstance(self.ignore_eos, bool):
             raise ConfigError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
 
@@ -106,24 +111,26 @@ class SamplingParams:
         if any(token < 0 for token in self.stop_token_ids):
             raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
         if not all(isinstance(string, str) and string for string in self.stop):
-            raise ConfigError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
+            raise ConfigError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"min_tokens must lie in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of one engine as they are asked for; what is None is derived from memory and work (`sizing`).
+    """Requested sizes of one engine; sizes that are None are derived from memory and workload (`sizing`).
 
     Attributes:
-        max_seqs: Sequences that decode together at most, 256 if None; no more than there are.
-        max_seq_len: Tokens of the longest sequence, prompt and generated together; None for the longest there is.
-        page_size: Tokens of one sequence whose keys and values lie together; None for what suits the devices.
-        num_pages: Pages in the cache; None for what the work can fill and memory can hold.
-        prefill_chunk_tokens: Prompt tokens computed in one program; longer prompts take several. None for 2,048, or
-            what there is.
-        decode_steps_per_call: Tokens a sequence may draw before the host looks at them.
-        memory_utilization: Share of the free memory of a device that weights, cache and programs may take.
+        max_seqs: Maximum number of sequences that decode together, capped at the number of requests; None: 256.
+        max_seq_len: Maximum number of tokens of a sequence, prompt and generated tokens together; None: the length of
+            the longest sequence, capped at the model's maximum.
+        page_size: Number of tokens of one sequence per page of the cache; None: the default for the devices.
+        num_pages: Number of pages in the cache; None: as many as the workload can fill and memory allows.
+        prefill_chunk_tokens: Maximum number of prompt tokens per prefill; longer prompts take several. None: 2,048, or
+            less if the workload has fewer tokens.
+        decode_steps_per_call: Maximum number of tokens that a sequence samples per program call; the host does not see
+            them earlier.
+        memory_utilization: Fraction of each device's free memory that weights, cache and programs may use.
     """
 
     max_seqs: int | None = None
@@ -138,7 +145,7 @@ class EngineConfig:
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
             if field.name != "memory_utilization" and size is not None:
-                _require_whole(f"engine.{field.name}", size)
+                _require_integer(f"engine.{field.name}", size)
                 if size < 1:
                     raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
         if not 0 < self.memory_utilization <= 1:
@@ -147,7 +154,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSizes:
-    """Sizes of one engine, all known; fields as in `EngineConfig`. They never change a token."""
+    """Resolved sizes of one engine; fields as in `EngineConfig`. They never change the generated tokens."""
 
     max_seqs: int
     max_seq_len: int
@@ -158,20 +165,20 @@ class EngineSizes:
 
     @property
     def pages_per_seq(self) -> int:
-        """Pages that a sequence of `max_seq_len` tokens fills."""
+        """Number of pages of a sequence of `max_seq_len` tokens."""
         return pages_for(self.max_seq_len, self.page_size)
 
     @property
     def max_prefill_seqs(self) -> int:
-        """Sequences whose prompts share one prefill: as many as 16 tokens of each allow."""
+        """Maximum number of sequences per prefill: enough for chunks of 16 tokens each."""
         return min(self.max_seqs, pages_for(self.prefill_chunk_tokens, 16))
 
 
-def _require_whole(name: str, value: object) -> None:
+def _require_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be a whole number, got {value!r}")
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that `num_tokens` tokens of one sequence fill, the last one perhaps in part."""
+    """Return the number of pages for `num_tokens` tokens of one sequence; the last page may be partially filled."""
     return -(-num_tokens // page_size)

@@ -1,7 +1,8 @@
 """The generation engine: requests in, completions out.
 
-It compiles its programs when it is made, for fixed shapes, and never while it serves; it is handed the weights for
-each call and keeps neither them nor the cache. It knows token ids only, and text only to look for stop strings.
+The engine compiles all programs at construction, for fixed shapes, and never while it serves requests. The caller
+passes the weights to each call; the engine keeps neither the weights nor the cache. It works on token ids and decodes
+text only to find stop strings.
 """
 
 import collections.abc
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineSizes, pages_for
@@ -35,31 +37,32 @@ logger = logging.getLogger(__name__)
 Requests = collections.abc.Sequence[Request]
 # (generated tokens so far, finished requests, all requests, seconds since the start)
 OnProgress = Callable[[int, int, int, float], None]
-# Requests that ended in one round.
+# Requests that finished in one round.
 OnFinished = Callable[[list[Completion]], None]
 Decided = TypeVar("Decided")
-# The text of token ids.
+# Decodes token ids to text.
 Decode = Callable[[collections.abc.Sequence[int]], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
-    """What one call of `generate` did, and how long it took.
+    """Counts and timings of one call of `generate`.
 
     Attributes:
-        prompt_tokens: Tokens of all prompts, once for each sample.
-        shared_tokens: Prompt and generated tokens that were not computed (again), because pages held them.
-        generated_tokens: Tokens of all completions.
-        decoded_tokens: Tokens drawn in rounds that drew tokens only; those behind a stop string are counted here alone.
-        setup_seconds: Wall time to lay out the weights and to make an empty cache.
-        prefill_seconds: Wall time of rounds that computed prompts, the tokens drawn beside them included.
-        decode_seconds: Wall time of rounds that drew tokens only.
-        host_seconds: Part of the wall time between the end of a round and the launch of the next: the host records,
-            decides, builds and launches, and the devices have nothing to do. Not on GPUs, where a launch returns when
-            the round is nearly over: XLA's host reads the conditions of its loops.
-        scheduling_seconds: Part of that which the scheduler takes.
-        num_rounds: Device programs waited for.
-        num_preemptions: How often a sequence had to give its pages back.
+        prompt_tokens: Total number of prompt tokens; each prompt counts once per sample.
+        shared_tokens: Prompt and generated tokens that were not computed (again) because cached pages had them.
+        generated_tokens: Total number of tokens of all completions.
+        decoded_tokens: Tokens sampled in decode-only rounds. Tokens after a stop string count here, but not in
+            `generated_tokens`.
+        setup_seconds: Wall time to convert the weights to the programs' layouts and to create an empty cache.
+        prefill_seconds: Wall time of rounds with prefill, including the tokens sampled in the same rounds.
+        decode_seconds: Wall time of decode-only rounds.
+        host_seconds: Part of the wall time between the end of a round and the launch of the next one. The host
+            records results, schedules, builds batches and launches while the devices are idle. On GPUs this is not
+            idle time: a launch returns only when the round is nearly over, because XLA's host reads loop conditions.
+        scheduling_seconds: Part of `host_seconds` spent in the scheduler.
+        num_rounds: Number of rounds of device programs.
+        num_preemptions: Number of times that a sequence was preempted and its pages were released.
     """
 
     prompt_tokens: int = 0
@@ -77,20 +80,20 @@ class GenerationStats:
 
 @dataclasses.dataclass(frozen=True)
 class EngineMemory:
-    """Bytes that an engine takes of each device while it generates."""
+    """Memory of an engine during generation, in bytes per device."""
 
     weights: int
     cache: int
-    programs: int  # the layers' second layout, where there is one, and the largest program's temporaries
+    programs: int  # the layers' second layout, if any, and the largest program's temporaries
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Sum of all parts."""
         return self.weights + self.cache + self.programs
 
 
 class Engine:
-    """Programs of one model at one set of sizes on one mesh."""
+    """Compiled programs for one model, one set of sizes and one mesh."""
 
     def __init__(
         self,
@@ -102,19 +105,19 @@ class Engine:
         *,
         decode: Decode | None = None,
     ) -> None:
-        """Compiles ahead for weights of `dtype`, placed by `TENSOR_PARALLEL_RULES` on `mesh` (axis "model").
+        """Compile the programs for weights of `dtype`, sharded by `TENSOR_PARALLEL_RULES` over `mesh` (axis "model").
 
-        `decode` gives the text of tokens; requests with stop strings need it.
+        `decode` returns the text of token ids. It is required for requests with stop strings.
 
         Raises:
-            ConfigError: the engine is to hold longer sequences than the model has positions for, or pages of a size
-                that would change tokens.
+            ConfigError: `sizes.max_seq_len` exceeds the model's number of positions, or the page size would change
+                generated tokens.
         """
-        keys = backend_for(mesh).keys_per_block
+        keys = backend_for(mesh, MODEL_AXIS).keys_per_block
         if keys is not None and keys % sizes.page_size:
             raise ConfigError(
-                f"engine.page_size is {sizes.page_size}; on these devices it must divide {keys}, the keys that are "
-                "summed at once, else tokens would depend on it"
+                f"engine.page_size is {sizes.page_size}; on these devices it must divide {keys}, the number "
+                "of keys per block of attention; otherwise tokens would depend on the page size"
             )
         if sizes.max_seq_len > model_config.max_seq_len:
             raise ConfigError(
@@ -138,18 +141,18 @@ class Engine:
         )
 
     def check(self, requests: Requests) -> None:
-        """Refuses what could never be served, before any device work.
+        """Raise an error for requests that can never be served, before any device work.
 
         Raises:
-            CapacityError: as `check_requests`.
-            ConfigError: a request has stop strings, and the engine cannot tell the text of tokens.
+            CapacityError: See `check_requests`.
+            ConfigError: A request has stop strings, but the engine was created without `decode`.
         """
         check_requests(requests, self.sizes, self.model_config.vocab_size)
         if self._text_of is None and any(request.sampling.stop for request in requests):
-            raise ConfigError("requests have stop strings, but the engine was made without `decode`; give it one")
+            raise ConfigError("requests have stop strings, but the engine was created without `decode`; pass `decode`")
 
     def lay_out(self, weights: Llama) -> EngineWeights:
-        """The weights as the programs take them: for whoever generates several times with the same ones."""
+        """Convert the weights to the programs' layouts, once for several calls of `generate` with the same weights."""
         return self._programs.lay_out(weights)
 
     def generate(
@@ -161,14 +164,18 @@ class Engine:
         on_progress: OnProgress | None = None,
         on_finished: OnFinished | None = None,
     ) -> tuple[list[Completion], GenerationStats]:
-        """Serves every request to its end; completions come in the order of the requests.
+        """Generate a completion for every request; completions are in the order of the requests.
 
-        `weights` that are not laid out yet are laid out for this call. `step` (finished updates of the weights) enters
-        every sampling key. `on_progress` is called after each round, `on_finished` after rounds in which requests
-        ended, both while the devices compute the next one; where that fails, before the error goes on.
+        Args:
+            weights: The weights; a `Llama` is converted to the programs' layouts for this call.
+            requests: The requests.
+            step: The number of updates that the weights have had; part of every sampling key.
+            on_progress: Called after each round, while the devices compute the next one.
+            on_finished: Called after each round in which requests finished, while the devices compute the next one. If
+                the next round fails, both callbacks run before the error propagates.
 
         Raises:
-            CapacityError, ConfigError: as `check`, before any device work.
+            CapacityError, ConfigError: See `check`; raised before any device work.
         """
         self.check(requests)
         if not requests:
@@ -183,7 +190,7 @@ class Engine:
         tally.set_up()
         ended: list[Sequence] = []
 
-        def tell() -> None:
+        def report() -> None:
             finished = [sequence.completion() for sequence in ended]
             ended.clear()
             if on_finished is not None and finished:
@@ -196,16 +203,16 @@ class Engine:
             while current is not None:
                 cache, drawn = self._programs.run(laid_out, cache, current, np.uint32(step))
                 tally.launched()
-                tell()  # of the round before, while the devices are busy with this one
+                report()  # the previous round, while the devices compute this one
                 if drawn is None:
                     jax.block_until_ready(cache)
-                rows = _take(current, drawn)
+                rows = _fetch_drawn(current, drawn)
                 tally.waited(current, sum(len(tokens) for tokens, _ in rows))
                 ended += tally.scheduled(functools.partial(scheduler.ran, current, rows))
                 tally.num_finished += len(ended)
                 current = tally.scheduled(scheduler.next_round)
         finally:
-            tell()
+            report()
         num_generated = sum(len(sequence.generated) for sequence in work)
         return [sequence.completion() for sequence in work], tally.stats(requests, num_generated, scheduler)
 
@@ -216,9 +223,10 @@ class Engine:
 
 
 def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> None:
-    """Refuses what an engine of these sizes could never serve. Needs no engine and no device.
+    """Raise an error for requests that an engine of these sizes can never serve. Needs no engine and no device.
 
-    Raises: CapacityError naming the first such request and the numbers.
+    Raises:
+        CapacityError: A request cannot be served. The message has the index and the sizes of the first such request.
     """
     for index, request in enumerate(requests):
         where = f"request {index} (prompt {request.global_prompt_index}, sample {request.sample_index})"
@@ -228,31 +236,31 @@ def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> N
         unknown = [token for token in request.prompt_tokens if not 0 <= token < vocab_size]
         if unknown:
             raise CapacityError(
-                f"{where} has token id {unknown[0]}; the model knows 0 to {vocab_size - 1}: "
-                "is this the model's own tokenizer?"
+                f"{where} has token id {unknown[0]}; the model's token ids are 0 to {vocab_size - 1}: "
+                "is this the model's tokenizer?"
             )
         if num_prompt + num_new > sizes.max_seq_len:
             raise CapacityError(
-                f"{where} has {num_prompt} prompt tokens and max_tokens {num_new}, {num_prompt + num_new} in all; "
-                f"engine.max_seq_len is {sizes.max_seq_len}: raise it as far as the model goes, or ask for fewer"
+                f"{where} has {num_prompt} prompt tokens and max_tokens {num_new}, {num_prompt + num_new} in total; "
+                f"engine.max_seq_len is {sizes.max_seq_len}: raise it, up to the model's limit, or request fewer tokens"
             )
-        num_pages = pages_for(num_prompt + num_new - 1, sizes.page_size)  # the last token drawn is not cached
+        num_pages = pages_for(num_prompt + num_new - 1, sizes.page_size)  # the last sampled token is not cached
         if num_pages > sizes.num_pages:
             raise CapacityError(
                 f"{where} needs {num_pages} pages of {sizes.page_size} tokens for {num_prompt} prompt tokens and "
-                f"max_tokens {num_new}; engine.num_pages is {sizes.num_pages}: raise it, or ask for fewer"
+                f"max_tokens {num_new}; engine.num_pages is {sizes.num_pages}: raise it, or request fewer tokens"
             )
 
 
-def _take(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
-    """Waits for what each decoding sequence of a round drew: tokens, and their log-probabilities if it wants any."""
+def _fetch_drawn(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
+    """Wait for a round and return each decoding sequence's sampled tokens, with log-probabilities if requested."""
     if drawn is None:
         return []
     rows = np.asarray(drawn.tokens)[: len(current.decoding)]
     counts = np.sum(rows >= 0, axis=1).tolist()
     tokens = [row[:count] for row, count in zip(rows.tolist(), counts, strict=True)]
-    wanted = [sequence.request.sampling.logprobs for sequence in current.decoding]
-    if all(each is None for each in wanted):
+    num_tops = [sequence.request.sampling.logprobs for sequence in current.decoding]
+    if all(each is None for each in num_tops):
         return [(each, []) for each in tokens]
     chosen, top_ids, top_logprobs = (np.asarray(each) for each in (drawn.chosen, drawn.top_ids, drawn.top_logprobs))
     return [
@@ -270,24 +278,24 @@ def _take(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[Tok
                 for at in range(len(each))
             ],
         )
-        for row, (each, num_top) in enumerate(zip(tokens, wanted, strict=True))
+        for row, (each, num_top) in enumerate(zip(tokens, num_tops, strict=True))
     ]
 
 
 class _Tally:
-    """Counts and wall seconds of one call of `generate`."""
+    """Counts and wall times of one call of `generate`."""
 
     def __init__(self) -> None:
         self._start = self._waited = time.perf_counter()
         self._setup_seconds = self._host_seconds = self._scheduling_seconds = 0.0
-        self._seconds = {True: 0.0, False: 0.0}  # by whether the round had chunks
+        self._seconds = {True: 0.0, False: 0.0}  # keyed by whether the round had chunks
         self._tokens = {True: 0, False: 0}
         self.num_rounds = 0
         self.num_finished = 0
 
     @property
     def num_generated(self) -> int:
-        """Tokens drawn so far."""
+        """Number of tokens sampled so far."""
         return sum(self._tokens.values())
 
     @property
@@ -296,23 +304,23 @@ class _Tally:
         return time.perf_counter() - self._start
 
     def set_up(self) -> None:
-        """Weights and cache are there."""
+        """Record that the weights and the cache are ready."""
         self._waited = time.perf_counter()
         self._setup_seconds = self._waited - self._start
 
     def scheduled(self, decide: Callable[[], Decided]) -> Decided:
-        """What the scheduler says; its time is counted."""
+        """Return the scheduler's result and add its time to the scheduling time."""
         start = time.perf_counter()
-        decided = decide()
+        decision = decide()
         self._scheduling_seconds += time.perf_counter() - start
-        return decided
+        return decision
 
     def launched(self) -> None:
-        """The devices have work again."""
+        """Record that a round has been launched."""
         self._host_seconds += time.perf_counter() - self._waited
 
     def waited(self, current: Round, num_drawn: int) -> None:
-        """The devices have done a round, and wait."""
+        """Record that a round has finished and the devices are idle."""
         now = time.perf_counter()
         self._seconds[bool(current.chunks)] += now - self._waited
         self._tokens[bool(current.chunks)] += num_drawn
@@ -320,7 +328,7 @@ class _Tally:
         self.num_rounds += 1
 
     def stats(self, requests: Requests, num_generated: int, scheduler: Scheduler) -> GenerationStats:
-        """What the call did."""
+        """Return the statistics of the call."""
         return GenerationStats(
             prompt_tokens=sum(len(request.prompt_tokens) for request in requests),
             shared_tokens=scheduler.num_shared_tokens,

@@ -1,4 +1,4 @@
-"""The device programs of one engine, compiled ahead for fixed shapes; which one a round takes."""
+"""The device programs of one engine, compiled ahead of time for fixed shapes, and their selection for each round."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from simpo_pipeline.distributed.mesh import place
+from simpo_pipeline.distributed.mesh import MODEL_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineSizes, pages_for
@@ -23,29 +23,29 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, LlamaLayers, MergedLayers, UnstackedLlama, abstract_llama
 from simpo_pipeline.ops.paged_attention import backend_for
 
-# Programs of fewer elements than this are rounded otherwise: XLA's CPU backend takes other kernels for them. Above it
-# the tests find every row's result independent, to the bit, of how many rows its program has, and of whether that
-# program is prefill or decode; so on CPUs a token depends neither on the batch nor on a preemption nor on the engine's
-# sizes.
+# Programs with fewer elements than this round differently, because XLA's CPU backend uses other kernels for them. Above
+# it, tests show that each row's result is bitwise independent of the program's number of rows and of whether the
+# program is prefill or decode. On CPUs, tokens therefore depend neither on the batch, nor on preemption, nor on the
+# engine's sizes.
 _SMALLEST_PROGRAM = 4096
-# Else XLA leaves out roundings to bfloat16 between operations that it fuses, others in each program.
+# With excess precision, XLA omits roundings to bfloat16 between fused operations, different ones in each program.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
-# Windows of weights may be so large: of a decode step of an 8B model on 4 chips of a v5p the compiler then expects 5%
-# less than with its own 16 MiB.
+# Limit for the windows of weights. For a decode step of an 8B model on 4 chips of a v5p, the compiler's estimate is 5%
+# lower than with its default of 16 MiB.
 _TPU_DECODE_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": 65536}
-# Pages copied in one program; more are copied in several.
+# Number of pages copied per program call; more pages take several calls.
 _PAGES_PER_COPY = 16
 
 
 class EngineWeights(NamedTuple):
-    """The weights as an engine's programs take them."""
+    """The weights in the layouts that the engine's programs expect."""
 
-    stacked: Llama  # programs over chunks
-    by_layer: Llama | UnstackedLlama  # decode
+    stacked: Llama  # for programs with prefill chunks
+    by_layer: Llama | UnstackedLlama  # for decode programs
 
 
 class EnginePrograms:
-    """All that an engine launches, for one model at one set of sizes on one mesh."""
+    """All device programs of an engine, for one model, one set of sizes and one mesh."""
 
     def __init__(
         self, model: LlamaConfig, sizes: EngineSizes, mesh: Mesh, programs: Programs, dtype: DTypeLike
@@ -62,7 +62,7 @@ class EnginePrograms:
             **COMPILER_OPTIONS,
             **(_TPU_DECODE_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}),
         }
-        attention = backend_for(mesh)
+        attention = backend_for(mesh, MODEL_AXIS)
         given = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
         self.weights_bytes = bytes_per_device(given)
         self._weights = EngineWeights(given, given)
@@ -80,48 +80,48 @@ class EnginePrograms:
         self._decode = {size: self._compile_decode(size) for size in rows}
         self._mixed_rows = rows[-1]
         self._mixed = {size: self._compile_mixed(size, self._mixed_rows) for size in chunks}
-        # Few tokens with nobody who draws beside them are rare, and are served by a mixed program without rows.
+        # Prefill-only rounds with few tokens are rare; they use a mixed program without decode rows.
         self._prefill_tokens = chunks[-1]
         self._prefill = self._compile_prefill(self._prefill_tokens)
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
-        """Prompt tokens that a round's program computes, whether there are so many or not; smallest first."""
+        """Padded numbers of prompt tokens that programs are compiled for, smallest first."""
         return tuple(self._mixed)
 
     @property
     def all(self) -> list[Program]:
-        """Every program that works on the cache."""
+        """Every program that updates the cache."""
         return [self._copy_pages, *self._decode.values(), *self._mixed.values(), self._prefill]
 
     @property
     def temporary_bytes(self) -> int:
-        """What the programs need on each device beside weights and cache, the layers' second layout included."""
-        relaid = self._lay_out.memory_bytes.outputs if self._lay_out is not None else 0
-        return relaid + max(
+        """Bytes per device in addition to weights and cache, including the layers' second layout."""
+        second_layout = self._lay_out.memory_bytes.outputs if self._lay_out is not None else 0
+        return second_layout + max(
             each.memory_bytes.temporary + each.memory_bytes.outputs - each.memory_bytes.aliased for each in self.all
         )
 
     def lay_out(self, weights: Llama) -> EngineWeights:
-        """The weights as the programs take them; the layers are copied where that makes programs faster."""
+        """Convert the weights to the programs' layouts; the layers are copied where that makes programs faster."""
         if self._lay_out is None:
             return EngineWeights(weights, weights)
         return _laid_out(weights, *self._lay_out(weights.layers))
 
     def empty_cache(self) -> KVCache:
-        """A cache without tokens."""
+        """Return a cache without tokens."""
         return self._empty_cache()
 
     def run(
         self, weights: EngineWeights, cache: KVCache, current: Round, step: np.uint32
     ) -> tuple[KVCache, Drawn | None]:
-        """Launches a round; returns at once, with arrays that the devices are still to fill."""
+        """Launch a round and return immediately; the devices fill the returned arrays asynchronously."""
         cache = self._copied(cache, current)
         chunks, rows = current.chunks, current.decoding
         if not chunks:
-            batch = self._decode_batch(current, _smallest_holding(len(rows), self._decode))
+            batch = self._decode_batch(current, _smallest_fitting(len(rows), self._decode))
             return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, self._placed(pack((batch, step))))
-        size = _smallest_holding(sum(chunk.num_tokens for chunk in chunks), self._mixed)
+        size = _smallest_fitting(sum(chunk.num_tokens for chunk in chunks), self._mixed)
         prefills = prefill_batch(chunks, self._sizes, size)
         if not rows and size == self._prefill_tokens:
             return self._prefill(weights.stacked, cache, self._placed(pack((prefills,)))), None
@@ -141,14 +141,14 @@ class EnginePrograms:
         return cache
 
     def _vocab_split(self, mesh: Mesh) -> VocabSplit:
-        """How the logits of `TENSOR_PARALLEL_RULES` lie."""
+        """Return how `TENSOR_PARALLEL_RULES` shards the logits."""
         parts = mesh.shape[TENSOR_PARALLEL_RULES["vocab"]]
         if parts == 1 or self._model.vocab_size % parts:
             return UNSPLIT
         return VocabSplit(parts, lambda array: jax.lax.with_sharding_constraint(array, self._replicated))
 
     def _compile_lay_out(self, given: Llama, mesh: Mesh) -> Program | None:
-        """Makes the other programs take the layers as these devices run them fast; the program that lays them out."""
+        """Set the layer layout that is fastest on these devices, and compile the program that converts to it."""
         match mesh.devices.flat[0].platform:
             case "cpu":
                 function = lay_out
@@ -184,7 +184,7 @@ class EnginePrograms:
             f"prefill_{num_tokens}_decode_{num_rows}",
             functools.partial(prefill_and_decode, dtype=self._dtype, split=self._split),
             self._weights.stacked,
-            (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
+            (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_EMPTY_ROUND, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
         )
 
@@ -199,7 +199,7 @@ class EnginePrograms:
                 head_parts=self._head_parts or 1,
             ),
             self._weights.by_layer,
-            (self._decode_batch(_NOTHING, num_rows), np.uint32(0)),
+            (self._decode_batch(_EMPTY_ROUND, num_rows), np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
             options=self._decode_options,
         )
@@ -207,7 +207,7 @@ class EnginePrograms:
     def _compile_round(
         self, name: str, function: Callable[..., Any], weights: Any, batches: tuple[Any, ...], **how: Any
     ) -> Program:
-        """A program of weights, cache and packed batches of the shapes of these."""
+        """Compile a program of weights, cache and packed batches with the shapes of `batches`."""
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batches)
 
         def run(weights: Any, cache: KVCache, words: jax.Array) -> Any:
@@ -233,20 +233,21 @@ class EnginePrograms:
         return place(array, self._replicated)
 
 
-_NOTHING = Round((), (), 1, 1, ())
+_EMPTY_ROUND = Round((), (), 1, 1, ())
 
 
 def program_sizes(most: int, model: LlamaConfig, parts: tuple[int, ...] = (4,)) -> list[int]:
-    """Row counts to compile for, smallest first: these parts of the most, where they are not too small, and the most.
+    """Return the row counts to compile for, smallest first.
 
-    `parts` is in falling order: 4 for a quarter.
+    These are the largest count, at least `most`, and its fractions 1 / `parts` that are not too small. `parts` is in
+    decreasing order; 4 stands for a quarter.
     """
     smallest = max(8, pages_for(_SMALLEST_PROGRAM, model.hidden_size))
     largest = max(most, smallest)
     return [*(largest // part for part in parts if largest // part >= smallest), largest]
 
 
-def _smallest_holding(size: int, programs: dict[int, Program]) -> int:
+def _smallest_fitting(size: int, programs: dict[int, Program]) -> int:
     return min(rows for rows in programs if rows >= size)
 
 

@@ -1,7 +1,7 @@
-"""The device programs of generation, as pure functions of arrays: prefill, decode, and both together.
+"""The device programs of generation as pure functions of arrays: prefill, decode, and both combined.
 
-Prefill only fills the cache: the last token of a prompt is left to decode, so that every token is drawn by the same
-code, whether its sequence is new or was preempted.
+Prefill only fills the cache. Decode processes the last token of a prompt, so that the same code samples every token,
+whether its sequence is new or was preempted.
 """
 
 from typing import Any, NamedTuple
@@ -35,9 +35,9 @@ from simpo_pipeline.model.transformer import (
 
 
 class Drawn(NamedTuple):
-    """What the rows of a decode round drew, step by step; the stop token is included, -1 where a row had ended.
+    """Tokens that the rows of a decode round sampled at each step, including stop tokens; -1 after a row has finished.
 
-    Log-probabilities are zeros where no row wants any.
+    Log-probabilities are zeros if no row requests them.
     """
 
     tokens: Int[Array, "rows max_steps"]
@@ -47,10 +47,12 @@ class Drawn(NamedTuple):
 
 
 def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers, ...]]:
-    """The layers' parameters as XLA's CPU backend runs them fast: for programs over chunks, and for decode.
+    """Return the layers' parameters in the fastest layouts for XLA's CPU backend.
 
-    The former stay a stack, None where it may stay as it is: of a stack of bfloat16 XLA makes float32 in every pass, so
-    they get its bits. Decode has so few rows that even the copy of each layer's part out of the stack counts.
+    Returns:
+        The stacked layers for programs with prefill chunks, and the unstacked layers for decode. The stack is None if
+        it needs no conversion. XLA would convert a bfloat16 stack to float32 in every pass, so a bfloat16 stack is
+        returned as its bits. Decode has so few rows that even copying each layer out of the stack is significant.
     """
     if layers.wq.dtype != jnp.bfloat16:
         return None, unstacked(layers)
@@ -60,16 +62,17 @@ def lay_out(layers: LlamaLayers) -> tuple[LlamaLayers | None, tuple[LlamaLayers,
 def lay_out_by_layer(
     layers: LlamaLayers, parts: int | None
 ) -> tuple[None, tuple[LlamaLayers, ...] | tuple[MergedLayers, ...]]:
-    """The same for XLA's GPU backend, merged where heads lie in so many equal parts over devices.
+    """Return the layers' parameters in the fastest layouts for XLA's GPU backend, as `lay_out` does.
 
-    It copies each layer's part out of a stack before it multiplies. In programs over chunks, which multiply for longer
-    than it copies, the stack stays as it is.
+    XLA's GPU backend copies each layer out of a stack before its matmuls. In programs with prefill chunks the matmuls
+    take longer than the copies, so the stack is not converted. The layers for decode are also merged (`merged_layers`)
+    if the heads are sharded evenly into `parts` parts; `parts` is None if they are not.
     """
     return None, unstacked(layers) if parts is None else unstacked(merged_layers(layers, parts))
 
 
 def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
-    """The cache with the keys and values of the batch's tokens in it."""
+    """Return the cache with the keys and values of the batch's tokens added."""
     _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch, cache), dtype)
     return cache
 
@@ -84,7 +87,7 @@ def prefill_and_decode(
     dtype: DTypeLike,
     split: VocabSplit = UNSPLIT,
 ) -> tuple[KVCache, Drawn]:
-    """The cache with the keys and values of `chunks` in it, and one token for each row of `batch`, in one forward."""
+    """Add the keys and values of `chunks` to the cache and sample one token per row of `batch`, in one forward pass."""
     num_rows = batch.tokens.shape[0]
     state = _first_state(cache, batch, max_steps=1)
     places = _joined(_decode_places(batch, state), _prefill_places(chunks, cache))
@@ -106,30 +109,31 @@ def decode(
     split: VocabSplit = UNSPLIT,
     head_parts: int = 1,
 ) -> tuple[KVCache, Drawn]:
-    """Draws up to `num_steps` tokens a row, fewer when a stop token comes; `head_parts` as in `transformer.merged`.
+    """Sample up to `num_steps` tokens per row; a row finishes early at a stop token.
 
-    Ends when no row may draw any more, and already when `num_ended` of them have ended.
+    The loop ends when `num_ended` rows have finished, or when every row has. `head_parts` is `parts` of
+    `transformer.merged`.
     """
     params = merged(weights, head_parts) if isinstance(weights, Llama) else weights
 
-    def draw_one_each(state: _Decoding) -> _Decoding:
+    def decode_step(state: _Decoding) -> _Decoding:
         hidden, cache = _hidden(params, state.cache, state.tokens, _decode_places(batch, state), dtype)
         return _after_draw(params, batch, step, state._replace(cache=cache), hidden, split)
 
-    def goes_on(state: _Decoding) -> Bool[Array, ""]:
+    def should_continue(state: _Decoding) -> Bool[Array, ""]:
         may_draw = jnp.asarray(batch.num_steps) > 0
         num_ended = jnp.sum(may_draw & ~state.alive, dtype=jnp.int32)
         return jnp.any(state.alive) & (num_ended < batch.num_ended)
 
-    end = lax.while_loop(goes_on, draw_one_each, _first_state(cache, batch, max_steps))
+    end = lax.while_loop(should_continue, decode_step, _first_state(cache, batch, max_steps))
     return end.cache, end.drawn
 
 
 class _Decoding(NamedTuple):
-    """What the decode loop carries."""
+    """Loop state of decode."""
 
     cache: KVCache
-    tokens: Int[Array, " rows"]  # to be fed next
+    tokens: Int[Array, " rows"]  # the next input tokens
     alive: Bool[Array, " rows"]
     seen: UInt32[Array, "rows words"]
     drawn: Drawn
@@ -161,7 +165,7 @@ def _after_draw(
     hidden: NamedArray,
     split: VocabSplit,
 ) -> _Decoding:
-    """The state after each living row has drawn a token from its hidden state [token, embed]."""
+    """Return the state after each active row has sampled a token from its hidden state [token, embed]."""
     out = logits(weights, hidden).array
     positions = _positions(batch, state)
     tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen, split)
@@ -213,7 +217,7 @@ def _prefill_places(batch: PrefillBatch, cache: KVCache) -> TokenPlaces:
 
 
 def _pages(page_table: Any, seqs: Any, positions: Any, cache: KVCache) -> Int[Array, " tokens"]:
-    """The page that each token's keys and values go into; any for a place that holds no token."""
+    """Return the page for each token's keys and values; an arbitrary page for padding."""
     return jnp.asarray(page_table)[jnp.asarray(seqs), jnp.asarray(positions) // cache.page_size]
 
 
@@ -236,7 +240,7 @@ def _hidden(
     places: TokenPlaces,
     dtype: DTypeLike,
 ) -> tuple[NamedArray, KVCache]:
-    """Hidden states [token, embed] of a batch, and the cache with its keys and values."""
+    """Return the hidden states [token, embed] of a batch and the cache with its keys and values added."""
 
     def attend(
         layer: Int[Array, ""],
@@ -256,7 +260,7 @@ def _hidden(
         attend=attend,
         state=cache,
         dtype=dtype,
-        placement=Placement(weight=_as_numbers, hidden=lambda hidden: hidden),
+        placement=Placement(weight=_from_bits, hidden=lambda hidden: hidden),
     )
 
 
@@ -264,7 +268,7 @@ def _as_bits(weight: NamedArray) -> NamedArray:
     return NamedArray(lax.bitcast_convert_type(weight.array, jnp.uint16), weight.axes)
 
 
-def _as_numbers(weight: NamedArray) -> NamedArray:
+def _from_bits(weight: NamedArray) -> NamedArray:
     if weight.dtype != jnp.uint16:
         return weight
     return NamedArray(lax.bitcast_convert_type(weight.array, jnp.bfloat16), weight.axes)

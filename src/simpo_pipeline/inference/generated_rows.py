@@ -1,8 +1,8 @@
-"""Generated samples as rows of JSON lines, on disk as soon as each has ended.
+"""Generated samples as JSON Lines rows, written as soon as each sample finishes.
 
-On a local disk each row is handed to the operating system when it is written: a process that is killed loses none.
-An object store cannot append, so there the whole file is uploaded every `_UPLOAD_SECONDS`, or less often where an
-upload takes long: a process that is killed loses what ended since.
+On a local disk, each row is flushed to the operating system when it is written, so a killed process loses no rows. An
+object store cannot append, so the whole file is uploaded every `_UPLOAD_SECONDS`, or less often if uploads are slow. A
+killed process loses the rows since the last upload.
 """
 
 import json
@@ -18,17 +18,17 @@ from simpo_pipeline.storage.files import open_read
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import is_local
 
-# A bucket takes one change of an object a second.
+# Object stores accept one update of an object per second.
 _UPLOAD_SECONDS = 2.0
-# So that uploads, which keep the engine's next round waiting, take a twentieth of the time at most.
+# Minimum interval per second of upload. Uploads delay the engine's next round; this limits them to 1/20 of the time.
 _SECONDS_PER_UPLOAD_SECOND = 20.0
 
 
 def generated_row(completion: Completion, prompt: str | None, decode: Decode) -> dict[str, Any]:
-    """One sample as a row; `prompt` is its text, None where there is none.
+    """Return one sample as a row; `prompt` is the prompt's text, or None if it has no text.
 
-    With `logprobs` asked for, the row has the drawn tokens' and their sum, and pairs [token id, log-probability] of the
-    likeliest tokens in place of each if any of those were asked for.
+    If log-probabilities were requested, the row has those of the generated tokens and their sum. If most likely tokens
+    were requested too, the row has a list of pairs [token id, log-probability] for each generated token.
     """
     request, tokens = completion.request, completion.tokens
     row = {
@@ -50,20 +50,20 @@ def generated_row(completion: Completion, prompt: str | None, decode: Decode) ->
 
 
 class RowStream:
-    """A new file of rows, over any earlier one, that others may read with `read_finished_rows` while it grows."""
+    """Writer of a new file of rows that replaces any earlier one; `read_finished_rows` can read it while it grows."""
 
     def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._writer = JsonlWriter(path)
         self._appends = is_local(path)
         self._next_upload = now()
-        self._upload_if_due()  # rows of an earlier file must not pass for this one's
+        self._upload_if_due()  # rows of an earlier file must not be taken for this file's
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows.
+        """Append rows.
 
         Raises:
-            StorageError: they could not be written.
+            StorageError: The rows could not be written.
         """
         for row in rows:
             self._writer.write(row)
@@ -82,18 +82,18 @@ class RowStream:
         if self._appends or started < self._next_upload:
             return
         self._writer.flush()
-        ended = self._now()
-        self._next_upload = ended + max(_UPLOAD_SECONDS, _SECONDS_PER_UPLOAD_SECOND * (ended - started))
+        finished = self._now()
+        self._next_upload = finished + max(_UPLOAD_SECONDS, _SECONDS_PER_UPLOAD_SECOND * (finished - started))
 
 
 def read_finished_rows(path: str) -> Iterator[dict[str, Any]]:
-    """The rows in a `RowStream`'s file, in the order in which they ended.
+    """Yield the rows of a `RowStream` file, in the order in which their samples finished.
 
-    A last line without its end is left out: its writer was killed at it, or is writing it now.
+    A last line without a newline is skipped: its writer was killed while writing it, or is still writing it.
 
     Raises:
-        PathNotFoundError: there is no such file.
-        DataError: a line is no JSON object.
+        PathNotFoundError: The file does not exist.
+        DataError: A line is not a JSON object.
     """
     with open_read(path) as file:
         for number, line in enumerate(file, start=1):
@@ -102,7 +102,7 @@ def read_finished_rows(path: str) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}); only a last line may be cut") from error
+                raise DataError(f"{path}, line {number}: not JSON ({error}); only the last line may be cut") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: got a {type(row).__name__}; each line is one JSON object")
+                raise DataError(f"{path}, line {number}: got a {type(row).__name__}; each line must be a JSON object")
             yield row

@@ -1,8 +1,8 @@
-"""The keys and values of every layer, in pages, as one pytree that programs take and give back.
+"""The paged key/value cache of all layers, as one pytree that programs take and return.
 
-Layers are folded into the page index, so that the cache is carried from layer to layer and XLA updates it in place:
-nothing is copied, neither per layer nor per step. How a page looks is the attention backend's business, which pages
-belong to whom the scheduler's.
+Layers are folded into the page index, so the cache is carried from layer to layer and XLA updates it in place, without
+copies per layer or per step. The attention backend owns the page layout; the scheduler owns the assignment of pages to
+sequences.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from simpo_pipeline.ops.paged_attention import PagedAttention
 
 
 class TokenPlaces(eqx.Module):
-    """Where the tokens of a batch lie: one of each of `num_single` sequences, then the chunks of others, end to end."""
+    """Cache locations of a batch's tokens: one token each of `num_single` sequences, then the chunks of the others."""
 
-    page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]  # a sequence's pages in order; any page after its last
-    query_starts: Int[Array | np.ndarray, " seqs_and_end"]  # sequence s has tokens [query_starts[s], query_starts[s+1])
-    kv_lens: Int[Array | np.ndarray, " seqs"]  # tokens of each sequence, those of this batch included; 0 for none
-    pages: Int[Array, " tokens"]  # of its sequence's, the one that each token goes into
-    positions: Int[Array | np.ndarray, " tokens"]  # in its sequence; -1 for a place in the batch that holds no token
+    page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]  # pages of each sequence, in order; then padding
+    query_starts: Int[Array | np.ndarray, " seqs_and_end"]  # tokens [query_starts[s], query_starts[s+1]) are of s
+    kv_lens: Int[Array | np.ndarray, " seqs"]  # length of each sequence, including this batch; 0 for padding
+    pages: Int[Array, " tokens"]  # page that each token is written to
+    positions: Int[Array | np.ndarray, " tokens"]  # position in the sequence; -1 for padding
     num_single: int = eqx.field(static=True)
 
 
 class KVCache(eqx.Module):
-    """Pages of keys and values."""
+    """Paged cache of keys and values."""
 
     pages: tuple[Shaped[Array, "layers_pages ..."], ...]
-    num_pages: int = eqx.field(static=True)  # of each layer
+    num_pages: int = eqx.field(static=True)  # per layer
     page_size: int = eqx.field(static=True)
     attention: PagedAttention = eqx.field(static=True)
 
@@ -50,7 +50,7 @@ class KVCache(eqx.Module):
         v: Float[Array, "tokens kv_heads head_size"],
         places: TokenPlaces,
     ) -> tuple[Float[Array, "tokens heads head_size"], "KVCache"]:
-        """Stores one layer's keys and values, then attends to all that each token's sequence has."""
+        """Write one layer's keys and values, then attend to all cached tokens of each token's sequence."""
         page_table = layer * self.num_pages + jnp.asarray(places.page_table)
         positions = jnp.asarray(places.positions)
         past_the_last = self.pages[0].shape[0]
@@ -61,7 +61,7 @@ class KVCache(eqx.Module):
         return out, dataclasses.replace(self, pages=pages)
 
     def copy(self, sources: Int[Array, " n"], targets: Int[Array, " n"]) -> "KVCache":
-        """Copies pages of every layer; a target past the last page of a layer is no page."""
+        """Copy pages in every layer; a target past the last page of a layer skips that copy."""
         num_layers = self.pages[0].shape[0] // self.num_pages
 
         def copy_layer(layer: Int[Array, ""], pages: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -73,7 +73,7 @@ class KVCache(eqx.Module):
 
 
 def empty_cache(model: LlamaConfig, sizes: EngineSizes, dtype: DTypeLike, attention: PagedAttention) -> KVCache:
-    """A cache of zeros for keys and values of `dtype`, to be traced."""
+    """Return a cache of zeros for keys and values of `dtype`; for use inside a traced program."""
     pages = attention.empty(
         model.num_layers * sizes.num_pages, sizes.page_size, model.num_kv_heads, model.head_dim, dtype
     )
@@ -83,7 +83,7 @@ def empty_cache(model: LlamaConfig, sizes: EngineSizes, dtype: DTypeLike, attent
 def abstract_cache(
     model: LlamaConfig, sizes: EngineSizes, dtype: DTypeLike, mesh: Mesh, attention: PagedAttention
 ) -> KVCache:
-    """The shapes of a cache, split over the mesh by key/value head where their number allows."""
+    """Return the shapes of a cache, sharded over the mesh by key/value head if the number of heads is divisible."""
     mesh_axis = TENSOR_PARALLEL_RULES["kv_heads"]
     splits = model.num_kv_heads % mesh.shape[mesh_axis] == 0
     spec = [None] * attention.kv_heads_axis + [mesh_axis if splits else None]
@@ -93,7 +93,7 @@ def abstract_cache(
 
 
 def bytes_per_device(tree: object) -> int:
-    """What each device holds of a pytree, given its shapes and shardings."""
+    """Return the bytes per device of a pytree, from its shapes and shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)

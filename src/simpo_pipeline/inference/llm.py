@@ -1,4 +1,4 @@
-"""Text in, text out, from one model on the devices of this process; names as users of vLLM know them."""
+"""Text generation from one model on the devices of this process; names as in vLLM."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -22,10 +22,11 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 
 DTYPES = ("float32", "bfloat16")
-# Sequences that a cache of full size holds, unless told; as many as vLLM's.
+# Default of `max_seqs`; the same as vLLM's.
 _MAX_SEQS = 256
-# An accelerator is the engine's own; a machine's memory is shared, and is filled with zeros for each call.
-_MEMORY_SHARE, _MEMORY_SHARE_ON_CPU = 0.9, 0.25
+# Default memory utilization. An accelerator serves the engine alone. Host memory is shared, and each call fills the
+# cache there with zeros.
+_MEMORY_SHARE, _CPU_MEMORY_SHARE = 0.9, 0.25
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
@@ -37,10 +38,10 @@ class _Prompt(NamedTuple):
 
 
 class LLM:
-    """A model, its tokenizer, and an engine whose programs are all compiled when it is made.
+    """A model, its tokenizer, and an engine whose programs are compiled at construction.
 
-    A prompt's tokens depend on the weights, the prompt, its place among the prompts, and its sampling parameters
-    (`seed`); never on the sizes or on the other prompts.
+    The tokens generated for a prompt depend on the weights, the prompt, its index among the prompts, and its sampling
+    parameters (including `seed`). They do not depend on the engine's sizes or on the other prompts.
     """
 
     def __init__(
@@ -54,33 +55,35 @@ class LLM:
         num_pages: int | None = None,
         memory_utilization: float | None = None,
     ) -> None:
-        """Loads the model in a folder in Hugging Face layout, at any storage path.
+        """Load a model from a folder in Hugging Face format, at any storage path.
 
         Args:
-            model_path: The folder: config.json, safetensors, and a tokenizer with a chat template.
-            dtype: Of the weights and the cache. On a CPU, bfloat16 is faster only where its instructions multiply it
-                (AMX, AVX512-BF16).
-            max_seqs, max_seq_len, page_size, num_pages: See `EngineConfig`; None: 256, the model's positions, what
-                suits the devices, and what memory holds.
-            memory_utilization: Share of the free memory that all of it may take; None: 0.9 of accelerators', 0.25 of
-                a machine's.
+            model_path: A folder with config.json, safetensors, and a tokenizer with a chat template.
+            dtype: Data type of the weights and the cache. On a CPU, bfloat16 is faster only if the CPU has bfloat16
+                matmul instructions (AMX, AVX512-BF16).
+            max_seqs: See `EngineConfig`; None: 256.
+            max_seq_len: See `EngineConfig`; None: the model's number of positions.
+            page_size: See `EngineConfig`; None: the default for the devices.
+            num_pages: See `EngineConfig`; None: as many as memory allows.
+            memory_utilization: Fraction of the free memory that weights, cache and programs may use; None: 0.9 on
+                accelerators, 0.25 on CPUs.
 
         Raises:
-            ConfigError: a size is wrong.
-            CapacityError: memory does not hold the model, or not the cache.
-            DataError, ModelError, StorageError: the folder is not what it should be.
+            ConfigError: A size is invalid.
+            CapacityError: The model or the cache does not fit in memory.
+            DataError, ModelError, StorageError: The folder cannot be read or has invalid contents.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed is one of {', '.join(DTYPES)}")
         mesh = local_mesh()
         if memory_utilization is None:
-            memory_utilization = _MEMORY_SHARE_ON_CPU if mesh.devices.flat[0].platform == "cpu" else _MEMORY_SHARE
+            memory_utilization = _CPU_MEMORY_SHARE if mesh.devices.flat[0].platform == "cpu" else _MEMORY_SHARE
         config = EngineConfig(max_seqs, max_seq_len, page_size, num_pages, memory_utilization=memory_utilization)
         model = load_config(model_path)
         self._tokenizer = load_tokenizer(model_path)
         self._decode = decoder_of(self._tokenizer)
         self._end_tokens = stop_token_ids(self._tokenizer)
-        sizes = size_engine(config, model, dtype, _most_work(config, model), mesh, available_memory_bytes(mesh))
+        sizes = size_engine(config, model, dtype, _max_work(config, model), mesh, available_memory_bytes(mesh))
         self._engine = Engine(model, sizes, mesh, Programs(), dtype, decode=self._decode)
         shapes = with_shardings(abstract_llama(model, dtype), mesh, TENSOR_PARALLEL_RULES)
         self._weights = self._engine.lay_out(load_weights(model_path, shapes))
@@ -92,18 +95,20 @@ class LLM:
         *,
         output_path: str | None = None,
     ) -> list[RequestOutput]:
-        """Goes on with each prompt; outputs come in the order of the prompts.
+        """Generate continuations of each prompt; outputs are in the order of the prompts.
 
         Args:
-            prompts: A text, or a list of texts or of lists of token ids.
-            sampling_params: One for all, or one for each prompt; None: `SamplingParams()`. Unless they `ignore_eos`,
-                the tokenizer's end of sequence and end of turn end a sample too.
-            output_path: A file at any storage path for a row of each sample (`generated_rows`), written as soon as it
-                has ended, over what was there; `read_finished_rows` reads it, also while it grows.
+            prompts: A text, or a list of texts or lists of token ids.
+            sampling_params: One for all prompts, or one per prompt; None: `SamplingParams()`. Unless `ignore_eos` is
+                set, the tokenizer's end-of-sequence and end-of-turn tokens also end a sample.
+            output_path: A file at any storage path for one row per sample (`generated_rows`). Each row is written as
+                soon as its sample finishes. An existing file is replaced. `read_finished_rows` can read the file while
+                it grows.
 
         Raises:
-            ConfigError, CapacityError: a prompt or its sampling cannot be served; said before any device work.
-            StorageError: a row could not be written.
+            ConfigError, CapacityError: A prompt or its sampling parameters cannot be served; raised before any device
+                work.
+            StorageError: A row could not be written.
         """
         return self._serve([self._encode(prompt, at) for at, prompt in _listed(prompts)], sampling_params, output_path)
 
@@ -114,18 +119,19 @@ class LLM:
         *,
         output_path: str | None = None,
     ) -> list[RequestOutput]:
-        """Answers each conversation, as `generate` does its text under the chat template.
+        """Generate an answer to each conversation: apply the chat template, then generate as `generate` does.
 
         Args:
-            messages: A conversation (a list of `{"role": ..., "content": ...}`), or a list of them.
-            sampling_params, output_path: As in `generate`.
+            messages: A conversation (a list of `{"role": ..., "content": ...}`), or a list of conversations.
+            sampling_params: As in `generate`.
+            output_path: As in `generate`.
 
         Raises:
-            DataError: the chat template refuses a conversation.
-            ConfigError, CapacityError, StorageError: as in `generate`.
+            DataError: The chat template rejects a conversation.
+            ConfigError, CapacityError, StorageError: As in `generate`.
         """
-        alone = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if alone else messages
+        is_single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_single else messages
         prompts = []
         for at, conversation in enumerate(conversations):
             tokens = encode_chat(self._tokenizer, _turns(conversation, at), add_generation_prompt=True)
@@ -145,13 +151,15 @@ class LLM:
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
             for sample in range(sampling.n)
         ]
-        self._engine.check(requests)  # before the file is opened, over an earlier one
+        self._engine.check(requests)  # before the file is opened, which replaces an earlier one
         with nullcontext() if output_path is None else RowStream(output_path) as stream:
 
-            def write(ended: list[Completion]) -> None:
+            def write(finished: list[Completion]) -> None:
                 if stream is not None:
-                    prompts_of = (texts[each.request.global_prompt_index] for each in ended)
-                    stream.write([generated_row(*each, self._decode) for each in zip(ended, prompts_of, strict=True)])
+                    prompts_of = (texts[each.request.global_prompt_index] for each in finished)
+                    stream.write(
+                        [generated_row(*pair, self._decode) for pair in zip(finished, prompts_of, strict=True)]
+                    )
 
             completions, _ = self._engine.generate(self._weights, requests, step=0, on_finished=write)
         return request_outputs(texts, completions, self._decode)
@@ -161,7 +169,7 @@ class LLM:
             return _Prompt(prompt, tuple(self._tokenizer.encode(prompt)))
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
         if not is_list or not all(isinstance(token, int) for token in prompt):
-            raise ConfigError(f"prompts[{at}] is {prompt!r:.80}; a prompt is a text or a list of token ids")
+            raise ConfigError(f"prompts[{at}] is {prompt!r:.80}; a prompt must be a text or a list of token ids")
         return _Prompt(None, tuple(prompt))
 
     def _samplings(
@@ -171,14 +179,14 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * num_prompts
         if len(sampling_params) != num_prompts:
             raise ConfigError(
-                f"{len(sampling_params)} sampling_params for {num_prompts} prompts; give one for all, or one for each"
+                f"{len(sampling_params)} sampling_params for {num_prompts} prompts; pass one, or one per prompt"
             )
         vocab_size = self._engine.model_config.vocab_size
         return [with_end_tokens(each, self._end_tokens, vocab_size) for each in sampling_params]
 
 
-def _most_work(config: EngineConfig, model: LlamaConfig) -> Work:
-    """The most that may be asked for at once, since what will be asked for is not known yet."""
+def _max_work(config: EngineConfig, model: LlamaConfig) -> Work:
+    """Return the largest workload that the engine may get, because the requests are not known yet."""
     num_seqs, length = config.max_seqs or _MAX_SEQS, config.max_seq_len or model.max_seq_len
     return Work(num_requests=num_seqs, longest_prompt=length, longest_total=length, total_tokens=num_seqs * length)
 
@@ -187,9 +195,9 @@ def _listed(prompts: Any) -> list[tuple[int, Any]]:
     if isinstance(prompts, str):
         return [(0, prompts)]
     if not isinstance(prompts, Sequence):
-        raise ConfigError(f"prompts is a {type(prompts).__name__}; give a text, or a list of texts or of token ids")
+        raise ConfigError(f"prompts is a {type(prompts).__name__}; pass a text, or a list of texts or token id lists")
     if any(isinstance(prompt, int) for prompt in prompts):
-        raise ConfigError("prompts is a list with numbers; write [[...]] for one prompt of token ids")
+        raise ConfigError("prompts is a list with integers; pass [[...]] for one prompt of token ids")
     return list(enumerate(prompts))
 
 
@@ -201,6 +209,6 @@ def _turns(conversation: Any, at: int) -> list[Message]:
     ]
     if not turns or len(turns) < len(conversation):
         raise ConfigError(
-            f"messages[{at}] is {conversation!r:.120}; a conversation is a list of turns with a role and a content each"
+            f"messages[{at}] is {conversation!r:.120}; a conversation must be a list of turns with role and content"
         )
     return turns

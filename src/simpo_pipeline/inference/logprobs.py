@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn tokens and of the likeliest ones, inside a device program."""
+"""Log-probabilities of sampled tokens and of the most likely tokens, inside a device program."""
 
 import jax
 import jax.numpy as jnp
@@ -8,37 +8,39 @@ from jaxtyping import Array, Float, Int
 from simpo_pipeline.inference.config import MAX_LOGPROBS
 from simpo_pipeline.inference.sampling import SamplingRows
 
-_Alternatives = tuple[Int[Array, "rows max_logprobs"], Float[Array, "rows max_logprobs"]]
+_TopTokens = tuple[Int[Array, "rows max_logprobs"], Float[Array, "rows max_logprobs"]]
 
 
 def token_logprobs(
     logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], sampling: SamplingRows
 ) -> tuple[Float[Array, " rows"], Int[Array, "rows max_logprobs"], Float[Array, "rows max_logprobs"]]:
-    """Natural log-probabilities under softmax(logits): each row's token's, and those of its likeliest tokens.
+    """Return natural log-probabilities under softmax(logits) of each row's token and of its most likely tokens.
 
-    Returns the token's (fp32), the ids of the `MAX_LOGPROBS` likeliest tokens (int32; the likeliest first, the lower
-    of equals first, -0 after 0) and theirs (fp32). All are 0 when no row has `logprobs` at 0 or more, the alternatives
-    also when none has it above 0; else every row is filled. Past the last token of a small vocabulary ids are -1 and
-    log-probabilities -inf.
+    Returns:
+        The log-probability of each row's token (fp32), and the ids (int32) and log-probabilities (fp32) of the
+        `MAX_LOGPROBS` most likely tokens. These are in decreasing order of likelihood; ties are in the order of token
+        ids, but a logit of -0 comes after 0. All values are 0 if every row's `logprobs` is negative. The most likely
+        tokens' values are also 0 if no row's `logprobs` is positive. Otherwise every row is filled. If the vocabulary
+        is smaller than `MAX_LOGPROBS`, the remaining ids are -1 and their log-probabilities -inf.
     """
-    wanted = jnp.asarray(sampling.logprobs)
+    num_tops = jnp.asarray(sampling.logprobs)
     num_rows = logits.shape[0]
 
-    def none() -> _Alternatives:
+    def none() -> _TopTokens:
         return jnp.zeros((num_rows, MAX_LOGPROBS), jnp.int32), jnp.zeros((num_rows, MAX_LOGPROBS), jnp.float32)
 
-    def computed() -> tuple[Float[Array, " rows"], _Alternatives]:
+    def computed() -> tuple[Float[Array, " rows"], _TopTokens]:
         log_total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
-        return chosen, lax.cond(jnp.any(wanted > 0), lambda: _alternatives(logits, log_total), none)
+        return chosen, lax.cond(jnp.any(num_tops > 0), lambda: _top_tokens(logits, log_total), none)
 
     chosen, (top_ids, top) = lax.cond(
-        jnp.any(wanted >= 0), computed, lambda: (jnp.zeros(num_rows, jnp.float32), none())
+        jnp.any(num_tops >= 0), computed, lambda: (jnp.zeros(num_rows, jnp.float32), none())
     )
     return chosen, top_ids, top
 
 
-def _alternatives(logits: Float[Array, "rows vocab"], log_total: Float[Array, " rows"]) -> _Alternatives:
+def _top_tokens(logits: Float[Array, "rows vocab"], log_total: Float[Array, " rows"]) -> _TopTokens:
     num_top = min(MAX_LOGPROBS, logits.shape[1])
     top, ids = lax.top_k(logits, num_top)
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))

@@ -1,4 +1,4 @@
-"""What `LLM` gives back: one output a prompt, with one completion a sample; names as in vLLM."""
+"""The outputs of `LLM`: one output per prompt, with one completion per sample; names as in vLLM."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from simpo_pipeline.inference.text import Decode, text_of
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
-    """One sample.
+    """Output of one sample.
 
     Attributes:
-        index: Which of its prompt's samples.
-        text: What was generated, without the stop token or the stop string that ended it.
-        token_ids: All generated tokens, the one that ended it included.
+        index: Index of the sample among its prompt's samples.
+        text: The generated text, without the stop token or stop string that ended it.
+        token_ids: All generated tokens, including the one that ended the sample.
         finish_reason: "stop" (a stop token), "stop_string" or "length" (`max_tokens`).
-        logprobs: For each token the log-probabilities of the likeliest tokens and of itself, by token id; None unless
-            asked for, as the sum of the drawn tokens' is.
+        logprobs: For each token, the log-probabilities of the most likely tokens and of the token itself, keyed by
+            token id; None unless requested.
+        cumulative_logprob: Sum of the generated tokens' log-probabilities; None unless requested.
     """
 
     index: int
@@ -30,7 +31,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and what was generated from it; a prompt given as token ids has no text."""
+    """A prompt and its completions; `prompt` is None if the prompt was passed as token ids."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
@@ -38,7 +39,7 @@ class RequestOutput:
 
 
 def completion_output(completion: Completion, decode: Decode) -> CompletionOutput:
-    """A finished request as a user sees it."""
+    """Return a finished request as a `CompletionOutput`."""
     logprobs = completion.logprobs
     return CompletionOutput(
         index=completion.request.sample_index,
@@ -57,7 +58,7 @@ def completion_output(completion: Completion, decode: Decode) -> CompletionOutpu
 def request_outputs(
     prompts: Sequence[str | None], completions: Sequence[Completion], decode: Decode
 ) -> list[RequestOutput]:
-    """One output a prompt, given the completions of all samples by prompt and sample."""
+    """Return one output per prompt, from the completions of all samples, ordered by prompt and sample."""
     samples: list[list[Completion]] = [[] for _ in prompts]
     for completion in completions:
         samples[completion.request.global_prompt_index].append(completion)

@@ -1,4 +1,4 @@
-"""Many small arrays as one: a transfer to the devices costs the host the same for a kilobyte as for four bytes."""
+"""Packing of many small arrays into one: a transfer to the devices costs the host as much for 4 bytes as for 1 kB."""
 
 import math
 from typing import Any, TypeVar
@@ -15,20 +15,20 @@ _WORD_BYTES = 4
 
 
 def pack(tree: Any) -> Int[np.ndarray, " words"]:
-    """All leaves of a tree of numpy arrays of 4-byte numbers, end to end, as their bits."""
+    """Return the concatenated bits of all leaves of a tree of NumPy arrays with 4-byte elements."""
     leaves = jax.tree.leaves(tree)
-    assert all(leaf.dtype.itemsize == _WORD_BYTES for leaf in leaves), "numbers of 4 bytes are packed"
+    assert all(leaf.dtype.itemsize == _WORD_BYTES for leaf in leaves), "leaves must have 4-byte elements"
     return np.concatenate([np.ascontiguousarray(leaf).reshape(-1).view(np.int32) for leaf in leaves])
 
 
 def unpack(words: Int[Array, " words"], like: Tree) -> Tree:
-    """The tree that was packed, inside a program; `like` has its structure, shapes and dtypes."""
+    """Return the packed tree, inside a traced program; `like` has its structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(like)
-    found = []
+    arrays = []
     start = 0
     for leaf in leaves:
         end = start + math.prod(leaf.shape)
         part = words[start:end].reshape(leaf.shape)
-        found.append(part if leaf.dtype == jnp.int32 else lax.bitcast_convert_type(part, leaf.dtype))
+        arrays.append(part if leaf.dtype == jnp.int32 else lax.bitcast_convert_type(part, leaf.dtype))
         start = end
-    return jax.tree.unflatten(structure, found)
+    return jax.tree.unflatten(structure, arrays)

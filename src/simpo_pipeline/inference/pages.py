@@ -1,8 +1,8 @@
-"""The pages of the cache: who holds which, and which hold tokens that other sequences may read.
+"""The page pool of the cache: reference counts of pages, and the prefix index for pages that sequences can share.
 
-A page that holds known tokens after a known prefix is registered under both, and stays so when nobody holds it any
-more, until it is needed for something else: the longest unused goes first. Which tokens are on the devices, and what
-a sequence writes where, is the scheduler's business. Plain Python.
+A page with known tokens after a known prefix is registered under both. It stays registered after its last holder
+releases it, until the pool evicts it for another use; the least recently used page is evicted first. The scheduler
+decides which tokens are on the devices and where a sequence writes. Plain Python.
 """
 
 import itertools
@@ -14,12 +14,12 @@ ROOT = 0
 
 
 class PagePool:
-    """Page numbers 0..num_pages-1: each free, held by one or more sequences, or unheld but worth keeping."""
+    """Pages 0..num_pages-1; each is blank, held by one or more sequences, or cached without a holder."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._blank = list(reversed(range(num_pages)))  # hold nothing that anyone could ask for
-        self._kept: OrderedDict[int, None] = OrderedDict()  # unheld, registered; the longest unused first
+        self._blank = list(reversed(range(num_pages)))  # without registered tokens
+        self._kept: OrderedDict[int, None] = OrderedDict()  # without a holder but registered; least recently used first
         self._holders = [0] * num_pages
         self._ready = [False] * num_pages
         self._keys: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(num_pages)]
@@ -28,24 +28,24 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of pages without a holder."""
         return len(self._blank) + len(self._kept)
 
     def is_held(self, page: int) -> bool:
-        """Whether anyone holds a page."""
+        """Return whether a page has a holder."""
         return self._holders[page] > 0
 
     def is_shared(self, page: int) -> bool:
-        """Whether several sequences hold a page."""
+        """Return whether a page has several holders."""
         return self._holders[page] > 1
 
     def is_ready(self, page: int) -> bool:
-        """Whether the tokens under which a page is registered are in it."""
+        """Return whether the tokens that a page is registered for have been written to it."""
         return self._ready[page]
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` pages for one holder; the caller has made sure that so many are free."""
-        assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        """Allocate `count` pages for one holder; the caller ensures that enough pages are free."""
+        assert 0 <= count <= self.num_free, f"{count} pages requested, {self.num_free} free"
         pages = []
         for _ in range(count):
             page = self._blank.pop() if self._blank else self._evict()
@@ -54,14 +54,14 @@ class PagePool:
         return pages
 
     def hold(self, page: int) -> None:
-        """Adds a holder to a page that was found."""
+        """Add a holder to a page returned by `find`."""
         if not self._holders[page]:
             del self._kept[page]
         self._holders[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Gives up one holder's pages, given in the order of its tokens."""
-        # The end of a prefix is of use only with its beginning, so it is to be evicted first.
+        """Release the pages of one holder, passed in the order of its tokens."""
+        # The end of a prefix is useless without its beginning, so it must be evicted first.
         for page in reversed(list(pages)):
             assert self._holders[page], f"page {page} is released but not held"
             self._holders[page] -= 1
@@ -74,13 +74,13 @@ class PagePool:
                 self._blank.append(page)
 
     def find(self, prefix: int, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """(page, prefix that ends with it) of the page with these tokens after that prefix."""
+        """Return (page, prefix that ends with it) for the page with `tokens` after `prefix`; None if there is none."""
         return self._by_key.get((prefix, tuple(tokens)))
 
     def register(self, page: int, prefix: int, tokens: Sequence[int], *, ready: bool) -> int:
-        """Says which tokens a page holds, or will hold before anyone reads them; returns the prefix that ends with it.
+        """Register the tokens that a page has, or will have before it is read; return the prefix that ends with it.
 
-        If another page is registered for the same, that one stays, and its prefix is returned.
+        If a page is already registered for the same tokens and prefix, it stays registered and its prefix is returned.
         """
         key = (prefix, tuple(tokens))
         known = self._by_key.get(key)
@@ -92,11 +92,11 @@ class PagePool:
         return self._by_key[key][1]
 
     def set_ready(self, page: int) -> None:
-        """Says that the tokens under which a page is registered are in it now."""
+        """Record that the tokens that a page is registered for have been written to it."""
         self._ready[page] = bool(self._keys[page])
 
     def forget_beyond(self, page: int, num_tokens: int) -> None:
-        """Says that what a page holds past its first tokens is about to be written over."""
+        """Unregister what will be overwritten: everything in a page beyond its first `num_tokens` tokens."""
         for key in [key for key in self._keys[page] if len(key[1]) > num_tokens]:
             self._keys[page].remove(key)
             del self._by_key[key]

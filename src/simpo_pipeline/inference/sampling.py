@@ -1,8 +1,8 @@
-"""Drawing the next token of every row of a batch, inside a device program.
+"""Sampling of the next token of every row of a batch, inside a device program.
 
-Each row has parameters and a key of its own, and no row's token depends on another row. The key is folded from
-seed, step, prompt index, sample index and position, so a token does not depend on when or beside whom it is drawn.
-The vocabulary is never sorted: a pass over 49,152 logits costs a hundredth of a sort on CPU.
+Each row has its own parameters and its own key, and no row's token depends on another row. The key is derived from
+seed, step, prompt index, sample index and position, so a token does not depend on when or in which batch it is sampled.
+The vocabulary is never sorted: on CPU, a pass over 49,152 logits takes a hundredth of the time of a sort.
 """
 
 import math
@@ -18,35 +18,35 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from simpo_pipeline.inference.token_filters import kept_threshold, penalised, without_stops
 
-# Width of the blocks by which the vocabulary is searched.
+# Block size of the two-level search over the vocabulary.
 _BLOCK = 256
 
 
 class VocabSplit(NamedTuple):
-    """How logits lie over devices: in so many equal slices of the vocabulary, so that each device searches its own."""
+    """Sharding of logits over devices: `parts` equal slices of the vocabulary, so that each device searches its own."""
 
     parts: int = 1
-    whole: Callable[[Array], Array] = lambda array: array  # the same array, all of it on every device
+    whole: Callable[[Array], Array] = lambda array: array  # replicates an array over all devices
 
 
-# All logits on one device, or on each.
+# Logits that are on one device, or replicated.
 UNSPLIT = VocabSplit()
 
 
 class SamplingRows(eqx.Module):
-    """How each row draws; one entry a row. Names as in `SamplingParams`."""
+    """Sampling parameters, one entry per row; names as in `SamplingParams`."""
 
     temperature: Float[Array | np.ndarray, " rows"]
     top_p: Float[Array | np.ndarray, " rows"]
     top_k: Int[Array | np.ndarray, " rows"]  # 0 keeps every token
     min_p: Float[Array | np.ndarray, " rows"]
-    repetition_penalty: Float[Array | np.ndarray, " rows"]  # 1 is none
+    repetition_penalty: Float[Array | np.ndarray, " rows"]  # 1 disables it
     seed: UInt32[Array | np.ndarray, " rows"]
     prompt_index: UInt32[Array | np.ndarray, " rows"]
     sample_index: UInt32[Array | np.ndarray, " rows"]
-    first_stop: Int[Array | np.ndarray, " rows"]  # stop tokens are not drawn at positions below this
+    first_stop: Int[Array | np.ndarray, " rows"]  # stop tokens are banned at positions below this
     stop_tokens: Int[Array | np.ndarray, "rows max_stop_tokens"]  # -1 past the last one
-    logprobs: Int[Array | np.ndarray, " rows"]  # how many alternatives are wanted; -1 for no log-probability at all
+    logprobs: Int[Array | np.ndarray, " rows"]  # number of most likely tokens to report; -1: no logprobs
 
 
 def draw_tokens(
@@ -57,40 +57,41 @@ def draw_tokens(
     seen: UInt32[Array, "rows words"],
     split: VocabSplit = UNSPLIT,
 ) -> Int[Array, " rows"]:
-    """The token (int32) at `positions[r]` of each row's sequence, from fp32 logits.
+    """Sample the token (int32) at `positions[r]` of each row r's sequence, from fp32 logits.
 
-    Seen tokens are penalised and early stop tokens banned first. Then a row with temperature 0 takes the likeliest
-    token, the first of equals. Others draw from softmax(logits / temperature) as top_k, top_p and min_p in this order
-    leave it, each keeping tokens as likely as the last one it keeps. A row all of whose tokens are banned takes 0.
+    First, seen tokens are penalised and early stop tokens are banned. A row with temperature 0 then selects the most
+    likely token, the first one of ties. Other rows sample from softmax(logits / temperature), filtered by top_k, top_p
+    and min_p in this order. Each filter also keeps tokens that tie with the least likely token it keeps. A row whose
+    tokens are all banned selects token 0.
     """
-    samples = jnp.asarray(sampling.temperature) > 0
+    is_random = jnp.asarray(sampling.temperature) > 0
     logits = penalised(logits, jnp.asarray(sampling.repetition_penalty), seen)
     logits = without_stops(logits, jnp.asarray(sampling.stop_tokens), positions < jnp.asarray(sampling.first_stop))
 
     def drawn() -> Int[Array, " rows"]:
         indices = jnp.stack([sampling.seed, sampling.prompt_index, sampling.sample_index])
         uniform = split.whole(jax.vmap(_uniform, in_axes=(1, None, 0))(indices, step, positions))
-        return jnp.where(samples, _inverse_cdf(_weights(logits, sampling), uniform, split), _likeliest(logits, split))
+        return jnp.where(is_random, _inverse_cdf(_weights(logits, sampling), uniform, split), _argmax(logits, split))
 
-    # The name by which `preflight` knows which branch a job takes.
+    # `preflight` uses this name to find out which branch a job takes.
     with jax.named_scope("draw"):
-        return lax.cond(jnp.any(samples), drawn, lambda: _likeliest(logits, split))
+        return lax.cond(jnp.any(is_random), drawn, lambda: _argmax(logits, split))
 
 
 def _weights(logits: Float[Array, "rows vocab"], sampling: SamplingRows) -> Float[Array, "rows vocab"]:
-    """What each token is drawn in proportion to: 1 for the likeliest, 0 for those that the filters leave out."""
-    samples = jnp.asarray(sampling.temperature) > 0
-    temperature = jnp.where(samples, sampling.temperature, 1)
+    """Return unnormalized probabilities: 1 for the most likely token, 0 for tokens that the filters exclude."""
+    is_random = jnp.asarray(sampling.temperature) > 0
+    temperature = jnp.where(is_random, sampling.temperature, 1)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp((logits - peak) / temperature[:, None])
-    # A row that takes the likeliest token must not cost what the others do not ask for.
+    # Greedy rows must not enable filters that no other row needs.
     threshold = kept_threshold(
         weights,
-        top_k=jnp.where(samples, sampling.top_k, 0),
-        top_p=jnp.where(samples, sampling.top_p, 1),
-        min_p=jnp.where(samples, sampling.min_p, 0),
+        top_k=jnp.where(is_random, sampling.top_k, 0),
+        top_p=jnp.where(is_random, sampling.top_p, 1),
+        min_p=jnp.where(is_random, sampling.min_p, 0),
     )
-    # Where nothing is cut, the comparison alone would cost half as much again as the rest of a draw.
+    # If no row is filtered, the comparison alone would add half the time of the rest of sampling.
     return lax.cond(
         jnp.any(threshold > 0), lambda: jnp.where(weights >= threshold[:, None], weights, 0), lambda: weights
     )
@@ -99,7 +100,7 @@ def _weights(logits: Float[Array, "rows vocab"], sampling: SamplingRows) -> Floa
 def _uniform(
     seed_prompt_sample: UInt32[Array, "3"], step: UInt32[Array, ""], position: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """A number in [0, 1) that belongs to one token alone."""
+    """Return a uniform value in [0, 1) from the key of one token."""
     seed, prompt_index, sample_index = seed_prompt_sample
     key = jax.random.key(seed, impl="threefry2x32")
     for part in (step, prompt_index, sample_index, position.astype(jnp.uint32)):
@@ -107,8 +108,8 @@ def _uniform(
     return jax.random.uniform(key)
 
 
-def _likeliest(logits: Float[Array, "rows vocab"], split: VocabSplit) -> Int[Array, " rows"]:
-    # The likeliest block first, then within it: on CPU a fifth of the time of one jnp.argmax over the vocabulary.
+def _argmax(logits: Float[Array, "rows vocab"], split: VocabSplit) -> Int[Array, " rows"]:
+    # Find the best block, then the best token in it: on CPU a fifth of the time of one jnp.argmax over the vocabulary.
     blocks = _blocks(logits, -jnp.inf, split)
     block = jnp.argmax(split.whole(jnp.max(blocks, axis=-1)), axis=-1)
     within = jnp.argmax(split.whole(_block_of_each_row(blocks, block)), axis=-1)
@@ -118,7 +119,7 @@ def _likeliest(logits: Float[Array, "rows vocab"], split: VocabSplit) -> Int[Arr
 def _inverse_cdf(
     weights: Float[Array, "rows vocab"], uniform: Float[Array, " rows"], split: VocabSplit = UNSPLIT
 ) -> Int[Array, " rows"]:
-    """The token at which the running sum of the weights passes uniform * their sum: a block first, then within it."""
+    """Return the token at which the cumulative sum of the weights exceeds uniform * total, by a two-level search."""
     blocks = _blocks(weights, 0.0, split)
     block_sums = split.whole(jnp.sum(blocks, axis=-1))
     block_ends = jnp.cumsum(block_sums, axis=-1)
@@ -132,19 +133,20 @@ def _inverse_cdf(
 def _first_past(
     weights: Float[Array, "rows n"], ends: Float[Array, "rows n"], target: Float[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    """The first place with any weight whose running sum exceeds the target; if rounding leaves none, the last.
+    """Return the first index with a positive weight whose cumulative sum exceeds the target.
 
-    Rounding may also put the target below the start of the row, where places without weight would pass it.
+    If rounding leaves no such index, return the last one with a positive weight. Rounding may also put the target below
+    the start of the row; therefore indices of weight 0 are excluded explicitly.
     """
-    places = jnp.arange(weights.shape[1], dtype=jnp.int32)[None]
+    indices = jnp.arange(weights.shape[1], dtype=jnp.int32)[None]
     has_weight = weights > 0
     passes = (ends > target[:, None]) & has_weight
-    last = jnp.max(jnp.where(has_weight, places, 0), axis=-1)
+    last = jnp.max(jnp.where(has_weight, indices, 0), axis=-1)
     return jnp.where(jnp.any(passes, axis=-1), jnp.argmax(passes, axis=-1).astype(jnp.int32), last)
 
 
 def _blocks(x: Float[Array, "rows vocab"], fill: float, split: VocabSplit) -> Float[Array, "rows blocks block_size"]:
-    """Blocks of each slice of the vocabulary in turn, the last of a slice filled up."""
+    """Return the blocks of each vocabulary slice in order; the last block of each slice is padded with `fill`."""
     slices = x.reshape(x.shape[0], split.parts, -1)
     padded = jnp.pad(slices, ((0, 0), (0, 0), (0, -slices.shape[2] % _BLOCK)), constant_values=fill)
     return padded.reshape(x.shape[0], -1, _BLOCK)
@@ -153,7 +155,7 @@ def _blocks(x: Float[Array, "rows vocab"], fill: float, split: VocabSplit) -> Fl
 def _token(
     block: Int[Array, " rows"], within: Int[Array, " rows"], vocab_size: int, split: VocabSplit
 ) -> Int[Array, " rows"]:
-    """The token at a place of a block of `_blocks`."""
+    """Return the token id at index `within` of a block of `_blocks`."""
     slice_size = vocab_size // split.parts
     part, block_of_part = jnp.divmod(block, math.ceil(slice_size / _BLOCK))
     return (part * slice_size + block_of_part * _BLOCK + within).astype(jnp.int32)

@@ -1,9 +1,9 @@
-"""What the engine runs next: parts of waiting prompts, together with the next tokens of every running sequence.
+"""The scheduler of the engine: each round combines prefill chunks with the next tokens of the running sequences.
 
-First come, first served: sequences start in the order in which they were added, and when pages run out the youngest
-running one gives its pages back and waits, to be computed again, prompt and generated tokens together. A sequence
-reads the pages of another where both begin with the same tokens. Nothing here knows of arrays or devices; the engine
-reports back what it has run.
+Scheduling is first come, first served: sequences start in the order in which they were added. When pages run out, the
+youngest running sequence is preempted: its pages are released, it waits, and its prompt and generated tokens are
+recomputed later. Sequences with a common prefix share pages. The scheduler does not use arrays or devices; the engine
+reports what it has run.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.pages import ROOT, PagePool
 from simpo_pipeline.inference.sequence import Sequence, TokenLogprobs
 
-# While others wait, a round ends early when one in so many of its sequences has ended: a row that idles costs as much
-# as one that draws, and each round costs the host some time.
+# While sequences wait, a round ends early when one in `_ENDED_SHARE` of its sequences has finished. An idle row costs
+# as much as an active row, but each round also costs host time.
 _ENDED_SHARE = 16
-# A page whose beginning suits is copied when at least so much of it does, and for a multiple of that: waiting for
-# another's tokens and copying them is to cost less than computing them.
+# A page whose first tokens match is copied if at least 1 / `_COPIED_SHARE` of the page matches, in multiples of that
+# length. Waiting for another sequence's tokens and copying them must cost less than computing them.
 _COPIED_SHARE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """`num_tokens` tokens of one sequence from position `start` on."""
+    """`num_tokens` tokens of one sequence, starting at position `start`."""
 
     sequence: Sequence
     start: int
@@ -33,14 +33,15 @@ class PrefillChunk:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What runs next.
+    """The work of one round.
 
     Attributes:
-        chunks: Tokens to put into the cache: at most `prefill_chunk_tokens`, of at most `max_prefill_seqs` sequences.
-        decoding: Sequences that draw tokens beside it; they hold the pages for them.
-        num_steps: Tokens that each of these may draw: one if there are chunks, else `decode_steps_per_call`.
-        num_ended: The round ends when so many of them have ended.
-        copies: (source, target) pages to copy before.
+        chunks: Tokens to prefill: at most `prefill_chunk_tokens` tokens of at most `max_prefill_seqs` sequences.
+        decoding: Sequences that sample tokens in the same round; their pages are already allocated.
+        num_steps: Maximum number of tokens per decoding sequence: 1 if any sequence can prefill, otherwise
+            `decode_steps_per_call`.
+        num_ended: The round ends when this number of decoding sequences has finished.
+        copies: (source, target) pairs of pages to copy before the round.
     """
 
     chunks: tuple[PrefillChunk, ...]
@@ -51,10 +52,10 @@ class Round:
 
 
 class Scheduler:
-    """Sequences waiting and running, and the pages they hold."""
+    """Waiting and running sequences, and the pages they hold."""
 
     def __init__(self, config: EngineSizes, chunk_sizes: Sized[int]) -> None:
-        """`chunk_sizes`, smallest first, are the numbers of prompt tokens that programs are compiled for."""
+        """Create a scheduler; `chunk_sizes` are the prefill sizes that programs are compiled for, smallest first."""
         self.pool = PagePool(config.num_pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -65,55 +66,57 @@ class Scheduler:
         self._copies: list[tuple[int, int]] = []
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a sequence at the end of the queue; the caller has made sure that it fits an empty cache."""
+        """Append a sequence to the queue; the caller ensures that it fits in an empty cache."""
         self.waiting.append(sequence)
 
     def next_round(self) -> Round | None:
-        """What to run next; None when every sequence has ended."""
+        """Return the next round; None if every sequence has finished."""
         self._copies = []
         self._admit()
         num_steps = 1 if any(map(self._can_prefill, self.running)) else self._config.decode_steps_per_call
         decoding = self._grow_or_preempt(num_steps)
         chunks = self._prefill_chunks()
         if not chunks and not decoding:
-            assert not self.running and not self.waiting, "sequences are left that neither prefill nor decode"
+            assert not self.running and not self.waiting, "there are sequences that can neither prefill nor decode"
             return None
         num_ended = max(1, len(decoding) // _ENDED_SHARE) if self.waiting else max(1, len(decoding))
         return Round(chunks, tuple(decoding), num_steps, num_ended, tuple(self._copies))
 
     def ran(self, done: Round, drawn: Sized[tuple[Sized[int], Sized[TokenLogprobs]]]) -> list[Sequence]:
-        """Records a round: its chunks are in the cache, and each of its decoding sequences drew tokens.
+        """Record a round that has run and return the sequences that finished in it.
 
-        Their log-probabilities come with them where they are wanted. Returns the sequences that have ended.
+        Args:
+            done: The round; its chunks are in the cache now.
+            drawn: The sampled tokens of each decoding sequence, and their log-probabilities if requested.
         """
         for chunk in done.chunks:
             chunk.sequence.num_cached += chunk.num_tokens
             self._register_filled(chunk.sequence)
-        ended = []
+        finished = []
         for sequence, (tokens, logprobs) in zip(done.decoding, drawn, strict=True):
             sequence.append(tokens, logprobs)
             sequence.num_cached += len(tokens)
             if sequence.finish_reason is None:
                 self._register_filled(sequence)
             else:
-                ended.append(sequence)
-        for sequence in ended:
+                finished.append(sequence)
+        for sequence in finished:
             self._release(sequence)
-        if ended:
-            gone = set(map(id, ended))
-            self.running = [sequence for sequence in self.running if id(sequence) not in gone]
-        return ended
+        if finished:
+            finished_ids = set(map(id, finished))
+            self.running = [sequence for sequence in self.running if id(sequence) not in finished_ids]
+        return finished
 
     def _admit(self) -> None:
         if not self.waiting or len(self.running) == self._config.max_seqs:
             return
-        # What the running ones need for their next tokens is not given away: the newcomer would be preempted at once.
+        # Reserve pages for the running sequences' next tokens. Otherwise the new sequence would be preempted at once.
         reserved = sum(self._missing_pages(sequence) + self._must_copy(sequence) for sequence in self.running)
         while self.waiting and len(self.running) < self._config.max_seqs:
             sequence = self.waiting[0]
             found = self._find_shared(sequence)
             if found.source is not None and not self._has_room(sequence, found, reserved):
-                found = found.without_source()  # the page it is copied from may be the one that is missing
+                found = found.without_source()  # without the source, one more page may be free
             if not self._has_room(sequence, found, reserved):
                 return
             self._start(sequence, found)
@@ -127,7 +130,7 @@ class Scheduler:
         return missing + unheld + reserved <= self.pool.num_free
 
     def _find_shared(self, sequence: Sequence) -> "_Shared":
-        """Pages that hold what the sequence begins with, all but its last token; the last of them perhaps in part."""
+        """Find pages with the sequence's first tokens, except its last token; the last page may match partially."""
         size, end = self._config.page_size, sequence.num_tokens - 1
         found = _Shared([], [], 0)
         prefix = ROOT
@@ -135,7 +138,7 @@ class Scheduler:
             tokens = sequence.tokens(start, min(start + size, end))
             known = self.pool.find(prefix, tokens)
             if known is None:
-                found.source = self._find_beginning(prefix, tokens)
+                found.source = self._find_partial(prefix, tokens)
                 break
             page, prefix = known
             found.pages.append(page)
@@ -145,16 +148,16 @@ class Scheduler:
                 found.prefixes.append(prefix)
         return found
 
-    def _find_beginning(self, prefix: int, tokens: Sized[int]) -> tuple[int, int] | None:
-        """(page, how many) of a page that holds the first of these tokens after that prefix, as many as can be."""
-        for num_tokens in reversed(self._beginnings(len(tokens))):
+    def _find_partial(self, prefix: int, tokens: Sized[int]) -> tuple[int, int] | None:
+        """Return (page, number of tokens) of the page with most of the first `tokens` after `prefix`; None if none."""
+        for num_tokens in reversed(self._partial_lengths(len(tokens))):
             known = self.pool.find(prefix, tokens[:num_tokens])
             if known is not None:
                 return known[0], num_tokens
         return None
 
-    def _beginnings(self, num_tokens: int) -> range:
-        """The lengths, short of all, in which so many tokens of a page are shared."""
+    def _partial_lengths(self, num_tokens: int) -> range:
+        """Return the lengths below `num_tokens` at which the first tokens of a page can be shared."""
         least = max(1, self._config.page_size // _COPIED_SHARE)
         return range(least, num_tokens, least)
 
@@ -177,7 +180,7 @@ class Scheduler:
         self._announce(sequence)
 
     def _announce(self, sequence: Sequence) -> None:
-        """Registers the pages that the sequence is about to fill, so that those that come after it need not."""
+        """Register the pages that the sequence is about to fill, so that later sequences can share them."""
         size, end = self._config.page_size, sequence.num_tokens - 1
         prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
         if sequence.borrowed_tail:
@@ -185,7 +188,7 @@ class Scheduler:
         for start in range(sequence.num_cached // size * size, end, size):
             tokens = sequence.tokens(start, min(start + size, end))
             page = sequence.pages[start // size]
-            for num_tokens in self._beginnings(len(tokens)):
+            for num_tokens in self._partial_lengths(len(tokens)):
                 self.pool.register(page, prefix, tokens[:num_tokens], ready=False)
             prefix = self.pool.register(page, prefix, tokens, ready=False)
             sequence.announced.append((start + len(tokens), page))
@@ -205,7 +208,7 @@ class Scheduler:
         ready = [sequence for sequence in self.running if self._can_prefill(sequence)]
         budget = self._chunk_budget(sum(sequence.num_uncached for sequence in ready))
         for sequence in ready:
-            self._copy_beginning(sequence)
+            self._copy_partial(sequence)
             num_tokens = min(sequence.num_uncached, budget)
             chunks.append(PrefillChunk(sequence, sequence.num_cached, num_tokens))
             budget -= num_tokens
@@ -214,12 +217,12 @@ class Scheduler:
         return tuple(chunks)
 
     def _chunk_budget(self, num_tokens: int) -> int:
-        """How many of so many tokens to compute now: as many as fill a program by half at least, if any can be."""
+        """Return how many of `num_tokens` to compute now: the largest program size filled by more than half, or all."""
         filled = [size for size in self._chunk_sizes if 2 * num_tokens > size]
         return min(filled[-1] if filled else num_tokens, self._config.prefill_chunk_tokens)
 
-    def _copy_beginning(self, sequence: Sequence) -> None:
-        """Copies, before its first chunk, the page whose beginning the sequence shares."""
+    def _copy_partial(self, sequence: Sequence) -> None:
+        """Copy the partially shared page before the sequence's first chunk."""
         if sequence.copied_from is None:
             return
         self._copies.append((sequence.copied_from, sequence.pages[sequence.num_cached // self._config.page_size]))
@@ -227,7 +230,7 @@ class Scheduler:
         sequence.copied_from = None
 
     def _grow_or_preempt(self, num_steps: int) -> list[Sequence]:
-        """The sequences that draw tokens now, each with the pages for them, taken from the youngest if need be."""
+        """Allocate pages for the sequences that decode now and return these; preempt the youngest if pages run out."""
         decoding = []
         index = 0
         while index < len(self.running):
@@ -249,13 +252,13 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _missing_pages(self, sequence: Sequence, num_steps: int | None = None) -> int:
-        """Pages it lacks for all its tokens and those of its next steps (the last one drawn is not cached)."""
+        """Return the number of missing pages for all tokens and the next steps (the last sampled one is not cached)."""
         most = self._config.decode_steps_per_call if num_steps is None else num_steps
         num_tokens = sequence.num_tokens - 1 + min(most, sequence.num_remaining)
         return max(0, pages_for(num_tokens, self._config.page_size) - len(sequence.pages))
 
     def _must_copy(self, sequence: Sequence) -> bool:
-        """Whether its next token would go into a page that it shares."""
+        """Return whether the next token would be written to a shared page."""
         if not sequence.borrowed_tail:
             return False
         return self.pool.is_shared(sequence.pages[sequence.num_cached // self._config.page_size])
@@ -274,7 +277,7 @@ class Scheduler:
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence, num_steps)))
 
     def _register_filled(self, sequence: Sequence) -> None:
-        """Says of every page of the sequence that has become full, or as full as announced, that it can be read."""
+        """Mark the sequence's pages as readable that are now full, or filled as far as announced."""
         size = self._config.page_size
         for index in range(len(sequence.prefixes), sequence.num_cached // size):
             prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
@@ -299,14 +302,14 @@ class Scheduler:
 
 @dataclasses.dataclass
 class _Shared:
-    """Pages found for the beginning of a sequence."""
+    """Cached pages that match the first tokens of a sequence."""
 
     pages: list[int]
-    prefixes: list[int]  # that end with each of its full pages
-    num_tokens: int  # in these pages
-    has_tail: bool = False  # the last page holds fewer tokens than a page, all that are to be computed
-    source: tuple[int, int] | None = None  # (page, how many) of another's page that begins as the next one has to
+    prefixes: list[int]  # one per full page: the prefix that ends with it
+    num_tokens: int  # tokens in these pages
+    has_tail: bool = False  # whether the last page is not full, and has all remaining tokens
+    source: tuple[int, int] | None = None  # (page to copy, number of its tokens that match)
 
     def without_source(self) -> "_Shared":
-        """The same without the page that begins alike."""
+        """Return the same without the page to copy from."""
         return dataclasses.replace(self, source=None)

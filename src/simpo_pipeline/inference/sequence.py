@@ -1,4 +1,4 @@
-"""One generation: what is asked for, how far it is, and what came of it. Plain Python; token ids only, no text."""
+"""Requests, their state during generation, and completions. Plain Python; token ids only, no text."""
 
 import dataclasses
 from collections import deque
@@ -15,10 +15,10 @@ class Request:
     """One sample of one prompt.
 
     Attributes:
-        prompt_tokens: Token ids, at least one.
-        global_prompt_index: The prompt's index among all prompts of the job, whichever host serves it.
-        sample_index: Which sample of that prompt this is.
-        sampling: How its tokens are drawn.
+        prompt_tokens: Token ids of the prompt; not empty.
+        global_prompt_index: Index of the prompt among all prompts of the job, over all hosts.
+        sample_index: Index of the sample among the prompt's samples.
+        sampling: Sampling parameters.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -28,12 +28,12 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities under the model, before penalty, temperature and filters."""
+    """Natural log-probabilities under the model, before penalty, temperature and filters."""
 
     chosen: float
-    """Of the token that was drawn."""
+    """Log-probability of the sampled token."""
     top: tuple[tuple[int, float], ...]
-    """Token ids and log-probabilities of the likeliest tokens, likeliest first; as many as were asked for."""
+    """Token ids and log-probabilities of the requested number of most likely tokens, most likely first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Completion:
     """A finished request.
 
     Attributes:
-        request: What was asked for.
-        tokens: Every generated token id; with finish reason "stop" the last one is the stop token, with "stop_string"
-            the one that completed the string.
-        finish_reason: "stop" when a stop token was drawn, "stop_string" when the text came to contain a stop string,
-            "length" when `max_tokens` was reached first.
-        logprobs: One entry a token; None where none were asked for.
+        request: The request.
+        tokens: All generated token ids. With finish reason "stop", the last one is the stop token; with "stop_string",
+            it is the token that completed the stop string.
+        finish_reason: "stop" if a stop token was sampled, "stop_string" if the text contains a stop string, "length" if
+            `max_tokens` was reached first.
+        logprobs: One entry per token; None if not requested.
     """
 
     request: Request
@@ -57,17 +57,17 @@ class Completion:
 
 @runtime_checkable
 class Matcher(Protocol):
-    """Looks for stop strings in the text of tokens as they come (`stop_strings.StopMatcher`)."""
+    """Incremental search for stop strings in the text of tokens (`stop_strings.StopMatcher`)."""
 
     def push(self, tokens: Sized[int]) -> int | None:
-        """After how many of these tokens, counted from 1, a stop string is in the text; None if it is in none."""
+        """Add tokens and return after how many of them the text contains a stop string, counted from 1, or None."""
         ...
 
 
 class Sequence:
-    """A request on its way: its tokens so far, and which pages hold their keys and values.
+    """State of a request during generation: its tokens so far and the pages with their keys and values.
 
-    The last token is never cached: it is the next one to be fed.
+    The last token is never cached: it is the next input token.
     """
 
     def __init__(self, request: Request, index: int, matcher: Matcher | None = None) -> None:
@@ -77,37 +77,37 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self._matcher = matcher
-        # The scheduler's.
+        # The scheduler owns the attributes below.
         self.num_cached = 0
         self.pages: list[int] = []
-        self.prefixes: list[int] = []  # as the page pool names them, one for each page that is full of known tokens
-        self.announced: deque[tuple[int, int]] = deque()  # (position after its last token, page) of pages to be filled
-        self.awaited: list[int] = []  # pages of others that are to be filled before this one can go on
-        self.copied_from: int | None = None  # another's page, whose beginning is to be copied before the first chunk
-        self.borrowed_tail = False  # its last page is another's, and it has not yet written to it
+        self.prefixes: list[int] = []  # of the page pool, one per full page of known tokens
+        self.announced: deque[tuple[int, int]] = deque()  # (end position, page) of registered pages to fill
+        self.awaited: list[int] = []  # shared pages that other sequences still have to fill
+        self.copied_from: int | None = None  # page to copy partially before the first chunk
+        self.borrowed_tail = False  # whether the last page is shared and not yet written to
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens so far."""
+        """Number of prompt and generated tokens so far."""
         return len(self.request.prompt_tokens) + len(self.generated)
 
     @property
     def num_uncached(self) -> int:
-        """Tokens to compute before the last one can be fed."""
+        """Number of tokens to prefill before the last token can be decoded."""
         return self.num_tokens - 1 - self.num_cached
 
     @property
     def last_token(self) -> int:
-        """The token to feed next."""
+        """The next input token."""
         return self.generated[-1] if self.generated else self.request.prompt_tokens[-1]
 
     @property
     def num_remaining(self) -> int:
-        """Tokens it may still draw."""
+        """Number of tokens that may still be sampled."""
         return self.request.sampling.max_tokens - len(self.generated)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Prompt and generated tokens at positions start..end-1."""
+        """Return the prompt and generated tokens at positions start..end-1."""
         num_prompt = len(self.request.prompt_tokens)
         if end <= num_prompt:
             return self.request.prompt_tokens[start:end]
@@ -115,9 +115,9 @@ class Sequence:
         return (*self.request.prompt_tokens[start:num_prompt], *generated)
 
     def append(self, tokens: Sized[int], logprobs: Sized[TokenLogprobs] = ()) -> None:
-        """Takes drawn tokens, up to the one that ends the sequence; those after it are dropped.
+        """Append sampled tokens, up to the one that ends the sequence; drop the tokens after it.
 
-        Only the last of `tokens` can be a stop token that ends it: the device draws none after that.
+        Only the last of `tokens` can be a stop token that ends the sequence: the device samples no tokens after it.
         """
         sampling = self.request.sampling
         num_before = len(self.generated)
@@ -137,14 +137,14 @@ class Sequence:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
-        """The outcome of a sequence that has ended."""
+        """Return the completion of a finished sequence."""
         reason = self.finish_reason
-        assert reason is not None, f"sequence {self.index} has not ended"
-        wanted = self.request.sampling.logprobs is not None
-        return Completion(self.request, tuple(self.generated), reason, tuple(self.logprobs) if wanted else None)
+        assert reason is not None, f"sequence {self.index} has not finished"
+        has_logprobs = self.request.sampling.logprobs is not None
+        return Completion(self.request, tuple(self.generated), reason, tuple(self.logprobs) if has_logprobs else None)
 
     def _first_stop_string(self, tokens: Sized[int], num_before: int) -> int | None:
-        """After how many of the tokens a stop string ends the sequence; one that comes before `min_tokens` does not."""
+        """Return after how many of the tokens a stop string ends the sequence; it must not end before `min_tokens`."""
         if self._matcher is None:
             return None
         num_early = min(max(0, self.request.sampling.min_tokens - 1 - num_before), len(tokens))

@@ -1,46 +1,48 @@
-"""Stop strings in the text of tokens as they come. Plain Python; how tokens become text is the caller's to say.
+"""Incremental search for stop strings in the text of generated tokens. Plain Python; the caller passes the decoder.
 
-The text of all tokens need not be decoded for each new one. What a token adds depends on few tokens before it, so a
-window of the last ones is decoded instead. Three things make that right:
+Decoding the text of all tokens for each new token is not necessary. The text that a token adds depends on only a few
+tokens before it, so a window of the last tokens is decoded instead. This is correct for three reasons:
 
-- A window that begins inside a character begins with at most 3 wrong characters: UTF-8 has at most 3 bytes of a
-  character after its first, a byte-level decoder makes U+FFFD of each and is in step from there on. (A decoder that
-  strips the blank of its first token has one wrong character.)
-- A stop string that was not in the text before ends in what the last tokens changed, so it begins less than its own
-  length before that, and is looked for nowhere else. A window is cut only to one that holds so much behind those 3.
-- What a decoder says of the end of the text may change (a character whose bytes are not all there is U+FFFD), so what
-  changed is found by comparing the texts before and after, and a window is not cut there. After `_MANY_TOKENS` it is:
-  a run of bytes that are no text would else make it grow for ever, and no character has so many bytes.
+- If a window starts inside a character, its text starts with at most 3 wrong characters. A UTF-8 character has at most
+  3 bytes after its first; a byte-level decoder turns each into U+FFFD and decodes correctly from there on. (A decoder
+  that strips the leading space of its first token makes one wrong character.)
+- A new stop string ends in the part of the text that the last tokens changed. It starts less than its own length before
+  that part, so the search is limited to that range. A window is only cut to one whose text has at least this length
+  after the 3 wrong characters.
+- The end of the decoded text may still change: a character is U+FFFD until all its bytes are there. The changed part is
+  therefore found by comparing the texts before and after, and a window is not cut while its text ends in U+FFFD. After
+  `_MANY_TOKENS` more tokens it is cut anyway. Otherwise a run of bytes that are not text would make it grow without
+  bound, and no character has that many bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
 _INCOMPLETE = "\ufffd"
-_MOST_WRONG = 3
+_MAX_WRONG_CHARS = 3
 _MANY_TOKENS = 256
 
 
 class StopMatcher:
-    """Says after which token a stop string comes to be in the text of all tokens pushed so far."""
+    """Matcher that finds the token after which the text of all tokens pushed so far contains a stop string."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...]) -> None:
-        """`decode` gives the text of token ids; none of the `stop` strings is empty."""
+        """Create a matcher; `decode` returns the text of token ids, and the `stop` strings are not empty."""
         self._decode = decode
         self._stop = stop
-        self._min_chars = max(map(len, stop)) + _MOST_WRONG
+        self._min_chars = max(map(len, stop)) + _MAX_WRONG_CHARS
         self._window: list[int] = []
         self._text = ""
-        self._next_cut = self._soonest_cut
+        self._next_cut = self._min_tokens_to_cut
 
     def push(self, tokens: Sequence[int]) -> int | None:
-        """Takes all of the tokens; returns after how many of them, counted from 1, a stop string comes to be there.
+        """Add all tokens and return after how many of them, counted from 1, a new stop string is in the text.
 
-        None if none does. One that was there before these tokens does not count.
+        Returns None if there is none. A stop string that was in the text before these tokens does not count.
         """
         if not tokens:
             return None
         whole = self._decode([*self._window, *tokens])
-        if self._tells_of_every_token(whole) and not self._is_new_in(whole):
+        if self._shows_every_match(whole) and not self._is_new_in(whole):
             self._take(tokens, whole)
             return None
         first: int | None = None
@@ -51,14 +53,14 @@ class StopMatcher:
             self._take([token], text)
         return first
 
-    def _tells_of_every_token(self, whole: str) -> bool:
-        """Whether what is not in the text of several tokens was not in that of fewer: complete characters stay."""
+    def _shows_every_match(self, whole: str) -> bool:
+        """Return whether `whole` has every match of the texts of fewer tokens: complete characters do not change."""
         seeks_incomplete = any(_INCOMPLETE in string for string in self._stop)
         return not seeks_incomplete and _INCOMPLETE not in whole[_num_same(self._text, whole) :]
 
     @property
-    def _soonest_cut(self) -> int:
-        # Well beyond what a cut keeps, so that few tokens are decoded twice for it.
+    def _min_tokens_to_cut(self) -> int:
+        # Much longer than a cut window, so that few tokens are decoded twice because of cuts.
         return 32 + 3 * self._min_chars
 
     def _is_new_in(self, text: str) -> bool:
@@ -66,13 +68,13 @@ class StopMatcher:
         return any(text.find(string, max(0, num_same - len(string) + 1)) >= 0 for string in self._stop)
 
     def _take(self, tokens: Sequence[int], text: str) -> None:
-        """Adds tokens to the window, whose text becomes `text`, and cuts it where that is due."""
-        # Tokens without any text (special ones) would make it grow for ever. Twice, for a blank that begins a text may
-        # be stripped and yet be one.
+        """Add tokens to the window, whose text becomes `text`, and cut the window if it is long enough."""
+        # Tokens without text (special tokens) are not added; they would make the window grow without bound. The check
+        # decodes the tokens twice in a row because a decoder may strip a leading space, which is text nevertheless.
         if text != self._text or self._decode([*tokens, *tokens]):
             self._window.extend(tokens)
         self._text = text
-        is_settled = not text.endswith(_INCOMPLETE) or len(self._window) > self._soonest_cut + _MANY_TOKENS
+        is_settled = not text.endswith(_INCOMPLETE) or len(self._window) > self._min_tokens_to_cut + _MANY_TOKENS
         if len(self._window) >= self._next_cut and is_settled:
             self._cut()
 
@@ -80,24 +82,24 @@ class StopMatcher:
         for num_kept in self._lengths_to_try():
             kept = self._window[-num_kept:]
             text = self._decode(kept)
-            if len(text) >= self._min_chars and self._text.endswith(text[_MOST_WRONG:]):
-                self._window, self._text, self._next_cut = kept, text, self._soonest_cut
+            if len(text) >= self._min_chars and self._text.endswith(text[_MAX_WRONG_CHARS:]):
+                self._window, self._text, self._next_cut = kept, text, self._min_tokens_to_cut
                 return
         self._next_cut = 2 * len(self._window)
 
     def _lengths_to_try(self) -> Iterator[int]:
         num_kept = self._min_chars
         while 2 * num_kept <= len(self._window):
-            # Decoders that fall back to bytes make nonsense of a run of them that begins inside a character, so one of
-            # four neighbours it is.
+            # Decoders with byte fallback decode a run of bytes that starts inside a character to nonsense. One of four
+            # neighbouring lengths starts at a character.
             yield from range(num_kept, num_kept + 4)
             num_kept *= 2
 
 
 def text_before_stop(text: str, stop: tuple[str, ...], seen: str = "") -> str:
-    """The text up to where its first stop string begins; all of it if it has none.
+    """Return the text before its first stop string, or all of it if it has none.
 
-    `seen` is the text of the tokens before, in which stop strings did not count.
+    `seen` is the text of the earlier tokens, in which stop strings did not count.
     """
     num_same = _num_same(seen, text)
     starts = [text.find(string, max(0, num_same - len(string) + 1)) for string in stop]
@@ -105,7 +107,7 @@ def text_before_stop(text: str, stop: tuple[str, ...], seen: str = "") -> str:
 
 
 def _num_same(before: str, after: str) -> int:
-    """How many characters two texts begin with alike; mostly the first is the whole beginning of the second."""
+    """Return the length of the common prefix of two texts; in most cases `before` is a prefix of `after`."""
     if after.startswith(before):
         return len(before)
     differences = (at for at, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)

@@ -1,4 +1,4 @@
-"""The border between text and token ids: which tokens end a sample, and what text its tokens have."""
+"""Conversion between token ids and text: end tokens of a sample, and the text of its tokens."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, SamplingParams
 from simpo_pipeline.inference.sequence import Completion
 from simpo_pipeline.inference.stop_strings import text_before_stop
 
-# The text of token ids.
+# Decodes token ids to text.
 Decode = Callable[[Sequence[int]], str]
 
 
 def decoder_of(tokenizer: Tokenizer) -> Decode:
-    """The text of generated tokens: special tokens have none, and nothing is tidied up."""
+    """Return a decoder of generated tokens that skips special tokens and does not clean up spaces."""
 
     def decode(tokens: Sequence[int]) -> str:
         return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -23,33 +23,33 @@ def decoder_of(tokenizer: Tokenizer) -> Decode:
 
 
 def with_end_tokens(sampling: SamplingParams, end_tokens: Sequence[int], vocab_size: int) -> SamplingParams:
-    """The sampling in which the tokenizer's `end_tokens` end a sample too, unless it ignores them.
+    """Return `sampling` with the tokenizer's `end_tokens` added as stop tokens, unless it has `ignore_eos`.
 
     Raises:
-        ConfigError: a stop token is none of the model's, or there are too many.
+        ConfigError: A stop token is not in the model's vocabulary, or there are too many stop tokens.
     """
     unknown = [token for token in sampling.stop_token_ids if token >= vocab_size]
     if unknown:
-        raise ConfigError(f"stop_token_ids has {unknown[0]}; the model knows 0 to {vocab_size - 1}")
+        raise ConfigError(f"stop_token_ids has {unknown[0]}; the model's token ids are 0 to {vocab_size - 1}")
     if sampling.ignore_eos:
         return sampling
     stop_token_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *end_tokens)))
     if len(stop_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(
-            f"stop_token_ids {list(sampling.stop_token_ids)} and the tokenizer's own end tokens {list(end_tokens)} are "
-            f"{len(stop_token_ids)}, and at most {MAX_STOP_TOKENS} are supported; give fewer, or set ignore_eos"
+            f"stop_token_ids {list(sampling.stop_token_ids)} and the tokenizer's end tokens {list(end_tokens)} are "
+            f"{len(stop_token_ids)} stop tokens; at most {MAX_STOP_TOKENS} are supported. Pass fewer, or set ignore_eos"
         )
     return dataclasses.replace(sampling, stop_token_ids=stop_token_ids)
 
 
 def text_of(completion: Completion, decode: Decode) -> str:
-    """What was generated, without the stop token or the stop string that ended it."""
+    """Return the generated text, without the stop token or stop string that ended it."""
     tokens = completion.tokens
     match completion.finish_reason:
         case "stop":
             return decode(tokens[:-1])
         case "stop_string":
-            # Strings that came before `min_tokens` did not count: the one that did came with the last token.
+            # Stop strings before `min_tokens` did not count; the one that ended the sample came with the last token.
             return text_before_stop(decode(tokens), completion.request.sampling.stop, seen=decode(tokens[:-1]))
         case "length":
             return decode(tokens)

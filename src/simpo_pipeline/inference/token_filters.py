@@ -1,7 +1,8 @@
-"""Which tokens a row may draw: the filters top_k, top_p and min_p, and what changes logits before them.
+"""Filters of the tokens that a row may sample: top_k, top_p and min_p, and the changes to logits before them.
 
-Every filter keeps the weights at or above a threshold, so all together are one threshold a row, the largest. The
-vocabulary is never sorted. What is dear runs only when some row needs it; the numbers of a row depend on it alone.
+Every filter keeps the weights at or above a threshold, so all filters combine to one threshold per row, the largest.
+The vocabulary is never sorted. Expensive operations run only if some row needs them; the values of a row depend only on
+that row.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from simpo_pipeline.inference.seen_tokens import is_seen
 
-# Nearly every nucleus lies within so many of the likeliest tokens; the others are found by bisection.
+# Number of most likely tokens that contain nearly every nucleus; thresholds of larger sets are found by bisection.
 _TOP_TOKENS = 64
 # Bisection over the bit patterns of floats in [0, 1].
 _ONE_AS_BITS = 0x3F800000
@@ -22,7 +23,7 @@ _BISECTIONS = 30
 def penalised(
     logits: Float[Array, "rows vocab"], penalty: Float[Array, " rows"], seen: UInt32[Array, "rows words"]
 ) -> Float[Array, "rows vocab"]:
-    """Logits of seen tokens divided by the row's penalty where positive, multiplied by it where negative."""
+    """Apply the repetition penalty to seen tokens: divide positive logits by it, multiply negative logits by it."""
 
     def penalise() -> Float[Array, "rows vocab"]:
         by_row = penalty[:, None]
@@ -35,14 +36,14 @@ def penalised(
 def without_stops(
     logits: Float[Array, "rows vocab"], stop_tokens: Int[Array, "rows max_stop_tokens"], banned: Bool[Array, " rows"]
 ) -> Float[Array, "rows vocab"]:
-    """Logits with those of a banned row's stop tokens (-1 is none) at -inf."""
+    """Set the logits of the stop tokens (-1 for padding) to -inf in rows where they are banned."""
     bans = banned[:, None] & (stop_tokens >= 0)
 
     def ban() -> Float[Array, "rows vocab"]:
         rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-        # A place past the vocabulary is dropped.
-        places = jnp.where(bans, stop_tokens, logits.shape[1])
-        return logits.at[rows, places].set(-jnp.inf, mode="drop")
+        # An index past the vocabulary is dropped.
+        indices = jnp.where(bans, stop_tokens, logits.shape[1])
+        return logits.at[rows, indices].set(-jnp.inf, mode="drop")
 
     return lax.cond(jnp.any(bans), ban, lambda: logits)
 
@@ -53,10 +54,12 @@ def kept_threshold(
     top_p: Float[Array, " rows"],
     min_p: Float[Array, " rows"],
 ) -> Float[Array, " rows"]:
-    """The weight at or above which tokens are kept, given exp((logit - peak) / temperature), whose largest is 1.
+    """Return the weight at or above which tokens are kept.
 
-    top_k keeps so many of the likeliest (0: all), top_p then the smallest set of likeliest whose weights sum to at
-    least this share of what top_k kept (1: all), min_p those of at least this times the likeliest (0: all).
+    `weights` are exp((logit - peak) / temperature), so the largest weight is 1. `top_k` is the number of most likely
+    tokens to keep (0: all). `top_p` then keeps the smallest set of most likely tokens whose weights sum to at least
+    this fraction of the weights that top_k kept (1: all). `min_p` keeps tokens with at least this fraction of the
+    largest weight (0: all).
     """
     cuts_k, cuts_p = (top_k > 0) & (top_k < weights.shape[1]), top_p < 1
 
@@ -79,7 +82,7 @@ def _top_k_threshold(
     top_k: Int[Array, " rows"],
     cuts: Bool[Array, " rows"],
 ) -> Float[Array, " rows"]:
-    """The `top_k`th largest weight of each row that cuts; `top` has the largest ones in order."""
+    """Return the `top_k`th largest weight of each row with `cuts`; `top` has the largest ones in decreasing order."""
     within_top = top_k <= top.shape[1]
     last = jnp.clip(top_k, 1, top.shape[1]) - 1
     threshold = jnp.take_along_axis(top, last[:, None], axis=-1)[:, 0]
@@ -97,13 +100,14 @@ def _top_p_threshold(
     cuts: Bool[Array, " rows"],
     by_top_k: Float[Array, " rows"],
 ) -> Float[Array, " rows"]:
-    """The least weight of the nucleus of each row that cuts, within the weights at or above `by_top_k`."""
+    """Return the smallest weight of the nucleus of each row with `cuts`, among the weights at or above `by_top_k`."""
 
     def mass_from(threshold: Float[Array, " rows"]) -> Float[Array, " rows"]:
         return jnp.sum(jnp.where(weights >= threshold[:, None], weights, 0), axis=-1)
 
     wanted = top_p * mass_from(by_top_k)
-    # What top_k left out stands behind what it kept, so it only counts where rounding asks for more than all.
+    # Tokens that top_k excludes come after those it keeps, so they only count if rounding makes `wanted` exceed the
+    # kept mass.
     mass = jnp.cumsum(top, axis=-1)
     within_top = mass[:, -1] >= wanted
     last = jnp.minimum(jnp.sum(mass < wanted[:, None], axis=-1), top.shape[1] - 1)
@@ -117,8 +121,8 @@ def _bisected_unless(
     enough: Callable[[Float[Array, " rows"]], Bool[Array, " rows"]],
     cuts: Bool[Array, " rows"],
 ) -> Float[Array, " rows"]:
-    """The threshold where it is known, else the largest one in [0, 1] that keeps enough, exactly."""
-    # Which rows bisect depends on each row alone; the condition only spares the work when none does.
+    """Return the threshold where it is known, otherwise exactly the largest one in [0, 1] that keeps enough."""
+    # Whether a row needs bisection depends only on that row; the condition skips the work if no row does.
     return lax.cond(
         jnp.all(known | ~cuts),
         lambda: threshold,
@@ -129,10 +133,10 @@ def _bisected_unless(
 def _largest_enough(
     enough: Callable[[Float[Array, " rows"]], Bool[Array, " rows"]], num_rows: int
 ) -> Float[Array, " rows"]:
-    """The largest threshold in [0, 1] that keeps enough; 0 is taken to, and a larger one keeps less."""
+    """Return the largest threshold in [0, 1] that keeps enough, assuming that 0 does and that larger ones keep less."""
 
     def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # enough at low, too little at high, as bits: the order of positive floats
+        low, high = bounds  # bit patterns, ordered like positive floats; low keeps enough, high does not
         middle = (low + high) // 2
         keeps = enough(lax.bitcast_convert_type(middle, jnp.float32))
         return jnp.where(keeps, middle, low), jnp.where(keeps, high, middle)

@@ -1,7 +1,7 @@
-"""The shape of a Llama-family model, and its translation from and to a Hugging Face `config.json`.
+"""The shape of a Llama-family model, and its conversion from and to a Hugging Face `config.json`.
 
-Knows no jax: plans are made from it on machines without an accelerator. It does not know where weights lie
-(`hf_weights`) nor what they compute (`transformer`).
+This module does not import JAX: plans are made from it on machines without an accelerator. It knows neither where the
+weights are stored (`hf_weights`) nor what they compute (`transformer`).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo_pipeline.errors import ModelError
 
-# Keys of config.json that change what the model computes, with the only value we compute.
+# Keys of config.json that change what the model computes, with the only value that is supported.
 _REQUIRED_VALUES: Mapping[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -23,7 +23,7 @@ _REQUIRED_VALUES: Mapping[str, object] = {
 
 @dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths: long ones by `factor`, short ones not at all."""
+    """Llama 3.1's scaling of the rotary wavelengths: long ones by `factor`, short ones not at all."""
 
     factor: float
     low_freq_factor: float
@@ -33,19 +33,19 @@ class Llama3RopeScaling:
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_max_seq_len < 1:
             raise ModelError(
-                f"rope scaling with factor {self.factor} over original_max_position_embeddings "
+                f"rope scaling has factor {self.factor} and original_max_position_embeddings "
                 f"{self.original_max_seq_len}; both must be at least 1"
             )
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ModelError(
-                f"rope scaling needs 0 < low_freq_factor < high_freq_factor, "
+                f"rope scaling requires 0 < low_freq_factor < high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and constants of one model; two models with equal configs have parameters of equal shapes."""
+    """Sizes and constants of a model. Models with equal configs have parameters of equal shapes."""
 
     hidden_size: int
     intermediate_size: int
@@ -72,14 +72,14 @@ class LlamaConfig:
                 "each key/value head serves an equal group of query heads"
             )
         if self.head_dim % 2:
-            raise ModelError(f"head_dim must be even, since rotary embedding turns pairs, got {self.head_dim}")
+            raise ModelError(f"head_dim must be even, because rotary embedding rotates pairs, got {self.head_dim}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ModelError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+                raise ModelError(f"{name} must be a positive finite number, got {getattr(self, name)}")
 
     @property
     def num_parameters(self) -> int:
-        """Number of scalars in the parameter tree (a tied head counts once)."""
+        """Number of elements in the parameter tree. A tied head is counted once."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
@@ -87,9 +87,10 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> "LlamaConfig":
-        """Read a Hugging Face config of `LlamaForCausalLM`, in the spelling of transformers 4 or 5.
+        """Convert a Hugging Face config of `LlamaForCausalLM`, in the format of transformers 4 or 5.
 
-        Raises: ModelError if the config asks for anything this model does not compute, or lacks a size.
+        Raises:
+            ModelError: The config requires something that this model does not support, or lacks a size.
         """
         _refuse_unsupported(hf_config)
         try:
@@ -113,13 +114,13 @@ class LlamaConfig:
             )
         except KeyError as missing:
             raise ModelError(
-                f"the model's config.json has no {missing}; a complete config of LlamaForCausalLM is needed"
+                f"the model's config.json has no {missing}; a complete config of LlamaForCausalLM is required"
             ) from None
 
     def to_hf(self) -> dict[str, Any]:
-        """This config as a Hugging Face `config.json`; `from_hf` of it gives an equal config.
+        """Return this config as a Hugging Face `config.json`. `from_hf` converts it back to an equal config.
 
-        Rope is written in the spelling that transformers 4 reads and 5 still accepts.
+        Rope settings are in the format of transformers 4, which transformers 5 still accepts.
         """
         scaling = self.rope_scaling
         return {
@@ -169,7 +170,7 @@ def _refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
 
 
 def _rope_from_hf(hf_config: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
+    """Return (theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta", hf_config.get("rope_theta", 10_000.0)))
     # Before transformers 4.43 the key was "type".
@@ -177,7 +178,7 @@ def _rope_from_hf(hf_config: Mapping[str, Any]) -> tuple[float, Llama3RopeScalin
     if rope_type == "default":
         return theta, None
     if rope_type != "llama3":
-        raise ModelError(f"rope type {rope_type!r} is not supported; allowed are 'default' and 'llama3'")
+        raise ModelError(f"rope type {rope_type!r} is not supported; only 'default' and 'llama3' are")
     return theta, Llama3RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

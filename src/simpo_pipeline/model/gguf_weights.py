@@ -1,8 +1,8 @@
-"""A Llama in a GGUF file (llama.cpp's format), rewritten in Hugging Face's layout. Numpy only.
+"""Conversion of a Llama in a GGUF file (llama.cpp's format) to Hugging Face's layout. NumPy only.
 
-Quantised tensors are dequantised to fp32. llama.cpp stores the rows of the query and key matrices with rotary pairs
-side by side; Hugging Face keeps the two halves of a head apart, so those rows are put back in order. Knows nothing of
-where the file comes from.
+Quantised tensors are dequantised to fp32. llama.cpp interleaves the rows of the query and key matrices, so that rotary
+pairs are adjacent. Hugging Face keeps the two halves of a head apart, so those rows are reordered. This module does not
+know where the file comes from.
 """
 
 import json
@@ -36,14 +36,14 @@ TOP_TENSORS: Mapping[str, str] = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-CONTROL_TOKEN = 3  # gguf's type of a token that marks structure and is never text
+CONTROL_TOKEN = 3  # GGUF's type for tokens that mark structure and are never text
 
 
 def convert_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Writes config.json, generation_config.json, model.safetensors (fp32) and the tokenizer's files to `folder`.
+    """Write config.json, generation_config.json, model.safetensors (fp32) and the tokenizer's files to `folder`.
 
     Raises:
-        ModelError: the file is not a Llama with SmolLM's kind of tokenizer and a chat template.
+        ModelError: The file is not a Llama with a SmolLM tokenizer and a chat template.
     """
     gguf_path, folder = Path(gguf_path), Path(folder)
     reader = GGUFReader(gguf_path)
@@ -66,37 +66,37 @@ def _refuse_unsupported(gguf_path: Path, fields: Mapping[str, Any]) -> None:
     needed = {
         "general.architecture": "llama",
         "tokenizer.ggml.model": "gpt2",
-        # How text is cut before merging; another name means another regular expression, and other tokens.
+        # The pre-tokenizer. Another name means another regular expression, and so different tokens.
         "tokenizer.ggml.pre": "smollm",
     }
     for key, supported in needed.items():
         if fields.get(key) != supported:
             raise ModelError(
-                f"{gguf_path}: {key} is {fields.get(key)!r}; only {supported!r} is read from GGUF, "
+                f"{gguf_path}: {key} is {fields.get(key)!r}; only {supported!r} is supported in GGUF files, "
                 "use the model's safetensors"
             )
     if "tokenizer.chat_template" not in fields:
         raise ModelError(f"{gguf_path}: the tokenizer has no chat template; use the instruction-tuned model")
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise ModelError(f"{gguf_path}: scaled rope is not read from GGUF; use the model's safetensors")
+        raise ModelError(f"{gguf_path}: rope scaling is not supported in GGUF files; use the model's safetensors")
 
 
 def _model_config(fields: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
-    def number(key: str) -> Any:
+    def setting(key: str) -> Any:
         return fields[f"llama.{key}"]
 
-    hidden_size, num_heads = int(number("embedding_length")), int(number("attention.head_count"))
+    hidden_size, num_heads = int(setting("embedding_length")), int(setting("attention.head_count"))
     return LlamaConfig(
         hidden_size=hidden_size,
-        intermediate_size=int(number("feed_forward_length")),
-        num_layers=int(number("block_count")),
+        intermediate_size=int(setting("feed_forward_length")),
+        num_layers=int(setting("block_count")),
         num_heads=num_heads,
-        num_kv_heads=int(number("attention.head_count_kv")),
+        num_kv_heads=int(setting("attention.head_count_kv")),
         head_dim=int(fields.get("llama.attention.key_length", hidden_size // num_heads)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        max_seq_len=int(number("context_length")),
-        # Stored as fp32: 1e-5 comes back as 9.99999974e-06, which 7 digits restore.
-        rms_norm_eps=float(f"{number('attention.layer_norm_rms_epsilon'):.6e}"),
+        max_seq_len=int(setting("context_length")),
+        # The value is stored as fp32: 1e-5 reads as 9.99999974e-06. Rounding to 7 digits restores it.
+        rms_norm_eps=float(f"{setting('attention.layer_norm_rms_epsilon'):.6e}"),
         rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
         tie_word_embeddings=tied,
     )
@@ -108,11 +108,11 @@ def _hf_name(gguf_name: str) -> str:
             return f"model.layers.{layer}.{LAYER_TENSORS[name]}.weight"
         case [name, "weight"] if name in TOP_TENSORS:
             return f"{TOP_TENSORS[name]}.weight"
-    raise ModelError(f"the GGUF file holds tensor {gguf_name!r}, which a plain Llama does not have")
+    raise ModelError(f"the GGUF file contains tensor {gguf_name!r}, which a plain Llama does not have")
 
 
 def _weights(tensor: Any, config: LlamaConfig) -> np.ndarray:
-    # GGUF lists dimensions the fastest first.
+    # GGUF lists the fastest-varying dimension first.
     shape = tuple(int(size) for size in reversed(tensor.shape))
     weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
     if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
@@ -121,20 +121,20 @@ def _weights(tensor: Any, config: LlamaConfig) -> np.ndarray:
 
 
 def _split_rotary_halves(weights: Float[np.ndarray, "rows embed"], head_dim: int) -> Float[np.ndarray, "rows embed"]:
-    """Rows [head, pair, 2] as llama.cpp orders them, to [head, 2, pair] as Hugging Face does."""
+    """Reorder rows from llama.cpp's [head, pair, 2] to Hugging Face's [head, 2, pair]."""
     rows, embed = weights.shape
     pairs = weights.reshape(rows // head_dim, head_dim // 2, 2, embed)
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, embed))
 
 
 def _write_tokenizer(fields: Mapping[str, Any], special_ids: Mapping[str, int], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # here: only this needs it
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # here: only this function needs it
 
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
     merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    # SmolLM's own: every digit is a token.
+    # SmolLM's pre-tokenizer: every digit is a token.
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

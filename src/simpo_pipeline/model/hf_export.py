@@ -1,9 +1,10 @@
-"""Parameters that are split over the devices of a job become Hugging Face's files, a layer at a time.
+"""Export of parameters that are sharded over the devices of a job to Hugging Face's files, one layer at a time.
 
-Every process calls `export_weights` and launches the same programs: one for each tensor outside the layers, and one for
-a layer, launched with each layer's number. They cast where the parameters lie and gather what comes of it, so a
-device holds the parameters and one layer more, and a host one layer; the file is written as its tensors come. Nothing
-is donated: the parameters are read and stay as they are. Knows nothing of trainers and tokenizers.
+Every process calls `export_weights` and launches the same programs: one per tensor outside the layers, and one for a
+layer, launched with each layer's index. The programs cast the parameters on their devices and gather the results. So a
+device needs memory for one layer beyond the parameters, and a host for one layer. Tensors are written to the file as
+they arrive. Nothing is donated: the parameters are read and not changed. This module does not know about trainers or
+tokenizers.
 """
 
 import json
@@ -31,7 +32,7 @@ from simpo_pipeline.model.transformer import Llama, LlamaLayers
 from simpo_pipeline.storage.files import open_write, write_json
 from simpo_pipeline.storage.paths import join
 
-# dtype -> what the header of a safetensors file calls it.
+# dtype -> its name in the header of a safetensors file.
 STORED_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 _HEADER_ALIGNMENT = 8
 
@@ -47,26 +48,28 @@ def export_weights(
     max_shard_bytes: int,
     writes: bool,
 ) -> dict[str, list[str]]:
-    """Writes safetensors, and their index where there are several, to a folder at any storage path.
+    """Write safetensors, with an index if there are several files, to a folder at any storage path.
 
     Args:
-        path: The folder; made when it does not exist.
+        path: The folder. It is created if it does not exist.
         params: The parameters, borrowed.
-        abstract: Their shapes, dtypes and shardings over all of `mesh`.
-        dtype: One of `STORED_DTYPES`; the cast is made on the devices and rounds to nearest, ties to even.
-        max_shard_bytes: More than this is split into files with an index, as Hugging Face splits.
-        writes: Whether this process writes; the others only launch what the writer's programs need of them.
+        abstract: The shapes, dtypes and shardings of the parameters over all of `mesh`.
+        mesh: The mesh that the parameters are sharded over.
+        programs: Compiles the programs that cast and gather.
+        dtype: One of `STORED_DTYPES`. The devices cast to it, rounding to nearest, ties to even.
+        max_shard_bytes: Weights larger than this are split into files with an index, as in Hugging Face's layout.
+        writes: Whether this process writes. The other processes only launch their part of the programs.
 
     Returns:
         File name -> names of its tensors, in order.
 
     Raises:
-        StorageError: a file could not be written.
+        StorageError: A file could not be written.
     """
     shapes, itemsize = stored_shapes(abstract), np.dtype(dtype).itemsize
     num_bytes = {name: int(np.prod(shape)) * itemsize for name, shape in shapes.items()}
     files = split_into_files(num_bytes, max_shard_bytes)
-    tensors = _gathered(params, abstract, mesh, programs, dtype)
+    tensors = _gather_tensors(params, abstract, mesh, programs, dtype)
     for file_name, names in files.items():
         with open_write(join(path, file_name)) if writes else nullcontext() as file:
             if file is not None:
@@ -82,7 +85,7 @@ def export_weights(
 
 
 def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """What a safetensors file begins with; the tensors follow in this order, without gaps."""
+    """Return the header of a safetensors file. The tensors follow it in the order of `shapes`, without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -93,12 +96,12 @@ def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def _gathered(
+def _gather_tensors(
     params: Llama, abstract: Llama, mesh: Mesh, programs: Programs, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor as stored) in the order of `stored_shapes`, in every process.
+    """Yield (name, tensor as stored) in the order of `stored_shapes`, in every process.
 
-    The next program is launched when the last one's tensors have come to the host: so no more than one layer waits.
+    The next program is launched after the previous one's tensors are on the host, so at most one layer is pending.
     """
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -111,7 +114,7 @@ def _gathered(
 
         return jax.tree.map(one, layers, is_leaf=lambda leaf: isinstance(leaf, NamedArray))
 
-    # All are compiled before the first byte is written.
+    # All programs are compiled before the first byte is written.
     number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     of_layer = programs.compile("export_layer", cast_layer, abstract.layers, number, out_shardings=whole)
     of_top = {
@@ -134,5 +137,5 @@ def _gathered(
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """An array that every device holds whole, from one of this process's."""
+    """Return a replicated array on the host, copied from one of this process's devices."""
     return np.asarray(array.addressable_shards[0].data)

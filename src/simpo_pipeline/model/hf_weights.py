@@ -1,11 +1,13 @@
-"""Parameters from and to Hugging Face's files: `config.json` and safetensors, one file or shards with an index.
+"""Loading and saving of parameters as Hugging Face's files: `config.json` and safetensors, one file or several.
 
-Weights keep their orientation ([out, in]); only the head axes are folded and the layers stacked:
+Several files have an index. Weights keep their orientation ([out, in]). Only the head axes are folded and the layers
+stacked:
 
     model.layers.{i}.self_attn.q_proj.weight [heads * head_size, embed] <-> layers.wq [layers, heads, head_size, embed]
 
-Reading goes tensor by tensor, straight into the shards that this process's devices hold: a host needs about one copy
-of what its devices need, and reads no more. Knows nothing of tokenizers, nor of other formats (see `gguf_weights`).
+Tensors are read one at a time, directly into the shards of this process's devices. A host reads only these shards, and
+needs memory for about one copy of them. This module does not know about tokenizers or other formats (see
+`gguf_weights`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +34,7 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Where Hugging Face itself cuts.
+# The size at which Hugging Face itself splits weights.
 MAX_SHARD_BYTES = 5_000_000_000
 
 # Field of LlamaLayers -> name below "model.layers.<n>.".
@@ -56,30 +58,30 @@ TOP_TENSORS: Mapping[str, str] = {
 _MAX_NAMED = 8
 
 Index = tuple[slice, ...]
-# (tensor name, part) -> that part of the stored tensor, in the stored dtype.
+# (tensor name, index) -> the indexed part of the stored tensor, in the stored dtype.
 ReadTensor = Callable[[str, Index], np.ndarray]
 
 
 def load_config(path: str) -> LlamaConfig:
-    """The config of the model in a folder.
+    """Return the config of the model in a folder.
 
     Raises:
-        ModelError: it is not a Llama that this package computes.
-        PathNotFoundError: there is no config.json.
+        ModelError: The model is not a Llama that this package supports.
+        PathNotFoundError: There is no config.json.
     """
     return LlamaConfig.from_hf(read_json(join(path, CONFIG_FILE)))
 
 
 def load_weights(path: str, abstract: Llama) -> Llama:
-    """The parameters in a folder at any storage path, as device arrays.
+    """Load the parameters from a folder at any storage path, as device arrays.
 
     Args:
-        path: Folder with `model.safetensors`, or with shards and their index.
-        abstract: What to make: `jax.ShapeDtypeStruct`s whose dtypes are cast to on the host, and whose shardings say
-            which part each device gets; one without a sharding goes to the default device.
+        path: Folder with `model.safetensors`, or with several safetensors files and their index.
+        abstract: The parameters to load, as `jax.ShapeDtypeStruct`s. The host casts to their dtypes. Their shardings
+            determine the part that each device gets; a leaf without a sharding goes to the first device.
 
     Raises:
-        ModelError: tensors are missing, left over, or of another shape; they are named.
+        ModelError: Tensors are missing, unexpected, or have another shape. The message names them.
     """
     with ExitStack() as stack:
         tensors = _open_tensors(path, stack)
@@ -104,16 +106,16 @@ def load_weights(path: str, abstract: Llama) -> Llama:
 def save_weights(
     path: str, model: Llama, dtype: DTypeLike = np.float32, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes `config.json` and safetensors to a folder at any storage path; transformers can load it.
+    """Write `config.json` and safetensors to a folder at any storage path, so that transformers can load it.
 
     Args:
-        path: The folder; made when it does not exist.
+        path: The folder. It is created if it does not exist.
         model: Parameters as device or host arrays.
         dtype: Float dtype to cast to on the host.
-        max_shard_bytes: More than this is split into shards with an index, as Hugging Face splits.
+        max_shard_bytes: Weights larger than this are split into files with an index, as in Hugging Face's layout.
 
     Raises:
-        ModelError: a part of an array lies in another process.
+        ModelError: A part of an array is in another process.
     """
     _refuse_remote_parts(model)
     dtype = np.dtype(dtype)
@@ -123,7 +125,7 @@ def save_weights(
     with staged_folder(path) as folder:
         write_json(str(folder / CONFIG_FILE), {**model.config.to_hf(), "torch_dtype": dtype.name})
         for file_name, names in shards.items():
-            # Cast file by file, so that only one file's tensors are ever held in both dtypes.
+            # Cast file by file, so that only one file's tensors exist in both dtypes at a time.
             cast = {name: np.ascontiguousarray(tensors[name].astype(dtype, copy=False)) for name in names}
             write_safetensors(folder / file_name, cast)
         if len(shards) > 1:
@@ -131,14 +133,14 @@ def save_weights(
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one local safetensors file that whoever may read its folder may read too."""
+    """Write one local safetensors file, readable by every user who may read its folder."""
     save_file(tensors, path, metadata={"format": "pt"})
-    # The library makes files for their owner only.
+    # safetensors creates files that only their owner can read.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def stored_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
-    """The shape of each stored tensor, in Hugging Face's order: embedding, layer after layer, final norm, head."""
+    """Return the shape of each stored tensor, in Hugging Face's order: embedding, layers, final norm, head."""
     top = {name: _stored_shape(leaf.axes) for _, name, leaf in top_leaves(model)}
     stacked = [(names, _stored_shape(leaf.axes[1:])) for _, names, leaf in layer_leaves(model)]
     shapes = {TOP_TENSORS["embedding"]: top.pop(TOP_TENSORS["embedding"])}
@@ -148,7 +150,7 @@ def stored_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
 
 
 def top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
-    """(field, tensor name, leaf) of the parameters outside the layers."""
+    """Yield (field, tensor name, leaf) of the parameters outside the layers."""
     for field, name in TOP_TENSORS.items():
         leaf = getattr(model, field)
         if leaf is not None:
@@ -156,14 +158,14 @@ def top_leaves(model: Llama) -> Iterator[tuple[str, str, NamedArray]]:
 
 
 def layer_leaves(model: Llama) -> Iterator[tuple[str, list[str], NamedArray]]:
-    """(field, tensor name of each layer, leaf) of the stacked parameters."""
+    """Yield (field, tensor name of each layer, leaf) of the stacked parameters."""
     for field, name in LAYER_TENSORS.items():
         names = [f"model.layers.{layer}.{name}.weight" for layer in range(model.config.num_layers)]
         yield field, names, getattr(model.layers, field)
 
 
 def _stored_shape(axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """The shape in Hugging Face's files: heads and head_size folded into one axis."""
+    """Return the shape in Hugging Face's files, with heads and head_size folded into one axis."""
     shape: list[int] = []
     for axis in axes:
         if axis.name == "head_size":
@@ -174,14 +176,14 @@ def _stored_shape(axes: tuple[Axis, ...]) -> tuple[int, ...]:
 
 
 def _open_tensors(path: str, stack: ExitStack) -> dict[str, Any]:
-    """The open safetensors file of each tensor; files are mapped, not read."""
-    # Folders may hold the same weights twice, say consolidated beside sharded: these two names say which files count.
+    """Return the open safetensors file of each tensor. Files are memory-mapped, not read."""
+    # A folder may contain the same weights twice, e.g. consolidated and sharded. These two names select the files.
     if exists(join(path, SINGLE_FILE)):
         file_names = [SINGLE_FILE]
     elif exists(join(path, INDEX_FILE)):
         file_names = sorted(set(read_json(join(path, INDEX_FILE))["weight_map"].values()))
     else:
-        raise ModelError(f"{path!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not supported")
+        raise ModelError(f"{path!r} contains neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not supported")
     tensors: dict[str, Any] = {}
     for file_name in file_names:
         local = stack.enter_context(local_copy(join(path, file_name)))
@@ -192,7 +194,7 @@ def _open_tensors(path: str, stack: ExitStack) -> dict[str, Any]:
 
 def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, tuple[int, ...]]) -> None:
     expected = stored_shapes(abstract)
-    # Old exports hold the rotary frequencies, and some tied ones the head again; neither is a parameter.
+    # Old exports contain the rotary frequencies, and some tied models repeat the head. Neither is a parameter.
     known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     known |= {TOP_TENSORS["head"]} if abstract.head is None else set()
     problems = [f"{name} is missing" for name in expected if name not in stored]
@@ -205,13 +207,13 @@ def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, tuple[int, .
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         raise ModelError(
-            f"the tensors in {path!r} do not fit the config: {'; '.join(problems[:_MAX_NAMED])}{more}. "
-            "Weights and config.json must be of the same model"
+            f"the tensors in {path!r} do not match the config: {'; '.join(problems[:_MAX_NAMED])}{more}. "
+            "Weights and config.json must belong to the same model"
         )
 
 
 def _load_leaf(leaf: NamedArray, names: list[str], read: ReadTensor) -> NamedArray:
-    """The leaf's device array; a stacked leaf is read from one tensor for each layer."""
+    """Return the leaf as a device array. A stacked leaf is read from one tensor per layer."""
     struct = leaf.array
     is_stacked = leaf.axes[0].name == "layers"
 
@@ -230,7 +232,7 @@ def _load_leaf(leaf: NamedArray, names: list[str], read: ReadTensor) -> NamedArr
 
 
 def _read_part(read: ReadTensor, name: str, axes: tuple[Axis, ...], parts: Index) -> np.ndarray:
-    """The part of a stored tensor that `parts` names over `axes`, in which head_size has an axis of its own."""
+    """Read the part of a stored tensor that `parts` selects over `axes`, where head_size is a separate axis."""
     at = next((i for i, axis in enumerate(axes) if axis.name == "head_size"), None)
     if at is None:
         return read(name, parts)
@@ -245,13 +247,13 @@ def _refuse_remote_parts(model: Llama) -> None:
     for leaf in jax.tree.leaves(model):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ModelError(
-                f"an array of shape {leaf.shape} with {leaf.sharding} cannot be saved: parts of it lie in other "
+                f"an array of shape {leaf.shape} with {leaf.sharding} cannot be saved: parts of it are in other "
                 "processes; hand the model off to this process's devices first"
             )
 
 
 def _host_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array as stored) in Hugging Face's order: embedding, layer after layer, final norm, head."""
+    """Yield (name, host array as stored) in Hugging Face's order: embedding, layers, final norm, head."""
     top = {name: np.asarray(leaf.array) for _, name, leaf in top_leaves(model)}
     layers = {
         name: array
@@ -263,13 +265,13 @@ def _host_tensors(model: Llama) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def index_of(files: Mapping[str, list[str]], num_bytes: Mapping[str, int]) -> dict[str, Any]:
-    """The index of weights in several files, as `split_into_files` gives them."""
+    """Return the index of weights in several files, as returned by `split_into_files`."""
     weight_map = {name: file_name for file_name, names in files.items() for name in names}
     return {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
 
 
 def split_into_files(num_bytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in order; each file holds at most `max_shard_bytes`, or one tensor."""
+    """Return file name -> tensor names, in order. Each file has at most `max_shard_bytes`, or one larger tensor."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in num_bytes.items():

@@ -1,10 +1,10 @@
 """The Llama forward pass on named axes: parameters, layers, logits.
 
-How tokens attend to each other is the caller's business: `transform` runs over any leading axes and hands each
-layer's queries, keys and values to an `attend` function, so training (whole sequences) and generation (a paged
-cache) share one body. This module knows no mesh, no file format and no tokenizer.
+The caller decides how tokens attend to each other: `transform` runs over any leading axes and passes each layer's
+queries, keys and values to an `attend` function. So training (whole sequences) and generation (a paged cache) share one
+implementation. This module does not know about meshes, file formats or tokenizers.
 
-Weights lie as [out, in], as Hugging Face stores them: XLA's CPU matrix products over few rows are twice as fast so.
+Weights have the layout [out, in], as in Hugging Face's files. It makes XLA's CPU matmuls over few rows twice as fast.
 """
 
 import math
@@ -34,15 +34,15 @@ from simpo_pipeline.ops.rope import (
     rotation,
 )
 
-# Marks the results that the backward pass keeps when it does not compute the layers again.
-_PRODUCT = "product"
+# The `jax.checkpoint` name of the matmul results that remat="products" keeps for the backward pass.
+_MATMUL = "product"
 
 # (layer, q [*lead, heads, head_size], k and v [*lead, kv_heads, head_size], state) -> (out like q, state).
-# Rope has been applied; `state` is any pytree, carried from layer to layer.
+# Rope has been applied. `state` is any pytree, carried from layer to layer.
 Attend = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 
 
-def _as_it_is(array: NamedArray) -> NamedArray:
+def _identity(array: NamedArray) -> NamedArray:
     return array
 
 
@@ -53,41 +53,44 @@ def attend_whole_sequences(
     v: Float[Array, "batch seq kv_heads head_size"],
     state: Segments | None,
 ) -> tuple[Float[Array, "batch seq heads head_size"], Segments | None]:
-    """The `attend` of training, for leading axes (sequence, position): causal, within each row's segments.
+    """Attend causally within each row's segments: the `attend` of training, for leading axes (sequence, position).
 
-    `state` is None when each row is one segment (padding may follow it).
+    `state` is None if each row is one segment (padding may follow it).
     """
     del layer
     return causal_attention(q, k, v, state), state
 
 
 class Placement(NamedTuple):
-    """Where arrays lie on a mesh while they are computed with; all but the last four return their argument, placed."""
+    """Sharding of arrays over a mesh during computation.
 
-    weight: Callable[[NamedArray], NamedArray]  # each weight, right before its use
+    All fields but the last four are functions that return their argument with a sharding constraint.
+    """
+
+    weight: Callable[[NamedArray], NamedArray]  # each weight, immediately before its use
     hidden: Callable[[NamedArray], NamedArray]  # hidden states, after the embedding, and those that predict
-    # The same within the layers: after attention, and after each layer.
-    residual: Callable[[NamedArray], NamedArray] = _as_it_is
-    # The unembedding, where it is walked in chunks of the vocabulary, and the hidden states [tokens, embed] for it.
-    unembedding: Callable[[NamedArray], NamedArray] = _as_it_is
+    # Hidden states within the layers: after attention, and after each layer.
+    residual: Callable[[NamedArray], NamedArray] = _identity
+    # The unembedding, if it is processed in chunks of the vocabulary, and the hidden states [tokens, embed] for it.
+    unembedding: Callable[[NamedArray], NamedArray] = _identity
     predicting: Callable[[Array], Array] = lambda hidden: hidden
-    # How whole sequences attend where they lie.
+    # The attention over whole sequences, for this sharding.
     attend: Attend = attend_whole_sequences
-    # How the gradient of a weight is made, from the axes of the matrix that it is as a product's [out, in].
+    # Returns the matmul that computes a weight's gradient, from the out axes and the in axes of the weight.
     gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedProduct] = lambda _out, _in: transposed_product
-    # And that of a chunk of the unembedding, for `predicting` hidden states.
+    # The matmul that computes the gradient of a chunk of the unembedding, for `predicting` hidden states.
     unembedding_gradient: TransposedProduct = transposed_product
-    # Whether heads stay an axis of the products before and after attention: TPUs then write and read them heads first,
-    # as their kernel wants them.
+    # Whether heads stay a separate axis of the matmuls before and after attention. TPUs then write and read arrays with
+    # the heads first, as their kernel requires.
     keeps_heads: bool = False
 
 
-# Wherever the compiler puts them: right for one device, and for generation.
-ANYWHERE = Placement(weight=_as_it_is, hidden=_as_it_is)
+# No constraints: the compiler chooses. Suitable for one device and for generation.
+ANYWHERE = Placement(weight=_identity, hidden=_identity)
 
 
 class LlamaLayers(eqx.Module):
-    """The parameters of all layers, stacked: every leaf leads with the axis "layers"."""
+    """The parameters of all layers, stacked: the first axis of every leaf is "layers"."""
 
     attn_norm: NamedArray  # layers embed
     wq: NamedArray  # layers heads head_size embed
@@ -101,7 +104,7 @@ class LlamaLayers(eqx.Module):
 
 
 class Llama(eqx.Module):
-    """All parameters of a model; `head` is None when the embedding serves as the unembedding too."""
+    """All parameters of a model. `head` is None if the embedding is also the unembedding."""
 
     embedding: NamedArray  # vocab embed
     layers: LlamaLayers
@@ -111,11 +114,11 @@ class Llama(eqx.Module):
 
 
 class MergedLayers(eqx.Module):
-    """The parameters of all layers, stacked, for products of few tokens: what has the same input is one matrix."""
+    """The stacked parameters of all layers, for matmuls over few tokens: weights with the same input are one matrix."""
 
     attn_norm: NamedArray  # layers embed
     wqkv: NamedArray  # layers parts rows embed; see `merged_layers`
-    wo: NamedArray  # layers embed heads, each of all its head_size
+    wo: NamedArray  # layers embed heads; the axis heads includes head_size
     mlp_norm: NamedArray  # layers embed
     w_gate: NamedArray  # layers mlp embed
     w_up: NamedArray  # layers mlp embed
@@ -123,7 +126,7 @@ class MergedLayers(eqx.Module):
 
 
 class MergedLlama(eqx.Module):
-    """All parameters of a model, see `merged`."""
+    """All parameters of a model with `MergedLayers`; see `merged`."""
 
     embedding: NamedArray  # vocab embed
     layers: MergedLayers
@@ -133,7 +136,7 @@ class MergedLlama(eqx.Module):
 
 
 class UnstackedLlama(eqx.Module):
-    """The same with each layer's parameters in arrays of their own, see `unstacked`."""
+    """All parameters of a model with separate arrays for each layer; see `unstacked`."""
 
     embedding: NamedArray  # vocab embed
     layers: tuple[LlamaLayers, ...] | tuple[MergedLayers, ...]  # without the axis "layers"
@@ -147,7 +150,7 @@ AnyLayers = TypeVar("AnyLayers", LlamaLayers, MergedLayers)
 
 
 def init_llama(config: LlamaConfig, key: PRNGKeyArray | UInt32[Array, "2"]) -> Llama:
-    """Random fp32 parameters: normal with `initializer_range`, norms one."""
+    """Return random fp32 parameters: normal with standard deviation `initializer_range`; norm scales are 1."""
     axes = _axes(config)
     matrices = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
     tables: tuple[str, ...] = ("embedding", "head", *matrices)
@@ -171,7 +174,7 @@ def init_llama(config: LlamaConfig, key: PRNGKeyArray | UInt32[Array, "2"]) -> L
 
 
 def abstract_llama(config: LlamaConfig, dtype: DTypeLike) -> Llama:
-    """The parameter tree with a `jax.ShapeDtypeStruct` of `dtype` in place of each array."""
+    """Return the parameter tree with a `jax.ShapeDtypeStruct` of `dtype` in place of each array."""
     axes = _axes(config)
 
     def shaped(name: str) -> NamedArray:
@@ -199,12 +202,22 @@ def transform(
 ) -> tuple[NamedArray, Any]:
     """Run all layers and the final norm.
 
-    `tokens` and `positions` are int32 over the same leading axes, whose names must differ from the model's own.
-    Returns (hidden [*lead, embed] in `dtype`, state after the last layer). Parameters of any float dtype are cast
-    to `dtype` layer by layer; norms and rope are fp32. `remat` says what is kept of each layer for a backward pass:
-    "none" everything, "products" its input and the results of its matrix products and attention, "full" its input
-    only. On a mesh,
-    `placement` says where weights and hidden states lie during the computation (see `sharding.fsdp_placement`).
+    Parameters of any float dtype are cast to `dtype` layer by layer. Norms and rope are computed in fp32.
+
+    Args:
+        model: The parameters.
+        tokens: int32 token ids over any leading axes, whose names must differ from the model's own axes.
+        positions: int32 positions over the same axes.
+        attend: Computes attention in each layer.
+        state: Any pytree, passed to `attend` and carried from layer to layer.
+        dtype: The dtype of the computation and of the result.
+        remat: What each layer keeps for a backward pass. "none" keeps everything, "products" keeps the layer's input
+            and the results of its matmuls and attention, and "full" keeps only the layer's input.
+        placement: The sharding of weights and hidden states during the computation on a mesh; see
+            `sharding.fsdp_placement`.
+
+    Returns:
+        (hidden [*lead, embed] in `dtype`, state after the last layer).
     """
     config = model.config
     turn = rotation(positions.array, frequencies(config))
@@ -221,9 +234,9 @@ def transform(
 
     indices = jnp.arange(config.num_layers, dtype=jnp.int32)
     if remat != "none":
-        # Elementwise work and attention weights are cheaper to do again than to store (SmolLM2, 2,048 tokens, fp32, 2
-        # cores: 11 s and 2.0 GB an update keeping products, against 25 s and 5.6 GB keeping all).
-        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT, ATTENDED) if remat == "products" else None
+        # Recomputing elementwise work and attention weights is cheaper than storing them (SmolLM2, 2,048 tokens, fp32,
+        # 2 cores: 11 s and 2.0 GB per update when keeping matmul results, vs. 25 s and 5.6 GB when keeping everything).
+        policy = jax.checkpoint_policies.save_only_these_names(_MATMUL, ATTENDED) if remat == "products" else None
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     if isinstance(model, UnstackedLlama):
         for index, weights in enumerate(model.layers):
@@ -234,19 +247,19 @@ def transform(
 
 
 def merged(model: Llama, parts: int) -> MergedLlama:
-    """The same for programs of few tokens on TPUs, see `merged_layers`.
+    """Return the model for programs with few tokens on TPUs; see `merged_layers`.
 
-    XLA's TPU backend would copy a weight with an axis of heads out of the stack before each product. Of the 150 us that
-    it expected of a layer for 64 sequences of an 8B model on 4 chips of a v5p, the copies were 35.
+    XLA's TPU backend would copy a weight with a heads axis out of the stack before each matmul. These copies were 35 of
+    the 150 us that it estimated per layer, for 64 sequences of an 8B model on 4 v5p chips.
     """
     layers = merged_layers(model.layers, parts)
     return MergedLlama(model.embedding, layers, model.final_norm, model.head, model.config)
 
 
 def merged_layers(layers: LlamaLayers, parts: int) -> MergedLayers:
-    """The same for programs of few tokens, whose heads lie in so many equal parts over devices.
+    """Return the layers for programs with few tokens, whose heads are sharded into `parts` equal parts over devices.
 
-    Queries, keys and values are one product, by part; and no weight has an axis of heads.
+    Within each part, one matmul computes queries, keys and values. No weight has a separate heads axis.
     """
     num_layers, embed = layers.attn_norm.axes
     by_part = [
@@ -266,11 +279,11 @@ def merged_layers(layers: LlamaLayers, parts: int) -> MergedLayers:
 
 
 def unstacked(layers: AnyLayers) -> tuple[AnyLayers, ...]:
-    """The parameters of each layer in arrays of their own, for a `transform` that is one straight line of layers.
+    """Return separate arrays for each layer's parameters, for a `transform` that is unrolled over layers.
 
-    XLA's CPU backend copies each layer's part out of a stack before it multiplies, and of a stack of bfloat16 makes
-    float32 first (SmolLM2, 128 rows, 2 cores with AVX512_BF16: 188 ms a pass in bfloat16, 48 ms unstacked; in fp32 87
-    and 79 ms). Its GPU backend copies too.
+    XLA's CPU backend copies each layer's slice out of a stack before the matmul, and first converts a bfloat16 stack to
+    float32 (SmolLM2, 128 rows, 2 cores with AVX512_BF16: 188 ms per pass in bfloat16, 48 ms unstacked; in fp32 87 and
+    79 ms). Its GPU backend copies too.
     """
     num_layers = layers.attn_norm.resolve_axis("layers").size
 
@@ -283,19 +296,22 @@ def unstacked(layers: AnyLayers) -> tuple[AnyLayers, ...]:
 
 
 def unembedding(model: AnyLlama) -> NamedArray:
-    """The matrix [vocab, embed] that turns hidden states into logits, tied or not."""
+    """Return the matrix [vocab, embed] that maps hidden states to logits, tied or not."""
     return model.embedding if model.head is None else model.head
 
 
 def logits(model: AnyLlama, hidden: NamedArray) -> NamedArray:
-    """fp32 logits [*lead, vocab] of hidden states [*lead, embed]; the product runs in hidden's dtype, sums in fp32."""
+    """Return fp32 logits [*lead, vocab] of hidden states [*lead, embed].
+
+    The matmul runs in hidden's dtype with fp32 accumulation.
+    """
     matrix = unembedding(model)
     out = product(hidden.array, matrix.array.astype(hidden.dtype), hidden.ndim - 1, 1)
     return NamedArray(out, (*hidden.axes[:-1], matrix.axes[0]))
 
 
 def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
-    """The rotary frequencies of a model, radians per position, fp32."""
+    """Return the rotary frequencies of a model, in radians per position, fp32."""
     plain = rope_frequencies(config.head_dim, config.rope_theta)
     if config.rope_scaling is None:
         return plain
@@ -309,7 +325,7 @@ def frequencies(config: LlamaConfig) -> Float[np.ndarray, " half_head"]:
 
 
 def _axes(config: LlamaConfig) -> dict[str, tuple[Axis, ...]]:
-    """Axes of every parameter, by field name."""
+    """Return the axes of every parameter, by field name."""
     layers, embed, mlp = (
         Axis("layers", config.num_layers),
         Axis("embed", config.hidden_size),
@@ -349,13 +365,13 @@ def _attention(
     if isinstance(weights, MergedLayers):
         together = _project(placement, normed, weights.wqkv, "embed").array
         rows = [count * config.head_dim // together.shape[-2] for count in counts]
-        products = jnp.split(together, [rows[0], rows[0] + rows[1]], axis=-1)
+        projected = jnp.split(together, [rows[0], rows[0] + rows[1]], axis=-1)
     else:
-        products = [
+        projected = [
             _project(placement, normed, weight, "embed").array for weight in (weights.wq, weights.wk, weights.wv)
         ]
     sizes = tuple(axis.size for axis in lead)
-    q, k, v = (x.reshape(*sizes, count, head_size.size) for x, count in zip(products, counts, strict=True))
+    q, k, v = (x.reshape(*sizes, count, head_size.size) for x, count in zip(projected, counts, strict=True))
     turned = apply_rope_by_product if placement.keeps_heads else apply_rope
     out, state = attend(index, turned(q, turn), turned(k, turn), v, state)
     out = NamedArray(out, (*lead, Axis("heads", config.num_heads), head_size))
@@ -372,23 +388,24 @@ def _mlp(
 
 
 def _project(placement: Placement, x: NamedArray, weight: NamedArray, *contracted: str) -> NamedArray:
-    """Contract the named axes, last in x and last in weight; the rest of x's axes lead the rest of weight's.
+    """Contract the named axes, which are last in x and in weight. The result has x's other axes, then weight's.
 
-    Of the axes "heads" and "head_size" a weight may have the first one alone, for both (`merged`).
+    A merged weight has only the axis "heads", which stands for both "heads" and "head_size" (see `merged`).
 
-    Over matrices, unless `placement.keeps_heads`: XLA's CPU backend copies a [heads, head_size, embed] weight
-    transposed before each product, and haliax.dot calls a function of jax that jax 0.12 no longer has.
+    Unless `placement.keeps_heads`, the operands are reshaped to matrices: XLA's CPU backend copies a [heads, head_size,
+    embed] weight transposed before each matmul. `haliax.dot` is not used because it
+    calls a JAX function that JAX 0.12 no longer has.
     """
     lead, out = (tuple(axis for axis in array.axes if axis.name not in contracted) for array in (x, weight))
     transposed = placement.gradient(out, tuple(axis for axis in weight.axes if axis.name in contracted))
     if placement.keeps_heads:
-        products = linear(x.array, weight.array, transposed, len(contracted))
+        projected = linear(x.array, weight.array, transposed, len(contracted))
     else:
         matrix = weight.array.reshape(math.prod(axis.size for axis in out), -1)
         rows = x.array.reshape(*(axis.size for axis in lead), matrix.shape[1])
-        products = linear(rows, matrix, transposed)
+        projected = linear(rows, matrix, transposed)
     axes = lead + out
-    return NamedArray(checkpoint_name(products, _PRODUCT).reshape(tuple(axis.size for axis in axes)), axes)
+    return NamedArray(checkpoint_name(projected, _MATMUL).reshape(tuple(axis.size for axis in axes)), axes)
 
 
 def _normed(config: LlamaConfig, hidden: NamedArray, scale: NamedArray) -> NamedArray:

@@ -1,10 +1,10 @@
 """Causal self-attention over whole sequences, with grouped key/value heads.
 
-`causal_attention_reference` is the definition and the oracle of the tests; `causal_attention` is what models call.
-Neither knows of caches or pages: see `paged_attention` for generation.
+`causal_attention_reference` is the definition and the reference for the tests; models call `causal_attention`.
+Neither knows about caches or pages: see `paged_attention` for generation.
 
 Legend: B batch, S query position, T key position, K key/value head, G query head within its group, D head_size,
-R row of a product: (G, S) of one block of queries.
+R row of a matmul: (G, S) of one block of queries.
 """
 
 import math
@@ -15,23 +15,29 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-# Each block of queries reads keys up to its own end, so many blocks do little more than half of the square's work; but
-# each is a piece of program of its own. Forward and backward of [6, 1024, 9 heads on 3, 64] in fp32 on 2 CPU cores:
-# 309 ms in 4 blocks, 250 in 8, 247 in 16; of [4, 384, ...] 26 in 3, 23 in 6.
-_MOST_BLOCKS = 16
-_LEAST_BLOCK = 64
-# Marks what the backward pass needs of the forward pass, for `jax.checkpoint`.
+# Each block of queries reads the keys up to its own end. With many blocks the work is little more than half of the full
+# square, but each block adds its own code to the program. Forward and backward of [6, 1024, 9 heads on 3, 64] in fp32
+# on 2 CPU cores: 309 ms in 4 blocks, 250 in 8, 247 in 16; of [4, 384, ...]: 26 in 3, 23 in 6.
+_MAX_BLOCKS = 16
+_MIN_BLOCK_SIZE = 64
+# The `jax.checkpoint` name of the forward results that the backward pass needs.
 ATTENDED = "attended"
 
 
 class Segments(NamedTuple):
-    """Which tokens of a row belong together. A token reads earlier tokens of its segment, if on its branch or on 0."""
+    """The tokens of a row that attend to each other.
+
+    A token attends to itself and to the earlier tokens of its segment that are on its own branch or on branch 0.
+    """
 
     ids: Int[Array, "batch seq"]
     branches: Int[Array, "batch seq"] | None = None
-    """Ways in which a segment goes on after its tokens of branch 0; None where all of them are of that."""
+    """Alternative continuations of a segment after its tokens of branch 0; None if every token is on branch 0."""
     slots: Int[Array, "batch slots 2"] | None = None
-    """First place and tokens of parts of a row beyond which no token reads: `packed_attention` has use for them."""
+    """First position and number of tokens of each slot of a row. No token attends outside its slot.
+
+    Only `packed_attention` uses them.
+    """
 
 
 def causal_attention_reference(
@@ -40,7 +46,7 @@ def causal_attention_reference(
     v: Float[Array, "batch seq kv_heads head_size"],
     segments: Segments | None = None,
 ) -> Float[Array, "batch seq heads head_size"]:
-    """Softmax attention of each position over itself and the earlier positions of its segment.
+    """Compute softmax attention of each position over itself and the earlier positions of its segment.
 
     Query head h reads key/value head `h // (heads // kv_heads)`. Scores and softmax are fp32; the result has q's
     dtype. Without `segments` each row is one segment.
@@ -60,10 +66,10 @@ def causal_attention(
     v: Float[Array, "batch seq kv_heads head_size"],
     segments: Segments | None = None,
 ) -> Float[Array, "batch seq heads head_size"]:
-    """The same function of the same arguments as `causal_attention_reference`, faster and in less memory.
+    """Compute the same function as `causal_attention_reference`, faster and in less memory.
 
-    One body for every backend, made of matrix products: the queries of a group are rows of one product, and the
-    key/value heads are never repeated. Differentiable once, in reverse.
+    One implementation, built from matmuls, serves every backend. The queries of a group are rows of one matmul, and
+    the key/value heads are never repeated. Differentiable once, in reverse mode.
     """
     return _differentiable(q, k, v, segments)
 
@@ -79,9 +85,10 @@ def _forward(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[A
 
 
 def attend(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Array, list[Array]]:
-    """The result, and each query's log-sum-exp of scores by block of queries, which `attend_gradient` needs.
+    """Return the attention output, and for each block of queries the log-sum-exp of each query's scores.
 
-    As in FlashAttention (Dao et al. 2022, arXiv 2205.14135) weights are computed again there instead of kept.
+    `attend_gradient` needs both. As in FlashAttention (Dao et al. 2022, arXiv 2205.14135), it recomputes the attention
+    weights instead of storing them.
     """
     k_BKDT, v_BKTD = k.transpose(0, 2, 3, 1), jnp.swapaxes(v, 1, 2)
     out, log_sums = [], []
@@ -90,8 +97,8 @@ def attend(q: Array, k: Array, v: Array, segments: Segments | None) -> tuple[Arr
         peak = jnp.max(scores, axis=-1, keepdims=True)
         exponentials = jnp.exp(scores - peak)
         total = jnp.sum(exponentials, axis=-1, keepdims=True)
-        weighted = _batched_product(exponentials.astype(v.dtype), v_BKTD[:, :, :stop], contract=(3, 2)) / total
-        out.append(_unrowed(weighted.astype(q.dtype), stop - start))
+        weighted = _batched_matmul(exponentials.astype(v.dtype), v_BKTD[:, :, :stop], contract=(3, 2)) / total
+        out.append(_undo_rows(weighted.astype(q.dtype), stop - start))
         log_sums.append(peak + jnp.log(total))
     return jnp.concatenate(out, axis=1), log_sums
 
@@ -104,7 +111,7 @@ def _backward(saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Array, Array
 def attend_gradient(
     q: Array, k: Array, v: Array, segments: Segments | None, out: Array, log_sums: list[Array], d_out: Array
 ) -> tuple[Array, Array, Array]:
-    """The gradients in q, k and v of what `attend` gave, from that in its result."""
+    """Return the gradients of q, k and v, given the results of `attend` and the gradient of its output."""
     kv_heads, scale = k.shape[2], 1 / math.sqrt(q.shape[3])
     k_BKDT, v_BKDT, k_BKTD = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), jnp.swapaxes(k, 1, 2)
     d_k_BKDT, d_v_BKDT = jnp.zeros(k_BKDT.shape, jnp.float32), jnp.zeros(v_BKDT.shape, jnp.float32)
@@ -112,14 +119,14 @@ def attend_gradient(
     for (start, stop), log_sum in zip(_blocks(q.shape[1]), log_sums, strict=True):
         q_rows, out_rows, d_rows = (_rows(array, start, stop, kv_heads) for array in (q, out, d_out))
         weights = jnp.exp(_scores(q_rows, k_BKDT, start, stop, segments) - log_sum)
-        d_weights = _batched_product(d_rows, v_BKDT[:, :, :, :stop], contract=(3, 2))
+        d_weights = _batched_matmul(d_rows, v_BKDT[:, :, :, :stop], contract=(3, 2))
         from_total = jnp.sum((d_rows * out_rows).astype(jnp.float32), axis=-1, keepdims=True)
         d_scores = (weights * (d_weights - from_total) * scale).astype(q.dtype)
-        # XLA's CPU products are slow where both sides are contracted over rows and the wide one stands first.
-        d_v_BKDT = d_v_BKDT.at[:, :, :, :stop].add(_batched_product(d_rows, weights.astype(v.dtype), contract=(2, 2)))
-        d_k_BKDT = d_k_BKDT.at[:, :, :, :stop].add(_batched_product(q_rows, d_scores, contract=(2, 2)))
-        d_block = _batched_product(d_scores, k_BKTD[:, :, :stop], contract=(3, 2))
-        d_q.append(_unrowed(d_block.astype(q.dtype), stop - start))
+        # XLA's CPU matmuls are slow when both sides are contracted over rows and the wide one is on the left.
+        d_v_BKDT = d_v_BKDT.at[:, :, :, :stop].add(_batched_matmul(d_rows, weights.astype(v.dtype), contract=(2, 2)))
+        d_k_BKDT = d_k_BKDT.at[:, :, :, :stop].add(_batched_matmul(q_rows, d_scores, contract=(2, 2)))
+        d_block = _batched_matmul(d_scores, k_BKTD[:, :, :stop], contract=(3, 2))
+        d_q.append(_undo_rows(d_block.astype(q.dtype), stop - start))
     d_k, d_v = d_k_BKDT.transpose(0, 3, 1, 2).astype(k.dtype), d_v_BKDT.transpose(0, 3, 1, 2).astype(v.dtype)
     return jnp.concatenate(d_q, axis=1), d_k, d_v
 
@@ -128,20 +135,20 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _blocks(seq: int) -> list[tuple[int, int]]:
-    """(first, past the last) position of each block of queries."""
-    size = max(_LEAST_BLOCK, -(-seq // _MOST_BLOCKS))
+    """Return the (start, stop) positions of each block of queries."""
+    size = max(_MIN_BLOCK_SIZE, -(-seq // _MAX_BLOCKS))
     return [(start, min(start + size, seq)) for start in range(0, seq, size)]
 
 
 def _rows(x: Float[Array, "batch seq heads D"], start: int, stop: int, kv_heads: int) -> Float[Array, "batch K R D"]:
-    """A block of queries, or of what belongs to them, by key/value head: R = (query head in group, position)."""
+    """Select a block of positions and group it by key/value head: R = (query head in group, position)."""
     batch, _, heads, head_size = x.shape
     x_BSKGD = x[:, start:stop].reshape(batch, stop - start, kv_heads, heads // kv_heads, head_size)
     return x_BSKGD.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
 
 
-def _unrowed(x: Float[Array, "batch K R D"], num_positions: int) -> Float[Array, "batch block heads D"]:
-    """Undoes `_rows`."""
+def _undo_rows(x: Float[Array, "batch K R D"], num_positions: int) -> Float[Array, "batch block heads D"]:
+    """Undo `_rows`."""
     batch, kv_heads, _, head_size = x.shape
     x_BSKGD = x.reshape(batch, kv_heads, -1, num_positions, head_size).transpose(0, 3, 1, 2, 4)
     return x_BSKGD.reshape(batch, num_positions, -1, head_size)
@@ -154,18 +161,18 @@ def _scores(
     stop: int,
     segments: Segments | None,
 ) -> Float[Array, "batch K R keys"]:
-    """Scores of the queries [start, stop) and the keys [0, stop), -inf where a query may not read; fp32."""
-    scores = _batched_product(q_rows, k_BKDT[:, :, :, :stop], contract=(3, 2)) / math.sqrt(q_rows.shape[3])
+    """Return the fp32 scores of queries [start, stop) against keys [0, stop); -inf where a query may not attend."""
+    scores = _batched_matmul(q_rows, k_BKDT[:, :, :, :stop], contract=(3, 2)) / math.sqrt(q_rows.shape[3])
     batch, kv_heads, rows, keys = scores.shape
     by_position = (batch, kv_heads, rows // (stop - start), stop - start, keys)
     mask = jnp.broadcast_to(_allowed(start, stop, segments)[:, None, None], by_position)
     return jnp.where(mask.reshape(scores.shape), scores, -jnp.inf)
 
 
-def _batched_product(
+def _batched_matmul(
     left: Float[Array, "batch K a b"], right: Float[Array, "batch K c d"], contract: tuple[int, int]
 ) -> Float[Array, "batch K rows out"]:
-    """fp32 product over one axis of each, for every sequence and key/value head."""
+    """Contract one axis of each side, per sequence and key/value head, with an fp32 result."""
     dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
@@ -178,7 +185,7 @@ def _masked_softmax(
 
 
 def _allowed(start: int, stop: int, segments: Segments | None) -> Bool[Array, "batch_or_1 rows stop"]:
-    """Which keys [0, stop) each of the queries [start, stop) may read; its own always, so no softmax is empty."""
+    """Return which keys [0, stop) each query [start, stop) attends to. Each reads its own, so no softmax is empty."""
     causal = jnp.tril(jnp.ones((1, stop - start, stop), dtype=bool), k=start)
     if segments is None:
         return causal

@@ -1,8 +1,8 @@
-"""Causal attention over whole sequences on TPUs: JAX's splash kernel, on each device over its own rows and heads.
+"""Causal attention over whole sequences on TPUs: JAX's splash kernel, run by each device on its own rows and heads.
 
-The body in plain XLA (`attention`) writes every block of scores to HBM, in fp32, and reads it several times; the kernel
-keeps them on the chip. It knows rows that are one segment each, of a length that its blocks divide; others take the
-plain body. Which of the two it is follows from the shapes.
+The plain XLA implementation (`attention`) writes every block of scores to HBM, in fp32, and reads it several times. The
+kernel keeps the scores on the chip. It supports rows of one segment each, whose length its blocks divide. All other
+rows use the plain implementation. The shapes, and whether there are segments, decide which of the two runs.
 """
 
 import math
@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention
 
-# Vectors of the machine are so long, and the kernel's blocks are made of whole ones.
+# Length of a TPU vector. The kernel's blocks consist of whole vectors.
 _LANES = 128
 _LARGEST_BLOCK = 512
 
-# As `attention.causal_attention`.
+# The signature of `attention.causal_attention`.
 CausalAttention = Callable[[Array, Array, Array, Segments | None], Array]
 
 
@@ -35,9 +35,9 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_size"]:
-    """`attention.causal_attention` of rows of one segment each, on one device; see `kernel_takes`.
+    """Compute `attention.causal_attention` on one device for rows of one segment each; see `kernel_takes`.
 
-    `interpret` runs it on any device, for tests.
+    `interpret` runs the kernel on any device, for tests.
     """
     seq, heads, head_size = q.shape[1:]
     block = math.gcd(seq, _LARGEST_BLOCK)
@@ -58,19 +58,21 @@ def splash_attention(
     )
     q_BHSD, k_BHSD, v_BHSD = (array.swapaxes(1, 2) for array in (q * (1 / math.sqrt(head_size)), k, v))
     out_BHSD: Array = jax.vmap(kernel)(q_BHSD, k_BHSD, v_BHSD)  # pyright: ignore[reportAssignmentType]
-    # For the backward pass: XLA else takes sums over the gradient into the product that makes it, and halves its speed.
+    # For the backward pass: without the barrier XLA fuses sums over the gradient into the matmul that computes it, and
+    # that matmul runs at half the speed.
     return jax.lax.optimization_barrier(out_BHSD).swapaxes(1, 2)
 
 
 def kernel_takes(seq: int, head_size: int, segments: Segments | None) -> bool:
-    """Whether the kernel can attend over such rows."""
+    """Return whether the kernel supports rows of this shape."""
     return segments is None and seq % _LANES == 0 and head_size % _LANES == 0
 
 
 def causal_attention_on(mesh: Mesh, rows_axis: str, heads_axis: str) -> CausalAttention:
-    """`causal_attention` for TPUs with rows split over one axis of the mesh, and heads over another if it divides them.
+    """Return `causal_attention` for TPUs, with rows sharded over `rows_axis` of the mesh and heads over `heads_axis`.
 
-    Each device's part is computed there, without any traffic.
+    Heads are sharded only if the size of `heads_axis` divides the number of key/value heads. Each device computes its
+    own shard without communication.
     """
 
     def attend(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
@@ -78,7 +80,7 @@ def causal_attention_on(mesh: Mesh, rows_axis: str, heads_axis: str) -> CausalAt
             return causal_attention(q, k, v, segments)
         splits = k.shape[2] % mesh.shape[heads_axis] == 0
         placed = PartitionSpec(rows_axis, None, heads_axis if splits else None)
-        # The kernel does not say over which axes its result varies.
+        # The kernel does not declare over which mesh axes its result varies.
         on_each = jax.shard_map(splash_attention, mesh=mesh, in_specs=placed, out_specs=placed, check_vma=False)
         return on_each(q, k, v)
 

@@ -1,11 +1,12 @@
-"""Matrix products with weights stored [out, in], in the layouts and dtypes that XLA runs fast.
+"""Matmuls with weights stored as [out, in], in the layouts and dtypes that XLA runs fast.
 
-On CPUs with AMX, XLA multiplies bfloat16 several times faster than fp32, but only in products that sum into fp32 and
-contract the last axis of the left side; all others it widens to fp32 first. So every product here asks for fp32 sums,
-and the weight gradient transposes an operand by itself. Knows nothing of axis names or of layers.
+On CPUs with AMX, XLA multiplies bfloat16 several times faster than fp32, but only in matmuls that accumulate in fp32
+and contract the last axis of the left side. It converts the operands of all other matmuls to fp32 first. So every
+matmul here requests fp32 accumulation, and the weight gradient transposes an operand explicitly. This module does not
+know about axis names or layers.
 
 GFLOP/s of [2048, 576] x [1536, 576] on 2 such cores that others used too (alone they reach 2 to 4 times as much):
-fp32 72, bfloat16 to bfloat16 67, `linear` in bfloat16 237; its weight gradient in bfloat16 65 as autodiff writes it,
+fp32 72, bfloat16 to bfloat16 67, `linear` in bfloat16 237; its weight gradient in bfloat16 65 as written by autodiff,
 225 here.
 """
 
@@ -18,26 +19,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-# Rows moved together by `_transposed`; a tile [64, columns] stays in cache. 16 to 128 were equally fast.
+# Rows that `_transposed` moves together. A tile of [64, columns] stays in cache. 16 to 128 rows were equally fast.
 _TILE_ROWS = 64
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "..."]:
-    """Contract one axis of each side, with fp32 sums and an fp32 result."""
+    """Contract one axis of each side, with fp32 accumulation and an fp32 result."""
     dimensions = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
 def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
-    """`left.T @ right` with fp32 sums and an fp32 result."""
+    """Return `left.T @ right` with fp32 accumulation and an fp32 result."""
     if left.dtype != jnp.bfloat16:
         return product(left, right, 0, 0)
     return jax.lax.platform_dependent(
-        left, right, cpu=_transposed_product_on_amx, default=lambda left, right: product(left, right, 0, 0)
+        left, right, cpu=_transposed_matmul_on_amx, default=lambda left, right: product(left, right, 0, 0)
     )
 
 
-# (rows of out, rows of in) -> their product [out, in], summed over the rows in fp32.
+# ([rows, out], [rows, in]) -> [out, in]: their matmul, summed over the rows in fp32.
 TransposedProduct = Callable[[Array, Array], Array]
 
 
@@ -48,11 +49,11 @@ def linear(
     transposed: TransposedProduct = transposed_product,
     num_in: int = 1,
 ) -> Float[Array, "*rows_and_out"]:
-    """`x @ weight.T`: computed in x's dtype with fp32 sums, returned in x's dtype.
+    """Return `x @ weight.T`, computed in x's dtype with fp32 accumulation and returned in x's dtype.
 
-    The last `num_in` axes of both are contracted. The weight may have another float dtype; its gradient comes in that
-    dtype, summed in fp32 and rounded once, by `transposed`, a `transposed_product` that may know where its result is to
-    lie.
+    The last `num_in` axes of both are contracted. The weight may have another float dtype, which its gradient then has
+    too. `transposed` computes that gradient: it is `transposed_product`, or a variant that shards its result. The
+    gradient is summed in fp32 and rounded once.
     """
     return _contracted(x, weight, range(x.ndim - num_in, x.ndim), range(weight.ndim - num_in, weight.ndim))
 
@@ -86,19 +87,19 @@ linear.defvjp(_linear_forward, _linear_backward)
 def scattered_product(
     mesh: Mesh, rows_axes: tuple[str, ...], *, scatters_in: bool, other_axis: str | None = None
 ) -> TransposedProduct:
-    """A `transposed_product` of rows split over axes of a mesh, each device left with its part of the sum.
+    """Return a `transposed_product` of rows sharded over `rows_axes` of the mesh, with the sum scattered over devices.
 
-    Of the result [out, in] the axis in, or out, is then split over `rows_axes`, the other one over `other_axis`, as its
-    side was. What does not fall into equal parts is left to XLA.
+    One axis of the result [out, in] is sharded over `rows_axes`: in if `scatters_in`, out otherwise. The other axis is
+    sharded over `other_axis`, as it is in its operand. Shapes that do not divide into equal parts are left to XLA.
 
-    XLA by itself multiplies in slices that are slower than one product, or sums the whole result on every device; so
-    does its TPU backend with an explicit reduce-scatter over many chips. Hence parts are exchanged, and summed where
-    they arrive.
+    XLA on its own multiplies in slices, which is slower than one matmul, or sums the whole result on every device. Its
+    TPU backend does the latter even for an explicit reduce-scatter over many chips. So the devices exchange parts, and
+    each sums the parts that it receives.
     """
     num_parts = math.prod(mesh.shape[axis] for axis in rows_axes)
 
     def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out_part in_part"]:
-        # Parts are of the first axis: of the last they would lie in strides.
+        # Parts are taken along the first axis: along the last one they would be strided.
         if scatters_in:
             return sum_of(transposed_product(right, left)).T
         return sum_of(transposed_product(left, right))
@@ -123,17 +124,17 @@ def scattered_product(
     return multiply
 
 
-def _transposed_product_on_amx(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Array:
-    # XLA fuses the transpose with what made the operand, and then walks it in strides: let that be the narrow side.
+def _transposed_matmul_on_amx(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Array:
+    # XLA fuses the transpose with the producer of the operand, and then reads it in strides: transpose the narrow side.
     if left.shape[1] > right.shape[1]:
-        return _transposed(_transposed_product_on_amx(right, left))
+        return _transposed(_transposed_matmul_on_amx(right, left))
     return product(_transposed(left), right, 1, 0)
 
 
 def _transposed(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
-    """x.T in two passes: XLA's CPU transpose of a matrix walks memory in strides, ten times slower."""
+    """Return `x.T` in two passes: XLA's CPU transpose of a matrix reads memory in strides and is ten times slower."""
     rows, columns = x.shape
     tile = math.gcd(rows, _TILE_ROWS)
     tiles = jnp.swapaxes(x.reshape(rows // tile, tile, columns), 1, 2)
-    # Without the barrier XLA merges the two passes, and the transpose into the product.
+    # Without the barrier XLA fuses the two passes, and then the transpose into the matmul.
     return jnp.swapaxes(jax.lax.optimization_barrier(tiles), 0, 1).reshape(columns, rows)

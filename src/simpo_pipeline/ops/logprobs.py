@@ -1,12 +1,12 @@
-"""Log-probabilities of given tokens and their normalisers, without ever holding all logits.
+"""Log-probabilities of given tokens and their normalisers, without materialising all logits.
 
-The vocabulary is walked in chunks, forward and again backward: [tokens, chunk_size] logits live at a time instead
-of [tokens, vocab]. Chunks of vocabulary rather than of tokens, because each then adds to its own rows of the
-unembedding's gradient (no [vocab, embed] accumulation per chunk), and because tokens split over devices stay split.
-Knows nothing of sequences, masks or losses.
+The forward and the backward pass each loop over chunks of the vocabulary, so [tokens, chunk_size] logits exist at a
+time instead of [tokens, vocab]. The chunks split the vocabulary rather than the tokens for two reasons. Each chunk
+writes its own rows of the unembedding's gradient, with no [vocab, embed] accumulation per chunk. And tokens that are
+sharded over devices stay sharded. This module does not know about sequences, masks or losses.
 
-CPU seconds, forward and backward, of 2048 tokens x 576 x 49152 in chunks of 4096 against all logits at once: fp32 3.2
-against 3.0 (the logits are computed twice), bfloat16 1.5 against 2.3; temporaries 0.05 GB against 0.8 in fp32.
+CPU seconds for forward and backward of 2048 tokens x 576 x 49152, in chunks of 4096 vs. all logits at once: fp32 3.2
+vs. 3.0 (the logits are computed twice), bfloat16 1.5 vs. 2.3. Temporaries: 0.05 GB vs. 0.8 in fp32.
 
 Legend: T token, V vocabulary entry, C entry within a chunk, E embed.
 """
@@ -29,9 +29,9 @@ def token_logprobs_reference(
     unembedding: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
 ) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
-    """`log_softmax(logits)[targets]` and `logsumexp(logits)` of `logits = hidden @ unembedding.T`, in fp32.
+    """Return `log_softmax(logits)[targets]` and `logsumexp(logits)` of `logits = hidden @ unembedding.T`, in fp32.
 
-    The definition, and the oracle of the tests.
+    This is the definition, and the reference for the tests.
     """
     logits_TV = product(hidden, unembedding.astype(hidden.dtype), 1, 1)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
@@ -45,11 +45,15 @@ def token_logprobs(
     chunk_size: int,
     transposed: TransposedProduct = transposed_product,
 ) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
-    """The same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
+    """Compute the same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
 
-    Products run in hidden's dtype with fp32 sums; the results are fp32, gradients have the dtypes of their arguments.
-    That of each chunk of the unembedding is a `transposed` product, which may know where its result is to lie.
-    Targets must lie in [0, vocab). Any vocabulary size is served: the last chunk may be shorter.
+    Matmuls run in hidden's dtype with fp32 accumulation. The results are fp32; gradients have the dtypes of their
+    arguments. `transposed` computes the gradient of each chunk of the unembedding: it is `transposed_product`, or a
+    variant that shards its result. Targets must be in [0, vocab). Any vocabulary size is supported: the last chunk may
+    be shorter.
+
+    Raises:
+        ValueError: `chunk_size` is below 1.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 vocabulary entry, got {chunk_size}")
@@ -66,7 +70,7 @@ def _token_logprobs(
 def _forward(
     hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedProduct
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    """The results, and what the backward pass needs: the arguments and each token's log-sum-exp."""
+    """Return the results and the residuals for the backward pass: the arguments and each token's log-sum-exp."""
     del transposed
     matrix = unembedding.astype(hidden.dtype)
 
@@ -87,9 +91,9 @@ def _forward(
 def _backward(
     chunk_size: int, transposed: TransposedProduct, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    """`d logit = d_logp * (one_hot(target) - softmax) + d_log_sum * softmax`.
+    """Return the gradients, from `d logit = d_logp * (one_hot(target) - softmax) + d_log_sum * softmax`.
 
-    Each chunk writes its own rows of d unembedding.
+    Each chunk writes its own rows of the unembedding's gradient.
     """
     hidden, unembedding, targets, log_sum_T = saved
     d_logp_T, d_log_sum_T = cotangents
@@ -121,7 +125,7 @@ _token_logprobs.defvjp(_forward, _backward)
 def _fold_chunks(
     step: Callable[[Carry, Array | int, int], Carry], carry: Carry, vocab_size: int, chunk_size: int
 ) -> Carry:
-    """Apply `step(carry, start, size)` to every chunk in order: a loop over the full ones, then what is left."""
+    """Apply `step(carry, start, size)` to every chunk in order: a loop over the full chunks, then the remainder."""
     num_full, rest = divmod(vocab_size, chunk_size)
     carry = jax.lax.fori_loop(0, num_full, lambda i, carry: step(carry, i * chunk_size, chunk_size), carry)
     return step(carry, num_full * chunk_size, rest) if rest else carry

@@ -1,8 +1,8 @@
-"""Attention of a batch of queries over keys and values that lie in pages: the interface, and who implements it where.
+"""Paged attention: the interface for attention over keys and values stored in pages, and the backend per platform.
 
-A backend owns how a page looks; which pages belong to whom is the caller's business: nothing here allocates, and
-layers are unknown here (the engine folds them into the page index). `paged_attention_reference` is the oracle of the
-tests.
+A backend owns the layout of a page. The caller decides which pages belong to which sequence: nothing here allocates.
+Layers are unknown here: the engine folds them into the page index. `paged_attention_reference` is the reference for
+the tests.
 """
 
 from typing import ClassVar, Protocol, runtime_checkable
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
@@ -19,23 +18,23 @@ from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
 
 @runtime_checkable
 class PagedAttention(Protocol):
-    """One way to keep keys and values in pages and to attend to them; equal and hashable by value.
+    """A backend that stores keys and values in pages and attends to them; equal and hashable by value.
 
-    Pages are a tuple of arrays with one row a page. Every method is to be traced; pages given to one that returns
-    pages are updated in place where the program may donate them.
+    Pages are a tuple of arrays with one row per page. Every method is meant to be traced. Methods that return pages
+    update the given pages in place if the program may donate them.
     """
 
     name: ClassVar[str]
     default_page_size: ClassVar[int]
     keys_per_block: ClassVar[int | None]
-    """Page sizes that divide it give the same results to the bit; None where any does, or none is promised to."""
+    """Page sizes that divide it give bitwise identical results. None if all page sizes do, or none is guaranteed to."""
     kv_heads_axis: ClassVar[int]
-    """The axis of each array that can be split over devices into whole key/value heads, keys and values of each."""
+    """The axis of each array that can be sharded into whole key/value heads, each with its keys and its values."""
 
     def empty(
         self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Pages of zeros, for keys and values that are given as `dtype`."""
+        """Return pages of zeros for keys and values of `dtype`."""
         ...
 
     def write(
@@ -46,9 +45,10 @@ class PagedAttention(Protocol):
         page: Int[Array, " tokens"],
         slot: Int[Array, " tokens"],
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Puts token t's key and value into slot `slot[t]` of page `page[t]`; a page past the last one drops them.
+        """Write token t's key and value into slot `slot[t]` of page `page[t]`.
 
-        Values that are not finite, or beyond 1e30, may be stored as 0.
+        Tokens whose page is past the last one are dropped. Values that are not finite, or whose magnitude exceeds
+        1e30, may be stored as 0.
         """
         ...
 
@@ -58,9 +58,9 @@ class PagedAttention(Protocol):
         source: Int[Array, " n"],
         target: Int[Array, " n"],
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Copies page `source[i]` over page `target[i]`, all read before any is written.
+        """Copy page `source[i]` to page `target[i]`. All sources are read before any target is written.
 
-        A target past the last page drops the copy; a source there reads any page.
+        A copy whose target is past the last page is dropped. A source past the last page reads an arbitrary page.
         """
         ...
 
@@ -74,25 +74,28 @@ class PagedAttention(Protocol):
         *,
         num_single: int,
     ) -> Float[Array, "tokens heads head_size"]:
-        """Each query attends to the tokens of its sequence up to and including itself.
+        """Attend from each query to the tokens of its sequence up to and including itself.
 
-        Sequence s owns `q[query_starts[s]:query_starts[s + 1]]`: its last tokens, whose keys and values are in its
-        pages already. The first `num_single` sequences have one query each, so `query_starts[s]` = s up to and with
-        s = `num_single`; one of them with `kv_lens[s]` = 0 is no sequence. The others have any number, 0 included.
+        Sequence s owns `q[query_starts[s]:query_starts[s + 1]]`. These are its last tokens, whose keys and values are
+        already in its pages. The first `num_single` sequences have one query each, so `query_starts[s]` = s for
+        s <= `num_single`; those with `kv_lens[s]` = 0 are padding. Each of the other sequences has any number of
+        queries, including 0.
 
-        Token p of sequence s lies in page `page_table[s, p // page_size]`, slot `p % page_size`, for p < kv_lens[s];
-        the rest of its row may hold any page. Query head h reads key/value head `h // (heads // kv_heads)`. Scores
-        and softmax are fp32; the result has q's dtype. Queries of no sequence give zeros, but
-        single ones may give anything where a kernel of the device attends.
+        Token p of sequence s is in page `page_table[s, p // page_size]`, slot `p % page_size`, for p < kv_lens[s]. The
+        rest of the sequence's page table row may name any page. Query head h reads key/value head
+        `h // (heads // kv_heads)`. Scores and softmax are fp32; the result has q's dtype. Padding queries give zeros,
+        except that single ones may give arbitrary values if a device kernel computes them.
         """
         ...
 
 
-def backend_for(mesh: Mesh, axis: str = MODEL_AXIS) -> PagedAttention:
-    """The backend for the devices of `mesh`; key/value heads are split over its axis `axis` where that divides them.
+def backend_for(mesh: Mesh, axis: str) -> PagedAttention:
+    """Return the backend for the devices of `mesh`.
+
+    Key/value heads are sharded over the mesh axis `axis` if its size divides their number.
 
     Raises:
-        ValueError: There is no backend for such devices.
+        ValueError: There is no backend for these devices.
     """
     platform = mesh.devices.flat[0].platform
     match platform:
@@ -103,4 +106,4 @@ def backend_for(mesh: Mesh, axis: str = MODEL_AXIS) -> PagedAttention:
         case "tpu":
             return TpuPagedAttention(mesh, axis)
         case _:
-            raise ValueError(f"paged attention runs on cpu, gpu and tpu devices, got {platform}")
+            raise ValueError(f"paged attention supports cpu, gpu and tpu devices, got {platform}")

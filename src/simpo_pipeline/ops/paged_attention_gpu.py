@@ -1,8 +1,8 @@
-"""Paged attention for GPUs: a Pallas kernel over pages [slot, kv_head, head_size], on each device over its own heads.
+"""Paged attention for GPUs: a Pallas kernel over pages [slot, kv_head, head_size], run by each device on its own heads.
 
-The kernel takes heads of 16, 32, 64, ... numbers, up to 512 bytes. What it does not take is read in plain XLA, more
-slowly: single queries of 8 heads of 128 numbers took 8 to 42 times as long on one H200, and through cuDNN, over
-gathered pages, 3 to 4 times as long (benchmarks/gpu_attention.py). Chunks were not compared.
+The kernel supports head sizes of 16, 32, 64, ... elements, up to 512 bytes. Other shapes use plain XLA, which is
+slower. On one H200, single queries of 8 heads of 128 elements took 8 to 42 times as long in plain XLA, and 3 to 4 times
+as long in cuDNN over gathered pages (benchmarks/gpu_attention.py). Chunks were not compared.
 
 Legend: as in `paged_xla`; O slot within a page.
 """
@@ -29,9 +29,9 @@ from simpo_pipeline.ops.paged_xla import (
 
 @dataclasses.dataclass(frozen=True)
 class GpuPagedAttention:
-    """`PagedAttention` with key/value heads split over the axis `axis` of `mesh`, where that divides their number.
+    """`PagedAttention` with key/value heads sharded over the axis `axis` of `mesh`, if its size divides their number.
 
-    On devices that are no GPUs the kernel is interpreted.
+    The kernel is interpreted on devices other than GPUs.
     """
 
     mesh: Mesh
@@ -44,7 +44,7 @@ class GpuPagedAttention:
     def empty(
         self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
+        """Return two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
         shape = (num_pages, page_size, kv_heads, head_size)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
@@ -91,7 +91,7 @@ class GpuPagedAttention:
             mesh=self.mesh,
             in_specs=(heads, kv_heads, kv_heads, replicated, replicated, replicated),
             out_specs=heads,
-            # The kernel does not say over which axes its result varies.
+            # The kernel does not declare over which mesh axes its result varies.
             check_vma=False,
         )(q, keys, values, page_table, query_starts, kv_lens)
 
@@ -113,7 +113,7 @@ def _attend_on_one_device(
 
 
 def _in_kernel(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"], *, interpret: bool) -> AttendTiles:
-    # Jobs on other devices must not need a backend that JAX deprecates.
+    # Imported here because jobs on other devices must not depend on a backend that JAX deprecates.
     from simpo_pipeline.ops import paged_gpu_kernel
 
     def attend(
@@ -126,14 +126,14 @@ def _in_kernel(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"], *
         _, _, rows, head_size = q_NKRD.shape
         if not paged_gpu_kernel.takes(rows, head_size, keys.dtype.itemsize):
             return in_xla(keys, values)(q_NKRD, positions_NR, page_table, is_single=is_single)
-        where = (page_table, keys, values)
-        return paged_gpu_kernel.attend_in_ranges(q_NKRD, positions_NR, *where, splits=is_single, interpret=interpret)
+        paged_kv = (page_table, keys, values)
+        return paged_gpu_kernel.attend_in_ranges(q_NKRD, positions_NR, *paged_kv, splits=is_single, interpret=interpret)
 
     return attend
 
 
 def in_xla(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"]) -> AttendTiles:
-    """How tiles attend to the keys and values of such pages in plain XLA."""
+    """Return `AttendTiles` over the keys and values of these pages, in plain XLA."""
 
     def read_block(indices: Int[Array, "N W"]) -> tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]:
         block = (indices.shape[0], -1, *keys.shape[2:])

@@ -1,4 +1,4 @@
-"""Paged attention as its definition reads: every query against the whole row of its page table. For tests."""
+"""The definition of paged attention: every query attends over its whole page table row, masked. For tests."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 @dataclasses.dataclass(frozen=True)
 class ReferencePagedAttention:
-    """`PagedAttention` in the fewest words; values that no query sees may be anything, NaN too."""
+    """`PagedAttention` in its simplest form. Values that no query attends to may be anything, including NaN."""
 
     name: ClassVar[str] = "reference"
     default_page_size: ClassVar[int] = 1
@@ -21,7 +21,7 @@ class ReferencePagedAttention:
     def empty(
         self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
+        """Return two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
         shape = (num_pages, page_size, kv_heads, head_size)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
@@ -64,7 +64,7 @@ class ReferencePagedAttention:
         flat = (num_tokens, -1, *keys.shape[2:])
         k, v = keys[page_table[owner]].reshape(flat), values[page_table[owner]].reshape(flat)
         seen = jnp.arange(k.shape[1])[None] <= position[:, None]
-        # A slot that a query does not see may hold anything, and 0 * NaN is NaN.
+        # A slot that is masked for a query may contain anything, and 0 * NaN is NaN.
         v = jnp.where(seen[:, :, None, None], v, 0).astype(jnp.float32)
         grouped = q.reshape(num_tokens, k.shape[2], -1, head_size)
         scores = jnp.einsum("nkgd,ntkd->nkgt", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(head_size)
@@ -77,7 +77,7 @@ class ReferencePagedAttention:
 def _owners(
     query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int
 ) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"]]:
-    """Of each token: its sequence, and its position in it (-1 for a token of no sequence)."""
+    """Return the sequence of each token, and the token's position in it (-1 for padding)."""
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     owner = jnp.sum(tokens[:, None] >= query_starts[None, 1:], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, kv_lens.shape[0] - 1)

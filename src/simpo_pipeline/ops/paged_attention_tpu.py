@@ -1,10 +1,10 @@
-"""Paged attention for TPUs: JAX's ragged paged attention kernel, on each device over its own heads.
+"""Paged attention for TPUs: JAX's ragged paged attention kernel, run by each device on its own heads.
 
-Pages are laid out for the kernel: one array [page, slot, 2 * kv_heads, head_size], in which each head's key is
-followed by its value, so that a split over that axis gives whole heads.
+The page layout is the kernel's: one array [page, slot, 2 * kv_heads, head_size]. Each head's key is followed by its
+value, so sharding the third axis gives whole heads.
 
-The kernel knows only some numbers of heads. For others the same pages are read in plain XLA, more slowly; which of
-the two it is follows from the shapes.
+The kernel supports only certain numbers of heads. For others, plain XLA reads the same pages, more slowly. The shapes
+decide which of the two runs.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ from jaxtyping import Array, Float, Int, Shaped
 from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
 from simpo_pipeline.ops.paged_xla import attend_in_tiles, in_blocks, storable_values
 
-# The kernel's vectors are so long; HBM pads shorter ones to it anyway, so a head of 64 takes no more memory for it.
+# Length of the kernel's vectors. HBM pads shorter ones to this length anyway, so padding a head of 64 costs no memory.
 _LANES = 128
-# Every sequence is computed for all queries of a block, so single queries want small blocks and chunks large ones.
+# The kernel computes every sequence for all queries of a block: small blocks suit single queries, large blocks chunks.
 _SINGLE_QUERIES_PER_BLOCK = 8
 _CHUNK_QUERIES_PER_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuPagedAttention:
-    """`PagedAttention` with key/value heads split over the axis `axis` of `mesh`, where that divides their number."""
+    """`PagedAttention` with key/value heads sharded over axis `axis` of `mesh`, if its size divides their number."""
 
     mesh: Mesh
     axis: str
     name: ClassVar[str] = "tpu"
-    # The kernel copies page by page and keeps the page table in scalar memory: large pages are fewer, longer copies
-    # and a short table.
+    # The kernel copies page by page and keeps the page table in scalar memory. Large pages mean fewer, longer copies
+    # and a shorter table.
     default_page_size: ClassVar[int] = 128
     keys_per_block: ClassVar[int | None] = None
     kv_heads_axis: ClassVar[int] = 2
@@ -46,8 +46,8 @@ class TpuPagedAttention:
     def empty(
         self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """One array of zeros of `dtype`: [pages, page_size, 2 * kv_heads, head_size rounded up to 128]."""
-        return (jnp.zeros((num_pages, page_size, 2 * kv_heads, head_size + _missing_lanes(head_size)), dtype),)
+        """Return one array of zeros of `dtype`: [pages, page_size, 2 * kv_heads, head_size rounded up to 128]."""
+        return (jnp.zeros((num_pages, page_size, 2 * kv_heads, head_size + _lane_padding(head_size)), dtype),)
 
     def write(
         self,
@@ -61,7 +61,7 @@ class TpuPagedAttention:
         (kv_pages,) = pages
         num_tokens, kv_heads, head_size = k.shape
         kv = jnp.stack([k, storable_values(v)], axis=2).reshape(num_tokens, 2 * kv_heads, head_size)
-        return (kv_pages.at[page, slot].set(_with_all_lanes(kv), mode="drop"),)
+        return (kv_pages.at[page, slot].set(_pad_lanes(kv), mode="drop"),)
 
     def copy(
         self,
@@ -71,7 +71,7 @@ class TpuPagedAttention:
     ) -> tuple[Shaped[Array, "pages ..."], ...]:
         """See `PagedAttention.copy`."""
         (kv_pages,) = pages
-        return (_copied_one_by_one(kv_pages, source, target),)
+        return (_copy_one_by_one(kv_pages, source, target),)
 
     def attend(
         self,
@@ -94,20 +94,22 @@ class TpuPagedAttention:
             mesh=self.mesh,
             in_specs=(heads, kv_heads, replicated, replicated, replicated),
             out_specs=heads,
-            # The kernel does not say over which axes its result varies.
+            # The kernel does not declare over which mesh axes its result varies.
             check_vma=False,
         )(q, kv_pages, page_table, query_starts, kv_lens)
 
 
-def _copied_one_by_one(
+def _copy_one_by_one(
     kv_pages: Shaped[Array, "pages page_size two_kv_heads lanes"], source: Int[Array, " n"], target: Int[Array, " n"]
 ) -> Shaped[Array, "pages page_size two_kv_heads lanes"]:
-    """Slices keep the layout of the pages. A scatter of whole pages wants another one, and XLA would bring the cache
-    there and back: 23 ms expected for one of 4.6 GB on a chip of a v5p, and as much memory again.
+    """Copy pages with one slice update each, which keeps their layout.
+
+    A scatter of whole pages needs another layout, and XLA would convert the whole cache to it and back. For a cache of
+    4.6 GB on one v5p chip that is an expected 23 ms, and as much memory again.
     """
     last = kv_pages.shape[0] - 1
     read = [lax.dynamic_slice_in_dim(kv_pages, jnp.clip(page, 0, last), 1) for page in source]
-    # Else XLA might put off a read until its page is written over, and keep a copy of all pages for that.
+    # Otherwise XLA might delay a read until after its page is overwritten, and copy all pages to allow that.
     kv_pages, read = lax.optimization_barrier((kv_pages, read))
     for page, copied in zip(target, read, strict=True):
         at = jnp.clip(page, 0, last)
@@ -127,12 +129,12 @@ def _attend_on_one_device(
 ) -> Float[Array, "tokens heads head_size"]:
     if not _kernel_tiles(kv_pages.shape[2], kv_pages.dtype.itemsize):
         return _attend_without_kernel(q, kv_pages, page_table, query_starts, kv_lens, num_single=num_single)
-    # The kernel follows every entry that it reads, and it reads the first of each row.
+    # The kernel dereferences every entry that it reads, and it reads at least the first of each row.
     page_table = jnp.clip(page_table, 0, kv_pages.shape[0] - 1)
     parts = []
     if num_single:
         single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
-        # Each has its query, so all of them wait for their blocks.
+        # Each sequence has a query, so the kernel waits for the blocks of all of them.
         all_of_them = jnp.full(1, num_single, jnp.int32)
         parts.append(
             _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
@@ -151,18 +153,18 @@ def _attend_chunks(
     kv_lens: Int[Array, " seqs"],
 ) -> Float[Array, "tokens heads head_size"]:
     def attend() -> Float[Array, "tokens heads head_size"]:
-        # It fetches a block ahead for the next sequence: each that it counts must be one that waits for its block, so
-        # none without keys, and none after the last query.
+        # The kernel prefetches a block for the next sequence. Every sequence that it counts must wait for its block, so
+        # it must count none without keys and none after the last query.
         has_queries = query_starts[1:] > query_starts[:-1]
         rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
         num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
         rest = page_table, query_starts, kv_lens, num_seqs
         out = _kernel(q, kv_pages, *rest, queries_per_block=_CHUNK_QUERIES_PER_BLOCK)
-        # The kernel leaves anything where there is no query.
+        # The kernel leaves arbitrary values where there is no query.
         is_query = jnp.arange(q.shape[0], dtype=jnp.int32) < query_starts[-1]
         return jnp.where(is_query[:, None, None], out, 0)
 
-    # Without any query the kernel would not wait for the first page that it fetched.
+    # Without any query the kernel would not wait for the first page that it fetches.
     with jax.named_scope("chunks"):
         return lax.cond(query_starts[-1] > 0, attend, lambda: jnp.zeros_like(q))
 
@@ -182,7 +184,7 @@ def _kernel(
     shape = KernelShape(kv_pages.shape[1], page_table.shape[1], q.shape[1], kv_heads, head_size, itemsize)
     blocks = blocks_for(shape, queries_per_block)
     out = ragged_paged_attention(
-        _with_all_lanes(q),
+        _pad_lanes(q),
         kv_pages,
         jnp.maximum(kv_lens, 1),
         page_table,
@@ -205,7 +207,7 @@ def _attend_without_kernel(
     *,
     num_single: int,
 ) -> Float[Array, "tokens heads head_size"]:
-    """The same, of the same pages, in plain XLA; legend as in `paged_xla`."""
+    """Attend over the same pages in plain XLA; legend as in `paged_xla`."""
     _, page_size, two_kv_heads, lanes = kv_pages.shape
     head_size = q.shape[2]
 
@@ -219,15 +221,15 @@ def _attend_without_kernel(
 
 
 def _kernel_tiles(two_kv_heads: int, itemsize: int) -> bool:
-    """Whether the kernel takes so many heads of keys and values together: their rows of 32 bits must fill tiles."""
+    """Return whether the kernel supports this number of key and value heads: their 32-bit rows must fill tiles."""
     packing = 4 // itemsize
     rows = two_kv_heads // packing
     return two_kv_heads % packing == 0 and (rows in (1, 2, 4) or rows % 8 == 0)
 
 
-def _missing_lanes(head_size: int) -> int:
+def _lane_padding(head_size: int) -> int:
     return -head_size % _LANES
 
 
-def _with_all_lanes(heads: Float[Array, "tokens heads head_size"]) -> Float[Array, "tokens heads lanes"]:
-    return jnp.pad(heads, ((0, 0), (0, 0), (0, _missing_lanes(heads.shape[2]))))
+def _pad_lanes(heads: Float[Array, "tokens heads head_size"]) -> Float[Array, "tokens heads lanes"]:
+    return jnp.pad(heads, ((0, 0), (0, 0), (0, _lane_padding(heads.shape[2]))))

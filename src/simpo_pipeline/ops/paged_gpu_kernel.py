@@ -1,15 +1,15 @@
-"""Tiles of queries against keys and values in pages, as one Pallas kernel (Triton) for GPUs.
+"""Attention of query tiles over keys and values in pages, as one Pallas (Triton) kernel for GPUs.
 
-Each program of the grid reads the keys of one tile and one key/value head, or of a fixed range of them, once, straight
-from their pages, with an online softmax (https://arxiv.org/abs/2205.14135). Ranges are put together in XLA, as in
-https://arxiv.org/abs/2311.01282: few long sequences would leave most of a GPU idle otherwise.
+Each program of the grid handles one tile and one key/value head. It reads all their keys, or a fixed range of them,
+once and directly from the pages, with an online softmax (https://arxiv.org/abs/2205.14135). XLA combines the ranges,
+as in https://arxiv.org/abs/2311.01282. Without ranges, a few long sequences would leave most of a GPU idle.
 
-Where ranges begin depends on nothing, and they are added in their order, so neither other sequences nor the width of
-the page table change a result. Chunks are not split: beyond the first range they may round otherwise than single
-queries.
+The starts of the ranges are constants, and ranges are added in order. So neither other sequences nor the width of the
+page table change a result. Chunks are not split into ranges: past the first range they may round differently from
+single queries.
 
-float32 numbers are multiplied as `jax_default_matmul_precision` says, by default in TF32. JAX deprecates Pallas for
-Triton from 0.11 on, in favour of Mosaic GPU.
+`jax_default_matmul_precision` sets the precision of float32 matmuls, by default TF32. JAX deprecates Pallas for Triton
+from 0.11 on, in favour of Mosaic GPU.
 
 Legend: as in `paged_xla`; S range of keys, P page, O slot within a page.
 """
@@ -29,25 +29,25 @@ from jaxtyping import Array, Float, Int
 from simpo_pipeline.ops.linear import product
 from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, LEAST_TOTAL, MASKED
 
-# Matrix units of GPUs take no fewer rows.
-_LEAST_ROWS = 16
-# Keys of the first ranges: fewer make more programs, whose sums are to be put together.
+# The minimum number of rows of a GPU's matrix units.
+_MIN_ROWS = 16
+# Keys per range, for the first ranges. Shorter ranges mean more programs, whose sums must be combined.
 _FIRST_RANGE = 512
-# After so many ranges they get twice as long, since the sums of all that a page table has room for are written.
+# After this many ranges the length doubles, because sums are written for every range that a page table has room for.
 _RANGES_OF_A_LENGTH = 8
-# Rows of a tile whose sums fit the registers of four warps, and of eight.
-_ROWS_OF_FOUR_WARPS = 64
-_MOST_ROWS = 128
-# Bytes of a head of which three blocks of keys and values fit the shared memory of a GPU, one being computed with and
-# two on their way; of one twice as large two do.
-_BYTES_OF_THREE_STAGES = 256
+# The most rows of a tile whose sums fit in the registers of four warps, and of eight.
+_MAX_ROWS_FOR_FOUR_WARPS = 64
+_MAX_ROWS = 128
+# The largest head, in bytes, for which three blocks of keys and values fit in a GPU's shared memory: one in use and two
+# being fetched. For heads twice as large, two blocks fit.
+_MAX_HEAD_BYTES_FOR_THREE_STAGES = 256
 _LOG2_E = math.log2(math.e)
 
 
 def takes(rows: int, head_size: int, itemsize: int) -> bool:
-    """Whether the kernel can run over tiles of so many rows, and heads of so many numbers of so many bytes."""
+    """Return whether the kernel supports tiles of `rows` rows and heads of `head_size` elements of `itemsize` bytes."""
     is_power_of_2 = head_size & (head_size - 1) == 0
-    return rows <= _MOST_ROWS and head_size >= _LEAST_ROWS and is_power_of_2 and head_size * itemsize <= 512
+    return rows <= _MAX_ROWS and head_size >= _MIN_ROWS and is_power_of_2 and head_size * itemsize <= 512
 
 
 def attend_in_ranges(
@@ -60,14 +60,14 @@ def attend_in_ranges(
     splits: bool,
     interpret: bool = False,
 ) -> Float[Array, "N K R D"]:
-    """Each row attends to the keys of its tile's pages up to and including its position; fp32, scores are not scaled.
+    """Attend from each row to the keys of its tile's pages, up to and including its position.
 
-    A position of -1 sees nothing, and gives zeros. `splits` lets several programs share the keys of a tile.
-    `interpret` runs the kernel as XLA operations, anywhere.
+    The result is fp32, and scores are not scaled. A row with position -1 attends to nothing and gives zeros. `splits`
+    lets several programs share the keys of a tile. `interpret` runs the kernel as XLA operations, on any device.
     """
     num_tiles, kv_heads, rows, head_size = q_NKRD.shape
-    most_keys = page_table.shape[1] * keys_POKD.shape[1]
-    ranges = next(count for count in itertools.count(1) if _range_start(count) >= most_keys) if splits else 1
+    max_keys = page_table.shape[1] * keys_POKD.shape[1]
+    ranges = next(count for count in itertools.count(1) if _range_start(count) >= max_keys) if splits else 1
     kernel = functools.partial(_add_keys, rows=rows, splits=splits)
     sums = (ranges, num_tiles, kv_heads, rows)
     weighted, total, peak = pl.pallas_call(
@@ -79,8 +79,8 @@ def attend_in_ranges(
             jax.ShapeDtypeStruct(sums, jnp.float32),
         ],
         compiler_params=triton.CompilerParams(
-            num_warps=4 if rows <= _ROWS_OF_FOUR_WARPS else 8,
-            num_stages=3 if head_size * keys_POKD.dtype.itemsize <= _BYTES_OF_THREE_STAGES else 2,
+            num_warps=4 if rows <= _MAX_ROWS_FOR_FOUR_WARPS else 8,
+            num_stages=3 if head_size * keys_POKD.dtype.itemsize <= _MAX_HEAD_BYTES_FOR_THREE_STAGES else 2,
         ),
         interpret=interpret,
         name="paged_attention",
@@ -91,7 +91,7 @@ def attend_in_ranges(
 
 
 def _range_start(part: int | Int[Array, ""]) -> int | Int[Array, ""]:
-    """The first key of a range, from its number."""
+    """Return the first key of a range, given the index of the range."""
     doublings, rest = part // _RANGES_OF_A_LENGTH, part % _RANGES_OF_A_LENGTH
     return _FIRST_RANGE * (_RANGES_OF_A_LENGTH * ((1 << doublings) - 1) + (rest << doublings))
 
@@ -110,13 +110,13 @@ def _add_keys(
     rows: int,
     splits: bool,
 ) -> None:
-    """The sums of one tile and one key/value head over one range of keys, or over all of them."""
+    """Compute the sums of one tile and one key/value head over one range of keys, or over all keys."""
     head, tile, part = (pl.program_id(axis) for axis in range(3))
     page_size, head_size = keys_ref.shape[1], keys_ref.shape[3]
-    num_rows = max(_LEAST_ROWS, pl.next_power_of_2(rows))
+    num_rows = max(_MIN_ROWS, pl.next_power_of_2(rows))
     row = jnp.arange(num_rows, dtype=jnp.int32)
     is_row = row < rows
-    # Whole indices: the kernel's interpreter knows no masks beside slices.
+    # Full index arrays: the Pallas interpreter does not support masks together with slices.
     row_RD = jnp.broadcast_to(row[:, None], (num_rows, head_size))
     column_RD = jnp.broadcast_to(jnp.arange(head_size, dtype=jnp.int32), (num_rows, head_size))
     q = triton.load(q_ref.at[tile, head, row_RD, column_RD], mask=row_RD < rows, other=0.0)
@@ -129,7 +129,7 @@ def _add_keys(
     def add_block(index: Int[Array, ""], sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weighted, total, peak = sums
         key = index * KEYS_PER_BLOCK + jnp.arange(KEYS_PER_BLOCK, dtype=jnp.int32)
-        # The last block may reach past the table, and past the sequence's own pages.
+        # The last block may extend past the page table, and past the sequence's own pages.
         page = table_ref[tile, jnp.minimum(key // page_size, table_ref.shape[1] - 1)]
         page = jnp.clip(page, 0, keys_ref.shape[0] - 1)
         keys, values = (ref[page, key % page_size, head, :] for ref in (keys_ref, values_ref))

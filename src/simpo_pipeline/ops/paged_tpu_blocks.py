@@ -1,16 +1,16 @@
-"""How large the blocks of the TPU kernel are, so that what it keeps in vector memory (VMEM) fits: pure arithmetic.
+"""Block sizes of the TPU kernel, chosen so that its working set fits in vector memory (VMEM). Pure arithmetic.
 
-Left to itself the kernel looks its sizes up by the name of the first device of the process. Prefill of an 8B model
-then wanted 37.5 MiB of a 16 MiB limit.
+By default the kernel looks up its block sizes by the name of the process's first device. Prefill of an 8B model then
+needed 37.5 MiB, with a limit of 16 MiB.
 """
 
 import dataclasses
 
-# What XLA grants a kernel by default on a v5p. Given to the kernel too, so that no flag of the process changes it.
+# XLA's default limit for a kernel on a v5p. Also passed to the kernel, so that no flag of the process changes it.
 VMEM_LIMIT_BYTES = 16 * 2**20
-# `vmem_bytes` bounds what the compiler took in every setting tried; the rest is for other compilers.
+# `vmem_bytes` was an upper bound of the compiler's usage in every setting tried. The margin is for other compilers.
 _VMEM_BUDGET_BYTES = 12 * 2**20
-# Keys of one sequence read together. Each read copies whole blocks, so longer ones cost short sequences more.
+# Keys of one sequence that are read together. Each read copies a whole block, so longer blocks slow short sequences.
 _KEYS_PER_BLOCK = 512
 _LANES = 128
 _SUBLANE_BYTES = 32
@@ -18,7 +18,7 @@ _SUBLANE_BYTES = 32
 
 @dataclasses.dataclass(frozen=True)
 class KernelShape:
-    """What the kernel sees on one device."""
+    """Sizes of the kernel's inputs on one device."""
 
     page_size: int
     pages_per_seq: int
@@ -26,21 +26,21 @@ class KernelShape:
     kv_heads: int
     head_size: int
     itemsize: int
-    """Bytes of a number in q and in the pages."""
+    """Bytes per element of q and of the pages."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What the kernel works on at a time."""
+    """Sizes of the kernel's blocks: pages of keys and values, and queries."""
 
     kv_pages: int
     queries: int
 
 
 def vmem_bytes(shape: KernelShape, blocks: Blocks) -> int:
-    """An upper bound of what the kernel takes: its buffers, and the intermediate results of all heads.
+    """Return an upper bound of the kernel's VMEM usage: its buffers and the intermediate results of all heads.
 
-    The kernel goes over the heads one by one, but in a loop that is unrolled, and the compiler starts them early.
+    The kernel processes the heads one by one, but its loop is unrolled and the compiler starts heads early.
     """
     keys, rows = blocks.kv_pages * shape.page_size, blocks.queries * (shape.heads // shape.kv_heads)
     kv_buffers = 2 * keys * _tiled(2 * shape.kv_heads, shape.itemsize) * shape.head_size * shape.itemsize
@@ -53,7 +53,13 @@ def vmem_bytes(shape: KernelShape, blocks: Blocks) -> int:
 
 
 def blocks_for(shape: KernelShape, max_queries: int) -> Blocks:
-    """The largest blocks up to the wanted ones that fit; `max_queries` a block, fewer where VMEM is short."""
+    """Return the largest blocks that fit in VMEM, up to the preferred sizes.
+
+    A block has `max_queries` queries, or fewer if VMEM is short.
+
+    Raises:
+        ValueError: Not even one page and one query fit.
+    """
     blocks = Blocks(kv_pages=min(max(1, _KEYS_PER_BLOCK // shape.page_size), shape.pages_per_seq), queries=max_queries)
     while vmem_bytes(shape, blocks) > _VMEM_BUDGET_BYTES:
         if blocks.queries > 1:
@@ -62,13 +68,14 @@ def blocks_for(shape: KernelShape, max_queries: int) -> Blocks:
             blocks = dataclasses.replace(blocks, kv_pages=blocks.kv_pages // 2)
         else:
             raise ValueError(
-                f"one page of {shape.page_size} tokens, {shape.kv_heads} key/value heads of {shape.head_size} on a "
-                f"device takes {vmem_bytes(shape, blocks)} bytes of VMEM, of {_VMEM_BUDGET_BYTES}. Decrease page_size."
+                f"one page of {shape.page_size} tokens with {shape.kv_heads} key/value heads of size "
+                f"{shape.head_size} per device needs {vmem_bytes(shape, blocks)} bytes of VMEM, but the budget is "
+                f"{_VMEM_BUDGET_BYTES}. Decrease page_size."
             )
     return blocks
 
 
 def _tiled(heads: int, itemsize: int) -> int:
-    """Heads as they are laid out in VMEM: numbers of `itemsize` bytes come in tiles of so many rows."""
+    """Return the number of heads rounded up to whole VMEM tiles, whose number of rows depends on `itemsize`."""
     tile = _SUBLANE_BYTES // itemsize
     return -(-heads // tile) * tile

@@ -1,9 +1,9 @@
-"""What backends share: queries cut into tiles, and in plain XLA tiles against blocks of keys, with online softmax.
+"""Paged attention code that the backends share: splitting queries into tiles, and plain XLA attention over tiles.
 
-How a page looks is left to a `ReadBlock`, so that all of them share the algorithm. Work follows
-the longest sequence present, not the width of the page table: key blocks are read in a loop that ends with it. A
-block that a query does not see leaves that query's result untouched to the last bit, so results do not depend on the
-other sequences' lengths.
+The plain XLA attention loops over blocks of keys, with an online softmax. A `ReadBlock` hides the layout of a page, so
+all backends share the algorithm. The work depends on the longest sequence present, not on the width of the page table:
+the loop over key blocks stops after that sequence. A block that is masked for a query leaves that query's result
+bitwise unchanged, so results do not depend on the lengths of other sequences.
 
 Legend: K key/value head, G query head within its group, D head_size, N tile of queries, Q query within its tile,
 R row = (query, group) within a tile, W page within a key block, T key within a key block.
@@ -17,25 +17,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-# Keys read at once: shorter blocks follow the true lengths closer, longer ones make fewer and larger products.
+# Keys read at once. Shorter blocks waste less work past a sequence's end; longer ones mean fewer and larger matmuls.
 KEYS_PER_BLOCK = 64
-# Queries of one sequence that share one read of its keys, when a sequence has several (prefill).
+# Queries of one sequence that share one read of its keys, if the sequence has several queries (prefill).
 QUERIES_PER_TILE = 16
-# What a masked score becomes: far below any real one, and finite so that a fully masked block gives no NaN.
+# Value of a masked score: far below any real score, and finite so that a fully masked block gives no NaN.
 MASKED = -1e30
-# Below any sum of exponentials that has a term, so that dividing by it matters only where there is none.
+# Lower bound of a denominator: below any non-empty sum of exponentials, so it only takes effect if the sum is empty.
 LEAST_TOTAL = 1e-30
-# Slots that a query does not see have weight 0, which a sum over many values of this size still turns into 0.
+# Largest value that is stored. Masked slots have weight 0, and a sum over many values of this size times 0 is still 0.
 _LARGEST_VALUE = 1e30
 
-# Pages [N W] -> their keys [N K D T] and values [N K T D]. Keys of slots without a token may be anything, values there
-# are finite numbers. A page that does not exist reads as any.
+# Pages [N W] -> their keys [N K D T] and values [N K T D]. In slots without a token, keys may be anything and values
+# are finite. A page index past the last page reads an arbitrary page.
 ReadBlock = Callable[[Int[Array, "N W"]], tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]]
 
 
 @runtime_checkable
 class AttendTiles(Protocol):
-    """How tiles attend, fp32; scores are not scaled. Rows of position -1 see nothing, and give zeros."""
+    """Attention over tiles, in fp32, without scaling the scores. Rows with position -1 are masked and give zeros."""
 
     def __call__(
         self,
@@ -45,22 +45,22 @@ class AttendTiles(Protocol):
         *,
         is_single: bool,
     ) -> Float[Array, "N K R D"]:
-        """`is_single`: each tile is one query, of a sequence of its own."""
+        """Attend from each tile to its pages. With `is_single`, each tile is one query of a separate sequence."""
         ...
 
 
 def copy_pages(
     pages: tuple[Shaped[Array, "pages ..."], ...], source: Int[Array, " n"], target: Int[Array, " n"]
 ) -> tuple[Shaped[Array, "pages ..."], ...]:
-    """`PagedAttention.copy`."""
+    """Implement `PagedAttention.copy`."""
     return tuple(array.at[target].set(array.at[source].get(mode="clip"), mode="drop") for array in pages)
 
 
 def storable_values(v: Float[Array, "tokens kv_heads head_size"]) -> Float[Array, "tokens kv_heads head_size"]:
-    """The same values, 0 for those that times 0 would not be 0 when summed.
+    """Return the values, with those set to 0 that are not finite or too large for a weight of 0 to cancel in a sum.
 
-    Done once at the write, it spares each step a pass over all values read (49 -> 44 ms a decode step of 128
-    sequences of 100 tokens, SmolLM2-135M on 2 cores of a Zen 5).
+    Doing this once when values are written saves each step a pass over all values read (49 -> 44 ms per decode step of
+    128 sequences of 100 tokens, SmolLM2-135M on 2 cores of a Zen 5).
     """
     return jnp.where(jnp.abs(v.astype(jnp.float32)) <= _LARGEST_VALUE, v, jnp.zeros((), v.dtype))
 
@@ -75,7 +75,7 @@ def attend_in_tiles(
     num_single: int,
     kv_heads: int,
 ) -> Float[Array, "tokens heads head_size"]:
-    """`PagedAttention.attend` by tiles."""
+    """Implement `PagedAttention.attend` by splitting the queries into tiles."""
     group = q.shape[1] // kv_heads
     parts = []
     if num_single:
@@ -89,7 +89,7 @@ def attend_in_tiles(
 
 
 def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
-    """`AttendTiles` in plain XLA, over pages of `page_size` behind `read_block`."""
+    """Return `AttendTiles` in plain XLA, over pages of `page_size` tokens that `read_block` reads."""
 
     def attend(
         q_NKRD: Float[Array, "N K R D"],
@@ -114,17 +114,17 @@ def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
 
 
 class _Tiles(NamedTuple):
-    """Queries cut into tiles of one size, each of one sequence."""
+    """Queries split into tiles of one size. Each tile belongs to one sequence."""
 
-    tokens: Int[Array, "tiles tile_size"]  # index of each query in q; any, where there is no query
-    positions: Int[Array, "tiles tile_size"]  # position of each query in its sequence; -1 where there is no query
-    seqs: Int[Array, " tiles"]  # whose queries they are; any, where there are none
-    places: Int[Array, " tokens"]  # where each token went: tile * tile_size + place within the tile
-    is_query: Bool[Array, " tokens"]  # whether the token is a query of a sequence
+    tokens: Int[Array, "tiles tile_size"]  # index of each query in q; arbitrary for padding
+    positions: Int[Array, "tiles tile_size"]  # position of each query in its sequence; -1 for padding
+    seqs: Int[Array, " tiles"]  # the sequence of each tile; arbitrary for a tile of padding
+    tile_indices: Int[Array, " tokens"]  # where each token is: tile * tile_size + index within the tile
+    is_query: Bool[Array, " tokens"]  # whether the token is a query of a sequence, not padding
 
 
 class _Sums(NamedTuple):
-    """A softmax-weighted sum in the making, over the keys seen so far, fp32."""
+    """Running state of a softmax-weighted sum over the keys processed so far, fp32."""
 
     peak: Float[Array, "N K R"]  # largest score
     total: Float[Array, "N K R"]  # sum of exp(score - peak)
@@ -132,15 +132,15 @@ class _Sums(NamedTuple):
 
 
 def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles:
-    """One tile a sequence, of one query, or of two rows at least: products with one row are rounded otherwise."""
+    """Return one tile per sequence, with one query and at least two rows: matmuls with one row round differently."""
     seqs = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     tile_size = max(1, 2 // group)
-    nobody = jnp.full((kv_lens.shape[0], tile_size - 1), -1, jnp.int32)
+    padding = jnp.full((kv_lens.shape[0], tile_size - 1), -1, jnp.int32)
     return _Tiles(
         tokens=jnp.repeat(seqs[:, None], tile_size, axis=1),
-        positions=jnp.concatenate([kv_lens[:, None] - 1, nobody], axis=1),
+        positions=jnp.concatenate([kv_lens[:, None] - 1, padding], axis=1),
         seqs=seqs,
-        places=seqs * tile_size,
+        tile_indices=seqs * tile_size,
         is_query=kv_lens > 0,
     )
 
@@ -150,7 +150,7 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
     num_queries = query_starts[1:] - query_starts[:-1]
     ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
     starts = ends - (num_queries + size - 1) // size
-    # Each sequence fills its tiles but the last.
+    # Each sequence fills all of its tiles except possibly the last.
     tiles = jnp.arange(num_tokens // size + num_seqs, dtype=jnp.int32)
     seqs = jnp.minimum(jnp.sum(tiles[:, None] >= ends[None], axis=1, dtype=jnp.int32), num_seqs - 1)
     query = (tiles - starts[seqs])[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
@@ -162,7 +162,7 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
         tokens=jnp.where(exists, query_starts[seqs][:, None] + query, 0),
         positions=jnp.where(exists, (kv_lens - num_queries)[seqs][:, None] + query, -1),
         seqs=seqs,
-        places=starts[owner] * size + tokens - query_starts[owner],
+        tile_indices=starts[owner] * size + tokens - query_starts[owner],
         is_query=tokens < query_starts[-1],
     )
 
@@ -192,10 +192,10 @@ def _by_tile(
 
 
 def _by_token(x_NKRD: Float[Array, "N K R D"], tiles: _Tiles, group: int) -> Float[Array, "tokens heads D"]:
-    """Undoes `_by_tile`; zeros for tokens that are no query of any sequence."""
+    """Undo `_by_tile`; padding tokens give zeros."""
     num_tiles, kv_heads, _, head_size = x_NKRD.shape
     x_NQKGD = jnp.swapaxes(x_NKRD.reshape(num_tiles, kv_heads, -1, group, head_size), 1, 2)
-    x = x_NQKGD.reshape(-1, kv_heads * group, head_size)[tiles.places]
+    x = x_NQKGD.reshape(-1, kv_heads * group, head_size)[tiles.tile_indices]
     return jnp.where(tiles.is_query[:, None, None], x, 0)
 
 
@@ -223,7 +223,7 @@ def _block_sums(
     v_NKTD: Float[Array, "N K T D"],
     positions_NR: Int[Array, "N R"],
 ) -> _Sums:
-    """The sums over one block of keys; positions count from the block's first key."""
+    """Return the sums over one block of keys. Positions are relative to the block's first key."""
     scores_NKRT = jnp.einsum("NKRD,NKDT->NKRT", q_NKRD, k_NKDT, preferred_element_type=jnp.float32)
     key = jnp.arange(k_NKDT.shape[3], dtype=jnp.int32)
     seen = (key[None, None] <= positions_NR[:, :, None])[:, None]
@@ -233,7 +233,8 @@ def _block_sums(
     weighted = jnp.einsum(
         "NKRT,NKTD->NKRD", exponentials.astype(v_NKTD.dtype), v_NKTD, preferred_element_type=jnp.float32
     )
-    # Also keeps the sum out of the arithmetic of `_merged`: fused with it, XLA rounds otherwise in large batches.
+    # The `where` also stops XLA from fusing the sum with the arithmetic of `_merged`, which rounds differently in large
+    # batches.
     total = jnp.where(peak > MASKED, jnp.sum(exponentials, axis=-1), 0)
     return _Sums(peak, total, weighted)
 

@@ -1,7 +1,7 @@
-"""Rotary position embedding in Hugging Face's layout: component i turns with component i + head_size / 2.
+"""Rotary position embedding in Hugging Face's layout: components i and i + head_size / 2 are rotated as a pair.
 
-The frequencies are numpy constants made on the host; the rotation of a batch of positions is computed once and
-used by every layer. Knows nothing of caches or of where a position comes from.
+The frequencies are NumPy constants computed on the host. The rotation of a batch of positions is computed once and
+used by every layer. This module does not know about caches or where a position comes from.
 """
 
 import math
@@ -21,7 +21,7 @@ class Rotation(NamedTuple):
 
 
 def rope_frequencies(head_size: int, theta: float) -> Float[np.ndarray, " half_head"]:
-    """Radians per position of each pair: `theta ** (-2 i / head_size)`, fp32."""
+    """Return the frequency of each pair in radians per position: `theta ** (-2 i / head_size)`, fp32."""
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     return (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
 
@@ -34,18 +34,19 @@ def llama3_scaled_frequencies(
     high_freq_factor: float,
     original_max_seq_len: int,
 ) -> Float[np.ndarray, " half_head"]:
-    """Llama 3.1's frequencies for contexts `factor` times longer than the original one, fp32.
+    """Return Llama 3.1's frequencies for contexts `factor` times longer than the original context, fp32.
 
-    A pair that turns more than `high_freq_factor` times within the original context keeps its frequency, one that
-    turns less than `low_freq_factor` times is slowed by `factor`, and those between are blended linearly.
+    A pair that rotates more than `high_freq_factor` times within the original context keeps its frequency. The
+    frequency of a pair that rotates fewer than `low_freq_factor` times is divided by `factor`. Between the two, the
+    frequency is interpolated linearly.
     """
-    turns = original_max_seq_len * frequencies.astype(np.float64) / (2 * math.pi)
-    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    num_rotations = original_max_seq_len * frequencies.astype(np.float64) / (2 * math.pi)
+    kept = np.clip((num_rotations - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     return (frequencies * (kept + (1.0 - kept) / factor)).astype(np.float32)
 
 
 def rotation(positions: Int[Array, "*lead"], frequencies: Float[np.ndarray, " half_head"]) -> Rotation:
-    """The rotation of each position, fp32."""
+    """Return the rotation of each position, fp32."""
     angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies).reshape(
         (1,) * (positions.ndim + 1) + frequencies.shape
     )
@@ -53,7 +54,7 @@ def rotation(positions: Int[Array, "*lead"], frequencies: Float[np.ndarray, " ha
 
 
 def apply_rope(x: Float[Array, "*lead heads head_size"], turn: Rotation) -> Float[Array, "*lead heads head_size"]:
-    """Turn the pairs (i, i + head_size / 2) of each head; computed in fp32, returned in x's dtype."""
+    """Rotate the pairs (i, i + head_size / 2) of each head; computed in fp32, returned in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -63,10 +64,10 @@ def apply_rope(x: Float[Array, "*lead heads head_size"], turn: Rotation) -> Floa
 def apply_rope_by_product(
     x: Float[Array, "*lead heads head_size"], turn: Rotation
 ) -> Float[Array, "*lead heads head_size"]:
-    """As `apply_rope`, for TPUs: partners are brought together by a product with a matrix of 0, 1 and -1.
+    """Compute `apply_rope` for TPUs: a matmul with a matrix of 0, 1 and -1 swaps the components of each pair.
 
-    It is exact, in any dtype. Half a head is half a vector of the machine: to split heads there XLA lays positions
-    along its vectors, and moves everything around attention twice. Differentiable once, in reverse, in x alone.
+    The matmul is exact in any dtype. Half a head is half a TPU vector: to split heads, XLA would place positions along
+    its vectors, and relayout everything around attention twice. Differentiable once, in reverse mode, in x only.
     """
     return _turned(x, turn.cos, turn.sin)
 
@@ -94,7 +95,7 @@ def _turned_forward(x: Array, turn: Rotation) -> tuple[Array, Rotation]:
 
 
 def _turned_backward(turn: Rotation, d_out: Array) -> tuple[Array, None]:
-    # The transpose of a turn is the turn back.
+    # The transpose of a rotation is the inverse rotation.
     return _turned(d_out, turn.cos, -turn.sin), None
 
 

@@ -1,1 +1,1 @@
-"""What the programs of a job need and cost on a topology, found by compiling them for it on a machine without one."""
+"""Preflight: memory and time that a job's programs need on a topology, found by compiling them without its devices."""

@@ -1,8 +1,10 @@
-"""What travels between chips in a program: collectives by kind and element type, and the bytes that each chip receives.
+"""Traffic between the chips of a program: collectives by kind and element type, and the bytes that each chip receives.
 
-Received bytes are those of the bandwidth-optimal algorithms (rings) over a group of n chips, of data of B bytes:
-all-gather to B, reduce-scatter of B, all-to-all of B each (n - 1) / n * B; all-reduce of B twice that; a
-collective-permute B.
+Received bytes are those of the bandwidth-optimal (ring) algorithms over a group of n chips:
+
+- all-gather to B bytes, reduce-scatter of B bytes, all-to-all of B bytes: (n - 1) / n * B
+- all-reduce of B bytes: 2 * (n - 1) / n * B
+- collective-permute of B bytes: B
 """
 
 import collections
@@ -14,8 +16,8 @@ from collections.abc import Iterable
 from simpo_pipeline.preflight.hlo import Executed, array_bytes, array_types
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# How TPUs sum and scatter at once: a fusion by a computation of this name, of an all-reduce and a slice of its result,
-# of which only the slice is made.
+# Name prefix of the fused computation that implements a reduce-scatter on TPUs. It consists of an all-reduce and a
+# slice of its result; only the slice is materialized.
 _SUMS_AND_SCATTERS = "all-reduce-scatter"
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
@@ -27,11 +29,11 @@ class Traffic:
     """All collectives of one kind and element type in a program.
 
     Attributes:
-        count: How many run.
-        moved_bytes: Of their results on a chip; of a reduce-scatter's, its argument.
-        received_bytes: What arrives at each chip.
-        largest_bytes: Of the largest of them, counted as in `moved_bytes`.
-        largest_type: Its result, as HLO writes it.
+        count: Number of executions.
+        moved_bytes: Bytes of their results on one chip; for a reduce-scatter, bytes of its argument.
+        received_bytes: Bytes that each chip receives.
+        largest_bytes: Bytes of the largest collective, counted as in `moved_bytes`.
+        largest_type: Result type of the largest collective, as written in HLO.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Traffic:
 
 
 def traffic_of(instructions: Iterable[Executed], num_devices: int) -> list[Traffic]:
-    """The collectives among the instructions, the kind and type that most bytes arrive by first."""
+    """Return the collectives among the instructions, by kind and type, with the most received bytes first."""
     groups: dict[tuple[str, str], list[tuple[int, int, float, str]]] = collections.defaultdict(list)
     for each in instructions:
         kind = each.instruction.opcode.removesuffix("-start")
@@ -72,10 +74,10 @@ def traffic_of(instructions: Iterable[Executed], num_devices: int) -> list[Traff
 
 
 def _moved(kind: str, result: str, is_start: bool, group_size: int) -> tuple[int, str]:
-    """(bytes, element type) of what a collective brings; one that has only started gives its arguments beside it."""
+    """Return (bytes, element type) of the data of a collective. The result of a `-start` also holds its arguments."""
     sizes, types = array_bytes(result), array_types(result)
     if is_start and kind != "all-reduce" and len(sizes) > 1:
-        # (arguments, results, and contexts of 4 bytes each); the gathered side is the larger one.
+        # The tuple contains arguments, results, and contexts of 4 bytes each. The gathered side is the largest element.
         index = max(range(len(sizes)), key=sizes.__getitem__)
         return sizes[index], types[index]
     total = sum(sizes)

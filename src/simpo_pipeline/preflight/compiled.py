@@ -1,4 +1,4 @@
-"""One program, lowered and compiled for devices that are not there: what the compiler says of it."""
+"""Compilation of one program for devices that are not present, and the compiler's result."""
 
 import dataclasses
 import logging
@@ -19,14 +19,14 @@ _MEMORY_FIELDS = ("argument", "output", "alias", "temp", "generated_code")
 
 @dataclasses.dataclass(frozen=True)
 class CompilerResult:
-    """What the compiler gave for one program.
+    """The compiler's result for one program.
 
     Attributes:
         memory: Bytes on each device of arguments, outputs, aliases (arguments that become outputs), temporaries and
-            code, by these names; empty if it did not compile.
-        hlo: The optimized program with the cycles that the compiler expects.
-        error: Why it did not compile; empty if it did.
-        seconds: How long that took.
+            code, by the names in `_MEMORY_FIELDS`; empty if the program did not compile.
+        hlo: The optimized program, with the cycles that the compiler expects.
+        error: The reason why the program did not compile; empty if it did.
+        seconds: Compile time.
     """
 
     memory: dict[str, int]
@@ -36,32 +36,32 @@ class CompilerResult:
 
 
 class PlannedProgram(Program):
-    """A program that was lowered and will never run here."""
+    """A program that was lowered but is never run here."""
 
     def __init__(self, lowered: LoweredProgram) -> None:
         self.name = lowered.name
         self.fingerprint = lowered.fingerprint
 
     def __call__(self, *args: Any) -> Any:
-        """Refuses."""
+        """Raise ProgramError."""
         raise ProgramError(f"{self.name!r} was lowered for a description of devices; only a job on them can run it")
 
 
 class PlannedPrograms(Programs):
-    """Stands where a job has its `Programs`, and keeps what would be compiled instead."""
+    """A substitute for the `Programs` of a job that stores lowered programs instead of compiling them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lowered: list[LoweredProgram] = []
 
     def compile(self, name: str, function: Any, *abstract_args: Any, **how: Any) -> Program:
-        """Lowers and keeps it."""
+        """Lower a program and store it."""
         self.lowered.append(lower_program(name, function, *abstract_args, **how))
         return PlannedProgram(self.lowered[-1])
 
 
 def compile_ahead(program: LoweredProgram, cache: ResultCache) -> CompilerResult:
-    """What the compiler says of a program, from the cache if it was asked before."""
+    """Return the compiler's result for a program, from the cache if it was compiled before."""
     known = cache.read(program.fingerprint)
     if known is not None:
         return CompilerResult(**known)
@@ -74,15 +74,15 @@ def compile_ahead(program: LoweredProgram, cache: ResultCache) -> CompilerResult
 
 def _compile(program: LoweredProgram) -> CompilerResult:
     with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
-        # The compiled program's own `as_text` fails on TPU programs with asynchronous collectives.
+        # The HLO is read from a dump, because `as_text` fails on TPU programs with asynchronous collectives.
         start = time.perf_counter()
         try:
-            # jax's own cache writes entries for devices that are not here, and cannot read them again.
+            # jax's own cache writes entries for devices that are not present, and cannot read them again.
             with opened_cache(None):
                 compiled = program.compile(xla_dump_to=folder, xla_dump_hlo_as_text=True)
-        except (OSError, MemoryError):  # says something of this machine, not of the program
+        except (OSError, MemoryError):  # a problem of this machine, not of the program
             raise
-        except Exception as error:  # XLA raises RuntimeError for most, ValueError for some; the report shows it
+        except Exception as error:  # mostly XLA's RuntimeError, sometimes ValueError; the report shows it
             return CompilerResult({}, "", f"{type(error).__name__}: {error}", time.perf_counter() - start)
         seconds = time.perf_counter() - start
         stats = compiled.memory_analysis()

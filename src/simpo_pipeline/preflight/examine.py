@@ -1,4 +1,4 @@
-"""From one program and its work to the figures of the report."""
+"""Figures of the report for one program, derived from its compiler result and its work."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from simpo_pipeline.preflight.memory import ProgramMemory
 from simpo_pipeline.preflight.roofline import Roofline, Work, kernel_seconds, roofline
 from simpo_pipeline.preflight.topology import Chip, farthest_hops, fewest_links
 
-# What a message takes over one link however short it is; "about 1 us a hop", How to Scale Your Model (jax-ml).
+# Latency of one link for a message of any size; "about 1 us a hop", How to Scale Your Model (jax-ml).
 HOP_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A program of the job, and what it has to do.
+    """A program of the job, and its work.
 
     Attributes:
-        host: Whose own devices it runs on; None for one that spans the job.
-        turns: Turns of its loop of unknown length in one call; 1 where there is none. Figures in seconds, and `work`,
-            are those of one turn.
+        host: The host on whose devices it runs; None for a program that spans the job.
+        turns: Iterations per call of its loop of unknown length; 1 if it has none. Figures in seconds and `work` are
+            those of one iteration.
     """
 
     lowered: LoweredProgram
@@ -34,12 +34,12 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one turn, as far as the compiler and arithmetic can tell: one part after the other.
+    """Estimated seconds of one iteration, if its parts run one after the other.
 
     Attributes:
-        compiler_seconds: Cycles that the compiler expects; it gives none for kernels and collectives.
-        kernel_seconds: Pallas kernels at their own roofline.
-        waited_seconds: Collectives that nothing is computed beside, at the links' speed and with their latency.
+        compiler_seconds: Time for the cycles that the compiler expects. It reports none for kernels and collectives.
+        kernel_seconds: Time of Pallas kernels at their own roofline.
+        waited_seconds: Time of collectives that do not overlap with computation, at the speed and latency of the links.
     """
 
     compiler_seconds: float
@@ -48,13 +48,13 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.compiler_seconds + self.kernel_seconds + self.waited_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What is known of one program; without `memory`, `roofline` and `estimate` where it was not or did not compile."""
+    """Figures of one program. `memory`, `roofline` and `estimate` are None without a successful compilation."""
 
     name: str
     host: int | None
@@ -69,18 +69,18 @@ class Examined:
     roofline: Roofline | None = None
     estimate: Estimate | None = None
     largest_copy_bytes: int = 0
-    """Of the copies from HBM to HBM that run in a loop, the largest one's."""
+    """Bytes of the largest copy from HBM to HBM that runs in a loop."""
 
     @property
     def ratio(self) -> float:
-        """The estimate over the bound; 0 where there is none."""
+        """The estimate divided by the roofline; 0 if either is missing."""
         if self.estimate is None or self.roofline is None or not self.roofline.seconds:
             return 0.0
         return self.estimate.seconds / self.roofline.seconds
 
 
 def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Examined:
-    """The figures of a program, as far as the compiler was asked."""
+    """Return the figures of a program. Without a compiler result, only those known before compilation are set."""
     devices = list(planned.lowered.devices)
     known: dict[str, Any] = {
         "name": planned.lowered.name,
@@ -116,14 +116,14 @@ def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Exam
 
 
 def largest_copy(instructions: Sequence[Executed]) -> int:
-    """Bytes of the largest copy within a loop; of what is only moved to another memory the copy says so itself."""
+    """Return the bytes of the largest copy within a loop. A move to another memory has a different opcode."""
     in_loops = (each for each in instructions if each.each_turn or each.times > 1)
     sizes = [sum(array_bytes(each.instruction.result)) for each in in_loops if each.instruction.opcode == "copy"]
     return max(sizes, default=0)
 
 
 def _each_turn(instructions: Sequence[Executed], turns: int, num_devices: int) -> list[Traffic]:
-    """Collectives of the loop where there is one: those before and after it are few and small."""
+    """Return the collectives of the loop if there is one. Those before and after it are few and small."""
     looped = [each for each in instructions if each.each_turn]
     return traffic_of(looped if turns > 1 else instructions, num_devices)
 

@@ -1,8 +1,8 @@
-"""What a compiled program does, read out of the compiler's own text of it: which instructions run how often.
+"""A parser for the text of a compiled program: which instructions run, and how often.
 
-The text is XLA's optimized HLO as its TPU backend dumps it after generating code, where most instructions carry the
-cycles that the compiler expects of them. Bodies of loops stand there once; how often they run is said beside the
-loop. This module knows no program of ours and no machine.
+The text is XLA's optimized HLO as its TPU backend dumps it after code generation. Most instructions carry the cycles
+that the compiler expects. The body of a loop appears once, and the loop instruction states how often it runs. This
+module does not depend on the job's programs or on a machine.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _INTEGER = re.compile(r"= [su]32\[\][^ ]* constant\((\d+)\)")
-# The compiler writes the largest number there is where it has no idea.
-_NO_IDEA = 2**62
+# The compiler writes the largest integer where it has no estimate.
+_NO_ESTIMATE = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        result: The type of its result as it is written, layouts included.
-        op_name: Where in the traced function it comes from.
-        cycles: What the compiler expects it to take; 0 where it does not say.
-        called: Computations that it names, those of branches in their order.
-        trips: How often a loop's body runs; None where that is not known ahead, and for what is no loop.
+        result: The type of its result as written, including layouts.
+        op_name: Its origin in the traced function.
+        cycles: Cycles that the compiler expects; 0 if it gives no estimate.
+        called: Computations that it names; those of branches are in order.
+        trips: Trip count of a loop; None if it is not known at compile time, or if the instruction is not a loop.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """The computations of a program by name, and which of them it starts with."""
+    """The computations of a program by name, and the name of its entry computation."""
 
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
@@ -57,13 +57,13 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction, and how often one run of the program comes to it.
+    """An instruction, and how often one run of the program executes it.
 
     Attributes:
-        times: Bodies of loops whose length is not known ahead count once.
-        each_turn: Whether it is in such a loop, so that `times` is that of each turn.
+        times: Number of executions. The body of a loop whose length is not known at compile time counts once.
+        each_turn: Whether it is in such a loop, so that `times` counts the executions per iteration.
         fused: Whether it is part of a fusion, which carries the cycles of all its parts.
-        computation: The name of the one that it stands in.
+        computation: The name of the computation that contains it.
     """
 
     instruction: Instruction
@@ -74,10 +74,10 @@ class Executed:
 
 
 def parse_module(text: str) -> Module:
-    """The module that the compiler wrote down.
+    """Parse the text of an HLO module.
 
     Raises:
-        ValueError: there is no entry computation in the text.
+        ValueError: the text contains no entry computation.
     """
     lines: dict[str, list[str]] = {}
     entry = current = None
@@ -92,9 +92,9 @@ def parse_module(text: str) -> Module:
         elif current is not None and line.startswith("  "):
             lines[current].append(line.strip())
         elif current is not None and lines[current]:
-            lines[current][-1] += line  # what a kernel says of itself has several lines
+            lines[current][-1] += line  # the description of a kernel spans several lines
     if entry is None:
-        raise ValueError(f"no ENTRY computation among {len(lines)}; is this the text of an HLO module?")
+        raise ValueError(f"no ENTRY computation among {len(lines)} computations; is this the text of an HLO module?")
     parsed = {
         name: tuple(instruction for line in body if (instruction := _parse(line, lines)) is not None)
         for name, body in lines.items()
@@ -103,10 +103,10 @@ def parse_module(text: str) -> Module:
 
 
 def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
-    """Every instruction that runs, those within fusions, loops and branches included.
+    """Return every instruction that runs, including those within fusions, loops and branches.
 
-    Of a conditional the branch for false runs, unless it is right within a scope of a name in `taken`: then it is the
-    one for true.
+    A conditional is assumed to run its false branch. If it is directly within a scope that is named in `taken`, it is
+    assumed to run its true branch.
     """
     found: list[Executed] = []
 
@@ -116,7 +116,7 @@ def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
             is_loop, is_fusion = instruction.opcode == "while", instruction.opcode == "fusion"
             turns = 1 if not is_loop or instruction.trips is None else instruction.trips
             unknown = is_loop and instruction.trips is None
-            for called in _runs(instruction, taken):
+            for called in _executed_computations(instruction, taken):
                 visit(called, times * turns, each_turn or unknown, fused or is_fusion)
 
     visit(module.entry, 1, False, False)
@@ -124,12 +124,12 @@ def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
 
 
 def total_cycles(instructions: Collection[Executed]) -> int:
-    """What the compiler expects all of them to take together, one after the other."""
+    """Return the cycles that the compiler expects for all instructions, run one after the other."""
     return sum(each.times * each.instruction.cycles for each in instructions if not each.fused)
 
 
 def array_bytes(result: str) -> list[int]:
-    """The bytes of each array in a type as HLO writes it, a tuple's in order; tokens and the like are left out."""
+    """Return the bytes of each array in an HLO type, in order for a tuple. Tokens and similar types are skipped."""
     return [
         math.prod(int(size) for size in shape.split(",") if size) * _bits(dtype) // 8
         for dtype, shape in _ARRAY.findall(_without_layouts(result))
@@ -137,7 +137,7 @@ def array_bytes(result: str) -> list[int]:
 
 
 def array_types(result: str) -> list[str]:
-    """The element type of each array in a type as HLO writes it."""
+    """Return the element type of each array in an HLO type."""
     return [dtype for dtype, _ in _ARRAY.findall(_without_layouts(result))]
 
 
@@ -165,7 +165,7 @@ def _parse(line: str, lines: Mapping[str, list[str]]) -> Instruction | None:
         opcode=opcode[1],
         result=result,
         op_name=op_name[1] if op_name else "",
-        cycles=int(cycles[1]) if cycles and int(cycles[1]) < _NO_IDEA else 0,
+        cycles=int(cycles[1]) if cycles and int(cycles[1]) < _NO_ESTIMATE else 0,
         called=called,
         trips=trips,
         text=line,
@@ -173,7 +173,7 @@ def _parse(line: str, lines: Mapping[str, list[str]]) -> Instruction | None:
 
 
 def _skip_type(rest: str) -> str:
-    """What follows the type at the start of this text; a tuple's type has parentheses and blanks within."""
+    """Return the text after the leading type. The type of a tuple contains parentheses and spaces."""
     rest = rest.lstrip()
     if not rest.startswith("("):
         return " " + rest.split(" ", 1)[1] if " " in rest else ""
@@ -191,21 +191,21 @@ def _trip_count(line: str, lines: Mapping[str, list[str]]) -> int | None:
         return int(known[1])
     condition = _CONDITION.search(line)
     body = lines.get(condition[1], []) if condition else []
-    # A counted loop compares its counter with one constant, and that is all its condition does.
+    # The condition of a counted loop only compares the counter with one constant.
     bounds = [int(bound) for text in body for bound in _INTEGER.findall(text)]
     compares = [text for text in body if " compare(" in text or "fusion(" in text]
     return bounds[0] if len(bounds) == 1 and len(compares) == 1 and len(body) <= 6 else None
 
 
-def _runs(instruction: Instruction, taken: Collection[str]) -> tuple[str, ...]:
-    """Of the computations that an instruction names, those that it runs."""
+def _executed_computations(instruction: Instruction, taken: Collection[str]) -> tuple[str, ...]:
+    """Return the computations that an instruction runs, out of those that it names."""
     match instruction.opcode:
         case "conditional":
             is_taken = instruction.op_name.split("/")[-2:-1] in ([scope] for scope in taken)
             return instruction.called[-1:] if is_taken else instruction.called[:1]
         case "fusion" | "call" | "while" | "async-start":
             return instruction.called
-        case _:  # reductions and comparisons: within the instruction's own cycles
+        case _:  # reductions and comparisons are included in the instruction's own cycles
             return ()
 
 

@@ -1,4 +1,4 @@
-"""Whether a job fits: what is live on a chip in each phase of it, beside what the running program itself needs."""
+"""Memory on a chip in each phase of a job: the peak of the running program and everything else that is live."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,29 +6,29 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """What one program needs on each chip while it runs, in bytes, as the compiler says."""
+    """Memory that one program needs on each chip while it runs, in bytes, as reported by the compiler."""
 
     arguments: int
     outputs: int
     aliased: int
-    """Arguments that become outputs, counted once: the caller gave them away."""
+    """Donated arguments that become outputs, so that they are counted once."""
     temporary: int
     code: int
 
     @property
     def peak(self) -> int:
-        """All that is live at once, its code included."""
+        """All bytes that are live at once, including code."""
         return self.arguments + self.outputs - self.aliased + self.temporary + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of the job: what lives through it, and the hungriest program that runs in it.
+    """One phase of the job: what is live throughout, and the program with the highest peak.
 
     Attributes:
-        beside: Bytes on each chip of what the program does not take as an argument, by name.
-        program: Its name.
-        needs: The program's own peak.
+        beside: Bytes on each chip that are live but are not arguments of the program, by name.
+        program: Name of the program.
+        needs: Peak of the program itself, in bytes.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """All that is live at once."""
+        """All bytes that are live at once."""
         return sum(self.beside.values()) + self.needs
 
 
 def phase(name: str, beside: Mapping[str, int], programs: Mapping[str, ProgramMemory], all_code: int) -> Phase:
-    """The phase in which these programs run, one after the other, beside what lives through it.
+    """Return the phase in which `programs` run one after the other while `beside` is live.
 
-    The code of all programs of the job stays loaded; that of the running one is part of its own peak.
+    The code of all programs of the job stays loaded. The code of the running program is part of its own peak.
     """
-    hungriest = max(programs, key=lambda program: programs[program].peak)
-    needs = programs[hungriest]
-    return Phase(name, {**beside, "code of the other programs": all_code - needs.code}, hungriest, needs.peak)
+    largest = max(programs, key=lambda program: programs[program].peak)
+    needs = programs[largest]
+    return Phase(name, {**beside, "code of the other programs": all_code - needs.code}, largest, needs.peak)

@@ -1,4 +1,4 @@
-"""The report of a preflight, for people and for programs, and its verdict."""
+"""The report of a preflight, as text and as JSON, and its verdict."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,12 @@ from simpo_pipeline.preflight.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a preflight found.
+    """The results of a preflight.
 
     Attributes:
-        assumptions: What was assumed in place of what only the job knows, by name.
-        versions: Of jax, jaxlib and libtpu.
-        refusals: Why parts of the job were not even planned, a sentence each.
+        assumptions: Assumed values of quantities that only the job itself knows, by name.
+        versions: Versions of jax, jaxlib and libtpu.
+        refusals: Reasons why parts of the job could not be planned, one sentence each.
     """
 
     topology: Topology
@@ -29,7 +29,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """Why the job cannot run on the topology, a sentence each; none if it can."""
+        """Reasons why the job cannot run on the topology, one sentence each; empty if it can."""
         failed = list(self.refusals)
         failed += [
             f"{_where(each)} does not compile: {_first_line(each.error)}" for each in self.programs if each.error
@@ -39,7 +39,7 @@ class Report:
                 failed.append(f"{same[0].name} is not the same program on all hosts")
         capacity = self.topology.chip.hbm_bytes
         failed += [
-            f"'{phase.name}' needs {_gb(phase.total)} of a chip that has {_gb(capacity)}"
+            f"'{phase.name}' needs {_gb(phase.total)} per chip, but a chip has {_gb(capacity)}"
             for phase in self.phases
             if phase.total > capacity
         ]
@@ -47,7 +47,7 @@ class Report:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON: sizes in bytes, times in seconds."""
+    """Return the report as JSON, with sizes in bytes and times in seconds."""
     return {
         "topology": dataclasses.asdict(report.topology),
         "versions": dict(report.versions),
@@ -69,13 +69,13 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    """The report for people."""
+    """Return the report as text for people."""
     chip = report.topology.chip
     head = [
-        f"Preflight for {report.topology.name}: {report.topology.num_chips} chips {chip.name} on "
-        f"{report.topology.num_hosts} hosts, compiled by {', '.join(f'{n} {v}' for n, v in report.versions.items())}",
-        f"A chip has {_gb(chip.hbm_bytes)} HBM, {chip.peak_flops / 1e12:.0f} TFLOP/s bf16, "
-        f"{chip.hbm_bytes_per_second / 1e9:.0f} GB/s to HBM, {chip.link_bytes_per_second / 1e9:.0f} GB/s a link and "
+        f"Preflight for {report.topology.name}: {report.topology.num_chips} {chip.name} chips on "
+        f"{report.topology.num_hosts} hosts, compiled with {', '.join(f'{n} {v}' for n, v in report.versions.items())}",
+        f"Each chip has {_gb(chip.hbm_bytes)} HBM, {chip.peak_flops / 1e12:.0f} TFLOP/s bf16, "
+        f"{chip.hbm_bytes_per_second / 1e9:.0f} GB/s to HBM, {chip.link_bytes_per_second / 1e9:.0f} GB/s per link and "
         f"direction ({chip.source}).",
         *(f"Assumed: {name} {value}" for name, value in report.assumptions.items()),
     ]
@@ -84,7 +84,7 @@ def as_text(report: Report) -> str:
 
 
 def _program_text(same: Sequence[Examined], capacity: int) -> str:
-    # The slowest of the hosts stands for all; their programs differ in nothing but the way collectives are routed.
+    # The slowest host represents all hosts. Their programs differ only in how collectives are routed.
     each = max(same, key=lambda one: one.estimate.seconds if one.estimate else 0.0)
     compiled_on = [str(one.host) for one in same if one.memory is not None]
     on_hosts = f", on each of {len(same)} hosts, compiled for {' and '.join(compiled_on)}"
@@ -99,17 +99,17 @@ def _program_text(same: Sequence[Examined], capacity: int) -> str:
     memory, bound, estimate = each.memory, each.roofline, each.estimate
     lines.append(
         f"  HBM          {_gb(memory.peak)} of {_gb(capacity)}: arguments {_gb(memory.arguments)}, outputs "
-        f"{_gb(memory.outputs)}, of these in place of arguments {_gb(memory.aliased)}, temporaries "
+        f"{_gb(memory.outputs)} ({_gb(memory.aliased)} aliased to arguments), temporaries "
         f"{_gb(memory.temporary)}, code {_gb(memory.code)}"
     )
-    unit = "" if each.turns == 1 else " a turn"
+    unit = "" if each.turns == 1 else " per iteration"
     for traffic in each.traffic:
         lines.append(
-            f"  {traffic.kind:<18} {traffic.dtype:<5} {traffic.count:>6} x{unit}, {_gb(traffic.received_bytes)} into "
-            f"each chip, the largest {_gb(traffic.largest_bytes)} {traffic.largest_type}"
+            f"  {traffic.kind:<18} {traffic.dtype:<5} {traffic.count:>6} x{unit}, {_gb(traffic.received_bytes)} "
+            f"received per chip, largest {_gb(traffic.largest_bytes)} {traffic.largest_type}"
         )
     if each.work.flops:
-        repeated = f" and {each.work.repeated_flops:.3g} again" if each.work.repeated_flops else ""
+        repeated = f" and {each.work.repeated_flops:.3g} recomputed" if each.work.repeated_flops else ""
         lines.append(f"  model        {each.work.flops:.3g} FLOP{repeated}{unit}")
     if bound.seconds:
         lines.append(
@@ -119,7 +119,7 @@ def _program_text(same: Sequence[Examined], capacity: int) -> str:
     ratio = f", {each.ratio:.2f} x" if each.ratio else ""
     lines.append(
         f"  estimate     {_ms(estimate.seconds)}{unit}{ratio}: compiler {_ms(estimate.compiler_seconds)}, "
-        f"kernels {_ms(estimate.kernel_seconds)}, collectives waited for {_ms(estimate.waited_seconds)}"
+        f"kernels {_ms(estimate.kernel_seconds)}, exposed collectives {_ms(estimate.waited_seconds)}"
     )
     return "\n".join(lines)
 
@@ -130,14 +130,14 @@ def _phases_text(report: Report) -> str:
         beside = ", ".join(f"{name} {_gb(size)}" for name, size in phase.beside.items())
         lines.append(
             f"  {phase.name:<12} {_gb(phase.total)} of {_gb(report.topology.chip.hbm_bytes)}: {phase.program} "
-            f"{_gb(phase.needs)}, beside it {beside}"
+            f"{_gb(phase.needs)}, alongside {beside}"
         )
     return "\n".join(lines)
 
 
 def _verdict(report: Report) -> str:
     if not report.failures:
-        return f"Verdict: every program compiles for {report.topology.name}, and all of the job fits."
+        return f"Verdict: every program compiles for {report.topology.name}, and the whole job fits in memory."
     return "\n".join([f"Verdict: this job cannot run on {report.topology.name}.", *(f"  {f}" for f in report.failures)])
 
 

@@ -1,7 +1,7 @@
-"""The slices that a job can be checked for: name -> chips, hosts, and what the maker says a chip can do.
+"""The slices that a preflight supports: chips, hosts and chip specifications by topology name.
 
-Names are those of `--tpu_type`. Of a v5p the number counts TensorCores, two a chip; of the others chips. Planning
-imports this module to check a flag, so jax is imported only when devices are asked for.
+Names are those of `--tpu_type`. For v5p, the number in the name counts TensorCores, two per chip; for the others, it
+counts chips. Planning imports this module to check a flag, so jax is imported only when devices are requested.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ V6E_PAGE = "docs.cloud.google.com/tpu/docs/v6e, key specifications"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, as its maker specifies it.
+    """Specification of one chip, as published by its maker.
 
     Attributes:
-        hbm_bytes: Capacity of its HBM.
-        peak_flops: bfloat16 floating-point operations per second, a multiply-add being two.
-        hbm_bytes_per_second: Bandwidth of its HBM.
-        link_bytes_per_second: Of each of its links to a neighbour, in one direction: the bidirectional figure of the
-            page, halved and divided among the links.
-        clock_hz: In which the compiler counts cycles: peak over multiply-adds a cycle.
-        source: The page that says so.
+        hbm_bytes: HBM capacity.
+        peak_flops: bfloat16 floating-point operations per second; a multiply-add counts as two.
+        hbm_bytes_per_second: HBM bandwidth.
+        link_bytes_per_second: Bandwidth of each link to a neighbor in one direction: the bidirectional figure of the
+            page, halved and divided by the number of links.
+        clock_hz: Clock rate in which the compiler counts cycles: peak divided by multiply-adds per cycle.
+        source: The page with these figures.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Chip:
     source: str
 
 
-# The page says 95 GiB; the runtime takes a part that no page states, so 95 * 10**9 bytes are counted on.
+# The page states 95 GiB. The runtime reserves a part that no page documents, so 95 * 10**9 bytes are assumed.
 V5P = Chip("v5p", 95 * 10**9, 459e12, 2765e9, 1200e9 / 2 / 6, 1.75e9, V5P_PAGE)
 V5E = Chip("v5e", 16 * 10**9, 197e12, 819e9, 400e9 / 2 / 4, 1.5e9, V5E_PAGE)
 V6E = Chip("v6e", 32 * 10**9, 918e12, 1638e9, 800e9 / 2 / 4, 1.75e9, V6E_PAGE)
@@ -48,7 +48,7 @@ V6E = Chip("v6e", 32 * 10**9, 918e12, 1638e9, 800e9 / 2 / 4, 1.75e9, V6E_PAGE)
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: `shape` chips along each axis of the interconnect, four chips a host."""
+    """A slice with `shape` chips along the axes of the interconnect and four chips per host."""
 
     name: str
     chip: Chip
@@ -56,26 +56,26 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Chips of the slice."""
+        """Number of chips of the slice."""
         return math.prod(self.shape)
 
     @property
     def num_hosts(self) -> int:
-        """Hosts, that is processes of a job."""
+        """Number of hosts, which is the number of processes of a job."""
         return self.num_chips // 4
 
     @property
     def end_hosts(self) -> tuple[int, int]:
-        """Two hosts that stand for all, for their programs are the same: the first and the last.
+        """The first and the last host, which represent all hosts because their programs are the same.
 
-        Of a plane of chips the second stands for the first: libtpu 0.0.42 refuses every collective among the chips 0,
-        1, 4 and 5 of a 4x4 slice ("Unexpected device_id 4"), and takes those of the other hosts.
+        On a slice with two axes, the second host replaces the first. libtpu 0.0.42 refuses every collective among the
+        chips 0, 1, 4 and 5 of a 4x4 slice ("Unexpected device_id 4") but accepts those of the other hosts.
         """
         return int(len(self.shape) == 2), self.num_hosts - 1
 
     @property
     def compiler_name(self) -> str:
-        """What libtpu calls it."""
+        """The name that libtpu uses for the topology."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
 
@@ -92,27 +92,27 @@ TOPOLOGIES = {
 
 
 def find_topology(name: str) -> Topology:
-    """The topology of a name.
+    """Return the topology with a given name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no topology has that name.
     """
     if name not in TOPOLOGIES:
         raise ConfigError(
-            f"--preflight {name!r} is no topology that is known here; give one of {', '.join(TOPOLOGIES)}, named as in "
+            f"--preflight {name!r} is not a known topology; give one of {', '.join(TOPOLOGIES)}, named as in "
             "--tpu_type, or add it to simpo_pipeline/preflight/topology.py"
         )
     return TOPOLOGIES[name]
 
 
 def describe_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology, as descriptions that programs can be compiled for but not run on.
+    """Return descriptions of a topology's devices. Programs can be compiled for them but not run on them.
 
     Raises:
-        ConfigError: the compiler for TPUs is not installed.
+        ConfigError: the TPU compiler is not installed.
     """
-    # Else libtpu looks for the machine's metadata, and refuses to be loaded beside another process that has it; and
-    # jax, finding libtpu, would look for TPUs.
+    # Otherwise libtpu queries the machine's metadata and refuses to load while another process has it loaded, and jax
+    # looks for TPUs because it finds libtpu.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("JAX_PLATFORMS", "cpu")):
         os.environ.setdefault(name, value)
     # Imported here because planning must not import jax.
@@ -122,14 +122,14 @@ def describe_devices(topology: Topology) -> list[Any]:
         description = topologies.get_topology_desc(topology_name=topology.compiler_name, platform="tpu")
     except Exception as error:  # jax raises whatever the plugin or its absence raises
         raise ConfigError(
-            f"the compiler for TPUs cannot describe {topology.name} ({topology.compiler_name}): {error}. It comes with "
+            f"the TPU compiler cannot describe {topology.name} ({topology.compiler_name}): {error}. It comes with "
             "the extra `tpu`: uv run --isolated --extra tpu python ..."
         ) from error
     return list(description.devices)
 
 
 def devices_by_host(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each host, by id, as jax lists them there."""
+    """Return the devices of each host, ordered by id, as jax lists them on that host."""
     by_host: dict[int, list[Any]] = {}
     for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
         by_host.setdefault(device.process_index, []).append(device)
@@ -137,22 +137,22 @@ def devices_by_host(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def fewest_links(devices: Sequence[Any]) -> int:
-    """Links that the chip with the fewest has to others of these; slices of this size have none around the ends."""
-    places = {tuple(device.coords) for device in devices}
-    if len(places) < 2:
+    """Return the fewest links that any chip has to the others. Slices of this size have no wraparound links."""
+    positions = {tuple(device.coords) for device in devices}
+    if len(positions) < 2:
         return 1
 
-    def links(place: tuple[int, ...]) -> int:
+    def links(position: tuple[int, ...]) -> int:
         return sum(
-            tuple(at + step * (axis == moved) for axis, at in enumerate(place)) in places
-            for moved in range(len(place))
+            tuple(at + step * (axis == moved) for axis, at in enumerate(position)) in positions
+            for moved in range(len(position))
             for step in (-1, 1)
         )
 
-    return max(1, min(map(links, places)))
+    return max(1, min(map(links, positions)))
 
 
 def farthest_hops(devices: Sequence[Any]) -> int:
-    """Links between the two chips that are farthest from each other."""
-    places = [device.coords for device in devices]
-    return sum(max(along) - min(along) for along in zip(*places, strict=True))
+    """Return the number of links between the two chips that are farthest apart."""
+    positions = [device.coords for device in devices]
+    return sum(max(along) - min(along) for along in zip(*positions, strict=True))

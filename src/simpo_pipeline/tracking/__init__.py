@@ -1,1 +1,1 @@
-"""Where metrics go besides the step outputs."""
+"""Destinations of metrics other than the step outputs."""

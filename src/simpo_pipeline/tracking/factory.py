@@ -1,4 +1,4 @@
-"""The choice of a tracker by name."""
+"""Selection of a tracker by name."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ def make_tracker(
     config: Mapping[str, Any] | None = None,
     wandb_dir: str | None = None,
 ) -> Tracker:
-    """Open the tracker called `kind`; each uses what it needs of the other arguments.
+    """Open the tracker called `kind`; each kind uses only the other arguments it needs.
 
     Raises:
         ConfigError: there is no tracker of that name, or wandb cannot open a run.

@@ -12,7 +12,7 @@ from simpo_pipeline.tracking.tracker import Metrics, Summary, check_numbers
 
 
 class JsonlTracker:
-    """Writes a job's record to `path` (local or any fsspec URL), over any earlier file there."""
+    """Writes the record of a job to `path` (local or any fsspec URL), replacing any existing file."""
 
     def __init__(self, path: str) -> None:
         self._writer = JsonlWriter(path)

@@ -1,8 +1,8 @@
-"""What every tracker does: take numbers the host already holds, and put them somewhere.
+"""The tracker interface: a tracker records numbers that are already on the host.
 
-A tracker never does device work. It refuses anything but Python numbers, so that no tracker can pull a value from a
-device, or start a program there, behind the caller's back and on one host only. The choice of tracker never changes
-what a job computes.
+A tracker never does device work. It rejects anything but Python numbers. No tracker can therefore copy a value from a
+device, or start a program there, unnoticed by the caller and on one host only. The choice of tracker never changes the
+results of a job.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,28 +19,31 @@ class Tracker(Protocol):
     """The record of one job outside its step outputs. The leader owns it and calls it from one thread."""
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Record numbers that belong to `step` (finished updates); steps may come in any order, none is dropped.
+        """Record numbers for `step` (finished updates); steps may come in any order, and none is dropped.
 
         Raises:
-            DataError: a value is not a Python number; it is named.
+            DataError: a value is not a Python number; the message names it.
         """
         ...
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
-        """Record rows of generated text that belong to `step`."""
+        """Record rows of generated text for `step`."""
         ...
 
     def summary(self, values: Summary) -> None:
-        """Record final figures of the job; later values replace earlier ones of the same name."""
+        """Record final values of the job; later values replace earlier ones with the same name."""
         ...
 
     def finish(self, error: BaseException | None = None) -> None:
-        """End the record, as failed if `error` ended the job; further calls do nothing."""
+        """Finish the record, as failed if `error` ended the job; further calls do nothing."""
         ...
 
 
 class NoTracker:
-    """Records nothing, but refuses what the others refuse, so that a job does not fail only once it is tracked."""
+    """A tracker that records nothing.
+
+    It rejects what the other trackers reject. A job therefore does not start to fail when a tracker is turned on.
+    """
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """See Tracker.log."""
@@ -57,10 +60,10 @@ class NoTracker:
 
 
 def check_numbers(metrics: Mapping[str, object]) -> None:
-    """Refuse a metric that is not a Python number.
+    """Reject metrics that are not Python numbers.
 
     Raises:
-        DataError: a value is of another type; it is named.
+        DataError: a value has another type; the message names it.
     """
     for name, value in metrics.items():
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,7 +1,7 @@
-"""A tracker that writes to Weights & Biases, online or offline as the user's settings and WANDB_MODE say.
+"""A tracker that writes to Weights & Biases, online or offline according to the user's settings and WANDB_MODE.
 
-wandb drops what is logged under a step lower than its own counter. That counter is therefore left alone: the steps
-travel as ordinary values, `train/step` for everything named `train/...`, and are declared as the x-axes.
+wandb drops values that are logged under a step lower than its own counter. The tracker therefore does not set that
+counter. It logs steps as ordinary values (`train/step` for everything named `train/...`) and declares them as x-axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ _SAMPLES = "samples"
 class WandbTracker:
     """One wandb run for one job.
 
-    `dir` is where wandb keeps its files (None: WANDB_DIR, else the working directory), `config` what its page shows as
-    the run's settings.
+    `dir` is the folder for wandb's files; None means WANDB_DIR, or the working directory if that is not set. `config`
+    holds the settings that wandb shows for the run.
 
     Raises:
-        ConfigError: wandb cannot open the run, for instance because nobody is logged in.
+        ConfigError: wandb cannot open the run, for instance because no user is logged in.
     """
 
     def __init__(
         self, *, project: str, name: str, dir: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
-        import wandb  # here, because it takes a second and only this tracker needs it
+        import wandb  # imported here because it takes a second and only this tracker needs it
 
         self._wandb = wandb
         try:
-            # create_new: a run the caller may have open already stays his own.
+            # With create_new, a run that the caller may already have open is left alone.
             self._run = wandb.init(project=project, name=name, dir=dir, config=dict(config or {}), reinit="create_new")
         except wandb.Error as error:
             raise ConfigError(
-                f"wandb could not open a run of project {project!r}: {error} Run `wandb login`, or set "
+                f"wandb could not open a run in project {project!r}: {error} Run `wandb login`, or set "
                 f"WANDB_MODE=offline, or choose another tracker (jsonl, none)"
             ) from error
         self._declared: set[str] = set()
@@ -66,13 +66,14 @@ class WandbTracker:
             self._run.summary.update({"error": f"{type(error).__name__}: {error}"})
         exit_code = 0 if error is None else 1
         self._run.finish(exit_code=exit_code)
-        # finish() hands the end to wandb's own process; only teardown() waits until that has written everything, which
-        # a job that leaves by os._exit would lose. It ends all runs of this process, so not while the caller has one.
+        # finish() leaves the last writes to wandb's own process. Only teardown() waits for them, and a job that exits
+        # through os._exit would lose them. teardown() ends all runs of this process, so it is skipped while the caller
+        # has one.
         if self._wandb.run is None:
             self._wandb.teardown(exit_code=exit_code)
 
     def _axis_of(self, name: str) -> str:
-        """Return the metric that holds the steps of `name`, declared as its x-axis at first use."""
+        """Return the metric with the steps of `name`, which is declared as its x-axis at first use."""
         group, slash, _ = name.partition("/")
         axis, members = (f"{group}/step", f"{group}/*") if slash else ("step", name)
         if members not in self._declared:

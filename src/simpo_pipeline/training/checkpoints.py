@@ -1,12 +1,12 @@
-"""Checkpoints of a run's state, written beside training and read back by a job that goes on.
+"""Checkpoints of a run's state, written in the background of training and read by a job that resumes.
 
-    <folder>/00000004-1f2e3d4c/        what orbax writes: every process its own shards
-    <folder>/00000004-1f2e3d4c.json    written last: only with this record is a checkpoint finished
+    <folder>/00000004-1f2e3d4c/        written by orbax: every process writes its own shards
+    <folder>/00000004-1f2e3d4c.json    written last: a checkpoint is finished only when it has this record
 
-`begin` copies the state to the host and returns; files are written while the next updates run. A record holds the
-state's digest, which is computed again when the state is read: law: a state that was read has the digest of the one
-written, or `restore` raises. Every process calls `begin`, `settle` and `restore`; the leader alone keeps the records.
-Nothing is launched on the devices: processes meet through the coordination service.
+`begin` copies the state to the host and returns; files are written while the next updates run. A record contains the
+digest of the state, which is computed again when the state is read. Invariant: a restored state has the digest of the
+state that was written, or `restore` raises. Every process calls `begin`, `settle` and `restore`; only the leader reads
+and writes records. No device program is launched: processes synchronize through the coordination service.
 """
 
 import dataclasses
@@ -23,8 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError, TrainingError, first_line
-from simpo_pipeline.executor.processes import Processes
-from simpo_pipeline.executor.running.live import joint_digest
+from simpo_pipeline.processes import Processes, joint_digest
 from simpo_pipeline.storage.fence import check_fences
 from simpo_pipeline.storage.files import list_names, read_json, remove_tree, write_json
 from simpo_pipeline.storage.paths import absolute, join
@@ -34,22 +33,22 @@ from simpo_pipeline.training.state import TrainState, state_digest
 logger = logging.getLogger(__name__)
 
 _RECORD_SUFFIX = ".json"
-# How long the slowest process may take to write its shards before the others give the checkpoint up.
+# Time that the slowest process may take to write its shards before the others give up the checkpoint.
 _WRITE_TIMEOUT_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRecord:
-    """What is known of a finished checkpoint.
+    """Metadata of a finished checkpoint.
 
     Attributes:
-        name: Of its folder, below that of all checkpoints.
-        step: Finished updates of the state.
-        data_position: Pairs read by then.
+        name: Name of its folder within the folder of all checkpoints.
+        step: Number of finished updates of the state.
+        data_position: Number of pairs read by then.
         digest: The joint digest of the processes' states.
         version: Identity of the step that wrote it.
-        layout: What the state lay on; a digest holds for that layout.
-        progress: What the writer wants back, made of JSON values.
+        layout: Number of processes and mesh of the state; a digest is valid for this layout only.
+        progress: Data that the writer gets back when it resumes, made of JSON values.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Checkpoints:
     """The checkpoints of one step, in one folder."""
 
     def __init__(self, folder: str, config: CheckpointConfig, processes: Processes, mesh: Mesh, *, version: str):
-        """`folder` is local or `gs://`; `version` names the step whose checkpoints these are."""
+        """Create the checkpointer; `folder` is local or `gs://`, `version` is the identity of the step."""
         self._folder = absolute(folder)
         self._keep = config.keep
         self._processes = processes
@@ -74,7 +73,7 @@ class Checkpoints:
         self._pending: CheckpointRecord | None = None
         self._all_written = threading.Event()
         count = processes.process_count
-        # With the processes named, orbax meets over the coordination service; else it would launch a device program.
+        # With active_processes set, orbax uses the coordination service; otherwise it would launch a device program.
         options = ocp.options.MultiprocessingOptions(
             primary_host=0,
             active_processes=set(range(count)) if count > 1 else None,
@@ -84,33 +83,33 @@ class Checkpoints:
             _handler(options),
             multiprocessing_options=options,
             timeout_secs=_WRITE_TIMEOUT_SECONDS,
-            # Called in the leader when every process has written its part, right before orbax moves it into place.
+            # Called on the leader when every process has written its shards, right before orbax moves them into place.
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._all_written.set),
         )
 
     def newest(self, after: int, until: int) -> CheckpointRecord | None:
-        """The finished checkpoint of this step with the most updates, more than `after` and at most `until`.
+        """Return the finished checkpoint of this step with the most updates, more than `after` and at most `until`.
 
         Raises:
-            ConfigError: it was written on other devices, on which the digest would be another.
+            ConfigError: it was written with another layout, for which the digest would differ.
             StorageError: a record cannot be read.
         """
         found: dict[str, Any] | None = self._processes.leader_decides(lambda: self._find_newest(after, until))
         record = CheckpointRecord(**found) if found is not None else None
         if record is not None and record.layout != self._layout:
             raise ConfigError(
-                f"checkpoint {self._path_of(record)!r} was written by {record.layout}, and this job has "
-                f"{self._layout}: other devices round otherwise. Start as many, or delete {self._folder!r} to compute "
-                "it again."
+                f"checkpoint {self._path_of(record)!r} was written by {record.layout}, but this job has "
+                f"{self._layout}: another layout rounds differently. Start the job with the same layout, or delete "
+                f"{self._folder!r} to recompute the state."
             )
         return record
 
     def restore(self, record: CheckpointRecord, abstract: TrainState) -> TrainState:
-        """The state of a finished checkpoint, with the shapes, dtypes and shardings of `abstract`.
+        """Return the state of a finished checkpoint, with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
             StorageError: its files cannot be read.
-            TrainingError: it is not the state that was written.
+            TrainingError: the state is not the one that was written.
         """
         path = self._path_of(record)
         wanted = _by_name(abstract)
@@ -119,10 +118,10 @@ class Checkpoints:
         )
         try:
             found = self._orbax.restore(path, args=arguments)
-        except Exception as error:  # orbax and tensorstore raise their own types; all mean that it cannot be read
+        except Exception as error:  # orbax and tensorstore raise their own types; all mean it cannot be read
             raise StorageError(
-                f"checkpoint {path!r} cannot be read ({type(error).__name__}: {first_line(error)}); start again, and "
-                f"if its files are lost, delete {path + _RECORD_SUFFIX!r} first."
+                f"checkpoint {path!r} cannot be read ({type(error).__name__}: {first_line(error)}); restart the job, "
+                f"and if its files are lost, delete {path + _RECORD_SUFFIX!r} first."
             ) from error
         state = jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
         own = state_digest(state, step=record.step, data_position=record.data_position)
@@ -130,53 +129,54 @@ class Checkpoints:
         if digest != record.digest:
             jax.tree.map(lambda leaf: leaf.delete(), state)
             raise TrainingError(
-                f"checkpoint {path!r} holds a state of digest {digest}, and {record.digest} was written: its files "
-                f"changed. Delete {path + _RECORD_SUFFIX!r} and start again."
+                f"checkpoint {path!r} contains a state with digest {digest}, but {record.digest} was written: its "
+                f"files have changed. Delete {path + _RECORD_SUFFIX!r} and restart the job."
             )
-        logger.info("went on from checkpoint %s, after update %d", path, record.step)
+        logger.info("resumed from checkpoint %s, after update %d", path, record.step)
         return state
 
     def begin(self, state: TrainState, *, step: int, data_position: int, progress: dict[str, Any]) -> None:
-        """Copies the state to the host, and begins to write it; the one begun before is finished first.
+        """Copy the state to the host and start to write it; a checkpoint that is still being written is finished first.
 
         `progress` is written only at the end: the caller must not change it.
 
         Raises:
-            StorageError: the one begun before could not be written.
+            StorageError: the previous checkpoint could not be written, or this one could not be started.
         """
         self.settle()
         check_fences(self._folder)
         own = state_digest(state, step=step, data_position=data_position)
         digest = joint_digest(self._processes.gather(own))
         self._all_written.clear()
-        # A name of its own each time: a job that lost its lease must not write where the next holder does.
+        # Each checkpoint has a unique name: a job that lost its lease must not write where the next holder writes.
         name: str = self._processes.agree(f"{step:08d}-{uuid.uuid4().hex[:8]}")
         record = CheckpointRecord(name, step, data_position, digest, self._version, self._layout, progress)
-        with _orbax_border("write", self._path_of(record)):
+        with _storage_errors("write", self._path_of(record)):
             self._orbax.save(self._path_of(record), args=ocp.args.PyTreeSave(_by_name(state)))
         self._pending = record
 
     def settle(self, *, wait: bool = True) -> None:
-        """Records the checkpoint that is being written, when every process has written its part.
+        """Record the checkpoint that is being written, once every process has written its shards.
 
-        Without `wait`, only if that is so already, which the leader alone can tell; the others then do nothing.
+        Without `wait`, it is recorded only if all shards are already written. Only the leader can detect this; other
+        processes do nothing.
 
         Raises:
-            StorageError: it could not be written.
+            StorageError: the checkpoint could not be written.
         """
         pending = self._pending
         if pending is None or (not wait and not self._all_written.is_set()):
             return
-        with _orbax_border("write", self._path_of(pending)):
+        with _storage_errors("write", self._path_of(pending)):
             self._orbax.wait_until_finished()
         self._pending = None
         if self._processes.is_leader:
             write_json(self._path_of(pending) + _RECORD_SUFFIX, dataclasses.asdict(pending))
-            logger.info("checkpoint %s, after update %d", self._path_of(pending), pending.step)
+            logger.info("wrote checkpoint %s, after update %d", self._path_of(pending), pending.step)
             self._prune(pending)
 
     def close(self) -> None:
-        """Ends what still writes; what is not recorded by then is no checkpoint."""
+        """Wait for outstanding writes and close; a checkpoint without a record by then does not count."""
         self._orbax.close()
 
     def _path_of(self, record: CheckpointRecord) -> str:
@@ -186,7 +186,9 @@ class Checkpoints:
         for name in reversed(self._recorded_names()):
             record = read_json(join(self._folder, name + _RECORD_SUFFIX))
             if record["version"] != self._version:
-                logger.warning("%s is of another version of this step, and not used", join(self._folder, name))
+                logger.warning(
+                    "ignoring checkpoint %s: it belongs to another version of this step", join(self._folder, name)
+                )
             elif after < record["step"] <= until:
                 return record
         return None
@@ -195,29 +197,29 @@ class Checkpoints:
         return read_json(join(self._folder, name + _RECORD_SUFFIX))["version"] == self._version
 
     def _recorded_names(self) -> list[str]:
-        """The names of the finished checkpoints, by their updates."""
+        """Return the names of the finished checkpoints, sorted by number of updates."""
         names = [name for name in list_names(self._folder) if not name.startswith(".")]
         return sorted(name.removesuffix(_RECORD_SUFFIX) for name in names if name.endswith(_RECORD_SUFFIX))
 
     def _prune(self, newest: CheckpointRecord) -> None:
-        """Removes older checkpoints than are kept, other versions', and what was never finished.
+        """Remove checkpoints beyond the number to keep, those of other versions, and unfinished ones.
 
-        Nothing is being written now.
+        No checkpoint is being written at this point.
         """
         others = [name for name in self._recorded_names() if name != newest.name and self._is_own(name)]
         kept = {newest.name, *others[max(0, len(others) - self._keep + 1) :]}
         for name in list_names(self._folder):
             if name.endswith(_RECORD_SUFFIX) and name.removesuffix(_RECORD_SUFFIX) not in kept:
                 remove_tree(join(self._folder, name))
-        # Records go first: a folder that is half removed is no checkpoint any more.
+        # Records are removed first: a folder that is partly removed must not count as a checkpoint.
         for name in list_names(self._folder):
             if not name.endswith(_RECORD_SUFFIX) and name not in kept:
                 remove_tree(join(self._folder, name))
 
 
 def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Writes each array from the shards as they lie; whatever would launch a program on the way is turned off."""
-    # A replicated array is else cut by a program, and each replica writes a part.
+    """Return a handler that writes arrays shard by shard; everything that would launch a program is turned off."""
+    # Otherwise a program slices a replicated array, and each replica writes a part.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     return ocp.PyTreeCheckpointHandler(
         multiprocessing_options=options,
@@ -227,7 +229,7 @@ def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpoin
 
 
 def _by_name(state: TrainState) -> dict[str, Any]:
-    """The leaves by their paths: orbax then needs to know no class of ours."""
+    """Return the leaves by path, so that orbax does not need to know our classes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="-"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -235,13 +237,13 @@ def _by_name(state: TrainState) -> dict[str, Any]:
 
 
 def _key_of(folder: str) -> str:
-    """A name for the meetings of one step's checkpoints, alike in all processes."""
+    """Return the prefix of the barrier keys of one step's checkpoints, the same in all processes."""
     return f"checkpoints-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
-def _orbax_border(action: str, path: str) -> Generator[None]:
-    """Turns what orbax and tensorstore raise, types of their own, into a StorageError."""
+def _storage_errors(action: str, path: str) -> Generator[None]:
+    """Convert exceptions of orbax and tensorstore, which raise their own types, to StorageError."""
     try:
         yield
     except SimpoPipelineError:

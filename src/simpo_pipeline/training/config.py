@@ -1,10 +1,10 @@
-"""What a SimPO run is: its loss, its optimizer, its length. Frozen, checked at construction, free of jax.
+"""Configuration of a SimPO run: its loss, its optimizer, its length. Frozen, checked at construction, free of jax.
 
-One `TrainerConfig` describes the WHOLE run. Steps of an experiment that each train a part of it (updates 1..2, then
-3..7) share one config: the learning rate follows one schedule over `num_train_steps`, whoever asks for the updates.
+One `TrainerConfig` describes the WHOLE run. Steps of an experiment that each train one phase of it (updates 1..2, then
+3..7) share one config: the learning rate follows one schedule over `num_train_steps`, whichever step runs the updates.
 
-This module does not know the model, the data or the devices: what depends on them (sequence longer than the model,
-batch not divisible by the mesh) is checked where they meet, in `trainer`.
+This module does not know the model, the data or the devices. Constraints that involve them (a sequence longer than the
+model allows, a batch not divisible by the mesh) are checked in `trainer`.
 """
 
 import math
@@ -16,7 +16,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 MOMENT_DTYPES = ("float32", "bfloat16")
 LR_SCHEDULES = ("cosine", "linear", "wsd", "constant")
 LOSS_TYPES = ("sigmoid", "hinge")
-# What the forward pass keeps of each layer for the backward pass; the rest is computed again.
+# Values that the forward pass keeps of each layer for the backward pass; the rest is recomputed.
 REMAT_POLICIES = ("full", "products", "none")
 CHECKPOINT_TIMES = ("never", "every", "on_failure")
 
@@ -30,9 +30,9 @@ class SimpoConfig:
 
     Attributes:
         loss_type: One of `LOSS_TYPES`.
-        label_smoothing: Share of pairs whose answers are taken to be the wrong way round; needs loss_type "sigmoid".
-        sft_weight: Weight of the chosen answers' cross entropy, nats per token (CPO's alpha); 0 leaves it out.
-        z_loss_weight: Weight of the mean square of the log-normaliser over answer tokens; 0 leaves it out.
+        label_smoothing: Assumed share of pairs whose answers are swapped; needs loss_type "sigmoid".
+        sft_weight: Weight of the chosen answers' cross entropy in nats per token (CPO's alpha); 0 disables it.
+        z_loss_weight: Weight of the mean square of the log-normalizer over answer tokens; 0 disables it.
     """
 
     beta: float = 2.0
@@ -51,7 +51,7 @@ class SimpoConfig:
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ConfigError(
                 f"simpo.label_smoothing is {self.label_smoothing} with loss_type {self.loss_type!r}: only the sigmoid "
-                "loss has it. Set it to 0, or loss_type to 'sigmoid'."
+                "loss supports it. Set it to 0, or set loss_type to 'sigmoid'."
             )
         _require_at_least_zero("simpo.sft_weight", self.sft_weight)
         _require_at_least_zero("simpo.z_loss_weight", self.z_loss_weight)
@@ -61,10 +61,11 @@ class SimpoConfig:
 class OptimizerConfig:
     """AdamW with decoupled weight decay, clipping by global norm, and one schedule over the whole run.
 
-    `warmup` below 1 is a fraction of the run's updates, rounded down; from 1 on it is a number of updates.
-    `lr_schedule` is one of `LR_SCHEDULES`; `min_lr_ratio * learning_rate` is where the decay ends. "wsd" (warm-up,
-    stable, decay) falls linearly, in the last updates only: `decay` counts them as `warmup` does.
-    `moment_dtype` is that of Adam's first moment; the second, whose increments bfloat16 would round away, is float32.
+    `warmup` below 1 is a fraction of the run's updates, rounded down; 1 or more is a number of updates.
+    `lr_schedule` is one of `LR_SCHEDULES`; `min_lr_ratio * learning_rate` is the final value of the decay. "wsd"
+    (warm-up, stable, decay) decays linearly over the last updates only; `decay` counts these as `warmup` does.
+    `moment_dtype` is the dtype of Adam's first moment. The second moment is float32, because bfloat16 would round away
+    its increments.
     """
 
     learning_rate: float = 6e-7
@@ -99,11 +100,11 @@ class OptimizerConfig:
         _require_fraction("optimizer.min_lr_ratio", self.min_lr_ratio, below_one=False)
 
     def warmup_steps(self, num_train_steps: int) -> int:
-        """Updates during which the learning rate rises, in a run of `num_train_steps` updates."""
+        """Return the number of updates during which the learning rate rises, in a run of `num_train_steps` updates."""
         return _updates(self.warmup, num_train_steps)
 
     def decay_steps(self, num_train_steps: int) -> int:
-        """Updates during which the learning rate falls, in a run of `num_train_steps` updates."""
+        """Return the number of updates during which the learning rate falls, in a run of `num_train_steps` updates."""
         if self.lr_schedule == "wsd":
             return _updates(self.decay, num_train_steps)
         return num_train_steps - self.warmup_steps(num_train_steps)
@@ -113,18 +114,18 @@ class OptimizerConfig:
 class TrainerConfig:
     """One SimPO run from its first update to its last.
 
-    `train_batch_size` counts pairs per update, `train_seq_len` tokens per response with its prompt.
-    Master weights are float32 whatever `compute_dtype` (one of `COMPUTE_DTYPES`) is.
+    `train_batch_size` counts pairs per update. `train_seq_len` counts tokens per response, including its prompt.
+    Master weights are float32 for any `compute_dtype` (one of `COMPUTE_DTYPES`).
 
     Attributes:
         packing: Pairs share rows, and the two answers of a pair share its prompt (`data.rows`); otherwise each
-            sequence has a row of `train_seq_len` tokens. The numbers are the same but for rounding.
-        grad_accumulation: Parts of an update's batch that go through the model one after the other, their gradients
-            summed in float32: less memory, the same numbers but for rounding.
-        remat: What the forward pass keeps for the backward pass: "full" each layer's input and computes all else
-            again, "products" the results of its matrix products too, "none" everything.
-        logprob_chunk_size: Vocabulary entries whose logits exist at a time, for all tokens of a part.
-        ema_decay: Keeps an exponential moving average of the weights with this decay per update; None keeps none.
+            sequence has a row of `train_seq_len` tokens. The results are equal up to rounding.
+        grad_accumulation: Number of parts (microbatches) of an update's batch, which go through the model one after the
+            other. Their gradients are summed in float32. This saves memory; the results are equal up to rounding.
+        remat: Rematerialization policy. "full" keeps each layer's input for the backward pass and recomputes everything
+            else, "products" also keeps the results of its matmuls, "none" keeps everything.
+        logprob_chunk_size: Number of vocabulary entries whose logits exist at a time, for all tokens of a part.
+        ema_decay: Decay per update of an exponential moving average of the weights; None disables the average.
     """
 
     num_train_steps: int
@@ -177,14 +178,14 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state of a run is written, for a job that was killed to go on from; it changes no result.
+    """When the state of a run is written, so that a killed job can resume from it; it does not change any result.
 
     Attributes:
-        when: One of `CHECKPOINT_TIMES`. "every": after every so many updates, and at the end of a stretch whose trainer
-            goes on live. "on_failure": when a stretch fails or is told to stop between two updates, in a job of one
-            process. "never": a job that was killed computes the state again.
-        every: How many updates that is; for "every" alone.
-        keep: How many finished checkpoints of a stretch are kept, the newest; there is one more while it is written.
+        when: One of `CHECKPOINT_TIMES`. "every": after each `every` updates, and at the end of a phase whose trainer
+            stays live. "on_failure": when a phase fails or is asked to stop between two updates, in a job of one
+            process. "never": a job that was killed recomputes the state.
+        every: Number of updates between two checkpoints; for "every" only.
+        keep: Number of finished checkpoints of a phase to keep, newest first. One more exists while it is written.
     """
 
     when: str = "never"
@@ -195,8 +196,8 @@ class CheckpointConfig:
         _require_choice("checkpoint.when", self.when, CHECKPOINT_TIMES)
         if (self.when == "every") != (self.every is not None):
             raise ConfigError(
-                f"checkpoint.when is {self.when!r} and checkpoint.every {self.every}: give a number of updates with "
-                "when 'every', and only then."
+                f"checkpoint.when is {self.when!r} and checkpoint.every {self.every}: set checkpoint.every to "
+                "a number of updates if when is 'every', and only then."
             )
         if self.every is not None:
             _require_count("checkpoint.every", self.every)

@@ -1,4 +1,4 @@
-"""How weights do on pairs that they are not trained on, and how sure one can be of it. Plain Python."""
+"""Metrics of weights on pairs that they are not trained on, and their confidence intervals. Plain Python."""
 
 import math
 import statistics
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from simpo_pipeline.training.config import SimpoConfig
 
-# Of the standard normal distribution, for 95% intervals.
+# The 97.5% quantile of the standard normal distribution, for 95% intervals.
 _Z = 1.959963984540054
-# A mean of fewer is further from a normal distribution, with its standard deviation estimated, than an interval says.
+# With fewer values and an estimated standard deviation, a mean is further from normal than its interval assumes.
 _FEWEST_FOR_A_MEAN = 30
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        metrics: Those of `step.part_loss`.
+        metrics: The metrics of `step.part_loss`.
         margins: avg(chosen) - avg(rejected) of each pair, nats per token, in the order of the pairs.
     """
 
@@ -28,7 +28,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% confidence interval."""
+    """A value with its 95% confidence interval."""
 
     value: float
     low: float
@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class BatchMetrics:
-    """The metrics of `step.part_loss` of one batch, and how many of each thing they are means over."""
+    """The metrics of `step.part_loss` for one batch, and the numbers of pairs and tokens that they are means over."""
 
     metrics: Mapping[str, float]
     num_pairs: int
@@ -45,12 +45,12 @@ class BatchMetrics:
     num_answer_tokens: int
 
     def count(self, name: str) -> int:
-        """How many things a metric is a mean over."""
+        """Return the number of pairs or tokens that a metric is a mean over."""
         return {"sft_loss": self.num_chosen_tokens, "z_loss": self.num_answer_tokens}.get(name, self.num_pairs)
 
 
 def join_metrics(batches: Sequence[BatchMetrics], simpo: SimpoConfig) -> dict[str, float]:
-    """The metrics of all batches as if they were one, however many pairs and tokens each of them has."""
+    """Return the metrics of all batches as if they were one, for any number of pairs and tokens in each of them."""
     joined: dict[str, float] = {}
     for name in batches[0].metrics:
         total = sum(batch.count(name) * batch.metrics[name] for batch in batches)
@@ -63,7 +63,7 @@ def join_metrics(batches: Sequence[BatchMetrics], simpo: SimpoConfig) -> dict[st
 
 
 def accuracy(margins: Sequence[float]) -> Estimate:
-    """The share of pairs whose margin is above 0, with Wilson's interval (Wilson 1927)."""
+    """Return the share of pairs whose margin is above 0, with Wilson's interval (Wilson 1927)."""
     n, p = len(margins), sum(margin > 0 for margin in margins) / len(margins)
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
@@ -71,7 +71,7 @@ def accuracy(margins: Sequence[float]) -> Estimate:
 
 
 def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """By how much the accuracy on the same pairs rose, with the adjusted Wald interval for them (Agresti, Min 2005)."""
+    """Return the rise in accuracy on the same pairs, with the adjusted Wald interval for it (Agresti and Min 2005)."""
     gained = sum(new > 0 >= old for old, new in zip(before, after, strict=True))
     lost = sum(old > 0 >= new for old, new in zip(before, after, strict=True))
     n, up, down = len(before) + 2, gained + 0.5, lost + 0.5
@@ -81,9 +81,9 @@ def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
 
 
 def margin_gain(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
-    """By how much the mean margin of the same pairs rose, with the normal interval for it; None for less than 30 pairs.
+    """Return the rise in the mean margin of the same pairs, with its normal interval; None for fewer than 30 pairs.
 
-    Accuracy sees a pair only when its margin changes sign, so this needs fewer pairs to tell that something was learnt.
+    Accuracy changes only when the margin of a pair changes sign. The mean margin needs fewer pairs to show learning.
     """
     rises = [new - old for old, new in zip(before, after, strict=True)]
     if len(rises) < _FEWEST_FOR_A_MEAN:

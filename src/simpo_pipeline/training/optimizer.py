@@ -6,12 +6,12 @@
         wsd        peak, and in the last D updates    peak * (r + (1 - r) * (N - n) / D)
 
 as in Hugging Face's and Levanter's schedules. The rate is a function of optax's own update count, so updates 3..7 get
-the rates they would have had if nobody had stopped after update 2. `learning_rate_at` is the same function in numpy,
-for the host's logs.
+the same rates as in a run that does not stop after update 2. `learning_rate_at` is the same function in numpy, for the
+host's logs.
 
-Weight decay is decoupled and spares norm weights, as in Hugging Face's trainers and Levanter: a parameter decays if
+Weight decay is decoupled and skips norm weights, as in Hugging Face's trainers and Levanter: a parameter decays if
 it has more than one axis, not counting the axis that stacks the layers. Parameters are trees of haliax NamedArrays;
-what else they are is not known here.
+this module knows nothing else about them.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ STACKING_AXIS = "layers"
 
 
 def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW on the schedule of a run of `num_train_steps` updates."""
+    """Return clipping by global norm followed by AdamW, on the schedule of a run of `num_train_steps` updates."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -46,15 +46,15 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.Grad
 def apply_gradient(
     optimizer: optax.GradientTransformation, gradient: Any, opt_state: optax.OptState, params: Any
 ) -> tuple[Any, optax.OptState]:
-    """One update: (parameters, optimizer state) after it. `gradient` and `params` are equal trees."""
-    # optax raises Python floats to the power of its int32 count, which strict promotion refuses.
+    """Return (parameters, optimizer state) after one update; `gradient` and `params` are trees of equal structure."""
+    # optax raises Python floats to the power of its int32 count, which strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_train_steps: int) -> optax.Schedule:
-    """The rate as optax computes it on the device, from its update count."""
+    """Return the schedule that optax evaluates on the device, from its update count."""
     peak, warmup_steps = config.learning_rate, config.warmup_steps(num_train_steps)
     decay_steps = config.decay_steps(num_train_steps)
     if config.lr_schedule == "cosine":
@@ -70,7 +70,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_train_steps: int) -> opt
 
 
 def learning_rate_at(config: OptimizerConfig, num_train_steps: int, step: int) -> float:
-    """The learning rate of update number `step` (0-based), computed on the host."""
+    """Return the learning rate of update `step` (0-based), computed on the host."""
     warmup_steps = config.warmup_steps(num_train_steps)
     if step < warmup_steps:
         return config.learning_rate * step / warmup_steps
@@ -83,7 +83,7 @@ def learning_rate_at(config: OptimizerConfig, num_train_steps: int, step: int) -
 
 
 def decayed(params: Any) -> Any:
-    """For each parameter, whether weight decay applies to it: a tree of bools."""
+    """Return a tree of bools: whether weight decay applies to each parameter."""
 
     def is_matrix(parameter: NamedArray) -> bool:
         return sum(axis.name != STACKING_AXIS for axis in parameter.axes) > 1

@@ -10,19 +10,19 @@ Meng, Xia and Chen 2024, "SimPO: Simple Preference Optimization with a Reference
     sft      = mean over the chosen answers' tokens of -log p(token | ...)     (CPO, Xu et al. 2024, arXiv 2401.08417)
     z        = mean over all answers' tokens of log(sum of exp(logits))^2      (PaLM, arXiv 2204.02311, section 5)
 
-Conventions elsewhere, for who ports settings:
+Conventions of other projects, for porting settings:
 
     here, princeton-nlp/SimPO, Levanter    `gamma_beta_ratio`, nats per token; princeton's README tunes it in 0..1
     the paper                              absolute `gamma = beta * gamma_beta_ratio`
     TRL (CPO trainer, loss_type simpo)     absolute `simpo_gamma = beta * gamma_beta_ratio`, with `cpo_alpha = 0`:
                                            its default of 1 adds an SFT loss that SimPO does not have
-    TRL's loss_type "hinge"                takes summed, not average log-probs, and no gamma; princeton's is ours
-    TRL's `label_smoothing`                as ours, for its loss_type simpo; 0 there too unless it is set
-    princeton's `sft_weight`, TRL's `cpo_alpha`    our `sft_weight`; with gradient accumulation both take the mean over
+    TRL's loss_type "hinge"                uses summed, not average, log-probs and no gamma; princeton's is like ours
+    TRL's `label_smoothing`                like ours, for its loss_type simpo; its default is 0 too
+    princeton's `sft_weight`, TRL's `cpo_alpha`    our `sft_weight`; with gradient accumulation, both use the mean over
                                            each part's tokens, ours over the whole batch's
-    Levanter's `simpo_accuracy`            counts margins above gamma_beta_ratio; ours, as TRL's, those above 0
+    Levanter's `simpo_accuracy`            counts margins above gamma_beta_ratio; ours, like TRL's, counts those above 0
 
-The module knows no model and no tokens: whoever calls decides which positions are the response.
+This module does not know models or tokens: the caller decides which positions belong to the response.
 """
 
 import jax
@@ -38,13 +38,13 @@ def simpo_loss(
     config: SimpoConfig,
     weights: Float[Array, " pairs"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss without its terms over tokens, and the metrics that describe it, from the average log-probs of pairs.
+    """Return the loss without its terms over tokens, and its metrics, from the average log-probs of pairs.
 
-    All are sums over the pairs by `weights`, which for a mean are one over their number. A reward is `beta * avg(y)`,
-    as in TRL. Metrics:
+    All values are sums over the pairs, weighted by `weights`; for a mean, each weight is 1 / number of pairs. A reward
+    is `beta * avg(y)`, as in TRL. Metrics:
         rewards/chosen        reward of the chosen response
         rewards/rejected      reward of the rejected response
-        rewards/margins       chosen reward minus rejected reward, before gamma is taken off
+        rewards/margins       chosen reward minus rejected reward, before gamma is subtracted
         rewards/accuracies    share of pairs whose chosen reward is above the rejected one
         logps/chosen          avg(chosen)
         logps/rejected        avg(rejected)

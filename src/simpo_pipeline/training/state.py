@@ -1,7 +1,8 @@
-"""Everything that an update reads and writes on the devices, and its digest.
+"""The state that an update reads and writes on the devices, and its digest.
 
-The state holds no step counter besides optax's own update count: which update comes next is a Python int of the
-trainer. Law: two states of equal digest continue bit for bit the same, whatever happened between their updates.
+The state has no step counter besides optax's own update count: the number of the next update is a Python int of the
+trainer. Invariant: two states with equal digests continue identically, bit for bit, whatever happened between their
+updates.
 """
 
 import hashlib
@@ -25,9 +26,9 @@ from simpo_pipeline.training.optimizer import build_optimizer
 
 
 class TrainState(eqx.Module):
-    """Master weights in float32, moments, the run's key, and the weights' moving average where one is kept.
+    """Master weights in float32, optimizer state, the run's key, and the moving average of the weights, if enabled.
 
-    SimPO draws nothing at random, so `rng` (raw threefry key data) is carried unchanged from the start of the run.
+    SimPO draws no random numbers, so `rng` (raw threefry key data) is carried unchanged from the start of the run.
     """
 
     params: Llama
@@ -37,9 +38,9 @@ class TrainState(eqx.Module):
 
 
 def abstract_state(model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> TrainState:
-    """The state with a `jax.ShapeDtypeStruct` in place of each array, sharded over `mesh` by the training rules.
+    """Return the state with a `jax.ShapeDtypeStruct` for each array, sharded over `mesh` by the training rules.
 
-    Moments lie as their parameters do; counts and the key are replicated.
+    Moments are sharded like their parameters; counts and the key are replicated.
     """
     optimizer = build_optimizer(config.optimizer, config.num_train_steps)
 
@@ -51,14 +52,14 @@ def abstract_state(model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh)
 
 
 def state_digest(state: TrainState, *, step: int, data_position: int) -> str:
-    """SHA-256 (hex) of the state's bytes, the finished updates and the pairs read so far.
+    """Return the SHA-256 (hex) of the state's bytes, the number of finished updates and that of pairs read so far.
 
-    Covers each leaf's path, dtype, shape and bytes in tree order. A process hashes what it holds, each shard once
-    however often it is replicated, ordered by its place in the array: on several hosts each has a digest of its own,
-    and states laid out on different meshes have different digests. Host memory: a few leaves at a time.
+    The digest covers the path, dtype, shape and bytes of each leaf, in tree order. Each process hashes its own shards,
+    each one once even if it is replicated, ordered by position in the array. Hosts therefore have different digests,
+    and so do states that are sharded over different meshes. Host memory: a few leaves at a time.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
-    # hashlib lets go of the GIL, so leaves are hashed side by side; map gives them back in order.
+    # hashlib releases the GIL, so leaves are hashed in parallel; map returns them in order.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         leaf_digests = list(pool.map(_leaf_digest, leaves))
     whole = hashlib.sha256(f"step {step}\ndata_position {data_position}\n".encode())

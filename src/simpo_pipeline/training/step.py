@@ -1,15 +1,15 @@
 """One update as one device program: forward, SimPO, backward, clip, AdamW.
 
-    (state, batch) -> (state, metrics)        the state is donated; metrics are fp32 scalars, replicated
+    (state, batch) -> (state, metrics)        the state is donated; metrics are replicated fp32 scalars
 
 Both responses of every pair go through the model together, in one forward pass over rows of tokens (`data.rows`). Rows
-are split over the mesh axis "data"; a pair lies on one device. The program is the same for one device and for many:
-only the shardings of its arguments differ. With gradient accumulation the parts of the batch go through one after the
-other, and their losses and gradients add up to those of the whole.
+are sharded over the mesh axis "data"; each pair is on one device. The program is the same for one device and for many:
+only the shardings of its arguments differ. With gradient accumulation, the parts (microbatches) of the batch go through
+the model one after the other, and their losses and gradients add up to those of the whole batch.
 
-Padding stands after the tokens and attention is causal, so it changes nothing before it; the unembedding is multiplied
-only where a token of an answer is predicted. This module does not know which update it runs, where weights come from,
-or how batches are made.
+Padding follows the tokens and attention is causal, so padding does not affect the tokens before it. The matmul with the
+unembedding covers only positions where a token of an answer is predicted. This module does not know which update it
+runs, where weights come from, or how batches are made.
 """
 
 import math
@@ -58,27 +58,27 @@ class PartArrays(NamedTuple):
     targets: Int32[Array, "*parts groups predictions"]
     sequences: Int32[Array, "*parts groups predictions"]
     pair_weights: Float32[Array, "*parts pairs"]
-    """Of each pair in the mean over the batch; 0 for those of other parts."""
+    """Weight of each pair in the mean over the batch; 0 for pairs of other parts."""
 
 
 class BatchArrays(NamedTuple):
-    """A `RowBatch` on the devices, in parts."""
+    """A `RowBatch` on the devices, split into parts."""
 
     parts: PartArrays
     answer_lens: Float32[Array, "pairs 2"]
 
 
 class LossSums(NamedTuple):
-    """What the parts of a batch add up to."""
+    """Values that are summed over the parts of a batch."""
 
     loss: Float[Array, ""]
     metrics: Metrics
     margins: Float[Array, " pairs"]
-    """avg(chosen) - avg(rejected) of each pair, nats per token; 0 where it is another part's."""
+    """avg(chosen) - avg(rejected) of each pair, nats per token; 0 for pairs of other parts."""
 
 
 def build_init_moments(programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh) -> Program:
-    """Compiles `params -> (moments, moving average or None)`, those of a run at its first update."""
+    """Compile `params -> (moments, moving average or None)`, the values at the start of a run."""
     key = ("init_moments", model_config, config, mesh)
     return programs.built_once(key, lambda: _compile_init_moments(programs, model_config, config, mesh))
 
@@ -97,9 +97,9 @@ def _compile_init_moments(programs: Programs, model_config: LlamaConfig, config:
 def build_train_step(
     programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
 ) -> Program:
-    """Compiles `(TrainState, BatchArrays) -> (TrainState, metrics)`; the state given is consumed.
+    """Compile `(TrainState, BatchArrays) -> (TrainState, metrics)`; the given state is donated.
 
-    Metrics are those of `part_loss`, and `grad_norm`, the global norm of the gradient before clipping.
+    Metrics are those of `part_loss` and `grad_norm`, the global norm of the gradient before clipping.
     """
     key = ("train_step", model_config, config, mesh, shape)
     return programs.built_once(key, lambda: _compile_train_step(programs, model_config, config, mesh, shape))
@@ -114,7 +114,7 @@ def _compile_train_step(
     def train_step(state: TrainState, batch: BatchArrays) -> tuple[TrainState, Metrics]:
         metrics, grads = loss_and_gradient(state.params, batch, config, placement)
         params, opt_state = apply_gradient(optimizer, grads, state.opt_state, state.params)
-        ema = _averaged(state.ema, params, config.ema_decay)
+        ema = _update_ema(state.ema, params, config.ema_decay)
         return TrainState(params, opt_state, state.rng, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     state = abstract_state(model_config, config, mesh)
@@ -131,7 +131,7 @@ def _compile_train_step(
 def build_eval_step(
     programs: Programs, model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh, shape: RowShape
 ) -> Program:
-    """Compiles `(params, BatchArrays) -> LossSums` of a batch, all replicated."""
+    """Compile `(params, BatchArrays) -> LossSums` of a batch; all outputs are replicated."""
     key = ("eval_step", model_config, config, mesh, shape)
     return programs.built_once(key, lambda: _compile_eval_step(programs, model_config, config, mesh, shape))
 
@@ -142,7 +142,7 @@ def _compile_eval_step(
     placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype), shape.slot_lens)
 
     def eval_step(params: Llama, batch: BatchArrays) -> LossSums:
-        return _over_parts(lambda part: part_loss(params, part, batch.answer_lens, config, placement), batch)
+        return _sum_over_parts(lambda part: part_loss(params, part, batch.answer_lens, config, placement), batch)
 
     params = abstract_state(model_config, config, mesh).params
     return programs.compile(
@@ -157,7 +157,7 @@ def _compile_eval_step(
 def loss_and_gradient(
     params: Llama, batch: BatchArrays, config: TrainerConfig, placement: Placement = ANYWHERE
 ) -> tuple[Metrics, Llama]:
-    """The metrics of a batch, `loss` among them, and the gradient of the loss in `params`."""
+    """Return the metrics of a batch, including `loss`, and the gradient of the loss with respect to `params`."""
 
     def of_part(part: PartArrays) -> tuple[LossSums, Llama]:
         def loss(params: Llama) -> tuple[Float[Array, ""], LossSums]:
@@ -167,7 +167,7 @@ def loss_and_gradient(
         (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         return sums, gradient
 
-    sums, gradient = _over_parts(of_part, batch)
+    sums, gradient = _sum_over_parts(of_part, batch)
     return sums.metrics, gradient
 
 
@@ -178,10 +178,10 @@ def part_loss(
     config: TrainerConfig,
     placement: Placement = ANYWHERE,
 ) -> LossSums:
-    """What a part adds to the batch's loss and metrics; differentiable in `params`.
+    """Return the contribution of one part to the loss and metrics of the batch; differentiable in `params`.
 
-    Metrics are those of `simpo_loss`; `loss`; and, where their weights are not 0, `preference_loss`, `sft_loss` and
-    `z_loss`, the loss's terms before their weights.
+    Metrics are those of `simpo_loss`, and `loss`. If a term over tokens has a weight other than 0, `sft_loss` or
+    `z_loss` is added for it, without its weight, and so is `preference_loss`, the loss without these terms.
     """
     logps, log_sums = answer_logps(params, part, config, placement)
     is_answer = part.sequences >= 0
@@ -206,7 +206,7 @@ def part_loss(
 def answer_logps(
     params: Llama, part: PartArrays, config: TrainerConfig, placement: Placement = ANYWHERE
 ) -> tuple[Float[Array, "groups predictions"], Float[Array, "groups predictions"]]:
-    """The log-prob (fp32) of each predicted token, and the log-normaliser; anything where nothing is predicted."""
+    """Return the log-prob (fp32) and the log-normalizer of each predicted token; values at padding are arbitrary."""
     axes = (Axis("row", part.tokens.shape[0]), Axis("position", part.tokens.shape[1]))
     hidden, _ = transform(
         params,
@@ -234,7 +234,7 @@ def answer_logps(
 
 
 def abstract_batch(config: TrainerConfig, mesh: Mesh, shape: RowShape) -> BatchArrays:
-    """The shapes and shardings of a batch: rows over the mesh axis "data"."""
+    """Return the shapes and shardings of a batch; rows are sharded over the mesh axis "data"."""
     num_parts, num_pairs = config.grad_accumulation, config.train_batch_size
 
     def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
@@ -260,9 +260,10 @@ def abstract_batch(config: TrainerConfig, mesh: Mesh, shape: RowShape) -> BatchA
 
 
 def place_batch(batch: RowBatch, config: TrainerConfig, mesh: Mesh) -> BatchArrays:
-    """Puts a batch on the devices. Every process passes the whole batch and keeps its own rows; nothing is launched.
+    """Put a batch on the devices.
 
-    A batch of fewer pairs than the config says is filled up with pairs without weight.
+    Every process passes the global batch and keeps its own rows; no program is launched. A batch with fewer pairs than
+    the config specifies is filled up with pairs of weight 0.
     """
     num_parts, num_pairs = config.grad_accumulation, len(batch.pair_rows)
     rows_of_part = batch.tokens.shape[0] // num_parts
@@ -294,8 +295,8 @@ def place_batch(batch: RowBatch, config: TrainerConfig, mesh: Mesh) -> BatchArra
 _BY_ROW = PartitionSpec(None, DATA_AXIS)
 
 
-def _over_parts(function: Callable[[PartArrays], Any], batch: BatchArrays) -> Any:
-    """The sum of `function` over the parts of a batch, one after the other."""
+def _sum_over_parts(function: Callable[[PartArrays], Any], batch: BatchArrays) -> Any:
+    """Return the sum of `function` over the parts of a batch, computed one after the other."""
     first = jax.tree.map(lambda array: array[0], batch.parts)
     if batch.parts.tokens.shape[0] == 1:
         return function(first)
@@ -310,12 +311,12 @@ def _over_parts(function: Callable[[PartArrays], Any], batch: BatchArrays) -> An
 def _sum_by_sequence(
     values: Float[Array, "groups predictions"], sequences: Int32[Array, "groups predictions"], shape: tuple[int, ...]
 ) -> Float[Array, "pairs 2"]:
-    # A place past the last sequence is dropped.
+    # An index past the last sequence is dropped.
     at = jnp.where(sequences >= 0, sequences, math.prod(shape))
     return jnp.zeros(math.prod(shape), values.dtype).at[at].add(values, mode="drop").reshape(shape)
 
 
-def _averaged(ema: Llama | None, params: Llama, decay: float | None) -> Llama | None:
+def _update_ema(ema: Llama | None, params: Llama, decay: float | None) -> Llama | None:
     if ema is None or decay is None:
         return None
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

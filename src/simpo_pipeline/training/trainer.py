@@ -1,15 +1,15 @@
-"""The trainer: the live value that training steps hand to each other.
+"""The trainer: the live value that training steps pass on to each other.
 
-A `Trainer` owns the device buffers of one run's state. Whoever holds it may read `params` between updates; only the
-holder that took it may call `train_until` or `free`. Each update donates the state it reads, so arrays borrowed from
-`params` before an update are dead after it.
+A `Trainer` owns the device buffers of one run's state. Every holder may read `params` between updates; only the holder
+that took the trainer may call `train_until` or `free`. Each update donates the state it reads, so arrays borrowed from
+`params` before an update are deleted after it.
 
-    law: train_until(2), anything that only reads, train_until(7)  ==  train_until(7), bit for bit
+    invariant: train_until(2), anything that only reads, train_until(7)  ==  train_until(7), bit for bit
 
-because an update depends on nothing but the state, the update's number and the loader's batch of that number.
-A failed update leaves no state at all rather than half of one: from then on the trainer raises.
+because an update depends only on the state, the update's number and the loader's batch of that number.
+A failed update leaves no state rather than a partial one: from then on the trainer raises.
 
-What happens between updates, and where metrics go, is not known here.
+This module does not know what happens between updates, or where metrics go.
 """
 
 import math
@@ -44,12 +44,12 @@ from simpo_pipeline.training.step import (
 
 # Called after each update with the number of finished updates and the update's metrics.
 OnStep = Callable[[int, dict[str, float]], None]
-# Gives the state whose abstract form it gets.
+# Returns the state for an abstract state.
 LoadState = Callable[[TrainState], TrainState]
 
 
 class Trainer:
-    """A SimPO run in progress: `step` updates of `config.num_train_steps` are finished."""
+    """A SimPO run in progress: `step` of `config.num_train_steps` updates are finished."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class Trainer:
         programs: Programs,
         mesh: Mesh,
     ):
-        """Starts a run at update 0 from fp32 `params`, sharded as `abstract_params` says; they belong to the trainer.
+        """Start a run at update 0 from fp32 `params`, sharded like `abstract_params`; the trainer takes ownership.
 
-        Without `params` it has no state until it is given one by `restore`. The update is compiled when the loader's
+        Without `params`, the trainer has no state until `restore` loads one. The update is compiled when the loader's
         shape is known. Prefer `start`, `start_random` or `resume`.
         """
         self.config = config
@@ -71,7 +71,7 @@ class Trainer:
         self.step = 0
         self._programs = programs
         self._state: TrainState | None = None
-        self._why_no_state = "it was given none yet"
+        self._why_no_state = "none was loaded yet"
         abstract = _abstract(config, model_config, mesh)
         if params is None:
             return
@@ -82,7 +82,7 @@ class Trainer:
 
     @classmethod
     def start(cls, config: TrainerConfig, model_path: str, *, programs: Programs, mesh: Mesh) -> "Trainer":
-        """Starts a run from the weights of a Hugging Face folder (local or any fsspec path).
+        """Start a run from the weights of a Hugging Face folder (local or any fsspec path).
 
         Raises:
             ConfigError: the run does not fit the model or the mesh.
@@ -96,7 +96,7 @@ class Trainer:
     def start_random(
         cls, config: TrainerConfig, model_config: LlamaConfig, *, programs: Programs, mesh: Mesh
     ) -> "Trainer":
-        """Starts a run from random weights, a function of `config.seed` alone.
+        """Start a run from random weights, which depend only on `config.seed`.
 
         Raises:
             ConfigError: the run does not fit the model or the mesh.
@@ -114,7 +114,9 @@ class Trainer:
     def resume(
         cls, config: TrainerConfig, model_path: str, step: int, load: LoadState, *, programs: Programs, mesh: Mesh
     ) -> "Trainer":
-        """A run after `step` updates, whose state `load` gives (see `restore`); of the folder only the config is read.
+        """Return a run after `step` updates, with the state from `load` (see `restore`).
+
+        Only the config is read from the folder.
 
         Raises:
             ConfigError: the run does not fit the model or the mesh.
@@ -124,21 +126,21 @@ class Trainer:
         return trainer
 
     def restore(self, step: int, load: LoadState) -> None:
-        """Replaces the state by that of the same run after `step` updates.
+        """Replace the state with that of the same run after `step` updates.
 
         Args:
-            step: Finished updates of the state that `load` gives.
-            load: Makes the state from its abstract form, with those shapes, dtypes and shardings. The old state is
-                gone before it is called, so that no two lie on the devices at once.
+            step: Number of finished updates of the state that `load` returns.
+            load: Returns the state for an abstract state, with its shapes, dtypes and shardings. The old state is freed
+                before the call, so the devices never hold two states.
         """
         if self._state is not None:
-            self._lose_state(f"it was to be replaced by that after update {step}")
+            self._lose_state(f"it was being replaced with the state after update {step}")
         self._state = load(_abstract(self.config, self.model_config, self.mesh))
         self.step = step
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a whole state: no update failed, and the trainer was not freed."""
+        """Whether the trainer has a complete state: no update failed, and it was not freed."""
         return self._state is not None
 
     @property
@@ -149,47 +151,47 @@ class Trainer:
             TrainingError: an update failed, or the trainer was freed.
         """
         if self._state is None:
-            raise TrainingError(f"this trainer has no state any more: {self._why_no_state}. Start the run again.")
+            raise TrainingError(f"this trainer has no state: {self._why_no_state}. Restart the run.")
         return self._state
 
     @property
     def params(self) -> Llama:
-        """The fp32 master weights after `step` updates, borrowed as `state` is."""
+        """The fp32 master weights after `step` updates, borrowed like `state`."""
         return self.state.params
 
     @property
     def abstract_params(self) -> Llama:
-        """Shapes, dtypes and shardings of `params`, for programs compiled ahead."""
+        """Shapes, dtypes and shardings of `params`, for ahead-of-time compilation."""
         return _abstract(self.config, self.model_config, self.mesh).params
 
     @property
     def num_groups(self) -> int:
-        """Groups of rows that a loader is to make: one for each device and each part of a batch."""
+        """Number of row groups that a loader must make: one for each device and each part of a batch."""
         return self.config.grad_accumulation * self.mesh.shape[DATA_AXIS]
 
     @property
     def data_position(self) -> int:
-        """Pairs read since the start of the run."""
+        """Number of pairs read since the start of the run."""
         return self.step * self.config.train_batch_size
 
     def digest(self) -> str:
-        """The digest of state, finished updates and data position; equal digests continue alike."""
+        """Return the digest of state, finished updates and data position; equal digests continue identically."""
         return state_digest(self.state, step=self.step, data_position=self.data_position)
 
     def train_until(self, stop: int, loader: PairLoader, on_step: OnStep) -> None:
-        """Runs the updates after `step` up to and including number `stop` (counted from 1 over the whole run).
+        """Run the updates after `step`, up to and including update `stop` (counted from 1 over the whole run).
 
         Args:
-            stop: Finished updates at the end; `step` or more, and at most `config.num_train_steps`.
-            loader: The run's batches; update n reads `loader.batch(n - 1)`.
-            on_step: Called after each update with `step` and its metrics: those of `part_loss`, `grad_norm` (before
-                clipping), `learning_rate`, `tokens` (without padding), `padding_share`, `tokens_per_second` and
-                `step_seconds`.
+            stop: Number of finished updates at the end; at least `step`, and at most `config.num_train_steps`.
+            loader: The batches of the run; update n reads `loader.batch(n - 1)`.
+            on_step: Called after each update with `step` and the metrics of the update: those of `part_loss`,
+                `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `padding_share`,
+                `tokens_per_second` and `step_seconds`.
 
         Raises:
-            ConfigError: `stop` is behind `step` or beyond the run, or the loader's batches have another shape.
-            DataError: a pair holds a token that the model does not know.
-            TrainingError: an update gave a loss or gradient that is not finite; the state is gone.
+            ConfigError: `stop` is below `step` or beyond the run, or the loader does not match the run.
+            DataError: a pair contains a token outside the vocabulary of the model.
+            TrainingError: the loss or gradient of an update is not finite; the state is lost.
         """
         if not self.step <= stop <= self.config.num_train_steps:
             raise ConfigError(
@@ -199,8 +201,8 @@ class Trainer:
         self._check_loader(loader)
         if loader.num_updates != self.config.num_train_steps:
             raise ConfigError(
-                f"the loader serves {loader.num_updates} updates and the run has {self.config.num_train_steps} "
-                "(num_train_steps). Make the loader from its config."
+                f"the loader serves {loader.num_updates} updates, but the run has {self.config.num_train_steps} "
+                "(num_train_steps). Build the loader from the config of the run."
             )
         program = build_train_step(self._programs, self.model_config, self.config, self.mesh, loader.shape)
         while self.step < stop:
@@ -208,11 +210,11 @@ class Trainer:
             on_step(self.step, metrics)
 
     def evaluate(self, sweep: PairSweep) -> Evaluation:
-        """How the weights as they are do on the pairs of `sweep`, each counted once.
+        """Evaluate the current weights on the pairs of `sweep`, counting each pair once.
 
         Raises:
-            ConfigError: the batches have another shape than the run's.
-            DataError: a pair holds a token that the model does not know.
+            ConfigError: the sweep does not match the run.
+            DataError: a pair contains a token outside the vocabulary of the model.
         """
         self._check_loader(sweep)
         program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
@@ -227,7 +229,7 @@ class Trainer:
         return Evaluation(join_metrics(batches, self.config.simpo), tuple(margins))
 
     def free(self) -> None:
-        """Deletes the device buffers; the trainer raises from then on. Freeing twice is allowed."""
+        """Delete the device buffers; from then on, the trainer raises. Freeing twice is allowed."""
         if self._state is not None:
             self._lose_state(f"it was freed after update {self.step}")
 
@@ -240,8 +242,8 @@ class Trainer:
             self._lose_state(f"update {self.step + 1} was not finite")
             ids = [loader.pairs[index].prompt_id for index in loader.indices(self.step)]
             raise TrainingError(
-                f"update {self.step + 1} gave {wrong}, and only finite values can be trained on; the run stops. "
-                f"Look at its pairs, {ids}, or lower optimizer.learning_rate ({self.config.optimizer.learning_rate})."
+                f"update {self.step + 1} gave {wrong}, but training needs finite values; the run stops. "
+                f"Check its pairs, {ids}, or lower optimizer.learning_rate ({self.config.optimizer.learning_rate})."
             )
         seconds = time.perf_counter() - start
         metrics["learning_rate"] = learning_rate_at(self.config.optimizer, self.config.num_train_steps, self.step)
@@ -251,11 +253,11 @@ class Trainer:
         return metrics | {"tokens": tokens, "padding_share": batch.padding_share, **speed}
 
     def _advance(self, batch: BatchArrays, program: Program) -> dict[str, float]:
-        """Replaces the state by the next one; if that fails in any way, by none."""
+        """Replace the state with the next one; if the update fails in any way, the trainer has no state."""
         state, self._state = self.state, None
         self._why_no_state = f"update {self.step + 1} failed"
         state, metrics = program(state, batch)
-        # Metrics are replicated, so every process sees the same numbers and takes the same decisions.
+        # Metrics are replicated, so every process sees the same values and makes the same decisions.
         fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._state = state
         return fetched
@@ -269,32 +271,36 @@ class Trainer:
         wanted = (self.config.train_batch_size, self.config.train_seq_len, self.config.packing)
         if got != wanted:
             raise ConfigError(
-                f"the loader gives batches of {got[0]} pairs of {got[1]} tokens with packing {got[2]}; this run has "
+                f"the loader serves batches of {got[0]} pairs of {got[1]} tokens with packing {got[2]}; this run has "
                 f"{wanted[0]} pairs of {wanted[1]} with packing {wanted[2]} (train_batch_size, train_seq_len, "
-                "packing). Make the loader from its config."
+                "packing). Build the loader from the config of the run."
             )
         if loader.num_groups != self.num_groups:
             raise ConfigError(
-                f"the loader gives {loader.num_groups} groups of rows, and the run has {self.config.grad_accumulation} "
-                f"parts (grad_accumulation) on {self.mesh.shape[DATA_AXIS]} devices; give it num_groups "
+                f"the loader has {loader.num_groups} groups of rows, but the run has {self.config.grad_accumulation} "
+                f"parts (grad_accumulation) on {self.mesh.shape[DATA_AXIS]} devices; set num_groups of the loader to "
                 f"{self.num_groups}."
             )
         check_vocabulary(loader.pairs, loader.pad_id, self.model_config.vocab_size)
 
 
 def _abstract(config: TrainerConfig, model_config: LlamaConfig, mesh: Mesh) -> TrainState:
-    """The abstract state of a run that fits its model and mesh; ConfigError if it does not."""
+    """Return the abstract state of a run.
+
+    Raises:
+        ConfigError: the run does not fit the model or the mesh.
+    """
     if config.train_seq_len > model_config.max_seq_len:
         raise ConfigError(
-            f"train_seq_len is {config.train_seq_len} and the model's max_seq_len {model_config.max_seq_len}; "
+            f"train_seq_len is {config.train_seq_len}, but the model's max_seq_len is {model_config.max_seq_len}; "
             "lower train_seq_len."
         )
     num_devices = mesh.shape[DATA_AXIS]
     if not config.packing and config.train_batch_size % (config.grad_accumulation * num_devices):
         raise ConfigError(
-            f"train_batch_size is {config.train_batch_size} pairs, and the mesh has {num_devices} devices on its axis "
+            f"train_batch_size is {config.train_batch_size} pairs, but the mesh has {num_devices} devices on its axis "
             f"{DATA_AXIS!r}, each with {config.grad_accumulation} parts (grad_accumulation); give a multiple of "
-            f"{config.grad_accumulation * num_devices}, or set packing, which takes any."
+            f"{config.grad_accumulation * num_devices}, or set packing, which accepts any batch size."
         )
     return abstract_state(model_config, config, mesh)
 
@@ -304,5 +310,5 @@ def _shardings(abstract: object) -> object:
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """The raw data of `jax.random.key(seed)` under threefry, made without launching anything."""
+    """Return the raw data of `jax.random.key(seed)` under threefry, without launching a program."""
     return np.array([seed >> 32, seed & 0xFFFFFFFF], dtype=np.uint32)

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo_pipeline.executor import Executor, ExecutorStep, borrow, take, this_output_path
 from simpo_pipeline.executor.records.lease import LeaseConfig
-from simpo_pipeline.executor.running.live import Live
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.storage.files import write_text
 from simpo_pipeline.storage.paths import join
 

@@ -1,7 +1,7 @@
-"""What the fake programs know together: one file, in the folder that FAKE_CLOUD names.
+"""The shared state of the fake programs: one file in the folder that FAKE_CLOUD names.
 
-`plan` is what a test wants to happen; the rest is what has happened so far. The fakes are started thousands of times,
-so they import next to nothing: the file holds a Python literal, because importing `json` takes longer than the rest.
+`plan` contains the events that a test wants; the rest records past events. The fakes are started thousands of times,
+so they import almost nothing: the file is a Python literal, because importing `json` takes longer than the rest.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ FOLDER = os.environ["FAKE_CLOUD"]
 
 
 class locked_state:
-    """The state, for this program alone; changes are written back."""
+    """Lock the state for this program, and write changes back on exit."""
 
     def __enter__(self):
         self._lock = open(f"{FOLDER}/lock", "w")
@@ -31,13 +31,13 @@ class locked_state:
 
 
 def note_call(program):
-    """Remembers the words of this call."""
+    """Record the words of this call."""
     with locked_state() as state:
         state["calls"].append({"at": os.environ.get("FAKE_HOST", ""), "words": [program, *sys.argv[1:]]})
 
 
 def fault_for(words, place):
-    """The fault that the plan has for this call, used up by being taken."""
+    """Return the planned fault for this call, and use it up."""
     text = " ".join(words)
     with locked_state() as state:
         for fault in state["plan"].get("faults", []):
@@ -51,7 +51,7 @@ def fault_for(words, place):
 
 
 def fail_if_planned(words, place):
-    """Ends this program with the error that the plan has for this call."""
+    """Exit with the planned error for this call, if there is one."""
     fault = fault_for(words, place)
     if fault is not None:
         print(fault.get("err", "planned failure"), file=sys.stderr)
@@ -59,19 +59,19 @@ def fail_if_planned(words, place):
 
 
 def option(words, name, default=""):
-    """The word after a flag."""
+    """Return the word after a flag."""
     return words[words.index(name) + 1] if name in words else default
 
 
 def lose_tpu(state):
-    """The TPU is preempted."""
+    """Preempt the TPU."""
     state["request"] = {"state": "SUSPENDED"}
     state["node"]["state"] = "PREEMPTED"
     state["steps"] = []
 
 
 def as_json(value):
-    """Enough of JSON for what these programs say."""
+    """Serialize the subset of JSON that these programs print."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{as_json(key)}: {as_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A docker for this machine, which builds and pushes, and for each host, which has containers."""
+"""A fake docker: builds and pushes images on this machine, and runs containers on each host."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def save(found):
 
 
 def behaviour():
-    """What the plan wants of this host in this life of the TPU."""
+    """Return the planned behaviour of this host in this life of the TPU."""
     with locked_state() as state:
         lives = state["plan"].get("containers", [])
     life = int(os.environ["FAKE_LIFE"])

@@ -1,4 +1,4 @@
-"""A gcloud with one TPU, whose hosts are folders: scripts that come over ssh are run there by a real shell."""
+"""A fake gcloud with one TPU, whose hosts are folders. A real shell runs the scripts that arrive over ssh."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from cloud_state import FOLDER, as_json, fail_if_planned, fault_for, locked_stat
 
 HOSTS = {"v5p-8": 1, "v5p-16": 2, "v5p-32": 4}
 NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: Resource was not found"
-# A request on its way, as often as it is looked at: its state, and the TPU's.
+# The progress of a request, one step per query: the state of the request and that of the TPU.
 USUAL_LIFE = [["WAITING_FOR_RESOURCES", None], ["PROVISIONING", "CREATING"], ["ACTIVE", "READY"]]
 
 
@@ -74,7 +74,7 @@ def environment_of(host):
 
 
 def shell(command, host, has_input):
-    import subprocess  # slow to import, and seldom wanted
+    import subprocess  # slow to import, and rarely needed
 
     stdin = None if has_input else subprocess.DEVNULL
     return subprocess.Popen(["sh", "-c", command], env=environment_of(host), stdin=stdin, stdout=subprocess.PIPE)
@@ -112,7 +112,7 @@ def ssh(words):
         pass_on(shell(command, host, True), fault["lines"])
         sys.exit(255)
     if kind == "repeat":
-        # As gcloud does when its connection breaks: the command again, without the input.
+        # Like gcloud when its connection breaks: run the command again, without the input.
         pass_on(shell(command, host, not fault.get("early")), fault.get("lines"))
         sys.exit(pass_on(shell(command, host, False)))
     if kind == "delete":

@@ -1,4 +1,4 @@
-"""A kubectl with one namespace and at most one JobSet, which goes through the attempts of the plan."""
+"""A fake kubectl with one namespace and at most one JobSet, which runs through the planned attempts."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ def attempt_of(state):
 
 
 def create(state):
-    import json  # slow to import, and seldom wanted
+    import json  # slow to import, and rarely needed
 
     manifest = json.load(sys.stdin)
     if manifest["kind"] == "Secret":

@@ -1,1 +1,1 @@
-"""What to run and why: identities, order and the plan. It only reads."""
+"""Planning of what to run and why: step identities, execution order and the plan. Only reads storage."""

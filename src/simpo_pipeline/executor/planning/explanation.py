@@ -1,4 +1,4 @@
-"""Why a step is new: its identity compared with those that steps of the same name left beside it."""
+"""Explanation of why a step is new: its identity compared with those of steps of the same name in the same folder."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,16 @@ from simpo_pipeline.storage.paths import base_name, join, parent
 
 _MAX_SIBLINGS = 20
 _MAX_RECORDS_READ = 200
-"""Of all steps together: a plan of thousands of new steps must not read thousands of records."""
+"""Limit for all steps together, so that a plan with thousands of new steps does not read thousands of records."""
 _MAX_SHOWN = 3
 _MAX_DEPTH = 100
-"""Of a recorded value that is compared; deeper ones may not fit the stack of the caller."""
+"""Maximum nesting of a recorded value that is compared. Deeper values might overflow the caller's stack."""
 _MAX_VALUE_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One versioned value or dependency that is another one now."""
+    """One versioned value or dependency that has changed."""
 
     field_path: str
     old: str
@@ -37,7 +37,7 @@ class Difference:
 
 
 def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that look like output paths, by what comes before their hash; only some where there are many."""
+    """Group the names that look like output paths by the part before the hash. Large groups are truncated."""
     stems: dict[str, list[str]] = {}
     for name in names:
         suffix = name.rpartition("-")[2]
@@ -49,21 +49,22 @@ def siblings_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def stem_of(output_path: str) -> str:
-    """The last part of an output path without its hash."""
+    """Return the last part of an output path without its hash."""
     return base_name(output_path).rpartition("-")[0]
 
 
 def explain_new_steps(
     configs: Mapping[str, Mapping[str, Any]], names_beside: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-    """How steps that never ran differ from the nearest of their name that did.
+    """Explain how each step that never ran differs from the nearest step of the same name that did.
 
     Args:
-        configs: by output path, the versioned config of each new step; the first ones matter most.
-        names_beside: by folder, the names in it.
+        configs: The versioned config of each new step, by output path. The first steps have priority, because the
+            number of records that are read is limited.
+        names_beside: The names in each folder, by folder.
 
     Returns:
-        A sentence by output path, for those that have siblings.
+        One sentence for each output path that has siblings.
     """
     stems = {folder: siblings_by_stem(names) for folder, names in names_beside.items()}
     siblings = {path: _siblings(path, stems[parent(path)]) for path in configs}
@@ -84,13 +85,13 @@ def _explanation(
 ) -> str:
     known = {base_name(path): old for path in siblings if (old := recorded.get(path)) is not None}
     if not known:
-        return "never ran under this version; --explain says what is new"
+        return "never ran with this version; --explain shows what changed"
     nearest = nearest_sibling(config, known)
     return summarized(*nearest) if nearest is not None else "never ran"
 
 
 def recorded_config(output_path: str) -> dict[str, Any] | None:
-    """The versioned values and dependencies recorded at an output path; None when there is no record to believe."""
+    """Return the versioned values and dependencies recorded at an output path, or None if there is no valid record."""
     try:
         version = read_info(output_path).get("version")
     except StorageError:
@@ -100,7 +101,7 @@ def recorded_config(output_path: str) -> dict[str, Any] | None:
 
 
 def _is_shallow(value: Any) -> bool:
-    """Whether the value can be compared and shown however deep in calls this happens."""
+    """Return whether the value is shallow enough to be compared and shown at any depth of the call stack."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [inner for outer in level for inner in _members(outer)]
@@ -118,7 +119,7 @@ def _members(value: Any) -> Iterable[Any]:
 def nearest_sibling(
     config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, list[Difference]] | None:
-    """The sibling with the fewest differences from `config`, and these; None when no sibling differs."""
+    """Return the sibling with the fewest differences from `config`, and the differences. None if no sibling differs."""
     found = {sibling: differences(old, config) for sibling, old in siblings.items()}
     differing = {sibling: changes for sibling, changes in found.items() if changes}
     if not differing:
@@ -128,13 +129,13 @@ def nearest_sibling(
 
 
 def summarized(sibling: str, changes: Sequence[Difference]) -> str:
-    """The first few differences, for a table."""
+    """Return the first few differences on one line, for a table."""
     more = f"; and {len(changes) - _MAX_SHOWN} more" if len(changes) > _MAX_SHOWN else ""
-    return f"new since {sibling}: {'; '.join(str(change) for change in changes[:_MAX_SHOWN])}{more}"
+    return f"changed since {sibling}: {'; '.join(str(change) for change in changes[:_MAX_SHOWN])}{more}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """What is not the same in two versioned configs, by field path."""
+    """Return the differences between two versioned configs, sorted by field path."""
     absent = object()
     found: list[Difference] = []
     for path in sorted({*old, *new}):
@@ -146,7 +147,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
 
 
 def shown_value(value: Any) -> str:
-    """A versioned value or a dependency on one line."""
+    """Format a versioned value or a dependency on one line."""
     if isinstance(value, dict) and "!step" in value:
         use = cast(dict[str, Any], value)
         label = str(use["!step"])
@@ -160,47 +161,47 @@ def shown_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One step of a plan, explained."""
+    """Explanation of one step: its action, its identity, its users and its other versions."""
 
     step_name: str
     action: str
-    """As in the plan; NONE when the plan leaves the step out."""
+    """The action in the plan. NONE if the plan does not include the step."""
     reason: str
     version: str
-    """The whole hash of the identity, 64 hex digits."""
+    """The full hash of the identity, 64 hex digits."""
     output_path: str
     config: dict[str, Any]
-    """What bears identity, by field path: versioned values and dependencies."""
+    """The versioned values and dependencies that define the identity, by field path."""
     used_by: tuple[str, ...]
     others: dict[str, tuple[Difference, ...]]
-    """How each version beside it differs: from what is recorded there to what the step is now."""
+    """The differences between each other version in the same folder and the step: from its recorded config to this one."""
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the explanation for --json."""
         others = {name: [change.__dict__ for change in changes] for name, changes in self.others.items()}
         return {**self.__dict__, "used_by": list(self.used_by), "others": others}
 
     def text(self) -> str:
-        """For a terminal."""
+        """Return the explanation for a terminal."""
         lines = [
             f"{self.step_name}  {self.action}: {self.reason}",
             f"  output path  {self.output_path}",
             f"  version      {self.version}",
             f"  used by      {', '.join(self.used_by) or 'no step'}",
             "",
-            "Its version is made of its name and of:",
+            "The version is computed from the name of the step and these fields:",
             format_table(("field", "value"), [(path, shown_value(value)) for path, value in self.config.items()]),
         ]
         for name, changes in self.others.items():
             table = format_table(("field", "then", "now"), [(one.field_path, one.old, one.new) for one in changes])
-            lines += ["", f"Since {name}:", table]
+            lines += ["", f"Changes since {name}:", table]
         if not self.others:
-            lines += ["", "No other version of it lies beside it."]
+            lines += ["", "No other version of this step exists in the same folder."]
         return "\n".join(lines)
 
 
 def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) -> Explanation:
-    """Reads the records of the other versions beside the step's output path."""
+    """Explain one step. Reads the records of the other versions in the folder of its output path."""
     path, identity = graph.output_paths[step], graph.identities[step]
     names = siblings_by_stem(list_names(parent(path))).get(stem_of(path), [])
     others = [join(parent(path), name) for name in names if name != base_name(path)]
@@ -209,7 +210,7 @@ def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) ->
     return Explanation(
         step.name,
         row.action.value if row is not None else "NONE",
-        row.reason if row is not None else "this run is not asked for it, and nothing it runs needs it",
+        row.reason if row is not None else "it was not requested, and no step that this run executes needs it",
         identity.hash,
         path,
         dict(sorted(config.items())),

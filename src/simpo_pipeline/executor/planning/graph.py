@@ -1,6 +1,6 @@
-"""From what an experiment wrote to a graph: every step with its identity, its output path and whom it uses.
+"""Graph of an experiment: every step with its identity, its output path and the steps it uses.
 
-Pure: nothing is read from storage. Nothing recurses along the DAG, so its depth is not limited.
+Pure: nothing is read from storage. No function recurses along the DAG, so its depth is not limited.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,34 +17,38 @@ Step = ExecutorStep[Any]
 
 @dataclass(frozen=True)
 class Graph:
-    """The DAG behind the requested steps; of several steps with one identity and one output path, the first stands."""
+    """The DAG of the requested steps.
+
+    Steps that have the same identity and the same output path are merged: the first one represents them all.
+    """
 
     steps: tuple[Step, ...]
-    """The distinct steps, each after all it uses."""
+    """The distinct steps, each after all steps it uses."""
     canonical: Mapping[Step, Step]
-    """For every step object of the experiment, the one in `steps` that stands for it."""
+    """Maps every step object of the experiment to the one in `steps` that represents it."""
     identities: Mapping[Step, Identity]
     output_paths: Mapping[Step, str]
     edges: Mapping[Step, tuple[Edge, ...]]
-    """By distinct step; the steps in the edges are distinct ones too."""
+    """The edges of each distinct step. They refer to distinct steps, too."""
     runnable: frozenset[Step]
-    """The distinct steps that are requested or that a runnable step needs; the others serve identities only."""
+    """The distinct steps that are requested or that a runnable step needs. The others only contribute to identities."""
 
     def needs(self, step: Step) -> Iterator[Edge]:
-        """The edges that must be served before the step can run."""
+        """Return the edges that must be satisfied before the step can run."""
         return (edge for edge in self.edges[step] if edge.kind is not EdgeKind.PSEUDO)
 
     def live_inputs(self, step: Step) -> Iterator[Edge]:
-        """The live values the step uses."""
+        """Return the edges through which the step uses live values."""
         return (edge for edge in self.edges[step] if edge.kind in (EdgeKind.BORROW, EdgeKind.TAKE))
 
 
 def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
-    """Everything reachable from the requested steps, identified and placed below `prefix`.
+    """Return the graph of all steps reachable from the requested ones, with their output paths below `prefix`.
 
     Raises:
-        IdentityError: a versioned value has no canonical form.
-        PlanError: a cycle, two different steps with one output path, or a request that names no step.
+        IdentityError: A versioned value has no canonical form.
+        PlanError: The steps form a cycle, the output paths of two different steps are equal or nested, or a request
+            does not refer to a step.
     """
     roots = [get_executor_step(request) for request in requested]
     markers = _reach(roots)
@@ -79,10 +83,10 @@ def _dependency_order(roots: Iterable[Step], markers: Mapping[Step, Markers]) ->
 
 
 def depth_first_order(roots: Iterable[Step], predecessors: Mapping[Step, Iterable[Step]]) -> list[Step]:
-    """All steps reachable from `roots`, each after its predecessors, these in the order given.
+    """Return all steps reachable from `roots`, each after its predecessors, which keep the given order.
 
     Raises:
-        PlanError: a cycle; its steps are named in order.
+        PlanError: The steps form a cycle. The message names them in order.
     """
     order: list[Step] = []
     finished: set[Step] = set()
@@ -104,7 +108,7 @@ def depth_first_order(roots: Iterable[Step], predecessors: Mapping[Step, Iterabl
 
 def _cycle_message(path: list[Step], repeated: Step) -> str:
     cycle = [step.name for step in path[path.index(repeated) :]] + [repeated.name]
-    return f"The steps wait for each other in a cycle: {' after '.join(cycle)}. Remove one of these uses."
+    return f"The steps wait for each other in a cycle: {' after '.join(cycle)}. Remove one of these dependencies."
 
 
 def _output_path(step: Step, identity: Identity, prefix: str) -> str:
@@ -120,15 +124,15 @@ def _onto_canonical(edges: Iterable[Edge], canonical: Mapping[Step, Step]) -> It
 
 
 def _check_output_paths(output_paths: Mapping[Step, str], identities: Mapping[Step, Identity]) -> None:
-    """Refuse equal and nested output paths: one step's manifest would list the other's files."""
+    """Reject equal and nested output paths, where the manifest of one step would list the files of the other."""
     by_path: dict[str, Step] = {}
     for step, path in output_paths.items():
         other = by_path.setdefault(path, step)
         if other is not step:
             raise PlanError(
                 f"Two different steps, {other.name!r} ({identities[other].short_hash}) and {step.name!r} "
-                f"({identities[step].short_hash}), have the output path {path!r}. Give one of them another name "
-                "or path."
+                f"({identities[step].short_hash}), have the same output path {path!r}. Give one of them a "
+                "different name or output path."
             )
     for path, step in by_path.items():
         parts = path.split("/")
@@ -136,8 +140,8 @@ def _check_output_paths(output_paths: Mapping[Step, str], identities: Mapping[St
             outer = by_path.get("/".join(parts[:length]))
             if outer is not None:
                 raise PlanError(
-                    f"The output path {path!r} of step {step.name!r} lies inside that of step {outer.name!r}, "
-                    f"{output_paths[outer]!r}. Give one of them another name or path."
+                    f"The output path {path!r} of step {step.name!r} is inside that of step {outer.name!r}, "
+                    f"{output_paths[outer]!r}. Give one of them a different name or output path."
                 )
 
 

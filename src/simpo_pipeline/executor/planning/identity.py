@@ -1,7 +1,7 @@
-"""When is a step new? Its identity: name, versioned values and the identities of what it depends on. Nothing else.
+"""Step identity: the name, the versioned values and the identities of the dependencies. A new identity is a new step.
 
-Never part of it: prefix, region, output path, host count, accelerator, where the code lies, values not marked
-`versioned`, the order of fields or keys. The identity is a JSON text; its SHA-256 names it.
+Nothing else is part of the identity: not the prefix, region, output path, host count, accelerator, location of the
+code, values not marked `versioned`, or the order of fields or keys. The identity is a JSON text, named by its SHA-256.
 
     version(step) = sha256(name, {field path: versioned value | version(dependency) and how it is used})
 """
@@ -37,7 +37,7 @@ class EdgeKind(StrEnum):
 
 @dataclass(frozen=True)
 class Edge:
-    """One use of another step, at one place of a config."""
+    """One use of another step, at one field path of a config."""
 
     step: ExecutorStep[Any]
     kind: EdgeKind
@@ -47,23 +47,23 @@ class Edge:
 
 @dataclass(frozen=True)
 class Markers:
-    """What a config holds besides plain values."""
+    """The versioned values and the edges of a config."""
 
     versioned: Mapping[str, Any]
-    """Canonical value by field path."""
+    """Canonical values by field path."""
     edges: tuple[Edge, ...]
 
 
 def find_markers(config: Any) -> Markers:
-    """The versioned values and the edges of a config, by field path (`train.rates[0]`).
+    """Return the versioned values and the edges of a config, by field path (`train.rates[0]`).
 
     Raises:
-        IdentityError: a versioned value has no canonical form; its field path is named.
+        IdentityError: A versioned value has no canonical form. The message names its field path.
     """
     versioned: dict[str, Any] = {}
     edges: list[Edge] = []
-    for place, marker in _places(config):
-        path = _path_of(place)
+    for keys, marker in _locate_markers(config):
+        path = _path_of(keys)
         match marker:
             case VersionedValue():
                 versioned[path] = canonical(cast(Any, marker).value, path)
@@ -81,23 +81,25 @@ def find_markers(config: Any) -> Markers:
     return Markers(versioned, tuple(edges))
 
 
-def _places(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
+def _locate_markers(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
     try:
         return list(_walk(config, ()))
     except RecursionError as error:
-        raise IdentityError("A config contains itself, or is nested too deeply. Make it flat.") from error
+        raise IdentityError("A config contains itself or is nested too deeply. Flatten it.") from error
 
 
-def _walk(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The markers and where they are: field names, keys and indices. Only keys that lead to a marker need a form."""
+def _walk(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield each marker with its field names, keys and indices. Only keys that lead to a marker need a canonical form."""
     if isinstance(value, _MARKERS):
-        yield place, value
+        yield keys, value
         return
     if isinstance(value, set | frozenset | dict) and any(isinstance(key, _MARKERS) for key in cast(set[Any], value)):
-        where = _path_of(place) or "the config itself"
-        raise IdentityError(f"A set or the keys of a dict at {where!r} hold a step or a marker. Use a list, or values.")
+        where = _path_of(keys) or "the config itself"
+        raise IdentityError(
+            f"A set or the keys of a dict at {where!r} contain a step or a marker. Use a list, or the values of the dict."
+        )
     for key, inner in _children(value):
-        yield from _walk(inner, (*place, key))
+        yield from _walk(inner, (*keys, key))
 
 
 def _children(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -110,15 +112,15 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from cast(dict[Any, Any], value).items()
 
 
-def _path_of(place: tuple[Any, ...]) -> str:
+def _path_of(keys: tuple[Any, ...]) -> str:
     path = ""
-    for key in place:
+    for key in keys:
         path = _below(path, key)
     return path
 
 
 def _below(path: str, key: Any) -> str:
-    """Keys that are not names are quoted, so that no two places share a path."""
+    """Append a key to a field path. Keys that are not identifiers are quoted, so that every path is unique."""
     if isinstance(key, str):
         name = str.__str__(key)
         if not name.isidentifier():
@@ -129,17 +131,17 @@ def _below(path: str, key: Any) -> str:
 
 
 def canonical(value: Any, path: str) -> Any:
-    """The value as plain JSON that equal values share, across processes and machines.
+    """Convert the value to plain JSON that is the same for equal values, across processes and machines.
 
     Raises:
-        IdentityError: there is no such form; `path` and the cure are named.
+        IdentityError: The value has no such form. The message names `path` and what to do.
     """
     try:
         return _canonical(value, path)
     except RecursionError as error:
         raise IdentityError(
-            f"The versioned value at {path or 'the config itself'!r} contains itself, or is nested too deeply. "
-            "Make it flat."
+            f"The versioned value at {path or 'the config itself'!r} contains itself or is nested too deeply. "
+            "Flatten it."
         ) from error
 
 
@@ -178,7 +180,7 @@ def _canonical_container(value: Any, path: str) -> Any:
 def _canonical_dict(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
-            raise _no_form(key, path, "dict keys must be str. Turn the keys into text.")
+            raise _no_form(key, path, "dict keys must be str. Convert the keys to str.")
     return {
         f"!{key}" if key.startswith("!") else key: _canonical(value[key], _below(path, key)) for key in sorted(value)
     }
@@ -192,42 +194,40 @@ def _canonical_text(value: Any, path: str) -> str:
     if isinstance(value, date | datetime | time):
         return value.isoformat()
     if isinstance(value, re.Pattern):
-        return repr((cast(Any, value).pattern, cast(Any, value).flags))  # its own repr ends after 200 characters
+        return repr((cast(Any, value).pattern, cast(Any, value).flags))  # its own repr is cut off after 200 characters
     if isinstance(value, timedelta):
         return repr(value.total_seconds())
     if hasattr(value, "__array__") and getattr(value, "shape", ()) != ():
-        raise _no_form(value, path, "arrays are not shown whole by their repr. Pass value.tolist() or a path.")
+        raise _no_form(value, path, "the repr of an array may omit elements. Pass value.tolist() or a path.")
     text = repr(value)
     if callable(value) or _ADDRESS.search(text):
-        raise _no_form(
-            value, path, "functions and objects without a repr of their own are new in each process. Pass a name."
-        )
+        raise _no_form(value, path, "functions and objects that define no repr differ between processes. Pass a name.")
     return text
 
 
 def _no_form(value: Any, path: str, cure: str) -> IdentityError:
     where = path or "the config itself"
-    return IdentityError(f"The versioned value at {where!r} holds {value!r} ({type(value).__name__}): {cure}")
+    return IdentityError(f"The versioned value at {where!r} contains {value!r} ({type(value).__name__}): {cure}")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a step the same step."""
+    """The identity of a step. Two steps with the same identity are the same step."""
 
     version: Mapping[str, Any]
-    """name, config (field path to canonical value or dependency), dependencies, pseudo_dependencies."""
+    """The keys are name, config (field path to canonical value or dependency), dependencies and pseudo_dependencies."""
     version_str: str
     hash: str
     """SHA-256 of `version_str`, 64 hex digits."""
 
     @property
     def short_hash(self) -> str:
-        """What the output path shows of the hash."""
+        """The part of the hash that the output path shows."""
         return self.hash[:SHORT_HASH_LENGTH]
 
 
 def identify(name: str, markers: Markers, identities: Mapping[ExecutorStep[Any], Identity]) -> Identity:
-    """The identity of a step, from its markers and the identities of all steps they name."""
+    """Return the identity of a step, given its markers and the identities of all steps they refer to."""
     config = dict(markers.versioned)
     used: dict[bool, set[str]] = {True: set(), False: set()}
     for edge in markers.edges:
@@ -246,12 +246,11 @@ def identify(name: str, markers: Markers, identities: Mapping[ExecutorStep[Any],
 
 def _version_str(name: str, version: Mapping[str, Any]) -> str:
     try:
-        json.dumps(version, ensure_ascii=False).encode()  # as the records hold it
+        json.dumps(version, ensure_ascii=False).encode()  # the form in which the records store it
         return _json(version)
     except ValueError as error:
         raise IdentityError(
-            f"What makes step {name!r} the same step cannot be written as JSON: {error}. Shorten the number, or repair "
-            "the text."
+            f"The identity of step {name!r} cannot be written as JSON: {error}. Shorten the number, or correct the text."
         ) from error
 
 

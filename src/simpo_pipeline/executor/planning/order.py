@@ -1,8 +1,8 @@
-"""In which order the steps run, and the rules of live values that decide it.
+"""Execution order of the steps, and the rules of live values that determine it.
 
 1. A live value has at most one taker.
-2. Every borrower runs before the taker; the author does not write that edge, it is implied.
-3. The steps that need no live value come first among what a step needs, so that live values are held shortly.
+2. Every borrower runs before the taker. The author does not write this edge; it is implied.
+3. A step's saved inputs run before its live inputs, so that live values are held for as short a time as possible.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,22 @@ from simpo_pipeline.executor.planning.identity import EdgeKind
 
 @dataclass(frozen=True)
 class Order:
-    """The runnable steps of a graph in the order they run, each after its `before`."""
+    """The runnable steps of a graph in execution order."""
 
     steps: tuple[Step, ...]
+    """Each step comes after all the steps it must wait for."""
     implied: Mapping[Step, tuple[Step, ...]]
-    """By taker, the borrowers it must wait for."""
+    """The borrowers that each taker must wait for, by taker."""
     consumers: Mapping[Step, tuple[Step, ...]]
-    """By producer, the steps that borrow or take its live value."""
+    """The steps that borrow or take a live value, by its producer."""
 
 
 def live_order(graph: Graph) -> Order:
-    """The order of a graph's runnable steps.
+    """Return the execution order of a graph's runnable steps.
 
     Raises:
-        LiveEdgeError: two takers of one value, a step that takes what it also borrows, or a cycle that only exists
-            because borrowers run before the taker.
+        LiveEdgeError: A value has two takers, a step both borrows and takes a value, or a cycle exists only because
+            borrowers run before the taker.
     """
     borrowers, takers = _uses(graph)
     implied: dict[Step, list[Step]] = {}
@@ -40,8 +41,8 @@ def live_order(graph: Graph) -> Order:
         steps = depth_first_order(_sinks_first(before), before)
     except PlanError as error:
         raise LiveEdgeError(
-            f"{error} A step that takes a live value waits for all steps that borrow it: let the borrowers not depend "
-            "on the taker, or give them a step of their own to borrow from."
+            f"{error} A step that takes a live value waits for all steps that borrow it. Remove the borrowers' dependency "
+            "on the taker, or give them a separate step to borrow from."
         ) from error
     consumers = {producer: tuple(steps_using) for producer, steps_using in borrowers.items()}
     for producer, taker in takers.items():
@@ -72,20 +73,20 @@ def _add_taker(takers: dict[Step, Step], producer: Step, taker: Step) -> None:
     if producer in takers:
         names = f"{takers[producer].name!r} and {taker.name!r}"
         raise LiveEdgeError(
-            f"{names} both take the live value of {producer.name!r}; it can have one owner only. Let one of "
+            f"{names} both take the live value of {producer.name!r}; it can have only one owner. Let one of "
             "them borrow it, or take it from the other."
         )
     takers[producer] = taker
 
 
 def _before(graph: Graph, step: Step, implied: list[Step]) -> list[Step]:
-    """What must have ended before a step: plain inputs, then borrowers of what it takes, then its live inputs."""
+    """Return the steps that must finish before `step`: saved inputs, borrowers of what it takes, then live inputs."""
     saved = [edge.step for edge in graph.needs(step) if edge.kind is EdgeKind.SAVED]
     live = [edge.step for edge in graph.live_inputs(step)]
     return list(dict.fromkeys([*saved, *implied, *live]))
 
 
 def _sinks_first(before: Mapping[Step, list[Step]]) -> list[Step]:
-    """Beginning at the steps nobody waits for finishes one branch, with its live values, before the next."""
+    """Sort steps that no step waits for first, so that a branch and its live values finish before the next starts."""
     waited_for = {step for steps in before.values() for step in steps}
     return sorted(before, key=lambda step: step in waited_for)

@@ -1,14 +1,14 @@
-"""What to do with each step, and why.
+"""The plan: an action for each step, and the reason for it.
 
-`make_plan` is a pure function of the graph and of what storage holds. `Planner` reads storage in the leader and shares
-its plans with every process of the job.
+`make_plan` is a pure function of the graph and of the records in storage. `Planner` reads storage in the leader and
+shares its plans with every process of the job.
 
 done        = SUCCESS is recorded and a manifest lists the outputs
 demanded(p) = a step that will RUN or REPLAY uses the live value of p
 SKIP        done, not forced, and not (demanded and not held by this process)
-REPLAY      done, demanded and not held; then its own live inputs are demanded too
+REPLAY      done, demanded and not held; its own live inputs are then demanded too
 WAIT        not done, and another job holds a fresh lease
-BLOCKED     failed in this job, failed before (when that counts), has no function, or needs what is BLOCKED
+BLOCKED     failed in this job, failed before (if such steps are not rerun), has no function, or needs a BLOCKED step
 RUN         otherwise
 """
 
@@ -22,10 +22,10 @@ from simpo_pipeline.executor.planning.explanation import explain_new_steps
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.order import Order
 from simpo_pipeline.executor.planning.selection import Selection
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.records.status import Status, StepRecord, read_record
 from simpo_pipeline.executor.run import Action, PlanRow
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import in_parallel, list_names
 from simpo_pipeline.storage.paths import base_name, parent
 
@@ -40,22 +40,22 @@ class Decision:
 
 @dataclass(frozen=True)
 class Situation:
-    """What a plan depends on besides the graph."""
+    """The inputs of a plan other than the graph."""
 
     records: Mapping[Step, StepRecord]
     wanted: frozenset[Step]
-    """The steps asked for; others are in the plan only if a wanted one that is not done needs them."""
+    """The requested steps. Other steps are in the plan only if a wanted step that is not done needs them."""
     held: Collection[Step] = field(default_factory=frozenset[Step])
     """The producers whose live values this process holds."""
     ended: Mapping[Step, str] = field(default_factory=dict[Step, str])
-    """The steps that failed in this job, with a word on how."""
+    """The steps that failed in this job, with the reason to show for each."""
     force_run_failed: bool = True
     forced: frozenset[Step] = frozenset()
-    """Steps to run also if they are done."""
+    """Steps to run even if they are done."""
 
 
 def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, Decision]:
-    """The decision for each step that matters, in the order they run."""
+    """Return the decision for each relevant step, in execution order."""
     decisions: dict[Step, Decision] = {}
     for step in order.steps:
         decisions[step] = _first_decision(step, graph, situation, decisions)
@@ -66,14 +66,14 @@ def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, De
 
 
 def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: Mapping[Step, Decision]) -> Decision:
-    """The decision without regard to who uses the step."""
+    """Return the decision for a step, ignoring the steps that use it."""
     record = situation.records[step]
     if record.done and step not in situation.forced:
         return Decision(Action.SKIP, _skip_reason(step, graph, situation))
     if step in situation.ended:
         return Decision(Action.BLOCKED, situation.ended[step])
     if step.fn is None:
-        return Decision(Action.BLOCKED, "it has no function, and no SUCCESS is recorded: its outputs were expected")
+        return Decision(Action.BLOCKED, "it has no function and no recorded SUCCESS: its outputs must already exist")
     if record.lease is not None and record.lease.fresh:
         return Decision(Action.WAIT, f"held by {record.lease.describe()}")
     blocked = _blocked_need(step, graph, decisions)
@@ -85,22 +85,22 @@ def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: M
 
 
 def _skip_reason(step: Step, graph: Graph, situation: Situation) -> str:
-    """A forced step keeps its version, so those that used it stay done; that must not go unsaid."""
+    """Return the reason for SKIP. It mentions forced inputs: their versions stay the same, so their users stay done."""
     forced = [edge.step.name for edge in graph.needs(step) if edge.step in situation.forced]
     if not forced:
         return "SUCCESS is recorded"
     names = _named(list(dict.fromkeys(forced)))
-    return f"SUCCESS is recorded, of what {names} gave before; to run it again too, force it"
+    return f"SUCCESS is recorded, based on earlier results of {names}; to run this step again too, force it"
 
 
 def _run_reason(record: StepRecord) -> str:
     if record.status is Status.SUCCESS:
         return f"SUCCESS is recorded, but its manifest {record.manifest}"
     if record.status is Status.RUNNING:
-        left_by = f"{record.lease.describe()}, which is gone" if record.lease else "a job that holds no lease any more"
+        left_by = f"{record.lease.describe()}, which is gone" if record.lease else "a job that no longer holds a lease"
         return f"left RUNNING by {left_by}"
     if record.unreadable_status is not None:
-        return f"its status file holds {record.unreadable_status!r}, which is no status"
+        return f"its status file contains {record.unreadable_status!r}, which is not a valid status"
     if record.status is not None:
         words = {
             Status.FAILED: "it failed before",
@@ -109,7 +109,7 @@ def _run_reason(record: StepRecord) -> str:
         }
         return words[record.status]
     if record.manifest is None:
-        return "a manifest is there, but no status is recorded"
+        return "a manifest exists, but no status is recorded"
     return record.what_changed or "never ran"
 
 
@@ -121,7 +121,7 @@ def _blocked_need(step: Step, graph: Graph, decisions: Mapping[Step, Decision]) 
 
 
 def _decide_backwards(graph: Graph, order: Order, situation: Situation, decisions: dict[Step, Decision]) -> set[Step]:
-    """Turn done steps with demanded live values into REPLAY, and collect the steps that matter, consumers first."""
+    """Turn done steps with demanded live values into REPLAY, and collect the relevant steps, consumers first."""
     needed: set[Step] = set(situation.wanted)
     for step in reversed(order.steps):
         if decisions[step].action in (Action.SKIP, Action.REPLAY):
@@ -160,7 +160,7 @@ def _named(users: list[str]) -> str:
 
 
 def _block_forwards(graph: Graph, order: Order, decisions: dict[Step, Decision]) -> bool:
-    """Block what needs a blocked step; whether anything changed."""
+    """Block the steps that need a blocked step. Return whether any decision changed."""
     changed = False
     for step in order.steps:
         if decisions[step].action in (Action.RUN, Action.REPLAY):
@@ -175,7 +175,7 @@ _MANY_IN_ONE_FOLDER = 16
 
 
 class Planner:
-    """Makes the plans of one run; remembers, between them, the leases it saw and what it found out about new steps."""
+    """Makes the plans of one run. Between plans, it remembers the leases it saw and how new steps differ from old ones."""
 
     def __init__(self, graph: Graph, order: Order, selection: Selection, processes: Processes, lease: LeaseConfig):
         self.watch = LeaseWatch(lease)
@@ -185,13 +185,13 @@ class Planner:
         self._processes = processes
         self._what_changed: dict[Step, str] | None = None
         self.with_checkpoints: set[Step] = set()
-        """In the leader, the steps that had checkpoints when they were last looked at."""
+        """In the leader, the steps that had checkpoints when their records were last read."""
 
     def check_same_steps(self) -> None:
-        """Make sure that all processes of the job built the same DAG.
+        """Check that all processes of the job built the same DAG.
 
         Raises:
-            PlanError: in every process, naming the first step at which two of them part.
+            PlanError: The DAGs differ. Raised in every process; the message names the first step that differs.
         """
         labels = [f"{step.name}-{self._graph.identities[step].hash}" for step in self._order.steps]
         everyones: list[list[str]] = self._processes.gather(labels)
@@ -200,16 +200,19 @@ class Planner:
                 pairs = zip([*everyones[0], "nothing"], [*theirs, "nothing"], strict=False)
                 ours_first, theirs_first = next(pair for pair in pairs if pair[0] != pair[1])
                 raise PlanError(
-                    f"Process {index} built another DAG than process 0: {theirs_first} in place of {ours_first}. "
+                    f"Process {index} built a different DAG than process 0: {theirs_first} instead of {ours_first}. "
                     "Start every process with the same code, config and environment."
                 )
 
     def decide(
         self, ended: Mapping[Step, str], held: Collection[Step], attempted: Collection[Step] = ()
     ) -> dict[Step, Decision]:
-        """The plan now, the same in every process; `ended` and `held` as in Situation.
+        """Return the current plan, which is the same in every process.
 
-        What was `attempted` in this run is forced no more.
+        Args:
+            ended: As in Situation.
+            held: As in Situation.
+            attempted: Steps that were attempted in this run. They are no longer forced.
         """
         index_of = {step: index for index, step in enumerate(self._order.steps)}
 
@@ -230,11 +233,11 @@ class Planner:
         return {self._order.steps[index]: Decision(Action(action), reason) for index, action, reason in agreed}
 
     def is_forced(self, step: Step) -> bool:
-        """Whether the step was to run also if it is done."""
+        """Return whether the step was selected to run even if it is done."""
         return step in self._selection.forced
 
     def anything_changed(self, waited_for: Collection[Step]) -> bool:
-        """Whether another job finished, or gave up, one of these steps; asks storage in the leader alone."""
+        """Return whether another job finished or abandoned one of these steps. Only the leader reads storage."""
         return self._processes.leader_decides(lambda: any(self._may_proceed(step) for step in waited_for))
 
     def _may_proceed(self, step: Step) -> bool:
@@ -242,7 +245,7 @@ class Planner:
         return record.lease is None or not record.lease.fresh or (record.done and not self.is_forced(step))
 
     def rows(self, decisions: Mapping[Step, Decision]) -> tuple[PlanRow, ...]:
-        """The plan as the steps and the tables show it."""
+        """Return the plan as rows, for the steps and for the tables."""
         identities, paths = self._graph.identities, self._graph.output_paths
         return tuple(
             PlanRow(step.name, decision.action, decision.reason, identities[step].short_hash, paths[step])
@@ -250,7 +253,7 @@ class Planner:
         )
 
     def _read_records(self) -> dict[Step, StepRecord]:
-        """What storage says of every step: it is asked once for each, not at all for most that never ran."""
+        """Return the record of every step. Each is read once; most steps that never ran need no read at all."""
         paths = {step: self._graph.output_paths[step] for step in self._order.steps}
         names_beside = self._list_shared_folders(paths.values())
         there = [
@@ -269,7 +272,7 @@ class Planner:
         return records
 
     def _list_shared_folders(self, paths: Collection[str]) -> dict[str, frozenset[str]]:
-        """The names in each folder that holds many output paths."""
+        """Return the names in each folder that contains many output paths."""
         counts = Counter(parent(path) for path in paths)
         return _list_folders([folder for folder, count in counts.items() if count >= _MANY_IN_ONE_FOLDER])
 

@@ -1,4 +1,4 @@
-"""Configs without markers: what a step function reads, and what the records show of it."""
+"""Resolution of markers in configs: the config that a step function reads, and its JSON form in the records."""
 
 import dataclasses
 import json
@@ -14,17 +14,17 @@ from simpo_pipeline.storage.paths import is_relative, join
 
 @dataclass(frozen=True)
 class Resolver:
-    """What the markers of one step's config stand for."""
+    """Replaces the markers in one step's config with their values."""
 
     prefix: str
     output_path: str
-    """The step's own."""
+    """Output path of this step."""
     output_paths: Mapping[Step, str]
-    """Of every step it may name."""
+    """Output paths of all steps that the config may refer to."""
     live_value: Callable[[LiveInput], Any]
 
     def resolve(self, value: Any) -> Any:
-        """The value with every marker inside replaced; what holds no marker is returned itself."""
+        """Return the value with all its markers replaced. A value without markers is returned as the same object."""
         match value:
             case VersionedValue():
                 return value.value
@@ -73,7 +73,7 @@ def _rebuilt(sequence: object, members: list[Any]) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """The value as JSON for people to read; not reversible, and never an error."""
+    """Convert the value to JSON for people to read. The conversion is not reversible and never raises."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -92,5 +92,5 @@ def to_json(value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """Canonical text of a JSON value."""
+    """Return the canonical text of a JSON value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Which steps of a DAG a run is asked for, by name: run_only, until, force."""
+"""Selection of the steps that a run executes, by name: run_only, until, force."""
 
 import difflib
 import re
@@ -14,12 +14,12 @@ _MAX_NAMES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Selection:
-    """What was asked of the executor besides the DAG."""
+    """The request to the executor, apart from the DAG."""
 
     wanted: frozenset[Step]
-    """The steps asked for; others run only if one of these needs them."""
+    """The requested steps. Other steps run only if one of these needs them."""
     forced: frozenset[Step] = frozenset()
-    """The steps to run also if they are done, once."""
+    """The steps to run once even if they are done."""
     force_run_failed: bool = True
 
 
@@ -32,15 +32,16 @@ def select_steps(
     force: Sequence[str] | None,
     force_run_failed: bool,
 ) -> Selection:
-    """What is asked for: all steps, or those that `run_only` and `until` leave, and the forced ones.
+    """Return the selected steps: those that match both `run_only` and `until`, and the forced ones.
 
     Args:
-        run_only: regular expressions searched in step names.
-        until: names of steps; they and what comes before them are left, with the borrowers that a taker waits for.
-        force: names of steps to run also if they are done; they are asked for whatever the others say.
+        run_only: Regular expressions that are searched in step names. None selects all steps.
+        until: Names of steps. Selects these steps and all steps before them, including the borrowers that a taker
+            waits for. None selects all steps.
+        force: Names of steps to run even if they are done. They are selected regardless of the other arguments.
 
     Raises:
-        PlanError: a name or an expression matches no step, or nothing is left.
+        PlanError: A name or an expression matches no step, or no step is selected.
     """
     wanted = set(order.steps)
     if run_only is not None:
@@ -52,7 +53,7 @@ def select_steps(
     forced = frozenset(step for name in force or () for step in named(graph, order, name, "force"))
     if order.steps and not wanted | forced:
         raise PlanError(
-            f"run_only {list(run_only or ())} and until {list(until or ())} together leave no step. The steps are: "
+            f"run_only {list(run_only or ())} and until {list(until or ())} together select no step. The steps are: "
             f"{_names(order)}."
         )
     return Selection(frozenset(wanted) | forced, forced, force_run_failed)
@@ -62,7 +63,7 @@ def _matching(order: Order, text: str) -> list[Step]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise PlanError(f"run_only got {text!r}, which is no regular expression: {error}.") from error
+        raise PlanError(f"run_only got {text!r}, which is not a valid regular expression: {error}.") from error
     matching = [step for step in order.steps if pattern.search(step.name)]
     if not matching:
         raise PlanError(f"run_only got {text!r}, which matches no step. The steps are: {_names(order)}.")
@@ -70,10 +71,10 @@ def _matching(order: Order, text: str) -> list[Step]:
 
 
 def named(graph: Graph, order: Order, name: str, flag: str) -> list[Step]:
-    """The steps of a name, or the one of `name-hash` as in its output path.
+    """Return the steps with the given name, or the step with the given `name-hash` as in its output path.
 
     Raises:
-        PlanError: there is none; the nearest name is named.
+        PlanError: There is no such step. The message suggests the closest name.
     """
     labels: list[Callable[[Step], str]] = [
         lambda step: step.name,
@@ -85,7 +86,7 @@ def named(graph: Graph, order: Order, name: str, flag: str) -> list[Step]:
             return found
     nearest = difflib.get_close_matches(name, [step.name for step in order.steps], n=1)
     advice = f"Did you mean {nearest[0]!r}?" if nearest else f"The steps are: {_names(order)}."
-    raise PlanError(f"--{flag} got {name!r}, which is the name of no step. {advice}")
+    raise PlanError(f"--{flag} got {name!r}, which is not the name of a step. {advice}")
 
 
 def _names(order: Order) -> str:

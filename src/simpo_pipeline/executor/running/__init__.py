@@ -1,1 +1,1 @@
-"""Carry out a plan: attempts, live values, commits."""
+"""Execution of a plan: attempts, live values and commits."""

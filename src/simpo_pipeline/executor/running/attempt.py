@@ -1,10 +1,10 @@
-"""One step, once: call its function in every process, then let the leader record what came of it.
+"""One attempt at one step: every process calls its function, then the leader records the outcome.
 
-A function that neither asks for its run nor deals in live values knows nothing of processes: it reads and writes files,
-and the leader alone calls it.
+A step function that neither takes its `StepRun` nor uses live values is independent of processes. It only reads and
+writes files, so only the leader calls it.
 
-A RUN begins on whatever an earlier attempt left in the output path (a step may resume from it); the manifest lists what
-is there at the end. A REPLAY happens in a scratch path and never touches what is recorded.
+A RUN starts with whatever an earlier attempt left in the output path, because a step may resume from it. The manifest
+lists the files that exist at the end. A REPLAY writes to a scratch path and never changes recorded outputs.
 """
 
 import inspect
@@ -28,19 +28,19 @@ from simpo_pipeline.errors import (
 )
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.resolve import Resolver
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.info import Ended, info_record, read_info
 from simpo_pipeline.executor.records.lease import LeaseFence, LeaseKeeper, LeaseReader
 from simpo_pipeline.executor.records.provenance import Provenance
 from simpo_pipeline.executor.records.status import ERROR_FILE, LEASE_FILE, Status, read_record
-from simpo_pipeline.executor.run import PlanRow, StepRun
+from simpo_pipeline.executor.run import Live, PlanRow, StepRun
 from simpo_pipeline.executor.running.checkpoints import remove_checkpoints
 from simpo_pipeline.executor.running.commit import StepFiles
 from simpo_pipeline.executor.running.failures import describe_failure, failure_in, place_of, report_end, sort_failures
-from simpo_pipeline.executor.running.live import Live, LiveStore, joint_digest
+from simpo_pipeline.executor.running.live import LiveStore
 from simpo_pipeline.executor.running.stopping import StoppableCall
 from simpo_pipeline.executor.step import LiveInput
+from simpo_pipeline.processes import Processes, joint_digest
 from simpo_pipeline.storage.conditional import ConditionalFiles
 from simpo_pipeline.storage.fence import fenced
 from simpo_pipeline.storage.files import remove_tree, write_json
@@ -53,19 +53,19 @@ REPLAY_FOLDER = ".replay"
 
 
 class Ending(Enum):
-    """What came of one attempt."""
+    """Outcome of one attempt."""
 
     DONE = auto()
     FAILED = auto()
     DEP_FAILED = auto()
-    """Not attempted: something it needs failed."""
+    """Not attempted, because a step that it needs failed."""
     POSTPONED = auto()
-    """Not attempted: another job has it, or has done it meanwhile. Plan again."""
+    """Not attempted, because another job holds the step or has finished it in the meantime. Plan again."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every attempt of one run shares; only the leader holds `leases` and has a `provenance`."""
+    """State shared by all attempts of one run. Only the leader acquires `leases` and has a `provenance`."""
 
     graph: Graph
     infos: dict[Step, dict[str, Any]]
@@ -79,27 +79,27 @@ class Job:
     provenance: Provenance | None
     heartbeat_seconds: float
     calls: list[StoppableCall] = field(default_factory=list[StoppableCall])
-    """The step functions that run just now in this process and hold a lease."""
+    """Calls of step functions that are currently running in this process under a lease."""
 
     def lease_path(self, step: Step) -> str:
-        """The lease of a step's output path."""
+        """Return the path of the lease of a step's output path."""
         return join(self.graph.output_paths[step], LEASE_FILE)
 
     @property
     def scratch_folder(self) -> str:
-        """Where the replays of this run write."""
+        """Folder that the replays of this run write to."""
         return join(self.prefix, REPLAY_FOLDER, self.run_id)
 
     def scratch_path(self, step: Step) -> str:
-        """Where a replay of a step writes."""
+        """Return the path that a replay of a step writes to."""
         name = f"{step.name}-{self.graph.identities[step].short_hash}"
         return join(self.scratch_folder, name)
 
 
 def wants_run(step: Step) -> bool:
-    """Whether the step's function asks for the StepRun: its second parameter is named `run`.
+    """Return whether the step's function takes a `StepRun`, that is, whether its second parameter is named `run`.
 
-    Only such functions can reach the session, so only they and users of live values are kept off the pool.
+    Only such functions can use the session. So only they, and steps with live values, are kept out of the thread pool.
     """
     if step.fn is None:
         return False
@@ -107,11 +107,18 @@ def wants_run(step: Step) -> bool:
 
 
 class Attempt:
-    """One attempt at one step, by all processes.
+    """One attempt at one step, by all processes of the job.
 
-    `consumers` are the steps that will use its live value. Unless `everywhere`, the step's function is called in the
-    leader alone, and the other processes wait for it. A `forced` step runs also if it is done. `is_used_live`: the
-    experiment has steps that use its live value, whether or not they are to run.
+    Args:
+        job: the state shared by all attempts of the run.
+        step: the step to attempt.
+        plan: the plan, which is passed to the step function in its `StepRun`.
+        consumers: the steps that will use the step's live value.
+        replaying: whether this is a REPLAY, not a RUN.
+        everywhere: whether every process calls the step's function. Otherwise only the leader calls it, and the other
+            processes wait for it.
+        forced: whether to run the step even if it is done.
+        is_used_live: whether the experiment has steps that use the live value, whether or not they will run.
     """
 
     def __init__(
@@ -147,7 +154,7 @@ class Attempt:
         self.left_checkpoints = False
 
     def execute(self) -> Ending:
-        """Call the step's function and record the outcome; what goes wrong in the step is kept in `error`."""
+        """Call the step's function and record the outcome. An error of the step is stored in `error`."""
         decide = self._job.processes.leader_decides
         clock = time.monotonic()
         try:
@@ -161,7 +168,7 @@ class Attempt:
             self.seconds = time.monotonic() - clock
             decide(self._record_failure)
             return Ending.FAILED
-        except BaseException:  # a keyboard interrupt: the other processes may be gone, so nobody is asked
+        except BaseException:  # a keyboard interrupt: the other processes may be gone, so none is asked
             if self._job.processes.is_leader:
                 self._record(Status.CANCELLED)
             raise
@@ -171,7 +178,11 @@ class Attempt:
         return Ending.DONE
 
     def _begin(self) -> bool:
-        """Take the lease and say so; False when another job has the step, or has done it since the plan was made."""
+        """Acquire the lease and record RUNNING.
+
+        Returns:
+            False if another job holds the step, or has finished it since the plan was made.
+        """
         lease, leases = self._job.lease_path(self._step), self._job.leases
         if not leases.acquire(lease):
             return False
@@ -181,17 +192,19 @@ class Attempt:
                 leases.release(lease)
                 return False
             self._files.adopt(record)
-            leases.check(lease)  # after the look: else a holder that was frozen before it goes over the next one's
+            # Check after reading: otherwise a holder that was frozen before the read could overwrite the next holder's
+            # status.
+            leases.check(lease)
             if self._files.try_status(Status.RUNNING):
                 break
-            leases.confirm(lease)  # a former holder's last word came between, perhaps that it is done
+            leases.confirm(lease)  # a former holder wrote its last status in between, perhaps SUCCESS
         if record.has_error:
             self._files.remove_error()
         self._write_info(None)
         return True
 
     def _begin_replay(self) -> bool:
-        """Show by a lease that the scratch of this run is in use."""
+        """Acquire the lease which shows that the scratch folder of this run is in use. Return whether it is held."""
         lease = join(self._job.scratch_folder, LEASE_FILE)
         return self._job.leases.holds(lease) or self._job.leases.acquire(lease)
 
@@ -201,7 +214,7 @@ class Attempt:
         self._files.put_info(info_record(job.infos[self._step], job.run_id, job.provenance, self._started, ended))
 
     def _call_everywhere(self) -> tuple[Live | None, str | None]:
-        """Call the function wherever it belongs, and learn how it went in every process."""
+        """Call the function in the processes that should call it, and gather the outcome of every process."""
         processes = self._job.processes
         watch = processes.watch
         with watch.phase(self._step.name, files_only=not self._everywhere, on_abort=self._record_abort):
@@ -221,11 +234,11 @@ class Attempt:
         try:
             if self._job.leases.holds(self._lease_path):
                 return self._call_with_lease()
-            return self._call() if self._replaying else self._call_beside_the_leader()
+            return self._call() if self._replaying else self._call_without_lease()
         except Exception as error:
             self._own_error = error
         except SystemExit as error:
-            self._own_error = StepError(f"the step called sys.exit({error.code!r}); let it raise an error instead")
+            self._own_error = StepError(f"the step called sys.exit({error.code!r}); raise an exception instead")
         return None
 
     @property
@@ -233,7 +246,7 @@ class Attempt:
         return join(self._output_path, LEASE_FILE)
 
     def _call_with_lease(self) -> Live | None:
-        """In the process that holds the lease: should it be lost, writes are refused and the call is stopped."""
+        """Call the function in the process that holds the lease. If it is lost, refuse writes and stop the call."""
         leases, call = self._job.leases, StoppableCall(self._job.heartbeat_seconds)
         leases.when_lost(self._lease_path, call.stop)
         self._job.calls.append(call)
@@ -244,8 +257,8 @@ class Attempt:
             self._job.calls.remove(call)
             leases.when_lost(self._lease_path, None)
 
-    def _call_beside_the_leader(self) -> Live | None:
-        """In the other processes: they look whether their leader still holds the lease before they write."""
+    def _call_without_lease(self) -> Live | None:
+        """Call the function in another process, which checks that the leader still holds the lease before it writes."""
         job = self._job
         with fenced(self._output_path, LeaseReader(self._lease_path, job.run_id, job.files, job.heartbeat_seconds)):
             return self._call()
@@ -253,7 +266,7 @@ class Attempt:
     def _call(self) -> Live | None:
         job, step = self._job, self._step
         if step.fn is None:
-            raise StepError("the step has no function; its outputs were expected to be there")
+            raise StepError("the step has no function; its outputs were expected to exist")
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
         if wants_run(step):
@@ -269,7 +282,7 @@ class Attempt:
         if self._consumers and not isinstance(result, Live):
             users = ", ".join(consumer.name for consumer in self._consumers)
             raise StepError(
-                f"it returned {type(result).__name__}, but its live value is used by {users}. Return Live(value)."
+                f"the step returned {type(result).__name__}, but its live value is used by {users}. Return Live(value)."
             )
         return result if isinstance(result, Live) else None
 
@@ -287,7 +300,7 @@ class Attempt:
         return error
 
     def _commit(self, digest: str | None) -> None:
-        """Make the outputs believable, or check that a replay gave what the first run gave."""
+        """Commit the outputs, or check that a replay produced the same live value as the first run."""
         if self._replaying:
             self._check_replay(digest)
             remove_tree(self._output_path)
@@ -305,28 +318,28 @@ class Attempt:
             recorded = read_info(self._job.graph.output_paths[self._step]).get("live_digest")
         except PathNotFoundError as error:
             raise StorageError(
-                f"{error} The replay needs it to compare with. Remove the step's status to run it again."
+                f"{error} The replay needs it for comparison. Remove the step's status to run it again."
             ) from error
         if recorded is None:
-            _logger.warning("%s: its first run recorded no digest, so the replay is not compared", self._step.name)
+            _logger.warning("%s: the first run recorded no digest, so the replay cannot be compared with it", self._step.name)
         elif recorded != digest:
             recorded_path = self._job.graph.output_paths[self._step]
             raise ReplayMismatchError(
-                f"Step {self._step.name!r} gave another live value when replayed: digest {digest}, but {recorded} at "
-                "its first run. Its code, inputs or machine changed, or it is not deterministic. What it wrote is in "
-                f"{self._output_path}. To accept the change, remove {recorded_path} and the output paths of the steps "
-                "that depend on it."
+                f"The replay of step {self._step.name!r} produced a different live value: digest {digest}, but "
+                f"{recorded} in its first run. Its code, inputs or machine changed, or it is not deterministic. The "
+                f"outputs of the replay are in {self._output_path}. To accept the change, remove {recorded_path} and "
+                "the output paths of the steps that depend on it."
             )
 
     def _leave_phase(self) -> None:
-        """From here on the outcome is recorded by this thread alone."""
+        """Leave the watched phase: from now on only this thread records the outcome."""
         with self._outcome:
             self._past_phase = True
         if self.error is not None:
-            raise self.error  # the watch ends the process in a moment
+            raise self.error  # the watch is about to end the process
 
     def _record_abort(self, failure: Mapping[str, Any]) -> None:
-        """In the leader, from another thread: the job ends while this step is stuck."""
+        """Record a failure in the leader, from another thread, when the job ends while this step is stuck."""
         with self._outcome:
             if not self._past_phase:
                 self._failures = [dict(failure)]
@@ -334,17 +347,17 @@ class Attempt:
                 self._record_failure()
 
     def _record_failure(self) -> None:
-        # Processes that parted, or a commit that failed, are no process's own failure.
+        # If the processes diverged or the commit failed, no single process failed.
         common = {"process_index": None, "host": None, "exception": str(self.error), "traceback": None}
         error = {"step": self._step.name, "error": str(self.error), "failures": self._failures or [common]}
         cancelled = isinstance(self._own_error, StepCancelledError)
         self._record(Status.CANCELLED if cancelled else Status.FAILED, None if cancelled else error)
 
     def _record(self, token: Status, error: dict[str, Any] | None = None) -> None:
-        """Record a bad end and give the lease up; what goes wrong here must not hide what went wrong before.
+        """Record an unsuccessful outcome and release the lease. An error here must not hide the original error.
 
-        A status that is not as this attempt left it stays: it may be a SUCCESS, another job's, or this one's whose
-        answer was lost.
+        A status that changed since this attempt wrote it is kept. It may be a SUCCESS: that of another job, or one
+        that this job wrote but whose response was lost.
         """
         lease = self._job.lease_path(self._step)
         try:
@@ -356,7 +369,7 @@ class Attempt:
                     self._files.put_error(error)
                 self._release()
         except (StorageError, StepError) as second:
-            _logger.error("%s: could not record that it %s: %s", self._step.name, token, second)
+            _logger.error("%s: could not record the status %s: %s", self._step.name, token, second)
 
     def _release(self) -> None:
         if not self._replaying:
@@ -364,7 +377,7 @@ class Attempt:
 
 
 def record_dep_failed(job: Job, step: Step) -> None:
-    """Record that a step did not run because one it needs failed, unless another job has it or has done it."""
+    """Record that a step did not run because a step it needs failed, unless another job holds it or has finished it."""
     lease, output_path = job.lease_path(step), job.graph.output_paths[step]
     if not job.leases.acquire(lease):
         return

@@ -1,7 +1,7 @@
-"""Checkpoints below a step's output path: what the executor knows of them is where they lie and when they go.
+"""Removal of checkpoints below a step's output path. The executor only knows where they are and when to remove them.
 
-A step function that can resume writes them and reads them; they are no outputs. They go when the step has SUCCESS and
-every step that uses its live value has it too: until then a replay may resume from them.
+A step function that can resume writes and reads its checkpoints. They are not outputs. They are removed once the step
+and every step that uses its live value have SUCCESS. Until then a replay may resume from them.
 """
 
 import logging
@@ -15,15 +15,15 @@ _logger = logging.getLogger("simpo_pipeline.executor")
 
 
 def remove_checkpoints(output_path: str) -> None:
-    """Remove all of a step's checkpoints; the caller holds its lease."""
+    """Remove all checkpoints of a step. The caller must hold the step's lease."""
     remove_tree(join(output_path, CHECKPOINTS_FOLDER))
 
 
 def remove_unused_checkpoints(output_path: str, leases: LeaseKeeper) -> None:
-    """Remove those of a step that nobody may resume from any more, unless another job is at work on it."""
+    """Remove the checkpoints of a step that will not be resumed, unless another job holds its lease."""
     lease = join(output_path, LEASE_FILE)
     if not leases.acquire(lease):
-        _logger.info("the checkpoints in %s stay: another job has the step", output_path)
+        _logger.info("keeping the checkpoints in %s, because another job holds the step", output_path)
         return
     try:
         remove_checkpoints(output_path)

@@ -1,8 +1,8 @@
-"""The executor's own files at the output path of a step that this job runs: written by the lease's holder alone.
+"""The executor's own files at the output path of a step that this job runs. Only the holder of the lease writes them.
 
-A lease can be lost while its holder is frozen between looking and writing. So every write names the version it goes
-over. The next holder begins by writing RUNNING; from then on the former one's SUCCESS, manifest and info, which name
-older versions, are refused by the store itself, however late they come.
+A holder can lose its lease while it is frozen between a read and a write. So every write names the version that it
+replaces. The next holder starts by writing RUNNING. From then on the store itself refuses the former holder's SUCCESS,
+manifest and info, however late they arrive, because they name older versions.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from simpo_pipeline.storage.paths import join
 
 
 class StepFiles:
-    """The records of one attempt at one output path, whose lease this job holds."""
+    """Records of one attempt at one output path, whose lease this job holds."""
 
     def __init__(self, output_path: str, files: ConditionalFiles, leases: LeaseKeeper):
         self._output_path = output_path
@@ -38,21 +38,21 @@ class StepFiles:
         self.has_checkpoints = False
 
     def adopt(self, record: StepRecord) -> None:
-        """Start from what was just seen at the output path."""
+        """Start from the versions that were just read at the output path."""
         self._versions = {
             name: version if version is not None else self._files.version_of(join(self._output_path, name))
             for name, version in record.versions.items()
         }
 
     def try_status(self, token: Status) -> bool:
-        """Record the token if the status is as it was last seen; False when someone else wrote it meanwhile."""
+        """Record the token if the status is unchanged since it was last read. Return False if another writer changed it."""
         return self._try(STATUS_FILE, token.value.encode())
 
     def put_status(self, token: Status) -> None:
         """Record the token.
 
         Raises:
-            LeaseLostError: another job holds the output path now.
+            LeaseLostError: another job now holds the output path.
         """
         self._put(STATUS_FILE, token.value.encode())
 
@@ -61,25 +61,25 @@ class StepFiles:
         self._put(INFO_FILE, json_bytes(info))
 
     def put_manifest(self) -> None:
-        """List every output file with its size and checksum; from then on it is known whether there are checkpoints."""
+        """Write the size and checksum of every output file to the manifest, and set `has_checkpoints`."""
         entries = list_files(self._output_path)
         self.has_checkpoints = any(is_of_checkpoint(entry.relative_path) for entry in entries)
         self._put(MANIFEST_FILE, manifest_bytes(outputs_among(self._output_path, entries)))
 
     def put_error(self, error: Mapping[str, Any]) -> None:
-        """Record who failed, and how."""
+        """Record which processes failed, and how."""
         self._put(ERROR_FILE, json_bytes(error))
 
     def remove_error(self) -> None:
-        """Remove the error of an earlier attempt."""
+        """Remove the error file of an earlier attempt."""
         version = self._versions.pop(ERROR_FILE, None)
         if version is not None:
             self._files.remove(join(self._output_path, ERROR_FILE), version)
 
     def _put(self, name: str, data: bytes) -> None:
-        """Write over what is there; as long as the lease is ours, what came between is a former holder's last word."""
+        """Overwrite a file. While this job holds the lease, only a late write of a former holder can come in between."""
         while not self._try(name, data):
-            # Looked up before the lease is confirmed: what the next holder writes must never be gone over.
+            # Read the version before confirming the lease, so that the next holder's file is never overwritten.
             self._versions[name] = self._files.version_of(join(self._output_path, name))
             self._leases.confirm(self._lease_path)
 

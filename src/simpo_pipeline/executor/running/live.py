@@ -1,31 +1,18 @@
-"""Live values: objects that pass from step to step inside one process and are never written.
+"""Live values: objects that are passed from step to step inside one process and are never written to storage.
 
-A store holds each value from the end of its producer to the end of its last consumer. Borrowers get the object and give
-it back; a taker becomes its owner, and the store forgets it.
+A store keeps each value from the end of its producer until the end of its last consumer. A borrower may only use the
+object while it runs. A taker becomes the owner of the object, which is then no longer in the store.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from simpo_pipeline.errors import LiveEdgeError
+from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, LiveUse
 
 Step = ExecutorStep[Any]
-DigestT = TypeVar("DigestT", str, str | None)
-
-
-@dataclass(frozen=True, eq=False)
-class Live:
-    """What a step function returns to publish a live value."""
-
-    value: Any
-    digest: str | None = None
-    """Names the value's content; recorded at the first run and compared at every replay."""
-    free: Callable[[], None] | None = None
-    """Releases what the value holds (device buffers) when no step will use it again. Not called once it is taken,
-    because the taker owns it then, unless the taker fails."""
 
 
 @dataclass
@@ -35,43 +22,43 @@ class _Held:
 
 
 class LiveStore:
-    """The live values of this process, by producer."""
+    """Live values of this process, by producer."""
 
     def __init__(self) -> None:
         self._held: dict[Step, _Held] = {}
         self._taken: dict[Step, list[Live]] = {}
 
     def held(self) -> frozenset[Step]:
-        """The producers whose values are here."""
+        """Return the producers whose values are in the store."""
         return frozenset(self._held)
 
     def publish(self, producer: Step, live: Live, consumers: Iterable[Step]) -> None:
-        """Hold a value until each of `consumers` has ended; with none, it is freed at once."""
+        """Keep a value until all `consumers` have ended. If there are none, free it immediately."""
         self._held[producer] = _Held(live, set(consumers))
         self._free_if_unneeded(producer)
 
     def give(self, producer: Step, consumer: Step, use: LiveUse) -> Any:
-        """The value, for one consumer; after a take it is here no longer.
+        """Return the value to one consumer. A taken value leaves the store.
 
         Raises:
-            LiveEdgeError: the value is not here, or other consumers have yet to end before it may be taken.
+            LiveEdgeError: the value is not in the store, or it cannot be taken before other consumers have ended.
         """
         if producer not in self._held:
-            raise LiveEdgeError(f"No live value is held for {producer.name!r}, which {consumer.name!r} would {use}.")
+            raise LiveEdgeError(f"There is no live value of {producer.name!r} for {consumer.name!r} to {use}.")
         held = self._held[producer]
         if use is LiveUse.TAKE:
             others = held.waiting - {consumer}
             if others:
                 names = ", ".join(sorted(other.name for other in others))
                 raise LiveEdgeError(
-                    f"{consumer.name!r} cannot take the live value of {producer.name!r} before {names} end."
+                    f"{consumer.name!r} cannot take the live value of {producer.name!r}, which is still needed by {names}."
                 )
             del self._held[producer]
             self._taken.setdefault(consumer, []).append(held.live)
         return held.live.value
 
     def consumer_ended(self, consumer: Step, *, failed: bool) -> None:
-        """Free what waited for this consumer alone; what a failed consumer had taken is freed too."""
+        """Free the values that only this consumer still needed. If it failed, also free the values that it took."""
         for live in self._taken.pop(consumer, []):
             if failed:
                 _free(live)
@@ -80,20 +67,13 @@ class LiveStore:
             self._free_if_unneeded(producer)
 
     def free_all(self) -> None:
-        """Free every value, at the end of a run."""
+        """Free every value at the end of a run."""
         while self._held:
             _free(self._held.popitem()[1].live)
 
     def _free_if_unneeded(self, producer: Step) -> None:
         if not self._held[producer].waiting:
             _free(self._held.pop(producer).live)
-
-
-def joint_digest(digests: Sequence[DigestT]) -> DigestT | str:
-    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
-    if len(set(digests)) == 1:
-        return digests[0]
-    return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()
 
 
 def _free(live: Live) -> None:

@@ -1,6 +1,6 @@
-"""Follows plans until nothing is left to wait for: plan, attempt all that need not wait, and plan again.
+"""Rounds of a run: make a plan, attempt every step that need not wait, and plan again until no step has to wait.
 
-Several rounds are needed only when other jobs hold steps. Live values stay in this process from round to round.
+More than one round is needed only if other jobs hold steps. Live values stay in this process between rounds.
 """
 
 import logging
@@ -22,23 +22,23 @@ from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 _UNLIMITED = 64
-_SAY_AGAIN_SECONDS = 60.0
+_WAIT_LOG_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a run did with a step."""
+    """Outcome of one step of a run."""
 
     step_name: str
     action: str
-    """RUN, SKIP or REPLAY when that went well; else FAILED, DEP_FAILED, BLOCKED, WAIT, or NOT_RUN if the job ended."""
+    """RUN, SKIP or REPLAY if it succeeded; otherwise FAILED, DEP_FAILED, BLOCKED, WAIT, or NOT_RUN if the job ended."""
     seconds: float | None
-    """Spent in the step's function; None when it was not called."""
+    """Time spent in the step's function; None if it was not called."""
     output_path: str
 
 
 class Rounds:
-    """One run of a job."""
+    """One run of a job, in one or more rounds."""
 
     def __init__(self, job: Job, order: Order, planner: Planner, max_concurrent: int | None, poll_seconds: float):
         self._job = job
@@ -57,24 +57,30 @@ class Rounds:
         self._errors: dict[Step, SimpoPipelineError] = {}
 
     def _needs_caller(self, step: Step) -> bool:
-        """On many hosts all steps, because pools would end them in different orders."""
+        """Return whether the step runs in the caller's thread.
+
+        With several processes all steps do, because thread pools would finish them in different orders.
+        """
         return step in self._everywhere or self._job.processes.process_count > 1
 
     def _belongs_everywhere(self, step: Step) -> bool:
-        """Whether every process calls the step's function: it asks for its run, or deals in live values."""
+        """Return whether every process calls the step's function: it takes its `StepRun`, or has live values."""
         uses_live = step in self._order.consumers or any(self._job.graph.live_inputs(step))
         return uses_live or wants_run(step)
 
     def run(self, on_plan: Callable[[tuple[PlanRow, ...]], None]) -> None:
-        """Bring every step to an end, good or bad; `on_plan` hears of the first plan.
+        """Run until every step has ended, successfully or not.
+
+        Args:
+            on_plan: called with the first plan.
 
         Raises:
-            SimpoPipelineError: of the first step that failed, when everything that does not need it has ended.
+            SimpoPipelineError: the error of the first step that failed, once all steps that do not need it have ended.
         """
         waiting = True
         while waiting:
             first = not self._decisions
-            self._decisions = self._planner.decide(self._ended_words(), self._job.live.held(), self._attempted)
+            self._decisions = self._planner.decide(self._failure_reasons(), self._job.live.held(), self._attempted)
             if first:
                 on_plan(self.rows())
             self._release_live_values()
@@ -84,16 +90,16 @@ class Rounds:
             if waited_for and not {Ending.DONE, Ending.FAILED} & set(endings.values()):
                 self._wait(waited_for)
             elif set(endings.values()) == {Ending.POSTPONED} and self._job.processes.is_leader:
-                time.sleep(self._poll_seconds)  # another job has it, or is just giving it up
+                time.sleep(self._poll_seconds)  # another job holds the step, or is about to release it
         try:
-            self._job.processes.leader_decides(self._tidy)
+            self._job.processes.leader_decides(self._clean_up)
         except SimpoPipelineError as error:
             if not self._errors:
                 raise
-            _logger.error("what is left could not be tidied: %s", error)  # must not hide what went wrong before
+            _logger.error("could not clean up after the run: %s", error)  # must not hide the error of a step
         self._raise_first_error()
 
-    def _ended_words(self) -> dict[Step, str]:
+    def _failure_reasons(self) -> dict[Step, str]:
         return {step: f"it failed in this job: {_first_line(error)}" for step, error in self._errors.items()}
 
     def _release_live_values(self) -> None:
@@ -108,10 +114,13 @@ class Rounds:
 
     def _cancel(self) -> None:
         for call in list(self._job.calls):
-            call.stop(StepCancelledError("The step was stopped, because its job was interrupted."))
+            call.stop(StepCancelledError("The step was stopped because its job was interrupted."))
 
     def _attemptable(self) -> list[Step]:
-        """What can be attempted without waiting for another job; a replay only if a step attempted here uses it."""
+        """Return the steps that can be attempted without waiting for another job.
+
+        A replay is included only if a step attempted in this round uses its live value.
+        """
         behind_a_wait: set[Step] = set()
         for step, decision in self._decisions.items():
             waits_for = {*self._needs[step], *self._order.implied.get(step, ())}
@@ -141,7 +150,7 @@ class Rounds:
         )
         ending = attempt.execute()
         if ending is Ending.POSTPONED:
-            _logger.info("%s is postponed: another job has it", step.name)
+            _logger.info("%s is postponed: another job holds it", step.name)
             return ending
         self._attempted[step] = decision
         if attempt.left_checkpoints:
@@ -152,7 +161,7 @@ class Rounds:
             self._bad_endings[step] = ending
             _logger.error("%s FAILED after %.1f s: %s", step.name, attempt.seconds, attempt.error)
         else:
-            _logger.info("%s ended well after %.1f s", step.name, attempt.seconds)
+            _logger.info("%s succeeded after %.1f s", step.name, attempt.seconds)
         if any(self._job.graph.live_inputs(step)):
             self._job.live.consumer_ended(step, failed=ending is Ending.FAILED)
         return ending
@@ -174,15 +183,15 @@ class Rounds:
 
     def _wait(self, waited_for: list[Step]) -> None:
         names = ", ".join(f"{step.name} ({self._decisions[step].reason})" for step in waited_for)
-        said = -_SAY_AGAIN_SECONDS
+        last_logged = -_WAIT_LOG_SECONDS
         while not self._planner.anything_changed(waited_for):
-            if time.monotonic() - said > _SAY_AGAIN_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - last_logged > _WAIT_LOG_SECONDS:
+                last_logged = time.monotonic()
                 _logger.info("waiting for another job: %s", names)
             if self._job.processes.is_leader:
                 time.sleep(self._poll_seconds)
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         for step, decision in self._decisions.items():
             failed_need = self._bad_endings.get(step) is Ending.DEP_FAILED or decision.action is Action.BLOCKED
             if failed_need and step not in self._errors and any(self._is_bad(need) for need in self._needs[step]):
@@ -197,7 +206,7 @@ class Rounds:
                 remove_tree(self._job.scratch_folder)
 
     def _is_done(self, step: Step) -> bool:
-        """Whether the step's outputs are recorded, by this job or before."""
+        """Return whether the step's outputs are recorded, by this job or earlier."""
         if step in self._bad_endings or step not in self._decisions:
             return False
         return step in self._attempted or self._decisions[step].action in (Action.SKIP, Action.REPLAY)
@@ -215,11 +224,11 @@ class Rounds:
                 raise StepFailedError(f"Step {step.name!r} is BLOCKED: {decision.reason}.")
 
     def rows(self) -> tuple[PlanRow, ...]:
-        """The plan, with what was attempted already as it was planned then."""
+        """Return the plan. Steps that were already attempted keep the row that they had at that time."""
         return self._planner.rows({step: self._attempted.get(step, now) for step, now in self._decisions.items()})
 
     def results(self) -> tuple[StepResult, ...]:
-        """What became of each step so far."""
+        """Return the outcome of each step so far."""
         return tuple(
             StepResult(
                 step.name,

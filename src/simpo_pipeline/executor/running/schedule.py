@@ -1,7 +1,7 @@
-"""Attempts steps in order: some in the caller's thread, one at a time and exactly in the order given, others in a pool.
+"""Schedule of step attempts: some run in the caller's thread, one at a time in the given order, others in a thread pool.
 
-It knows nothing of storage or of live values. A step is attempted when all that it waits for has ended, and then only
-if what it needs ended well.
+A schedule is independent of storage and of live values. It attempts a step once all steps that it waits for have ended,
+and only if the steps that it needs succeeded.
 """
 
 import threading
@@ -14,9 +14,9 @@ from simpo_pipeline.executor.running.attempt import Ending
 
 
 class Schedule:
-    """One pass over `steps`; whatever else these need or come after is taken to have ended well before.
+    """One pass over `steps`. All other steps that these need or come after are assumed to have succeeded before.
 
-    A step that needs a failed one ends as DEP_FAILED; one that waits for a postponed one is POSTPONED itself.
+    A step that needs a failed step ends as DEP_FAILED. A step that waits for a postponed step is itself POSTPONED.
     """
 
     def __init__(
@@ -48,10 +48,12 @@ class Schedule:
     def run(
         self, on_passed_over: Callable[[Step, Ending], None], pool_size: int, on_interrupt: Callable[[], None]
     ) -> dict[Step, Ending]:
-        """Attempt every step that can be.
+        """Attempt every step that can be attempted, and return how each step ended.
 
-        `on_passed_over` hears, in this thread, of those that cannot; `on_interrupt` when this thread is interrupted, to
-        end what runs in the pool.
+        Args:
+            on_passed_over: called in this thread for each step that cannot be attempted.
+            pool_size: the maximum number of steps that run at the same time in the pool.
+            on_interrupt: called if this thread is interrupted, to end the steps that run in the pool.
         """
         with ThreadPoolExecutor(pool_size, thread_name_prefix="step") as pool:
             try:
@@ -68,7 +70,7 @@ class Schedule:
         return {step: self._endings[step] for step in self._steps}
 
     def _next_in_caller(self, on_passed_over: Callable[[Step, Ending], None]) -> Step | None:
-        """Wait for the next step of this thread; None when every step has ended."""
+        """Wait for the next step of the caller's thread. Return None once every step has ended."""
         with self._changed:
             while True:
                 if self._crash is not None:
@@ -87,7 +89,7 @@ class Schedule:
     def _attempt_in_pool(self, step: Step, pool: ThreadPoolExecutor) -> None:
         try:
             self._end(step, self._attempt(step), pool)
-        except BaseException as error:  # carried to the caller's thread, which raises it
+        except BaseException as error:  # raised again in the caller's thread
             with self._changed:
                 self._crash = error
                 self._changed.notify_all()
@@ -99,7 +101,7 @@ class Schedule:
             self._changed.notify_all()
 
     def _follow(self, ended: Step, pool: ThreadPoolExecutor) -> None:
-        """Start, or pass over, every step for which `ended` was the last to wait for."""
+        """Start or pass over every step that waited only for `ended`."""
         just_ended = [ended]
         while just_ended:
             for follower in self._followers[just_ended.pop()]:
@@ -108,7 +110,7 @@ class Schedule:
                     just_ended.append(follower)
 
     def _start(self, step: Step, pool: ThreadPoolExecutor) -> bool:
-        """Give a step its turn; False when it is passed over, which ends it."""
+        """Start a step, or pass it over, which ends it. Return False if it was passed over."""
         if any(self._endings[need] in (Ending.FAILED, Ending.DEP_FAILED) for need in self._needs[step]):
             self._pass_over(step, Ending.DEP_FAILED)
             return False

@@ -1,4 +1,4 @@
-"""What the records say about a step and about an experiment before anything runs."""
+"""The part of the records of a step and of an experiment that is known before anything runs."""
 
 import hashlib
 import sys
@@ -13,7 +13,7 @@ from simpo_pipeline.storage.paths import join
 
 
 def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
-    """What `.executor_info` says about a step before it runs; the names are Marin's."""
+    """Return the part of `.executor_info` that is known before the step runs. The key names are Marin's."""
     needs = dict.fromkeys(edge.step for edge in graph.edges[step] if edge.kind is not EdgeKind.PSEUDO)
     identity = graph.identities[step]
     return {
@@ -32,18 +32,18 @@ def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
 
 
 def function_name(step: Step) -> str:
-    """Where the step's function lies, to find it by; not part of the identity."""
+    """Return the import path of the step's function, so that it can be found. It is not part of the identity."""
     module, name = getattr(step.fn, "__module__", None), getattr(step.fn, "__qualname__", None)
     return f"{module}.{name}" if name else type(step.fn).__name__
 
 
 def script_name() -> str:
-    """The name of the script that was started."""
+    """Return the name of the script that was started."""
     return PurePath(sys.argv[0]).stem or "python"
 
 
 def run_record_path(base_path: str, infos: list[dict[str, Any]]) -> str:
-    """Where the record of an experiment goes: the same experiment writes the same file."""
+    """Return the path of an experiment's record. The same experiment always writes the same file."""
     semantics = [{key: value for key, value in info.items() if key != "description"} for info in infos]
     digest = hashlib.sha256(json_text(semantics).encode()).hexdigest()
     return join(base_path, f"{script_name()}-{digest[:6]}.json")

@@ -11,11 +11,11 @@ import pytest
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+from simpo_pipeline.job.preflight_job import PreflightFlags, PreflightJob
+from simpo_pipeline.job.preflight_plan import Plan
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.preflight.topology import find_topology
 from simpo_pipeline.training.config import TrainerConfig
-from steps.preflight import PreflightFlags, PreflightJob
-from steps.preflight_plan import Plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JOB = PreflightJob(
@@ -36,7 +36,7 @@ def run_m11(*flags: str) -> subprocess.CompletedProcess[str]:
 def test_an_unknown_topology_is_bad_usage_and_told_before_anything_runs(tmp_path):
     done = run_m11("--preflight", "v5p-33", "--prefix", str(tmp_path))
     assert done.returncode == 2
-    assert "error: --preflight 'v5p-33' is no topology that is known here; give one of v5p-16, v5p-32" in done.stderr
+    assert "error: --preflight 'v5p-33' is not a known topology; give one of v5p-16, v5p-32" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

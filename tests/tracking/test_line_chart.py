@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps.line_chart import Series, layout_chart, ticks
+from simpo_pipeline.tracking.line_chart import Series, layout_chart, ticks
 
 
 @given(

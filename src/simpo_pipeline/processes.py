@@ -4,13 +4,16 @@ Nothing here knows how processes talk; a job on many hosts passes its own `agree
 them are None, bool, int, float, str, list and dict, so that any transport can carry them.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from simpo_pipeline import errors
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StepError
+
+DigestT = TypeVar("DigestT", str, str | None)
 
 
 def _itself(value: Any) -> Any:
@@ -121,3 +124,10 @@ class Processes:
             kind = getattr(errors, agreed["kind"], StepError)
             raise kind(f"The leader (process 0) could not decide: {agreed['kind']}: {agreed['error']}") from failure
         return agreed["value"]
+
+
+def joint_digest(digests: Sequence[DigestT]) -> DigestT | str:
+    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
+    if len(set(digests)) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()

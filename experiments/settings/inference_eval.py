@@ -3,11 +3,11 @@
 import dataclasses
 from typing import cast
 
+from experiments.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from steps.infer import InferenceMode
-from steps.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
 
 
 @dataclasses.dataclass(frozen=True)

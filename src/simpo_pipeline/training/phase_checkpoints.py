@@ -39,14 +39,14 @@ def refuse_impossible(config: CheckpointConfig, run: StepRun) -> None:
         )
 
 
-class StretchCheckpoints:
-    """Around the updates of one stretch; where `when` is never it does nothing.
+class PhaseCheckpoints:
+    """Around the updates of one phase; where `when` is never it does nothing.
 
     A replay goes on from a checkpoint, and writes none.
     """
 
     def __init__(self, config: CheckpointConfig, run: StepRun, mesh: "Mesh", *, after: int, until: int):
-        """The stretch runs the updates after `after` up to `until`."""
+        """The phase runs the updates after `after` up to `until`."""
         self._config = config
         self._until = until
         self._writes = not run.replaying
@@ -67,12 +67,12 @@ class StretchCheckpoints:
         assert self._files is not None and self.record is not None
         return self._files.restore(self.record, abstract)
 
-    def watch(self, trainer: "Trainer", progress: Callable[[], Progress]) -> "StretchCheckpoints":
+    def watch(self, trainer: "Trainer", progress: Callable[[], Progress]) -> "PhaseCheckpoints":
         """Names the trainer whose state is to be written, with what `progress` says then; for a `with` statement."""
         self._trainer, self._progress = trainer, progress
         return self
 
-    def __enter__(self) -> "StretchCheckpoints":
+    def __enter__(self) -> "PhaseCheckpoints":
         if self._config.when == "on_failure" and self._writes:
             self._signals.hold()
         return self

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.job.main import TrackerChoice
 from simpo_pipeline.tracking.factory import TrackerKind
 
 Dtype = Literal["float32", "bfloat16"]
@@ -31,6 +32,10 @@ class TrackerSettings:
     def __post_init__(self) -> None:
         if self.type not in TRACKERS:
             raise ConfigError(f"trainer.tracker.type is {self.type!r}; allowed is one of {', '.join(TRACKERS)}")
+
+    def choice(self, default_name: str) -> TrackerChoice:
+        """Return what `main` takes; `default_name` names the run where the settings do not."""
+        return TrackerChoice(TRACKERS[self.type], self.name or default_name, self.project)
 
 
 def parse_precision(policy: str) -> tuple[Dtype, Dtype]:

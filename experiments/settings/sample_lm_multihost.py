@@ -3,13 +3,13 @@
 import dataclasses
 from typing import cast
 
+from experiments.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
+from experiments.settings.model import ModelSettings
+from experiments.settings.trainer import Dtype, TrackerSettings, parse_precision
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig
 from steps.infer import InferConfig, InferenceMode
-from steps.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
-from steps.settings.model import ModelSettings
-from steps.settings.trainer import Dtype, TrackerSettings, parse_precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,27 +14,11 @@ from simpo_pipeline.config_files.decode import COMMAND_LINE, decode_yaml
 from simpo_pipeline.config_files.parse import parse_flags, split_flags
 from simpo_pipeline.errors import ConfigError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
+from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.storage.files import read_text
-from simpo_pipeline.tracking.factory import TrackerKind
-from steps.joined_job import JoinedJob
-from steps.session import JobFlags, JobSession, tracker_for
-from steps.settings.trainer import TRACKERS, TrackerSettings
 
 T = TypeVar("T")
-FlagsT = TypeVar("FlagsT", bound="ExperimentFlags")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExperimentFlags(JobFlags):
-    """The executor's flags, and `--tracker`, which overrides `trainer.tracker.type`."""
-
-    tracker: TrackerKind | None = None
-
-    def open_session(self, settings: TrackerSettings, default_name: str, job: JoinedJob) -> JobSession:
-        """The session of a job whose metrics go where the settings and `--tracker` say."""
-        kind = self.tracker or TRACKERS[settings.type]
-        open_tracker = tracker_for(kind, self, name=settings.name or default_name, project=settings.project)
-        return self.job_session(open_tracker, job.group)
+FlagsT = TypeVar("FlagsT", bound=JobFlags)
 
 
 def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mapping[str, str]) -> T:

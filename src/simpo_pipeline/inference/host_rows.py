@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from simpo_pipeline.executor.processes import Processes
 from simpo_pipeline.inference.generated_rows import RowStream
+from simpo_pipeline.inference.row_files import host_file, unfinished_file, write_rows
+from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
-from steps.rows import host_file, unfinished_file, write_rows
 
 if TYPE_CHECKING:
     from simpo_pipeline.inference.sequence import Completion

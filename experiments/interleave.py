@@ -1,4 +1,4 @@
-"""The DAG of a schedule: training stretches that hand one live trainer on, with generation between them.
+"""The DAG of a schedule: training phases that hand one live trainer on, with generation between them.
 
 `experiments/m11_interleave.py` writes the same DAG out by hand; this is the form for schedules of any length.
 """
@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.keeping import Keeping
+from experiments.schedule import TrainingPhase
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.training.config import TrainerConfig
 from steps.infer import InferConfig, infer
-from steps.keeping import Keeping
 from steps.report import ReportConfig, report
-from steps.schedule import Segment
 from steps.train import TrainConfig, WeightedPairs, train
 
 
@@ -22,7 +22,7 @@ def interleave_steps(
     model: ExecutorStep,
     pairs: Sequence[tuple[ExecutorStep, float]],
     trainer: TrainerConfig,
-    segments: Sequence[Segment],
+    phases: Sequence[TrainingPhase],
     generation: InferConfig | None,
     title: str,
     keeping: Keeping,
@@ -35,9 +35,9 @@ def interleave_steps(
         model: Step whose output is a model folder.
         pairs: Steps whose outputs are `prepare_pairs`'s, with the weights by which they are read.
         trainer: The whole run.
-        segments: From `expand_schedule(trainer.num_train_steps, ...)`.
+        phases: From `expand_schedule(trainer.num_train_steps, ...)`.
         generation: What every generation step does; its `model_path`, `trainer` and `step` are filled in here.
-            Not needed when no segment generates.
+            Not needed when no phase generates.
         title: Heading of the report.
         keeping: Which checkpoints are written, and whether the weights after the last update are exported.
         eval_every, tensor_parallel: As `TrainConfig` has them.
@@ -45,18 +45,18 @@ def interleave_steps(
     pairs_path = _pairs_path(pairs)
     train_steps: list[ExecutorStep] = []
     infer_steps: list[ExecutorStep] = []
-    repeats = len(segments) > 2 or sum(segment.infer for segment in segments) > 1
-    for segment in segments:
+    repeats = len(phases) > 2 or sum(phase.infer for phase in phases) > 1
+    for phase in phases:
         # M11's own names say how many updates; where that would repeat itself, the stop tells steps apart.
-        suffix = f"-to-{segment.stop}" if repeats else ""
+        suffix = f"-to-{phase.stop}" if repeats else ""
         trained = ExecutorStep(
-            name=f"train-{segment.num_updates}{suffix}",
+            name=f"train-{phase.num_updates}{suffix}",
             fn=train,
             config=TrainConfig(
                 trainer=versioned(trainer),
                 model_path=output_path_of(model),
                 pairs_path=pairs_path,
-                stop_step=versioned(segment.stop),
+                stop_step=versioned(phase.stop),
                 eval_every=versioned(eval_every),
                 tensor_parallel=tensor_parallel,
                 live=take(train_steps[-1]) if train_steps else None,
@@ -64,8 +64,8 @@ def interleave_steps(
             ),
         )
         train_steps.append(trained)
-        if segment.infer:
-            infer_steps.append(_infer_step(model, _require(generation, segment), segment.stop, trained, suffix))
+        if phase.infer:
+            infer_steps.append(_infer_step(model, _require(generation, phase), phase.stop, trained, suffix))
     outputs = ReportConfig(
         title=versioned(title),
         train_outputs=tuple(output_path_of(step) for step in train_steps),
@@ -103,7 +103,7 @@ def _infer_step(
     )
 
 
-def _require(generation: InferConfig | None, segment: Segment) -> InferConfig:
+def _require(generation: InferConfig | None, phase: TrainingPhase) -> InferConfig:
     if generation is None:
-        raise ConfigError(f"the schedule generates after update {segment.stop}, but no generation settings were given")
+        raise ConfigError(f"the schedule generates after update {phase.stop}, but no generation settings were given")
     return generation

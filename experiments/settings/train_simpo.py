@@ -5,14 +5,14 @@ Everything that can be checked without the model is checked at construction, bef
 
 import dataclasses
 
+from experiments.schedule import TrainingPhase, expand_schedule
+from experiments.settings.data import DataSettings
+from experiments.settings.inference_eval import InferenceEvalConfig
+from experiments.settings.model import ModelSettings
+from experiments.settings.trainer import TrainerSettings
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.infer import InferConfig
-from steps.schedule import Segment, expand_schedule
-from steps.settings.data import DataSettings
-from steps.settings.inference_eval import InferenceEvalConfig
-from steps.settings.model import ModelSettings
-from steps.settings.trainer import TrainerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainSimpoConfig:
             if self.data.tokenizer is not None:
                 raise ConfigError("data.tokenizer is set, but random weights come with a byte tokenizer; leave it out")
         self.build_trainer()
-        self.segments()
+        self.phases()
         self.build_generation(model_path="")
 
     def _check_validation_split(self) -> None:
@@ -110,7 +110,7 @@ class TrainSimpoConfig:
             raise ConfigError(f"train_length ({length}) cannot exceed model max_seq_len ({limit}).")
         return length
 
-    def segments(self) -> tuple[Segment, ...]:
+    def phases(self) -> tuple[TrainingPhase, ...]:
         """When the run trains and when it generates.
 
         Raises:
@@ -119,13 +119,13 @@ class TrainSimpoConfig:
         num_updates, settings = self.trainer.num_train_steps, self.inference_eval
         if not settings.enabled:
             return expand_schedule(num_updates)
-        segments = expand_schedule(num_updates, eval_at_steps=settings.eval_at_steps, eval_every=settings.eval_every)
-        if not any(segment.infer for segment in segments):
+        phases = expand_schedule(num_updates, eval_at_steps=settings.eval_at_steps, eval_every=settings.eval_every)
+        if not any(phase.infer for phase in phases):
             raise ConfigError(
                 f"inference_eval is enabled, but none of the {num_updates} updates is followed by generation; set "
                 f"inference_eval.eval_at_steps, or inference_eval.eval_every to at most {num_updates}"
             )
-        return segments
+        return phases
 
     def build_generation(self, model_path: str) -> InferConfig | None:
         """What each generation does; None without any."""

@@ -21,6 +21,7 @@ from simpo_pipeline.inference.engine_programs import EnginePrograms
 from simpo_pipeline.inference.kv_cache import bytes_per_device
 from simpo_pipeline.inference.sizing import Work as EngineWork
 from simpo_pipeline.inference.sizing import size_engine
+from simpo_pipeline.job.preflight_job import PreflightJob
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
@@ -34,7 +35,6 @@ from simpo_pipeline.preflight.roofline import Work, generation_work, train_work
 from simpo_pipeline.preflight.topology import Topology, devices_by_host
 from simpo_pipeline.training.state import abstract_state
 from simpo_pipeline.training.step import build_init_moments, build_train_step
-from steps.preflight import PreflightJob
 
 _ROUND = re.compile(r"engine_(?:prefill_(\d+))?_?(?:decode_(\d+))?")
 # Conditionals that a job takes for true: its rows draw at random, and its chunks hold tokens.
@@ -100,7 +100,7 @@ class Plan:
                 yield from self._of_generation(host, self._sizes)
 
     def phases(self, examined: Sequence[Examined]) -> list[Phase]:
-        """What is live in each stretch of the job; nothing is known if a program did not compile."""
+        """What is live in each phase of the job; nothing is known if a program did not compile."""
         memory = {each.name: each.memory for each in examined if each.memory is not None}
         if len(memory) < len({each.name for each in examined}):
             return []

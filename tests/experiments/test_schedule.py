@@ -1,22 +1,22 @@
-"""A schedule expands to segments that cover the run once and evaluate exactly where it says."""
+"""A schedule expands to phases that cover the run once and evaluate exactly where it says."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.schedule import TrainingPhase, expand_schedule
 from simpo_pipeline.errors import ConfigError
-from steps.schedule import Segment, expand_schedule
 
 
 def test_m11_is_train_2_infer_train_5():
-    assert expand_schedule(7, eval_at_steps=[2]) == (Segment(0, 2, infer=True), Segment(2, 7, infer=False))
+    assert expand_schedule(7, eval_at_steps=[2]) == (TrainingPhase(0, 2, infer=True), TrainingPhase(2, 7, infer=False))
 
 
 def test_an_evaluation_at_the_last_step_happens_once_and_nothing_follows_it():
     assert expand_schedule(200, eval_every=50) == tuple(
-        Segment(start, start + 50, infer=True) for start in (0, 50, 100, 150)
+        TrainingPhase(start, start + 50, infer=True) for start in (0, 50, 100, 150)
     )
-    assert expand_schedule(7, eval_at_steps=[7]) == (Segment(0, 7, infer=True),)
+    assert expand_schedule(7, eval_at_steps=[7]) == (TrainingPhase(0, 7, infer=True),)
 
 
 def test_eval_at_steps_overrides_eval_every():
@@ -24,16 +24,16 @@ def test_eval_at_steps_overrides_eval_every():
 
 
 def test_without_evaluations_the_run_is_one_segment():
-    assert expand_schedule(7) == (Segment(0, 7, infer=False),)
-    assert expand_schedule(7, eval_every=10) == (Segment(0, 7, infer=False),)
+    assert expand_schedule(7) == (TrainingPhase(0, 7, infer=False),)
+    assert expand_schedule(7, eval_every=10) == (TrainingPhase(0, 7, infer=False),)
 
 
 @given(num_train_steps=st.integers(1, 60), data=st.data())
 def test_segments_cover_every_update_once_and_evaluate_only_where_asked(num_train_steps, data):
     eval_at_steps = data.draw(st.lists(st.integers(1, num_train_steps)))
-    segments = expand_schedule(num_train_steps, eval_at_steps=eval_at_steps)
-    assert [update for s in segments for update in range(s.start + 1, s.stop + 1)] == [*range(1, num_train_steps + 1)]
-    assert {s.stop for s in segments if s.infer} == set(eval_at_steps)
+    phases = expand_schedule(num_train_steps, eval_at_steps=eval_at_steps)
+    assert [update for s in phases for update in range(s.start + 1, s.stop + 1)] == [*range(1, num_train_steps + 1)]
+    assert {s.stop for s in phases if s.infer} == set(eval_at_steps)
 
 
 @pytest.mark.parametrize(

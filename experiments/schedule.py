@@ -1,4 +1,4 @@
-"""When a run trains and when it generates: a pure expansion of `eval_at_steps` or `eval_every` into segments.
+"""When a run trains and when it generates: a pure expansion of `eval_at_steps` or `eval_every` into phases.
 
 Steps count finished updates, so an evaluation at step 2 sees the parameters after two updates, and one at the last
 step sees the final parameters. Every evaluation happens exactly once.
@@ -12,7 +12,7 @@ from simpo_pipeline.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class TrainingPhase:
     """Updates `start + 1 .. stop` of a run, and whether generation follows them."""
 
     start: int
@@ -26,14 +26,14 @@ class Segment:
 
 def expand_schedule(
     num_train_steps: int, *, eval_at_steps: Sequence[int] | None = None, eval_every: int | None = None
-) -> tuple[Segment, ...]:
-    """The segments of a run of `num_train_steps` updates, in order.
+) -> tuple[TrainingPhase, ...]:
+    """The phases of a run of `num_train_steps` updates, in order.
 
     Args:
         num_train_steps: Updates of the whole run.
         eval_at_steps: Generate after exactly these updates, in any order, duplicates counted once.
         eval_every: Generate after every so many updates, the last one included where it is a multiple.
-            Ignored when `eval_at_steps` is given. With neither, the run is one segment without generation.
+            Ignored when `eval_at_steps` is given. With neither, the run is one phase without generation.
 
     Raises:
         ConfigError: a number is not positive, or an evaluation lies beyond the run.
@@ -42,7 +42,7 @@ def expand_schedule(
         raise ConfigError(f"trainer.num_train_steps must be positive, got {num_train_steps}")
     stops = _eval_steps(num_train_steps, eval_at_steps, eval_every)
     bounds = [0, *stops] if num_train_steps in stops else [0, *stops, num_train_steps]
-    return tuple(Segment(start, stop, infer=stop in stops) for start, stop in itertools.pairwise(bounds))
+    return tuple(TrainingPhase(start, stop, infer=stop in stops) for start, stop in itertools.pairwise(bounds))
 
 
 def _eval_steps(num_train_steps: int, eval_at_steps: Sequence[int] | None, eval_every: int | None) -> list[int]:

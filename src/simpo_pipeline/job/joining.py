@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from simpo_pipeline.distributed.config import find_membership
 from simpo_pipeline.errors import ConfigError, CoordinationError
-from simpo_pipeline.executor.processes import Processes
-from steps.session import JobFlags
+from simpo_pipeline.job.flags import JobFlags
+from simpo_pipeline.processes import Processes
 
 if TYPE_CHECKING:
     from simpo_pipeline.distributed.group import ProcessGroup

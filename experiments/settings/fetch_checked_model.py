@@ -7,13 +7,13 @@ seen. It is before any device is touched: a fetch that fails blocks every step a
 import dataclasses
 from typing import Any
 
+from experiments.settings.model import ModelSettings, contradictions
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, ExecutorStep, versioned
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.storage.files import read_json
 from simpo_pipeline.storage.paths import join
 from steps.fetch_model import FetchModelConfig, fetch_model
-from steps.settings.model import ModelSettings, contradictions
 
 
 @dataclasses.dataclass(frozen=True)

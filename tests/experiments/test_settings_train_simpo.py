@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from experiments.schedule import TrainingPhase
+from experiments.settings.retired import TRAIN_SIMPO
+from experiments.settings.train_simpo import TrainSimpoConfig
 from simpo_pipeline.config_files.check import find_misfits
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.config import PreferenceSource
@@ -16,9 +19,6 @@ from simpo_pipeline.executor.step import output_path_of, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.infer import InferConfig
-from steps.schedule import Segment
-from steps.settings.retired import TRAIN_SIMPO
-from steps.settings.train_simpo import TrainSimpoConfig
 
 train_simpo_steps = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "experiments" / "train_simpo.py"))[
     "train_simpo_steps"
@@ -74,7 +74,7 @@ def test_every_knob_reaches_the_training_steps():
         simpo=SimpoConfig(beta=1.5, gamma_beta_ratio=0.3),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2.0, lr_schedule="linear"),
     )
-    assert settings.segments() == (Segment(0, 2, infer=True), Segment(2, 7, infer=False))
+    assert settings.phases() == (TrainingPhase(0, 2, infer=True), TrainingPhase(2, 7, infer=False))
 
 
 def test_the_rest_of_the_loss_and_of_the_trainer_reaches_the_training_steps():
@@ -125,7 +125,7 @@ def test_every_knob_reaches_the_generation_steps():
         mode="host_data_parallel",
         compute_dtype="bfloat16",
     )
-    assert [segment.stop for segment in settings.segments() if segment.infer] == [3, 6]
+    assert [phase.stop for phase in settings.phases() if phase.infer] == [3, 6]
 
 
 def test_lengths_left_out_are_the_models():
@@ -146,9 +146,9 @@ def test_sizes_that_nobody_says_are_left_to_the_engine():
     assert generation is not None and generation.engine == EngineConfig()
 
 
-def test_without_inference_eval_a_run_is_one_stretch():
+def test_without_inference_eval_a_run_is_one_phase():
     settings = settings_with(inference_eval=...)
-    assert settings.segments() == (Segment(0, 7, infer=False),)
+    assert settings.phases() == (TrainingPhase(0, 7, infer=False),)
     assert settings.build_generation("model") is None
 
 
@@ -199,7 +199,7 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
         (dict(trainer__tensor_parallel=0), "trainer.tensor_parallel must be positive, got 0"),
         (dict(trainer__grad_accumulation=3), "train_batch_size is 4 pairs and grad_accumulation 3"),
         (dict(loss_type="ipo"), "simpo.loss_type is 'ipo': give one of sigmoid, hinge"),
-        (dict(loss_type="hinge", label_smoothing=0.1), "only the sigmoid loss has it"),
+        (dict(loss_type="hinge", label_smoothing=0.1), "only the sigmoid loss supports it"),
         (dict(initialize_from_hf=True), "initialize_from_hf names no model"),
         (dict(beta=0.0), "simpo.beta is 0.0"),
         (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate is -1.0"),

@@ -4,21 +4,14 @@ Both are made at first use, so a job in which every step is skipped touches no d
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
-import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from simpo_pipeline.distributed.config import OFF, WatchConfig, compilation_cache_path
+from simpo_pipeline.distributed.config import OFF
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.main import ExecutorMainConfig
 from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.storage.files import make_parent
-from simpo_pipeline.storage.paths import is_local, join
-from simpo_pipeline.tracking.factory import TrackerKind, make_tracker
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
@@ -104,61 +97,6 @@ class JobSession:
             self.tracker.finish(error)
 
 
-@dataclasses.dataclass(frozen=True)
-class JobFlags(ExecutorMainConfig):
-    """The executor's flags, and those of a job of many processes."""
-
-    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
-    """When the processes of a job give it up."""
-    check_launches: bool = False
-    """Compare every launch across processes before it is made, instead of soon after."""
-    profile: int | None = None
-    """Trace this update, counted over the whole run, into `profile` below its training step's outputs."""
-    compilation_cache: str | None = None
-    """Where compiled programs are kept for later jobs: a folder, gs://bucket/path, or off. Default:
-    JAX_COMPILATION_CACHE_DIR, or ~/.cache/simpo_pipeline/compiled."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.profile is not None and self.profile < 1:
-            raise ConfigError(f"--profile {self.profile}: updates are counted from 1")
-        compilation_cache_path(self.compilation_cache, os.environ)
-
-    def job_session(self, open_tracker: Callable[[], Tracker], group: "ProcessGroup | None") -> JobSession:
-        """The session of a job with these flags."""
-        return JobSession(
-            open_tracker,
-            group,
-            check_launches=self.check_launches,
-            profile=self.profile,
-            compilation_cache=compilation_cache_path(self.compilation_cache, os.environ) or OFF,
-        )
-
-
-def tracker_for(kind: TrackerKind, config: ExecutorMainConfig, *, name: str, project: str) -> Callable[[], Tracker]:
-    """Opens the job's tracker when it is called; files go below `{prefix}/tracking/`.
-
-    Args:
-        kind: `wandb`, `jsonl` or `none`.
-        config: The job's flags.
-        name: What the run is called; the time of its start is added.
-        project: wandb's project.
-    """
-
-    def open_tracker() -> Tracker:
-        run_name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = join(config.effective_prefix, "tracking")
-        # wandb writes local files only; beside a remote prefix it uses its own default.
-        wandb_dir = None
-        if kind == "wandb" and is_local(folder):
-            make_parent(join(folder, run_name))
-            wandb_dir = folder
-        path = join(folder, f"{run_name}.jsonl")
-        return make_tracker(kind, jsonl_path=path, project=project, run_name=run_name, wandb_dir=wandb_dir)
-
-    return open_tracker
-
-
 def session_of(run: StepRun) -> JobSession:
     """The session of a step run.
 
@@ -167,7 +105,7 @@ def session_of(run: StepRun) -> JobSession:
     """
     if not isinstance(run.session, JobSession):
         raise ConfigError(
-            f"step {run.name!r} needs a JobSession, got {type(run.session).__name__}; "
-            "pass session=JobSession(...) to executor_main"
+            f"step {run.name!r} needs a job around it, and its session is {type(run.session).__name__}. "
+            "Run the steps with `main(steps=...)` of simpo_pipeline.job.main."
         )
     return run.session

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from simpo_pipeline.data.config import VALIDATION_FILE
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import Tracker
-from steps.prepare_pairs import VALIDATION_FILE
 
 if TYPE_CHECKING:
     from simpo_pipeline.data.pairs import TokenizedPair

@@ -3,51 +3,15 @@
 Nothing is launched, fetched or paid for; exit code 0 says that all of it compiles and fits.
 """
 
-import dataclasses
 import sys
 from typing import NoReturn
 
-from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
 from simpo_pipeline.executor.main import BAD_USAGE, FAILED, log_lines
-from simpo_pipeline.inference.config import EngineConfig, SamplingParams
-from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.job.preflight_job import PreflightFlags, PreflightJob
 from simpo_pipeline.preflight.topology import describe_devices, find_topology
 from simpo_pipeline.storage.files import write_json
 from simpo_pipeline.storage.paths import join
-from simpo_pipeline.training.config import TrainerConfig
-from steps.session import JobFlags
-
-
-@dataclasses.dataclass(frozen=True)
-class PreflightFlags(JobFlags):
-    """The flags of an experiment whose programs can be compiled ahead."""
-
-    preflight: str | None = None
-    """Compile all that the job would launch for this slice (v5p-16, v5p-32, v5p-64, v5e-16 or v6e-16), say whether it
-    fits, and exit with 0 if it does, with 1 if not. Needs no accelerator, but the extra `tpu`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.preflight is not None:
-            find_topology(self.preflight)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreflightJob:
-    """What decides which programs an interleaved job launches; each host generates on its own devices.
-
-    Attributes:
-        model: The model's shape; None where only the model's files say it.
-        engine_dtype: Of the weights that are generated from.
-    """
-
-    model: LlamaConfig | None
-    trainer: TrainerConfig
-    prompts: PromptsConfig
-    sampling: SamplingParams
-    engine: EngineConfig
-    engine_dtype: str
 
 
 def preflight_main(job: PreflightJob, flags: PreflightFlags) -> NoReturn:
@@ -73,8 +37,8 @@ def preflight(job: PreflightJob, topology_name: str, prefix: str) -> bool:
     devices = describe_devices(topology)
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.programs import forbid_strays
+    from simpo_pipeline.job.preflight_plan import examine_job
     from simpo_pipeline.preflight.report import as_json, as_text
-    from steps.preflight_plan import examine_job
 
     forbid_strays()
     with log_lines(to_stderr=True):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from experiments.settings.fetch_checked_model import FetchCheckedModelConfig, fetch_checked_model, fetch_step
+from experiments.settings.model import ModelSettings, RopeSettings, contradictions
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.executor.step import unwrap_versioned_value
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
 from steps.fetch_model import fetch_model
-from steps.settings.fetch_checked_model import FetchCheckedModelConfig, fetch_checked_model, fetch_step
-from steps.settings.model import ModelSettings, RopeSettings, contradictions
 
 LLAMA_3_1 = LlamaConfig(
     hidden_size=64,

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import yaml
 
+from experiments.settings.retired import SAMPLE_LM_MULTIHOST
+from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
 from simpo_pipeline.config_files.check import find_misfits
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from steps.infer import InferConfig
-from steps.settings.retired import SAMPLE_LM_MULTIHOST
-from steps.settings.sample_lm_multihost import SampleLmMultihostConfig
 
 
 def settings_with(**changes: Any) -> SampleLmMultihostConfig:

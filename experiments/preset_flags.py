@@ -1,0 +1,34 @@
+"""The flags of experiments that have presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
+
+from experiments.keeping import Keeping
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.job.preflight_job import PreflightFlags
+
+PresetT = TypeVar("PresetT")
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetFlags(PreflightFlags, Keeping):
+    """The flags of a job, of `--preflight`, and of what the run keeps, and the name of a preset."""
+
+    preset: str | None = None
+    """One of the experiment's presets."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Keeping.__post_init__(self)
+
+    def choose(self, presets: Mapping[str, PresetT], *, default: str) -> tuple[str, PresetT]:
+        """Return the name of the preset to run, and the preset.
+
+        Raises:
+            ConfigError: There is no preset of that name.
+        """
+        name = self.preset if self.preset is not None else default
+        if name not in presets:
+            raise ConfigError(f"--preset {name!r} is unknown; choose one of {', '.join(presets)}")
+        return name, presets[name]

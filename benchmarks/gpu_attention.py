@@ -1,11 +1,12 @@
-"""One decode step's attention over paged keys and values on a GPU: our kernel, plain XLA, and cuDNN.
+"""Attention of one decode step over paged keys and values on a GPU: our kernel, plain XLA, and cuDNN.
 
     uv run --extra gpu python benchmarks/gpu_attention.py        # a minute on one H100 or H200
-    uv run python benchmarks/gpu_attention.py --tiny             # on CPU, only whether all of it runs
+    uv run python benchmarks/gpu_attention.py --tiny             # on CPU, only to check that everything runs
 
-One layer of Llama-3.1-8B: 32 query heads over 8 key/value heads of 128, bfloat16. cuDNN comes through
+It measures one layer of Llama-3.1-8B: 32 query heads over 8 key/value heads of 128, bfloat16. cuDNN is called through
 `jax.nn.dot_product_attention`, for which the pages of each sequence are gathered first. The first sequences of every
-result are compared with `paged_attention_reference` in float32. Prints a table and one JSON line.
+result are compared with `paged_attention_reference` in float32. It prints a table and one JSON line. Without
+`--tiny`, it also writes benchmarks/results/gpu_attention.json.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from result_files import write_result
 
 from simpo_pipeline.distributed.mesh import local_mesh
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention, in_xla
@@ -27,7 +29,7 @@ from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
 from simpo_pipeline.ops.paged_xla import attend_in_tiles
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE = 32, 8, 128, 64
-# Sequences, and the least and most keys of each.
+# Number of sequences, and the smallest and largest number of keys of each.
 CASES = {"128 x 1088": (128, 1088, 1088), "128 x 1 to 2112": (128, 1, 2112), "8 x 8192": (8, 8192, 8192)}
 TINY = {"2 x 70": (2, 70, 70)}
 ROUNDS, CALLS = 5, 40
@@ -37,7 +39,7 @@ Attention = Callable[..., jax.Array]
 
 
 def by_cudnn(q: Any, keys: Any, values: Any, table: Any, query_starts: Any, kv_lens: Any) -> jax.Array:
-    """Gathered, then cuDNN."""
+    """Gather the pages, then attend with cuDNN."""
     del query_starts
     k, v = (pages[table].reshape(table.shape[0], -1, KV_HEADS, HEAD_SIZE) for pages in (keys, values))
     lens = {"query_seq_lengths": jnp.ones_like(kv_lens), "key_value_seq_lengths": kv_lens}
@@ -45,17 +47,17 @@ def by_cudnn(q: Any, keys: Any, values: Any, table: Any, query_starts: Any, kv_l
 
 
 def by_xla(q: Any, keys: Any, values: Any, *rest: Any) -> jax.Array:
-    """Blocks of keys in turn."""
+    """Attend with plain XLA, one block of keys after another."""
     return attend_in_tiles(q, in_xla(keys, values), *rest, num_single=q.shape[0], kv_heads=KV_HEADS)
 
 
 def by_backend(backend: Any, q: Any, keys: Any, values: Any, *rest: Any) -> jax.Array:
-    """A `PagedAttention`."""
+    """Attend with a `PagedAttention`."""
     return backend.attend(q, (keys, values), *rest, num_single=q.shape[0])
 
 
 def random_case(num_seqs: int, least: int, most: int) -> tuple[jax.Array, ...]:
-    """Scattered pages of random numbers, made where they are used."""
+    """Return scattered pages of random values, drawn on the device."""
     rng = np.random.default_rng(0)
     pages_per_seq = -(-most // PAGE_SIZE)
     table = rng.permutation(num_seqs * pages_per_seq).astype(np.int32).reshape(num_seqs, -1)
@@ -71,7 +73,7 @@ def random_case(num_seqs: int, least: int, most: int) -> tuple[jax.Array, ...]:
 
 
 def largest_error(out: jax.Array, case: tuple[jax.Array, ...]) -> float:
-    """Of a few sequences, against the reference in float32."""
+    """Return the largest error of a few sequences, compared with the reference in float32."""
     q, keys, values, table, _, kv_lens = case
     few = min(4, q.shape[0])
     wide = [array.astype(jnp.float32) for array in (q[:few], keys, values)]
@@ -82,7 +84,7 @@ def largest_error(out: jax.Array, case: tuple[jax.Array, ...]) -> float:
 
 
 def milliseconds(attend: Attention, case: tuple[jax.Array, ...], calls: int) -> float:
-    """Median over rounds of many calls each; the keys and values of a call are far more than caches hold."""
+    """Return the median over rounds of many calls each; the keys and values of a call are far larger than caches."""
     jax.block_until_ready(attend(*case))
     rounds = []
     for _ in range(ROUNDS):
@@ -93,7 +95,7 @@ def milliseconds(attend: Attention, case: tuple[jax.Array, ...], calls: int) -> 
 
 
 def measured(name: str, attend: Attention, case: tuple[jax.Array, ...], calls: int) -> dict[str, Any]:
-    """One row of the table; what this device cannot run says why."""
+    """Return one row of the table, or the error if this device cannot run it."""
     num_bytes = 2 * int(np.sum(np.asarray(case[5]))) * KV_HEADS * HEAD_SIZE * 2
     try:
         compiled = jax.jit(attend)
@@ -105,9 +107,9 @@ def measured(name: str, attend: Attention, case: tuple[jax.Array, ...], calls: i
 
 
 def main() -> None:
-    """Measures, then prints."""
+    """Measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small case, once")
+    parser.add_argument("--tiny", action="store_true", help="run a small case once")
     tiny = parser.parse_args().tiny
     mesh = local_mesh()
     backend = GpuPagedAttention(mesh, "model")
@@ -128,7 +130,10 @@ def main() -> None:
                     f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()
                 )
             )
-    print(json.dumps({"device": device, "rows": rows}))
+    result = {"device": device, "rows": rows}
+    print(json.dumps(result))
+    if not tiny:
+        write_result("gpu_attention", result)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Our engine on one GPU, for the shapes of Llama models with random weights in bfloat16, beside the time memory takes.
+"""Our engine on one GPU, with random bfloat16 weights in the shapes of Llama models, compared with memory bandwidth.
 
-    uv run --extra gpu python benchmarks/gpu_generation.py        # minutes on one H100 or H200, most of them compiling
-    uv run python benchmarks/gpu_generation.py --models tiny --num_prompts 4 --max_tokens 8    # whether all of it runs
+    uv run --extra gpu python benchmarks/gpu_generation.py        # minutes on one H100 or H200, mostly compiling
+    uv run python benchmarks/gpu_generation.py --models tiny --num_prompts 4 --max_tokens 8    # check that it runs
 
-Every sequence draws `--max_tokens` tokens at temperature 1, from prompts of 64 random tokens, all different, and none
-ends before. The floor is what has to pass through memory at the least, over what the card reads in a second, measured
-here: each step reads the matrices and the keys and values of all sequences once. First, a tiny model in float32, its
-products at full precision, draws the same requests on the GPU and on the CPU, with preemptions. Prints a table and one
-JSON line.
+Every sequence draws `--max_tokens` tokens at temperature 1 from a unique prompt of 64 random tokens, and none finishes
+earlier. The floor is the least number of bytes that must be read from memory, divided by the measured bandwidth of
+the GPU: each step reads the matrices and the keys and values of all sequences once. First, a tiny model in float32,
+with matmuls at full precision, draws the same requests on the GPU and on the CPU, with preemptions. It prints a table
+and one JSON line. Without the model `tiny`, it also writes benchmarks/results/gpu_generation.json.
 """
 
 import argparse
@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from result_files import write_result
 
 from simpo_pipeline.distributed.mesh import Device, local_mesh
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine, GenerationStats
 from simpo_pipeline.inference.sequence import Completion, Request
-from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama, init_llama
@@ -56,12 +57,12 @@ MODELS = {
 }
 PROMPT_TOKENS = 64
 DTYPE = jnp.bfloat16
-# Read to measure what the card reads in a second: more than caches hold.
+# Size of the array that is read to measure the bandwidth of the GPU: larger than its caches.
 READ_BYTES = 4 * 2**30
 
 
 def read_bytes_per_second(num_bytes: int, rounds: int = 5, reads: int = 10) -> float:
-    """Of one large array that is summed up, the best of a few rounds."""
+    """Return the bandwidth of summing one large array, the best of a few rounds."""
     array = jax.block_until_ready(jax.jit(lambda: jnp.ones((num_bytes // 4,), jnp.float32))())
     add_up = jax.jit(jnp.sum)
     jax.block_until_ready(add_up(array))
@@ -74,7 +75,7 @@ def read_bytes_per_second(num_bytes: int, rounds: int = 5, reads: int = 10) -> f
 
 
 def random_weights(model: LlamaConfig, mesh: Mesh) -> Llama:
-    """Drawn where they are used."""
+    """Return weights drawn on the devices of the mesh."""
     placed = with_shardings(abstract_llama(model, DTYPE), mesh, TENSOR_PARALLEL_RULES)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
 
@@ -85,11 +86,11 @@ def random_weights(model: LlamaConfig, mesh: Mesh) -> Llama:
 
 
 def same_on_cpu() -> str:
-    """How many requests of a tiny model in float32 get the same tokens on this device and on the CPU."""
+    """Return how many requests of a tiny model in float32 get the same tokens on this device and on the CPU."""
     rng = np.random.default_rng(0)
     lengths = zip(rng.integers(1, 1100, 24).tolist(), rng.integers(1, 100, 24).tolist(), strict=True)
     requests = [
-        # Greedy and drawn ones in turn.
+        # Greedy and sampled requests alternate.
         Request(tuple(rng.integers(0, 512, size).tolist()), index, 0, SamplingParams(num_new, float(index % 2)))
         for index, (size, num_new) in enumerate(lengths)
     ]
@@ -100,7 +101,7 @@ def same_on_cpu() -> str:
 
 
 def served_on(device: Device, requests: list[Request]) -> tuple[list[Completion], GenerationStats]:
-    """The requests answered by a tiny model in float32 with a vocabulary of 512, whose pages run out."""
+    """Serve the requests with a tiny model in float32 with a vocabulary of 512, whose pages run out."""
     model = dataclasses.replace(MODELS["tiny"], vocab_size=512, num_heads=6, num_kv_heads=2, head_dim=64)
     mesh = local_mesh([device])
     sizes = EngineSizes(16, 1280, page_size=16, num_pages=200, prefill_chunk_tokens=512, decode_steps_per_call=8)
@@ -114,7 +115,7 @@ def served_on(device: Device, requests: list[Request]) -> tuple[list[Completion]
 
 
 def floor_seconds(model: LlamaConfig, num_prompts: int, max_tokens: int, bytes_per_second: float) -> float:
-    """What the decode steps take at least, each of which reads all that its sequences have so far."""
+    """Return the minimum time of the decode steps, each of which reads all keys and values of its sequences so far."""
     steps = (
         generation_work(model, num_prompts, num_prompts, num_prompts * length, length, DTYPE.dtype.itemsize)
         for length in range(PROMPT_TOKENS, PROMPT_TOKENS + max_tokens)
@@ -123,10 +124,10 @@ def floor_seconds(model: LlamaConfig, num_prompts: int, max_tokens: int, bytes_p
 
 
 def measured(name: str, num_prompts: int, max_tokens: int, rounds: int, bytes_per_second: float) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     model, mesh = MODELS[name], local_mesh()
     longest = PROMPT_TOKENS + max_tokens
-    work = Work(num_prompts, PROMPT_TOKENS, longest, num_prompts * longest)
+    work = Workload(num_prompts, PROMPT_TOKENS, longest, num_prompts * longest)
     config = EngineConfig(max_seqs=num_prompts, decode_steps_per_call=32)
     sizes = size_engine(config, model, DTYPE, work, mesh, available_memory_bytes(mesh))
     start = time.perf_counter()
@@ -167,12 +168,12 @@ def measured(name: str, num_prompts: int, max_tokens: int, rounds: int, bytes_pe
 
 
 def main() -> None:
-    """Measures, then prints."""
+    """Measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["Llama-3.1-8B", "Llama-3.2-1B"])
     parser.add_argument("--num_prompts", type=int, default=128)
     parser.add_argument("--max_tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=2, help="timed calls, after one of 64 tokens that is not")
+    parser.add_argument("--rounds", type=int, default=2, help="timed calls, after an untimed one of 64 tokens")
     arguments = parser.parse_args()
     device = jax.devices()[0].device_kind
     bytes_per_second = read_bytes_per_second(READ_BYTES if device != "cpu" else 2**24)
@@ -186,7 +187,10 @@ def main() -> None:
         for key, value in rows[-1].items():
             print(f"{key:>22} {value:.4g}" if isinstance(value, float) else f"{key:>22} {value}", flush=True)
         print(flush=True)
-    print(json.dumps({"device": device, "versions": versions, "bytes/s": bytes_per_second, "same": same, "rows": rows}))
+    result = {"device": device, "versions": versions, "bytes/s": bytes_per_second, "same": same, "rows": rows}
+    print(json.dumps(result))
+    if "tiny" not in arguments.models:
+        write_result("gpu_generation", result)
 
 
 if __name__ == "__main__":

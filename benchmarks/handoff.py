@@ -1,12 +1,13 @@
-"""The in-process handoff against what users do today: save, start a fresh process, load, compile.
+"""The in-process handoff compared with what users do today: save, start a fresh process, load, compile.
 
     uv run python benchmarks/handoff.py            # SmolLM2-135M, about 3 minutes on 2 cores
 
-Everything is timed in one run, ours and the detour in turn; medians of `ROUNDS`. The detour is kept as short as it
-can be: safetensors (no checkpoint library), local disk, page cache warm, and a fresh process that only generates.
-To weights of the trainer's own dtype on its own device there is nothing to do, so the handoff shares the buffers; to
-bfloat16 it is a device program. Last comes a job of 2 processes with 2 devices each (`handoff_host.py`), whose
-handoff moves weights between processes too. Prints a table and one JSON line.
+Everything is timed in one run, ours and the detour in turn; the results are medians of `ROUNDS`. The detour is as
+short as possible: safetensors (no checkpoint library), local disk, warm page cache, and a fresh process that only
+generates. For weights of the trainer's own dtype on its own device there is nothing to do, so the handoff shares the
+buffers; for bfloat16 it is a device program. The last case is a job of 2 processes with 2 devices each
+(`handoff_host.py`), whose handoff also moves weights between processes. It prints a table and one JSON line, and
+writes benchmarks/results/handoff.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from result_files import write_result
 from safetensors.numpy import load_file, save_file
 
 from simpo_pipeline.distributed.mesh import local_mesh, training_mesh
@@ -48,7 +50,7 @@ TRAINER = TrainerConfig(num_train_steps=2, train_batch_size=1, train_seq_len=32)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Wall seconds of one call, device work included, the garbage of earlier calls excluded."""
+    """Return the wall seconds of one call, including device work and excluding garbage collection of earlier calls."""
     gc.collect()
     start = time.perf_counter()
     jax.block_until_ready(work())
@@ -56,38 +58,38 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def bytes_written() -> int:
-    """Bytes that this process has passed to write calls so far, as Linux counts them."""
+    """Return the bytes that this process has passed to write calls so far, as counted by Linux."""
     fields = dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())
     return int(fields["wchar"])
 
 
 def wanted_weights(model_path: str, dtype: str) -> Llama:
-    """The abstract weights of an engine on this process's devices."""
+    """Return the abstract weights of an engine on this process's devices."""
     return with_shardings(
         abstract_llama(load_config(model_path), jnp.dtype(dtype)), local_mesh(), TENSOR_PARALLEL_RULES
     )
 
 
 def hand_over(handoff: Handoff, trainer: Trainer) -> None:
-    """One handoff, given back at once."""
+    """Run one handoff and free its weights immediately."""
     weights = handoff(trainer.params)
     jax.block_until_ready(weights.tree)
     weights.free()
 
 
 def save_state(trainer: Trainer, path: str) -> None:
-    """The whole train state (fp32 parameters and both moments) as one safetensors file."""
+    """Save the whole train state (fp32 parameters and both moments) as one safetensors file."""
     save_file({str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(trainer.state))}, path)
 
 
 def load_state(trainer: Trainer, path: str) -> list[jax.Array]:
-    """The saved state's leaves back on the device."""
+    """Load the leaves of the saved state back onto the device."""
     leaves = load_file(path)
     return [jax.device_put(leaves[str(index)]) for index in range(len(jax.tree.leaves(trainer.state)))]
 
 
 def generate_after_loading(model_path: str) -> dict[str, float]:
-    """What the fresh process of the detour does: load, compile, first batch; seconds of each."""
+    """Load, compile and generate the first batch, as in the detour's fresh process, and return the seconds of each."""
     start = time.perf_counter()
     weights = load_weights(model_path, wanted_weights(model_path, "float32"))
     jax.block_until_ready(weights)
@@ -100,7 +102,7 @@ def generate_after_loading(model_path: str) -> dict[str, float]:
 
 
 def measure(trainer: Trainer, programs: Programs, model_path: str, folder: pathlib.Path) -> dict[str, float]:
-    """Median seconds of both ways, leg by leg, in turn; and the bytes that the handoffs wrote."""
+    """Return the median seconds of each leg of both ways, measured in turn, and the bytes that the handoffs wrote."""
     handoffs = {
         f"handoff to {dtype}": build_handoff(programs, trainer.abstract_params, wanted_weights(model_path, dtype))
         for dtype in ("float32", "bfloat16")
@@ -129,7 +131,7 @@ def measure(trainer: Trainer, programs: Programs, model_path: str, folder: pathl
 
 
 def measure_fresh_process(weights_path: str) -> dict[str, float]:
-    """Seconds from the start of a new interpreter to its first tokens, and the legs it reports itself."""
+    """Return the seconds from the start of a new interpreter to its first tokens, and the legs that it reports."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "--fresh_process", weights_path]
     legs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -138,7 +140,7 @@ def measure_fresh_process(weights_path: str) -> dict[str, float]:
 
 
 def measure_many_processes(model_path: str) -> dict[str, object]:
-    """The figures of the handoff in a job of several processes on this machine, by name."""
+    """Return the figures of the handoff in a job of several processes on this machine, by name."""
     launcher = [sys.executable, str(ROOT / "infra" / "launch.py"), "--local", str(PROCESSES), "--devices_per_host", "2"]
     command = [*launcher, "--", sys.executable, str(ROOT / "benchmarks" / "handoff_host.py"), model_path]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -152,7 +154,7 @@ def measure_many_processes(model_path: str) -> dict[str, object]:
 
 
 def show(value: object) -> str:
-    """A figure as the table prints it."""
+    """Return a figure as printed in the table."""
     match value:
         case float():
             return f"{value:>16,.6f}"
@@ -164,7 +166,7 @@ def show(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh_process", help="be the fresh process: the folder of the weights to load")
+    parser.add_argument("--fresh_process", help="run as the fresh process: folder of the weights to load")
     weights_path = parser.parse_args().fresh_process
     if weights_path is not None:
         print(json.dumps(generate_after_loading(weights_path)))
@@ -186,6 +188,7 @@ def main() -> None:
     for name, value in everything.items():
         print(f"{name:58} {show(value)}")
     print(json.dumps(everything))
+    write_result("handoff", everything)
 
 
 if __name__ == "__main__":

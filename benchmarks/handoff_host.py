@@ -1,7 +1,7 @@
 """One process of the many-process case of `handoff.py`, which starts it; process 0 prints one line of JSON.
 
-The parameters of SmolLM2 in float32 lie split over all devices of the job, as a trainer holds them. Each host gets the
-whole model, split over its own devices.
+The parameters of SmolLM2 in float32 are sharded over all devices of the job, as in a trainer. Each host gets the whole
+model, sharded over its own devices.
 """
 
 import json
@@ -28,7 +28,7 @@ COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "collective-permute", "
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What the first device of this process holds of a pytree."""
+    """Return the bytes of a pytree on the first device of this process."""
     first = jax.local_devices()[0]
     shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
     return sum(shard.data.nbytes for shard in shards if shard.device == first)

@@ -1,15 +1,16 @@
-"""Our engine against those that people use today, in turn, on SmolLM2-135M-Instruct.
+"""Our engine compared with those in use today, in turn, on SmolLM2-135M-Instruct.
 
     uv run python benchmarks/inference.py          # about 45 minutes on 2 cores; the first time it builds the peers
-    uv run python benchmarks/inference.py --rounds 1 --num_prompts 4 --max_tokens 8      # only whether all of it runs
+    uv run python benchmarks/inference.py --rounds 1 --num_prompts 4 --max_tokens 8      # check that everything runs
 
-Each contestant is a process of its own with 2 threads (`inference_ours.py`, `peers/`); peers have environments of
-their own, with exact pins, which are made on first use, as is the model. All start, warm up on the workload itself,
-and then take turns for `--rounds` rounds; while one works the others sleep. Everything is greedy and ignores ends, so
-that all do the same work: A is 128 chat prompts with 64 new tokens each, B 32 with 512, C 32 with 64. The speed of
-XLA's matrix products is measured before and after, and the better of the two is the ceiling.
+Each contestant is a separate process with 2 threads (`inference_ours.py`, `peers/`). Peers have their own environments
+with exact pins, which are made on first use, as is the model. All contestants start, warm up on the workload itself,
+and then take turns for `--rounds` rounds; while one works, the others sleep. Decoding is greedy and ignores end
+tokens, so that all do the same work: workload A is 128 chat prompts with 64 new tokens each, B 32 with 512, C 32 with
+64. The speed of XLA's matmuls is measured before and after, and the better of the two is the ceiling.
 
-Prints tables of medians, then ratios, and one JSON line; progress goes to stderr.
+It prints tables of medians, then ratios, and one JSON line; progress goes to stderr. Full-size runs also write
+one file per workload to benchmarks/results/.
 """
 
 import argparse
@@ -26,33 +27,34 @@ from inference_files import CACHE, model_folder, tiny_model_folder
 from inference_report import agreement, ceiling_fractions, figures_of, print_lines, print_table, ratios
 from inference_workloads import SCALING, WORKLOADS, Workload, encoded_prompts
 from machine import machine
+from result_files import write_result
 
 from simpo_pipeline.model.hf_weights import load_config
 
 CEILINGS = pathlib.Path(__file__).resolve().parent / "inference_ceilings.py"
 LOGS = CACHE / "logs"
 DTYPES = ("float32", "bfloat16")
-# Of the runs of our engine alone.
+# Batch size of the runs of our engine alone.
 BATCH = 128
 
 Rates = dict[str, dict[str, float]]
 
 
 def measured_ceilings(*, small: bool) -> Rates:
-    """Operations a second of XLA's matrix products, by dtype and shape; in a process that then goes."""
+    """Return the FLOP/s of XLA's matmuls by dtype and shape, measured in a separate process."""
     command = [sys.executable, str(CEILINGS), *(["--small"] if small else [])]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def better(first: Rates, second: Rates) -> Rates:
-    """The higher rate of each."""
+    """Return the higher rate of each."""
     return {
         dtype: {name: max(rate, second[dtype][name]) for name, rate in rates.items()} for dtype, rates in first.items()
     }
 
 
 def compare(name: str, workload: Workload, peers: list[str], num_rounds: int) -> dict[str, Any]:
-    """One workload in turn: rows, ratios and agreement, printed and returned."""
+    """Run one workload on all contestants in turn; print and return rows, ratios and agreement."""
     model = model_folder()
     prompts = encoded_prompts(model, workload.num_prompts)
     entries = contestants(name, workload.num_prompts, peers)
@@ -83,7 +85,7 @@ def compare(name: str, workload: Workload, peers: list[str], num_rounds: int) ->
 def serve_alone(
     dtype: str, model: pathlib.Path, prompts: list[list[int]], workloads: list[Workload]
 ) -> list[dict[str, Any]]:
-    """Answers of our engine, one a workload, after one to the first that is not counted."""
+    """Return the answers of our engine, one per workload, after an uncounted call with the first workload."""
     LOGS.mkdir(parents=True, exist_ok=True)
     entry = Contestant(OURS, "ours", dtype, min(BATCH, len(prompts)))
     with (LOGS / f"alone_{dtype}.log").open("w") as log:
@@ -96,7 +98,7 @@ def serve_alone(
 
 
 def scaling(workloads: list[Workload]) -> dict[str, float]:
-    """Our generated tokens a second for ever more prompts at one batch, one call each."""
+    """Return our generated tokens per second for increasing numbers of prompts at one batch size, one call each."""
     model = model_folder()
     prompts = encoded_prompts(model, workloads[-1].num_prompts)
     found: dict[str, float] = {}
@@ -111,7 +113,7 @@ def scaling(workloads: list[Workload]) -> dict[str, float]:
 
 
 def host_share(workload: Workload, num_rounds: int) -> dict[str, Any]:
-    """What part of the wall our engine's host spends on scheduling, where the model is tiny and costs nothing."""
+    """Return the share of wall time that our engine's host spends on scheduling, with a tiny, inexpensive model."""
     model = tiny_model_folder()
     prompts = encoded_prompts(model, workload.num_prompts)
     answers = serve_alone("float32", model, prompts, [workload] * num_rounds)
@@ -131,26 +133,28 @@ def host_share(workload: Workload, num_rounds: int) -> dict[str, Any]:
 
 
 def parsed_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each contestant")
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--scaling", action="store_true", help="also ours alone at 128, 512 and 2,048 prompts")
-    parser.add_argument("--host", action="store_true", help="also the host's share of the wall, ours on a tiny model")
-    parser.add_argument("--num_prompts", type=int, help="fewer prompts everywhere, to see whether all of it runs")
-    parser.add_argument("--max_tokens", type=int, help="fewer new tokens, likewise")
+    parser.add_argument("--scaling", action="store_true", help="also run ours alone with 128, 512 and 2,048 prompts")
+    parser.add_argument(
+        "--host", action="store_true", help="also measure the host's share of the wall time, with ours on a tiny model"
+    )
+    parser.add_argument("--num_prompts", type=int, help="use fewer prompts everywhere, to check that everything runs")
+    parser.add_argument("--max_tokens", type=int, help="use fewer new tokens, likewise")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, then prints."""
+    """Measure, then print."""
     arguments = parsed_arguments()
 
     def shrunk(workload: Workload) -> Workload:
         return Workload(arguments.num_prompts or workload.num_prompts, arguments.max_tokens or workload.max_tokens)
 
-    # Inherited by every contestant: engines that take all cores they see take as many as the others.
+    # Inherited by every contestant, so that engines that use all visible cores use as many as the others.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     small = arguments.num_prompts is not None
     result: dict[str, Any] = {"machine": machine()}
@@ -173,6 +177,13 @@ def main() -> None:
         workload["of the ceiling"] = ceiling_fractions(workload["rows"], ceilings, num_parameters)
         print_lines(f"Workload {name}, decoding as a part of the ceiling", workload["of the ceiling"])
     print(json.dumps(result | {"workloads": compared, "ceilings, FLOP/s": ceilings}))
+    if arguments.num_prompts is None and arguments.max_tokens is None:
+        shared = {"machine": result["machine"], "ceilings, FLOP/s": ceilings}
+        for name, workload in compared.items():
+            write_result(f"inference_{name}", shared | {"workloads": {name: workload}})
+        for name in ("scaling", "host"):
+            if name in result:
+                write_result(f"inference_{name}", shared | {name: result[name]})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engines that `inference.py` compares, and the processes they run in, one each (see peers/protocol.py)."""
+"""The engines that `inference.py` compares, and the process that each one runs in (see peers/protocol.py)."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "levanter": ("levanter", "levanter_engine.py"),
 }
 OURS = "ours"
-# ggml's numbers of the types that a cache of keys and values can have.
+# ggml's type ids for the key/value cache.
 GGML_F32, GGML_F16 = 0, 1
 
 
@@ -32,10 +32,10 @@ class Contestant:
 
     Attributes:
         kind: `OURS` or a key of `PEERS`.
-        name: How the table calls it.
-        batch: Sequences that it decodes together.
-        settings: What its process is told besides the usual.
-        num_warm_ups: Calls before it has compiled everything.
+        name: Its name in the table.
+        batch: Number of sequences that it decodes together.
+        settings: Settings of its process in addition to the common ones.
+        num_warm_ups: Number of calls until it has compiled everything.
     """
 
     kind: str
@@ -47,20 +47,20 @@ class Contestant:
 
     @property
     def label(self) -> str:
-        """Unique among the contestants of a workload."""
+        """Label that is unique among the contestants of a workload."""
         return f"{self.name}, {self.dtype}, batch {self.batch}"
 
     def command(self) -> list[str]:
-        """What to start, without the settings; fills the environment if need be."""
+        """Return the command without the settings, after filling the environment if necessary."""
         if self.kind == OURS:
             return [sys.executable, str(HERE / "inference_ours.py")]
         name, script = PEERS[self.kind]
-        # Not to inherit what the caller adds to its own path.
+        # -E: do not inherit additions to the caller's own path.
         return [str(environment(name)), "-E", str(HERE / "peers" / script)]
 
 
 def contestants(workload_name: str, num_prompts: int, peers: Sequence[str]) -> list[Contestant]:
-    """Those that enter for a workload, ours first; at every batch at which they are strong."""
+    """Return the contestants of a workload, ours first, at every batch size at which they are strong."""
     if workload_name == "C":
         entries = [
             Contestant(OURS, "ours", "float32", 32),
@@ -75,7 +75,7 @@ def contestants(workload_name: str, num_prompts: int, peers: Sequence[str]) -> l
             Contestant("transformers", "transformers generate", "float32", 32),
             Contestant("transformers", "transformers generate", "float32", 128),
             Contestant("transformers", "transformers generate", "bfloat16", 128),
-            # Keys and values are float16 unless it is told otherwise, whatever its weights are.
+            # Keys and values are float16 by default, whatever the dtype of the weights.
             Contestant(llama, "llama.cpp", "float32", 32, half_cache),
             Contestant(llama, "llama.cpp", "float32", 128, half_cache),
             Contestant(llama, "llama.cpp, fp32 cache", "float32", 32, full_cache),
@@ -84,17 +84,17 @@ def contestants(workload_name: str, num_prompts: int, peers: Sequence[str]) -> l
         ]
     fitting = [dataclasses.replace(entry, batch=min(entry.batch, num_prompts)) for entry in entries]
     entered = [entry for entry in fitting if entry.kind in (OURS, *peers)]
-    # Batches that the prompts do not fill fall together.
+    # Batch sizes above the number of prompts become equal; keep one of them.
     return list({entry.label: entry for entry in entered}.values())
 
 
 class Process:
-    """A contestant at work on one workload, from its start to `close`."""
+    """Running contestant for one workload, from its start to `close`."""
 
     def __init__(
         self, contestant: Contestant, prompts: list[list[int]], max_tokens: int, model: pathlib.Path, log: TextIO
     ) -> None:
-        """Starts it and waits until it is ready; what it prints goes to `log`."""
+        """Start the process and wait until it is ready; its output goes to `log`."""
         settings: dict[str, Any] = {
             "model": str(model),
             "dtype": contestant.dtype,
@@ -119,7 +119,7 @@ class Process:
             raise
 
     def ask(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """One call; its answer, and how many CPUs other processes kept busy meanwhile, or the hypervisor took away."""
+        """Make one call; return its answer and how many CPUs were meanwhile busy with other processes or stolen."""
         assert self._process.stdin is not None
         busy, own, start = busy_seconds(), self._cpu_seconds(), time.perf_counter()
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
@@ -129,7 +129,7 @@ class Process:
         return answer | {"others_cpus": max(others, 0.0) / seconds}
 
     def close(self) -> None:
-        """Ends its input, at which it goes."""
+        """Close its input, upon which it exits."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
@@ -148,7 +148,7 @@ class Process:
 
     def _cpu_seconds(self) -> float:
         stat = pathlib.Path(f"/proc/{self._process.pid}/stat").read_text()
-        # The name before the last parenthesis may hold spaces.
+        # The name before the last parenthesis may contain spaces.
         user, system = stat.rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
@@ -161,7 +161,7 @@ def run_in_turn(
     model: pathlib.Path,
     logs: pathlib.Path,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, str]]]:
-    """Answers of each contestant by its label, one a round, and the versions of each kind; warm-ups are not counted.
+    """Return the answers of each contestant by label, one per round, and the versions of each kind, without warm-ups.
 
     All processes are started first; while one works, the others wait for input.
     """
@@ -175,11 +175,11 @@ def run_in_turn(
                 running.append(Process(entry, prompts, workload.max_tokens, model, log))
             versions[entry.kind] = running[-1].versions
             for _ in range(entry.num_warm_ups):
-                _tell("warm-up", entry, running[-1].ask(prompts, workload.max_tokens))
+                _report("warm-up", entry, running[-1].ask(prompts, workload.max_tokens))
         for round_number in range(num_rounds):
             for process in running:
                 answer = process.ask(prompts, workload.max_tokens)
-                _tell(f"round {round_number + 1}", process.contestant, answer)
+                _report(f"round {round_number + 1}", process.contestant, answer)
                 answers[process.contestant.label].append(answer)
     finally:
         for process in running:
@@ -187,7 +187,7 @@ def run_in_turn(
     return answers, versions
 
 
-def _tell(what: str, contestant: Contestant, answer: Mapping[str, Any]) -> None:
+def _report(what: str, contestant: Contestant, answer: Mapping[str, Any]) -> None:
     rate = answer["generated_tokens"] / answer["seconds"]
     others = f"others kept {answer['others_cpus']:.2f} CPUs busy"
     print(f"{what}: {contestant.label}: {answer['seconds']:.1f} s, {rate:.0f} tok/s; {others}", file=sys.stderr)

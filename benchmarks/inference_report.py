@@ -1,4 +1,4 @@
-"""The table, ratios and agreement that `inference.py` prints, from the answers of its contestants."""
+"""Table, ratios and agreement that `inference.py` prints, computed from the answers of its contestants."""
 
 import itertools
 import statistics
@@ -7,17 +7,17 @@ from typing import Any
 
 from inference_contestants import OURS, Contestant
 
-# Above this, what other processes take shows in the figures.
+# Above this, the load of other processes affects the figures.
 QUIET_CPUS = 0.1
 
 Answers = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def figures_of(entry: Contestant, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row: medians over the rounds."""
+    """Return a row of the table: medians over the rounds."""
 
     def median_rate(tokens: str, seconds: str) -> float | None:
-        """None where an engine cannot tell."""
+        """Return the median rate, or None if the engine does not report it."""
         if any(answer.get(seconds) is None for answer in answers):
             return None
         return statistics.median(answer[tokens] / answer[seconds] for answer in answers)
@@ -38,7 +38,7 @@ def figures_of(entry: Contestant, answers: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """In Markdown."""
+    """Print the table in Markdown."""
     print("| engine | dtype | batch | prefill tok/s | decode tok/s | generated tok/s end to end (range) | peak RSS |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -51,9 +51,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     others = [value for row in rows for value in row["CPUs busy with others' work"]]
     print(f"\nOther processes kept {statistics.median(others):.2f} CPUs busy (median), {max(others):.2f} at most.")
     if max(others) > QUIET_CPUS:
-        print(
-            "That is not a quiet machine: threads that spin while they wait lose most, so ratios are not to be trusted."
-        )
+        print("This machine is not quiet: threads that spin while they wait lose most, so do not trust the ratios.")
     print()
 
 
@@ -62,7 +60,7 @@ def _whole(value: float | None) -> str:
 
 
 def print_lines(title: str, lines: Mapping[str, Any]) -> None:
-    """A name and its value a line."""
+    """Print one name and its value per line."""
     print(f"{title}:")
     for name, value in lines.items():
         print(f"- {name}: {f'{value:,.3f}' if isinstance(value, float) else value}")
@@ -70,7 +68,7 @@ def print_lines(title: str, lines: Mapping[str, Any]) -> None:
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Our rates over those of the best peer of the same dtype, and over each kind of Levanter."""
+    """Return our rates divided by those of the best peer of the same dtype, and by those of each kind of Levanter."""
     found: dict[str, float] = {}
     for rate, dtype in itertools.product(("generated tok/s", "decode tok/s"), ("float32", "bfloat16")):
         of_dtype = [row for row in rows if row["dtype"] == dtype and row[rate] is not None]
@@ -86,10 +84,10 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def agreement(entries: Sequence[Contestant], answers: Answers) -> dict[str, str]:
-    """How many prompts each other contestant in float32 answers with exactly our tokens.
+    """Return how many prompts each other contestant in float32 answers with exactly our tokens.
 
-    Sums in another order are rounded otherwise, so where two tokens are about equally likely engines part, and a
-    sequence that has parted stays so: the first difference says how far the two did the same work.
+    A different order of summation rounds differently, so engines diverge where two tokens are about equally likely,
+    and a sequence that has diverged stays so: the first difference shows how far the two did the same work.
     """
     in_fp32 = [entry for entry in entries if entry.dtype == "float32"]
     ours = next((entry for entry in in_fp32 if entry.kind == OURS), None)
@@ -98,12 +96,12 @@ def agreement(entries: Sequence[Contestant], answers: Answers) -> dict[str, str]
         if ours is None or entry is ours:
             continue
         pairs = zip(answers[ours.label][0]["tokens"], answers[entry.label][0]["tokens"], strict=True)
-        parted = [_first_difference(own, other) for own, other in pairs]
-        same = sum(position is None for position in parted)
-        places = sorted(position for position in parted if position is not None)
-        text = f"{same} of {len(parted)} prompts"
-        if places:
-            text += f"; the others part after {places[0]} to {places[-1]} tokens, median {statistics.median(places):g}"
+        differences = [_first_difference(own, other) for own, other in pairs]
+        same = sum(position is None for position in differences)
+        at = sorted(position for position in differences if position is not None)
+        text = f"{same} of {len(differences)} prompts"
+        if at:
+            text += f"; the others diverge after {at[0]} to {at[-1]} tokens, median {statistics.median(at):g}"
         found[entry.label] = text
     return found
 
@@ -116,9 +114,9 @@ def _first_difference(own: Sequence[int], other: Sequence[int]) -> int | None:
 def ceiling_fractions(
     rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Mapping[str, float]], num_parameters: int
 ) -> dict[str, float]:
-    """Of the rate of matrix products, what part our decoding reaches: 2 operations a parameter and token.
+    """Return the fraction of the matmul rate that our decoding reaches, at 2 operations per parameter and token.
 
-    Attention's own products are not counted.
+    The matmuls of attention are not counted.
     """
     found: dict[str, float] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What `inference.py` has generated: answers to the repository's own prompts, as token ids under a chat template."""
+"""Workloads of `inference.py`: the repository's own prompts, as token ids under a chat template."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ DATA = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "data"
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """So many prompts, so many new tokens each, no more and no fewer."""
+    """Number of prompts, and the exact number of new tokens of each."""
 
     num_prompts: int
     max_tokens: int
@@ -21,17 +21,17 @@ class Workload:
 WORKLOADS = {
     "A": Workload(128, 64),
     "B": Workload(32, 512),
-    # For Levanter, which is too slow for the others.
+    # For Levanter, which is too slow for the other workloads.
     "C": Workload(32, 64),
 }
 SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
 
 
 def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
-    """The first so many prompts for a model, all different.
+    """Return the first `num_prompts` prompts for a model, all different.
 
-    First those of `prompts.txt`, then those of the preference pairs, then all of them again behind a length to
-    answer in: no two have more in common than the chat template's beginning, and so much of a request.
+    They are those of `prompts.txt`, then those of the preference pairs, then all of them again, preceded by a requested
+    answer length. No two share more than the start of the chat template and of such a request.
     """
     listed = [line.strip() for line in (DATA / "prompts.txt").read_text().splitlines() if line.strip()]
     pairs = (json.loads(line) for line in (DATA / "preferences.jsonl").read_text().splitlines())

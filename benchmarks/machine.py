@@ -1,4 +1,4 @@
-"""The machine that figures belong to, and how busy it is."""
+"""The machine on which figures are measured, and its load."""
 
 import importlib.metadata
 import os
@@ -6,12 +6,12 @@ import pathlib
 import sys
 from typing import Any
 
-# Every contestant gets so many cores.
+# Number of cores of every contestant.
 THREADS = 2
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """Return a description of the machine and of the software versions."""
     cpu = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     name = next(line.partition(":")[2].strip() for line in cpu if line.startswith("model name"))
     flags = next(line for line in cpu if line.startswith("flags")).split()
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def busy_seconds() -> float:
-    """CPU seconds that this machine has worked or was kept from working, over all CPUs."""
+    """Return the CPU seconds that this machine was busy or had stolen by its hypervisor, summed over all CPUs."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     )

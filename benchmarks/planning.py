@@ -1,10 +1,10 @@
-"""Planning of 10,000 steps: what a dry run costs before anything runs, and what importing the executor costs.
+"""Planning of 10,000 steps: the cost of a dry run before anything runs, and the cost of importing the executor.
 
     uv run python benchmarks/planning.py           # about 40 seconds on 2 cores
 
-A chain, a fan-out with a join, and a ladder of diamonds, each planned on a local prefix where nothing ever ran, and on
-one where every step is done (status, manifest, record and one output each). Medians of `ROUNDS`, all in one run. Prints
-a table and one JSON line.
+A chain, a fan-out with a join, and a ladder of diamonds are each planned on a local prefix where nothing ever ran, and
+on one where every step is done (status, manifest, record and one output each). The results are medians of `ROUNDS`,
+all in one run. It prints a table and one JSON line, and writes benchmarks/results/planning.json.
 """
 
 import json
@@ -16,6 +16,8 @@ import tempfile
 import time
 from typing import Any
 
+from result_files import write_result
+
 from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path, versioned
 from simpo_pipeline.executor.records.status import find_outputs, manifest_bytes
 
@@ -25,16 +27,16 @@ IMPORT = "import time; start = time.perf_counter(); import simpo_pipeline.execut
 
 
 def do_nothing(config: Any) -> None:
-    """Never called: nothing but plans is made here."""
+    """Do nothing; this is never called, because steps are only planned here."""
 
 
 def step(name: str, *uses: Any) -> ExecutorStep:
-    """A step with a versioned value, its own output path and the paths of others in its config."""
+    """Return a step with a versioned value, its own output path and the paths of others in its config."""
     return ExecutorStep(name, do_nothing, {"value": versioned(name), "out": this_output_path(), "uses": uses})
 
 
 def chain() -> ExecutorStep:
-    """Each step uses the one before."""
+    """Return the last step of a chain, in which each step uses the previous one."""
     last = step("chain-0")
     for number in range(1, STEPS):
         last = step(f"chain-{number}", last / "data")
@@ -42,13 +44,13 @@ def chain() -> ExecutorStep:
 
 
 def fan_out() -> ExecutorStep:
-    """One step, used by all others, which one step joins."""
+    """Return a step that joins all others, which use one root step."""
     root = step("root")
     return step("join", *(step(f"fan-{number}", root) for number in range(STEPS - 2)))
 
 
 def diamonds() -> ExecutorStep:
-    """Two steps use each joint, and the next joint uses both."""
+    """Return the last joint of a ladder: two steps use each joint, and the next joint uses both."""
     joint = step("joint-0")
     for number in range(1, (STEPS + 2) // 3):
         joint = step(f"joint-{number}", step(f"left-{number}", joint), step(f"right-{number}", joint))
@@ -56,7 +58,7 @@ def diamonds() -> ExecutorStep:
 
 
 def plan_seconds(prefix: str, last: ExecutorStep) -> tuple[float, Executor]:
-    """Wall seconds of one dry run."""
+    """Return the wall seconds of one dry run, and its executor."""
     start = time.perf_counter()
     executor = Executor(prefix)
     executor.run([last], dry_run=True)
@@ -64,7 +66,7 @@ def plan_seconds(prefix: str, last: ExecutorStep) -> tuple[float, Executor]:
 
 
 def leave_outputs(executor: Executor) -> None:
-    """Make every step of the plan look as a run leaves it."""
+    """Make every step of the plan look as if it had run."""
     for path in map(pathlib.Path, set(executor.output_paths.values())):
         path.mkdir(parents=True)
         (path / "rows.jsonl").write_text("{}\n")
@@ -74,12 +76,12 @@ def leave_outputs(executor: Executor) -> None:
 
 
 def import_seconds() -> float:
-    """In a fresh process."""
+    """Return the seconds of the import in a fresh process."""
     return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
-    """Measures, then prints."""
+    """Measure, then print."""
     figures = {"import simpo_pipeline.executor": statistics.median(import_seconds() for _ in range(ROUNDS))}
     for make in (chain, fan_out, diamonds):
         last = make()
@@ -97,6 +99,7 @@ def main() -> None:
     for name, seconds in figures.items():
         print(f"| {name} | {seconds:.2f} |")
     print(json.dumps(figures))
+    write_result("planning", figures)
 
 
 if __name__ == "__main__":

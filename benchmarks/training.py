@@ -1,14 +1,16 @@
-"""One SimPO update of ours against TRL's and one on Levanter's model, in turn, on SmolLM2-135M-Instruct in float32.
+"""Our SimPO update compared with TRL's and with one on Levanter's model, on SmolLM2-135M-Instruct in float32.
 
     uv run python benchmarks/training.py            # about 25 minutes on 2 cores; the first time it builds the peers
     uv run python benchmarks/training.py --rounds 1 --updates 1 --workloads D --peers trl
 
-Workload D is 4 pairs of 256 tokens a sequence; E is 8 pairs with the lengths of real ones (UltraFeedback in English,
-those that fit 512 tokens, evenly spread). All pairs are random tokens: what they say costs nothing. In every round each
-contestant is started anew, makes one update that is not counted (it compiles), then `--updates` that are, and goes, so
-that none holds memory while another works. Peers have environments of their own, with exact pins, made on first use.
+Workload D is 4 pairs of 256 tokens per sequence; E is 8 pairs with the lengths of real ones (UltraFeedback in English,
+those that fit 512 tokens, evenly spread). All pairs are random tokens, because their content does not affect the cost.
+In every round, each contestant in turn is started, makes one uncounted update (it compiles), then `--updates` counted
+ones, and exits, so that none uses memory while another works. Peers have their own environments with exact pins, made
+on first use.
 
-Prints tables of medians, then ratios, and one JSON line; progress goes to stderr.
+It prints tables of medians, then ratios, and one JSON line; progress goes to stderr. It also writes one file
+per workload to benchmarks/results/.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import numpy as np
 from inference_files import CACHE, environment, model_folder
 from inference_report import print_lines
 from machine import THREADS, busy_seconds, machine
+from result_files import write_result
 
 from simpo_pipeline.model.hf_weights import load_config
 
@@ -46,14 +49,14 @@ WORKLOADS: Mapping[str, Sequence[tuple[int, int, int]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """One row of the table."""
+    """A row of the table."""
 
     kind: str
     name: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def command(self) -> list[str]:
-        """What to start, without the settings; fills the environment if need be."""
+        """Return the command without the settings, after filling the environment if necessary."""
         if self.kind == OURS:
             return [sys.executable, str(HERE / "training_ours.py")]
         return [str(environment(self.kind)), "-E", str(HERE / "peers" / PEERS[self.kind])]
@@ -69,7 +72,7 @@ CONTESTANTS = (
 
 
 def random_pairs(shape: Sequence[tuple[int, int, int]]) -> list[tuple[list[int], list[int], int]]:
-    """Pairs of these lengths, the same for everyone."""
+    """Return pairs of these lengths, the same for all contestants."""
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:
@@ -83,7 +86,7 @@ def random_pairs(shape: Sequence[tuple[int, int, int]]) -> list[tuple[list[int],
 
 
 def train(entry: Contestant, pairs: list[Any], num_updates: int, log: pathlib.Path) -> dict[str, Any]:
-    """Starts the contestant, has it make its updates, and ends it."""
+    """Start the contestant, let it make its updates, and end it."""
     settings = {"model": str(model_folder()), "threads": THREADS, "pairs": pairs, **entry.settings}
     command = [*entry.command(), json.dumps(settings)]
     with log.open("w") as errors:
@@ -117,7 +120,7 @@ def _answer(process: "subprocess.Popen[str]", entry: Contestant, log: pathlib.Pa
 def run_in_turn(
     entries: Sequence[Contestant], pairs: list[Any], num_rounds: int, num_updates: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """What each contestant said, by its name, one a round."""
+    """Return the results of each contestant by name, one per round."""
     LOGS.mkdir(parents=True, exist_ok=True)
     said: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
     for number in range(num_rounds):
@@ -131,7 +134,7 @@ def run_in_turn(
 
 
 def row_of(entry: Contestant, said: list[dict[str, Any]], num_tokens: int, num_parameters: int) -> dict[str, Any]:
-    """Medians over all counted updates of all rounds."""
+    """Return a row of the table: medians over all counted updates of all rounds."""
     counted = [answer for one in said for answer in one["answers"][1:]]
     seconds = [answer["seconds"] for answer in counted]
     middle = statistics.median(seconds)
@@ -149,7 +152,7 @@ def row_of(entry: Contestant, said: list[dict[str, Any]], num_tokens: int, num_p
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """In Markdown."""
+    """Print the table in Markdown."""
     print("| trainer | s an update (range) | tok/s | GFLOP/s as 6*N*tokens | peak RSS | loss of the first |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -163,7 +166,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def compare(name: str, arguments: argparse.Namespace, num_parameters: int) -> dict[str, Any]:
-    """One workload: rows and ratios, printed and returned."""
+    """Run one workload; print and return rows and ratios."""
     pairs = random_pairs(WORKLOADS[name])
     entries = [entry for entry in CONTESTANTS if entry.kind in (OURS, *arguments.peers)]
     said = run_in_turn(entries, pairs, arguments.rounds, arguments.updates)
@@ -187,25 +190,25 @@ def compare(name: str, arguments: argparse.Namespace, num_parameters: int) -> di
 
 
 def measured_ceilings() -> dict[str, float]:
-    """FLOP/s of XLA's float32 products, of a cube and of the shapes of an update; in a process that then goes."""
+    """Return the FLOP/s of XLA's float32 matmuls, of a cube and of the shapes of an update, from a separate process."""
     command = [sys.executable, str(HERE / "training_ceilings.py")]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def parsed_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each contestant")
-    parser.add_argument("--updates", type=int, default=2, help="timed updates in each")
+    parser.add_argument("--rounds", type=int, default=3, help="number of starts of each contestant")
+    parser.add_argument("--updates", type=int, default=2, help="timed updates per start")
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, then prints."""
+    """Measure, then print."""
     arguments = parsed_arguments()
-    # Inherited by every contestant: trainers that take all cores they see take as many as the others.
+    # Inherited by every contestant, so that trainers that use all visible cores use as many as the others.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     result: dict[str, Any] = {"machine": machine()}
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), end="\n\n")
@@ -214,7 +217,7 @@ def main() -> None:
     result["workloads"] = {name: compare(name, arguments, num_parameters) for name in arguments.workloads}
     after = measured_ceilings()
     ceilings = {name: max(rate, after[name]) for name, rate in before.items()}
-    print_lines("GFLOP/s of XLA's products in float32", {name: rate / 1e9 for name, rate in ceilings.items()})
+    print_lines("GFLOP/s of XLA's matmuls in float32", {name: rate / 1e9 for name, rate in ceilings.items()})
     for name, workload in result["workloads"].items():
         parts = {
             f"{row['trainer']} / {ceiling}": row["FLOP/s as 6*N*tokens"] / rate
@@ -224,6 +227,8 @@ def main() -> None:
         print_lines(f"Workload {name}, 6*N*tokens a second as a part of the ceiling", parts)
         workload["of the ceiling"] = parts
     print(json.dumps(result | {"ceilings, FLOP/s": ceilings}))
+    for name, workload in result["workloads"].items():
+        write_result(f"training_{name}", result | {"workloads": {name: workload}, "ceilings, FLOP/s": ceilings})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our trainer as a process that trains (see peers/protocol.py): the trainer as users have it."""
+"""Our trainer, as users call it, as a process that trains (see peers/protocol.py)."""
 
 from typing import Any
 

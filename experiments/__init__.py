@@ -1,1 +1,1 @@
-"""One DAG a file, and what only experiments use: builders of DAGs and the settings files."""
+"""Experiments, one DAG per file, and code that only they use: builders of DAGs and their settings files."""

@@ -1,6 +1,6 @@
-"""The DAG of a schedule: training phases that hand one live trainer on, with generation between them.
+"""The DAG of a schedule: training phases that pass on one live trainer, with generation between them.
 
-`experiments/m11_interleave.py` writes the same DAG out by hand; this is the form for schedules of any length.
+`experiments/m11_interleave.py` builds the same DAG by hand. This module builds it for schedules of any length.
 """
 
 import dataclasses
@@ -29,25 +29,26 @@ def interleave_steps(
     eval_every: int | None = None,
     tensor_parallel: int = 1,
 ) -> list[ExecutorStep]:
-    """The steps from `model` and `pairs` to the report.
+    """Return the steps of a run, from `model` and `pairs` to the report.
 
     Args:
         model: Step whose output is a model folder.
-        pairs: Steps whose outputs are `prepare_pairs`'s, with the weights by which they are read.
-        trainer: The whole run.
-        phases: From `expand_schedule(trainer.num_train_steps, ...)`.
-        generation: What every generation step does; its `model_path`, `trainer` and `step` are filled in here.
-            Not needed when no phase generates.
+        pairs: `prepare_pairs` steps, with the weights of their datasets.
+        trainer: Config of the whole run.
+        phases: Result of `expand_schedule(trainer.num_train_steps, ...)`.
+        generation: Config of the generation steps. Its `model_path`, `trainer` and `step` are filled in here. It may be
+            None if no phase is followed by generation.
         title: Heading of the report.
         keeping: Which checkpoints are written, and whether the weights after the last update are exported.
-        eval_every, tensor_parallel: As `TrainConfig` has them.
+        eval_every: See `TrainConfig`.
+        tensor_parallel: See `TrainConfig`.
     """
     pairs_path = _pairs_path(pairs)
     train_steps: list[ExecutorStep] = []
     infer_steps: list[ExecutorStep] = []
     repeats = len(phases) > 2 or sum(phase.infer for phase in phases) > 1
     for phase in phases:
-        # M11's own names say how many updates; where that would repeat itself, the stop tells steps apart.
+        # As in M11, names give the number of updates. If several phases could share a name, the last update is added.
         suffix = f"-to-{phase.stop}" if repeats else ""
         trained = ExecutorStep(
             name=f"train-{phase.num_updates}{suffix}",
@@ -60,7 +61,7 @@ def interleave_steps(
                 eval_every=versioned(eval_every),
                 tensor_parallel=tensor_parallel,
                 live=take(train_steps[-1]) if train_steps else None,
-                checkpoint=keeping.checkpoint,  # changes no output, so it bears no identity
+                checkpoint=keeping.checkpoint,  # not part of the identity: it changes no output
             ),
         )
         train_steps.append(trained)
@@ -79,7 +80,7 @@ def interleave_steps(
 def _pairs_path(pairs: Sequence[tuple[ExecutorStep, float]]) -> Any:
     if len(pairs) == 1:
         return output_path_of(pairs[0][0])
-    # Beside the others a weight changes what is read; alone it does not.
+    # A weight matters only if there are several datasets.
     return tuple(WeightedPairs(output_path_of(step), versioned(weight)) for step, weight in pairs)
 
 

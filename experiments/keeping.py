@@ -1,4 +1,4 @@
-"""What a run keeps of its trainer: checkpoints on the way, and the trained weights at its end."""
+"""Settings of what a run keeps of its trainer: checkpoints during the run, and the trained weights at its end."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, v
 from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
 from steps.export import WEIGHTS, ExportConfig, ExportWeights, export
 
-# What `--export` takes, and what weights are stored in then.
+# Values of `--export`, and the data types that weights are then stored in.
 EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """By itself a run keeps nothing but its outputs; the names are those of an experiment's flags."""
+    """What a run keeps besides its outputs: nothing by default. Field names are those of an experiment's flags."""
 
     export: str | None = None
     """Write the trained weights as a model folder that transformers loads: fp32 or bf16."""
     export_weights: ExportWeights = "params"
-    """Which weights: params, those in training, or ema, their moving average."""
+    """Weights to export: params, the current weights, or ema, their moving average."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """When the trainer's state is written, for a job that was killed to go on from."""
+    """When the trainer's state is written, so that a killed job can resume from it."""
 
     def __post_init__(self) -> None:
         if self.export is not None and self.export not in EXPORT_DTYPES:
@@ -33,15 +33,15 @@ class Keeping:
             raise ConfigError(f"--export_weights is {self.export_weights!r}, but nothing is exported; add --export")
 
     def export_steps(self, model: ExecutorStep, trained: ExecutorStep, trainer: TrainerConfig) -> list[ExecutorStep]:
-        """The step `export`, which borrows what `trained` made of `model`; none where nothing is exported.
+        """Return the step `export`, which borrows the trainer of `trained`; an empty list if nothing is exported.
 
         Raises:
-            ConfigError: the average of a run that keeps none.
+            ConfigError: The moving average is to be exported, but the run keeps none.
         """
         if self.export is None:
             return []
         if self.export_weights == "ema" and trainer.ema_decay is None:
-            raise ConfigError("--export_weights is 'ema', and this run keeps no average: set trainer.ema_decay")
+            raise ConfigError("--export_weights is 'ema', but this run keeps no moving average: set trainer.ema_decay")
         config = ExportConfig(
             trainer=borrow(trained),
             model_path=output_path_of(model),

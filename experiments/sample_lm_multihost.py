@@ -1,9 +1,9 @@
-"""Samples from a model in Hugging Face layout, as a settings file says, on one host or many.
+"""Sample from a model in Hugging Face layout, configured by a settings file, on one host or many.
 
     python experiments/sample_lm_multihost.py --config_path experiments/configs/sample_smollm2_1prompt.yaml
         [--prefix PATH] [--dry_run] [--tracker wandb|jsonl|none] [--key.path value ...]
 
-fetch_model -> infer -> show_samples. A setting on the command line wins over the file.
+fetch_model -> infer -> show_samples. Settings on the command line override the file.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from steps.infer import infer
 
 logger = logging.getLogger("simpo_pipeline.sample_lm_multihost")
 TITLE = "sample_lm_multihost"
-MERGED = "all_hosts_merged"  # how infer's file of all rows begins
-MAX_SHOWN = 16  # a terminal's worth; the rest is in the merged file
+MERGED = "all_hosts_merged"  # prefix of the name of infer's file of all rows
+MAX_SHOWN = 16  # enough for a terminal; the merged file has all rows
 
 
 @dataclasses.dataclass(frozen=True)
 class ShowSamplesConfig:
-    """The output of `infer`."""
+    """Path of the output of `infer`."""
 
     samples_path: str
 
 
 def show_samples(config: ShowSamplesConfig) -> None:
-    """Logs the first samples, prompt and answer."""
+    """Log the first samples with their prompts."""
     merged = [file.relative_path for file in list_files(config.samples_path) if file.relative_path.startswith(MERGED)]
     for path in merged:
         for row in itertools.islice(read_jsonl(join(config.samples_path, path)), MAX_SHOWN):
@@ -48,7 +48,7 @@ def show_samples(config: ShowSamplesConfig) -> None:
 
 
 def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
-    """The DAG of a settings file."""
+    """Return the DAG for a settings file."""
     model = fetch_step(settings.hf_checkpoint, settings.model, settings.tokenizer)
     generation = settings.build_generation(output_path_of(model))
     marked = {name: versioned(getattr(generation, name)) for name in ("prompts", "sampling", "chat", "compute_dtype")}

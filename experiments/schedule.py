@@ -1,7 +1,7 @@
-"""When a run trains and when it generates: a pure expansion of `eval_at_steps` or `eval_every` into phases.
+"""Schedules: pure expansion of `eval_at_steps` or `eval_every` into training phases and generations.
 
-Steps count finished updates, so an evaluation at step 2 sees the parameters after two updates, and one at the last
-step sees the final parameters. Every evaluation happens exactly once.
+Steps count finished updates: an evaluation at step 2 uses the parameters after two updates, and an evaluation at the
+last step uses the final parameters. Every evaluation happens exactly once.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ class TrainingPhase:
 def expand_schedule(
     num_train_steps: int, *, eval_at_steps: Sequence[int] | None = None, eval_every: int | None = None
 ) -> tuple[TrainingPhase, ...]:
-    """The phases of a run of `num_train_steps` updates, in order.
+    """Return the phases of a run of `num_train_steps` updates, in order.
 
     Args:
-        num_train_steps: Updates of the whole run.
-        eval_at_steps: Generate after exactly these updates, in any order, duplicates counted once.
-        eval_every: Generate after every so many updates, the last one included where it is a multiple.
-            Ignored when `eval_at_steps` is given. With neither, the run is one phase without generation.
+        num_train_steps: Number of updates of the whole run.
+        eval_at_steps: Generate after exactly these updates. They may be in any order; duplicates count once.
+        eval_every: Generate after every `eval_every` updates, and thus after the last update if it is a multiple.
+            Ignored if `eval_at_steps` is given. If neither is given, the run is one phase without generation.
 
     Raises:
-        ConfigError: a number is not positive, or an evaluation lies beyond the run.
+        ConfigError: A number is not positive, or an evaluation is after the end of the run.
     """
     if num_train_steps < 1:
         raise ConfigError(f"trainer.num_train_steps must be positive, got {num_train_steps}")
@@ -52,7 +52,7 @@ def _eval_steps(num_train_steps: int, eval_at_steps: Sequence[int] | None, eval_
                 raise ConfigError(f"inference_eval.eval_at_steps must be positive, got {step}")
             if step > num_train_steps:
                 raise ConfigError(
-                    f"inference_eval.eval_at_steps has {step}, beyond the run of {num_train_steps} updates; "
+                    f"inference_eval.eval_at_steps has {step}, but the run has only {num_train_steps} updates; "
                     f"give steps from 1 to {num_train_steps}, or raise trainer.num_train_steps"
                 )
         return sorted(set(eval_at_steps))

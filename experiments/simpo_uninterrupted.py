@@ -1,4 +1,4 @@
-"""The yardstick of M11: the same run of 7 updates without an interruption.
+"""Reference run for M11: the same 7 updates without interruption.
 
     python experiments/simpo_uninterrupted.py [--preset smollm2|tiny|llama3_8b_v5p_32] [--prefix PATH] [--dry_run]
 
@@ -7,7 +7,7 @@ Its `state_digest` must equal that of M11's train-5, bit for bit.
 
 from experiments.m11_interleave import NUM_TRAIN_STEPS, PRESETS, Preset, model_and_pairs
 from experiments.preset_flags import PresetFlags
-from simpo_pipeline.executor.main import parse_main_config, usage_errors_told
+from simpo_pipeline.executor.main import parse_main_config, usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from simpo_pipeline.job.main import TrackerChoice, main
 from steps.train import TrainConfig, train
@@ -31,11 +31,11 @@ def uninterrupted(preset: Preset) -> list[ExecutorStep]:
 
 if __name__ == "__main__":
     flags = parse_main_config(PresetFlags)
-    with usage_errors_told():
+    with usage_errors_reported():
         name, preset = flags.choose(PRESETS, default="smollm2")
     main(
         flags,
         steps=uninterrupted(preset),
-        description="the run of M11 without its interruption",
+        description="the run of M11 without interruption",
         tracker=TrackerChoice(name=f"simpo-{name}"),
     )

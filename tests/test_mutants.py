@@ -1,4 +1,4 @@
-"""The table of faults in `mutants.py` still fits the code; whether the tests catch them is found by hand."""
+"""The table of faults in `mutants.py` fits the code. Whether the tests catch the faults is checked by hand."""
 
 import importlib.util
 import pathlib
@@ -17,17 +17,17 @@ def _load():
 mutants = _load()
 
 
-def test_every_mutant_applies_to_the_code_as_it_is():
+def test_every_mutant_applies_to_the_current_code():
     problems = mutants.find_problems(mutants.ROOT)
     assert not problems, "\n".join(problems)
 
 
-def test_the_table_of_results_has_a_row_for_each():
+def test_the_table_of_results_has_a_row_for_each_mutant():
     rows = (mutants.ROOT / "docs" / "mutants.md").read_text().splitlines()
-    told = [tuple(row.split(" | ")[:2]) for row in rows if row.startswith("| ") and not row.startswith("| fault")]
-    assert told == [(f"| {mutant.name.replace('-', ' ')}", f"`{mutant.file}`") for mutant in mutants.MUTANTS]
+    listed = [tuple(row.split(" | ")[:2]) for row in rows if row.startswith("| ") and not row.startswith("| fault")]
+    assert listed == [(f"| {mutant.name.replace('-', ' ')}", f"`{mutant.file}`") for mutant in mutants.MUTANTS]
 
 
-def test_there_are_many_and_every_room_has_one():
+def test_there_are_many_mutants_and_every_room_has_one():
     assert len(mutants.MUTANTS) >= 40
     assert {mutant.room for mutant in mutants.MUTANTS} == set(mutants.ROOMS)

@@ -1,10 +1,10 @@
 """Levanter's InferenceEngine as a process that generates, in float32 (see protocol.py).
 
-Its sizes are as small as the requests allow, which is what it is fastest with. Each call serves its requests together;
-the first two compile the prefill, the first one the decode loop.
+Its sizes are as small as the requests allow, because it is fastest with these. Each call serves its requests together;
+the first two calls compile the prefill, the first one the decode loop.
 """
 # pyright: reportMissingImports=false
-# It runs in an environment of its own.
+# It runs in its own environment.
 
 import time
 from typing import Any
@@ -23,11 +23,11 @@ PAGE_SIZE = 128
 
 
 def leave_out_sorts() -> None:
-    """Take both sorts of the whole vocabulary out of the draw of every token.
+    """Remove both sorts of the whole vocabulary from the sampling of every token.
 
     The sampler filters by top-p in vocabulary space: one argsort orders the logits, a second one inverts that order.
-    It does so whatever top_p is, and for greedy rows too, whose result it then throws away in favour of the argmax. At
-    top_p 1 the filter keeps every token (but for 1e-4 of mass, within its tolerance), so the logits can pass unchanged;
+    It does so for any top_p, and even for greedy rows, whose result it then discards in favour of the argmax. At top_p
+    1 the filter keeps every token (except for 1e-4 of mass, within its tolerance), so the logits can pass unchanged;
     greedy tokens are the same either way.
     """
     Sampler._apply_top_p = lambda self, scaled_logits, top_ps: scaled_logits
@@ -77,7 +77,7 @@ def load(settings: dict[str, Any]) -> Generate:
             for index, prompt in enumerate(prompts)
         ]
         with trainer.use_device_mesh():
-            # Called before each round of decoding, the first time when the prefill's tokens are on the host.
+            # Called before each round of decoding; at the first call, the prefill's tokens are on the host.
             result = engine.generate(requests, step_callback=lambda _: decode_starts.append(time.perf_counter()))
         end = time.perf_counter()
         return {

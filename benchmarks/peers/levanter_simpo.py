@@ -1,10 +1,10 @@
 """A SimPO update on Levanter's Llama as a process that trains, in float32 (see protocol.py).
 
-Levanter has DPO and no SimPO; this is its DPO's sum of log-probs over one forward pass of all sequences, with the
-loss and optax's AdamW around it. Without recomputation, which is what it is fastest with.
+Levanter has DPO but no SimPO. This uses its DPO's sum of log-probs over one forward pass of all sequences, with the
+loss and optax's AdamW around it. There is no recomputation, because it is fastest without.
 """
 # pyright: reportMissingImports=false
-# It runs in an environment of its own.
+# It runs in its own environment.
 
 import dataclasses
 from typing import Any
@@ -21,15 +21,15 @@ from levanter.trainer import TrainerConfig
 from protocol import RECIPE, Pair, Update, serve_updates
 
 
-def laid_out(pairs: list[Pair], batch: hax.Axis, position: hax.Axis) -> LmExample:
-    """Chosen answers in the first half of the rows; the weights say what is predicted of the answers."""
+def as_rows(pairs: list[Pair], batch: hax.Axis, position: hax.Axis) -> LmExample:
+    """Return rows with the chosen answers in the first half; the weights mark the positions that predict answers."""
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     starts = [pair.start for pair in pairs] * 2
     tokens = np.zeros((batch.size, position.size), np.int32)
     weights = np.zeros((batch.size, position.size), np.float32)
     for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
         tokens[row, : len(ids)] = ids
-        # A position's loss is that of the token after it.
+        # The loss of a position is that of the next token.
         weights[row, start - 1 : len(ids) - 1] = 1
     return LmExample(hax.named(tokens, (batch, position)), hax.named(weights, (batch, position)))
 
@@ -44,7 +44,7 @@ def load(settings: dict[str, Any], pairs: list[Pair]) -> Update:
             converter.config_from_hf_config(converter.default_hf_config), gradient_checkpointing=False
         )
         model = converter.load_pretrained(LlamaLMHeadModel, ref=path, config=config, dtype=jnp.float32)
-        example = laid_out(pairs, batch, config.max_Pos.resize(longest))
+        example = as_rows(pairs, batch, config.max_Pos.resize(longest))
         optimizer = optax.chain(
             optax.clip_by_global_norm(RECIPE.max_grad_norm),
             optax.adamw(

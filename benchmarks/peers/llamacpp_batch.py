@@ -1,10 +1,10 @@
 """llama.cpp as a process that generates (see protocol.py), through the low-level calls of its Python binding.
 
-So many sequences decode together, one token of each in one `llama_decode`, as its own server and its
-`llama-batched-bench` do. Tokens are the argmax of the logits, in numpy.
+`batch` sequences decode together, with one token of each per `llama_decode`, as in its own server and its
+`llama-batched-bench`. Tokens are the argmax of the logits, in numpy.
 """
 # pyright: reportMissingImports=false
-# It runs in an environment of its own.
+# It runs in its own environment.
 
 import time
 from collections.abc import Iterable
@@ -14,18 +14,18 @@ import llama_cpp
 import numpy as np
 from protocol import Generate, Prompts, serve
 
-# Prompt tokens in one call.
+# Maximum number of prompt tokens per call.
 BATCH_TOKENS = 2048
 
 
 class Batch:
-    """A `llama_batch` to fill anew for each call."""
+    """A `llama_batch` that is filled again for each call."""
 
     def __init__(self) -> None:
         self.raw = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     def fill(self, rows: Iterable[tuple[int, int, int, bool]]) -> None:
-        """Rows of (token, position, sequence, whether its logits are wanted)."""
+        """Fill the batch with rows of (token, position, sequence, whether its logits are needed)."""
         raw, count = self.raw, 0
         for token, position, sequence, wanted in rows:
             raw.token[count], raw.pos[count], raw.logits[count] = token, position, wanted
@@ -47,7 +47,7 @@ def load(settings: dict[str, Any]) -> Generate:
     params.n_seq_max = settings["batch"]
     params.n_ctx = settings["batch"] * settings["max_seq_len"]
     params.n_batch = BATCH_TOKENS
-    # Each sequence has a cache of its own; in a shared one attention would go over every other sequence's keys too.
+    # Each sequence has its own cache; with a shared one, attention would also read the keys of all other sequences.
     params.kv_unified = False
     params.type_k = params.type_v = settings["kv_type"]
     context = llama_cpp.llama_init_from_model(model, params)
@@ -56,7 +56,7 @@ def load(settings: dict[str, Any]) -> Generate:
     batch = Batch()
 
     def run(rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """The likeliest next token of each row that wants logits."""
+        """Return the likeliest next token of each row that needs logits."""
         batch.fill(rows)
         status = llama_cpp.llama_decode(context, batch.raw)
         assert status == 0, f"llama_decode returned {status}"
@@ -65,7 +65,7 @@ def load(settings: dict[str, Any]) -> Generate:
         return [int(np.ctypeslib.as_array(row, shape=(num_vocab,)).argmax()) for row in logits]
 
     def prefill(prompts: Prompts) -> list[int]:
-        """The first token of each prompt; as many prompts in a call as fit."""
+        """Return the first token of each prompt, with as many prompts per call as fit."""
         first: list[int] = []
         rows: list[tuple[int, int, int, bool]] = []
         for sequence, prompt in enumerate(prompts):

@@ -1,13 +1,13 @@
-"""How a process that generates or trains talks to the benchmark: one JSON object a line, requests in and answers out.
+"""Protocol between the benchmark and a process that generates or trains: one JSON object per line in each direction.
 
-It is started with its settings as one JSON argument, and says once that it is ready, with the versions of what it is
-made of; then each request gets one answer:
+The process is started with its settings as one JSON argument. It reports once that it is ready, with the versions of
+its packages; then each request gets one answer:
 
-    {"prompts": [[token, ...], ...], "max_tokens": n}     of one that generates (`serve`)
-    {}                                                    of one that trains (`serve_updates`): one update
+    {"prompts": [[token, ...], ...], "max_tokens": n}     for a process that generates (`serve`)
+    {}                                                    for a process that trains (`serve_updates`): one update
 
-Between requests it sleeps in a read, so that several of them can take turns on one machine. Standard library only:
-every environment imports it.
+Between requests the process sleeps in a read, so that several can take turns on one machine. This module uses only
+the standard library, because every environment imports it.
 """
 
 import importlib.metadata
@@ -19,15 +19,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Prompts = list[list[int]]
-# Serves all prompts to the end, greedily and past every end token. Its answer: the generated `tokens` of each prompt;
-# `prefill_seconds`, `decode_seconds` and the `decode_tokens` drawn in those, where it can tell; and what else it likes.
+# Generates all tokens of all prompts, greedily and ignoring end tokens. Its answer has the generated `tokens` of each
+# prompt; `prefill_seconds`, `decode_seconds` and the `decode_tokens` drawn in those, if known; and anything else.
 Generate = Callable[[Prompts, int], dict[str, Any]]
-# One update; its loss.
+# Makes one update and returns its loss.
 Update = Callable[[], float]
 
 
 class Recipe(NamedTuple):
-    """What every contestant that trains does: SimPO as in the paper, AdamW, clipping by the global norm."""
+    """Training recipe of every contestant: SimPO as in the paper, AdamW, clipping by the global norm."""
 
     beta: float = 2.0
     gamma_beta_ratio: float = 0.5
@@ -41,7 +41,7 @@ RECIPE = Recipe()
 
 
 class Pair(NamedTuple):
-    """Token ids, and where the answers start."""
+    """Token ids of both sequences, and the start of their answers."""
 
     chosen: list[int]
     rejected: list[int]
@@ -49,14 +49,14 @@ class Pair(NamedTuple):
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident since its start, loading and compiling included."""
+    """Return the peak resident memory of this process since its start, including loading and compiling."""
     with open("/proc/self/status") as status:
         (line,) = [line for line in status if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024
 
 
 def serve(distributions: Sequence[str], load: Callable[[dict[str, Any]], Generate]) -> None:
-    """Loads, then generates until its input ends; `distributions` are those whose versions it states."""
+    """Load, then generate until the input ends; `distributions` are the packages whose versions are reported."""
 
     def load_all(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         generate = load(settings)
@@ -75,7 +75,7 @@ def serve(distributions: Sequence[str], load: Callable[[dict[str, Any]], Generat
 
 
 def serve_updates(distributions: Sequence[str], load: Callable[[dict[str, Any], list[Pair]], Update]) -> None:
-    """Loads, then makes an update for each request, all on the same pairs.
+    """Load, then make an update for each request, all on the same pairs.
 
     Settings: `model` (a folder), `threads`, and `pairs`, each as `Pair`.
     """
@@ -90,7 +90,7 @@ def serve_updates(distributions: Sequence[str], load: Callable[[dict[str, Any], 
 def _answer_requests(
     distributions: Sequence[str], load: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]
 ) -> None:
-    # Answers get a descriptor of their own: what libraries print goes where errors go.
+    # Answers get their own file descriptor; the output of libraries goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,9 +1,9 @@
 """transformers' `generate` on the CPU as a process that generates (see protocol.py).
 
-Batches are padded on the left, attention is torch's `scaled_dot_product_attention`; everything else as it ships.
+Batches are padded on the left and attention is torch's `scaled_dot_product_attention`; everything else is the default.
 """
 # pyright: reportMissingImports=false
-# It runs in an environment of its own.
+# It runs in its own environment.
 
 import time
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 
 class FirstToken:
-    """When a batch has its first token: `generate` asks after each token whether to stop."""
+    """Time of a batch's first token, recorded as a stopping criterion, which `generate` calls after each token."""
 
     def __init__(self) -> None:
         self.time: float | None = None
@@ -26,7 +26,7 @@ class FirstToken:
 
 
 def left_padded(prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and the mask of what is no padding."""
+    """Return token ids and the mask of tokens that are not padding."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -40,7 +40,7 @@ def load(settings: dict[str, Any]) -> Generate:
     torch.set_num_threads(settings["threads"])
     dtype = getattr(torch, settings["dtype"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype, attn_implementation="sdpa").eval()
-    # No token ends a sequence, so none is forbidden either, as it would be by a least number of tokens.
+    # No token ends a sequence, so none is banned either, as a minimum number of tokens would do.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 

@@ -1,10 +1,10 @@
 """TRL's SimPO as a process that trains, in float32 (see protocol.py).
 
-`CPOTrainer.get_batch_loss_metrics` is called on a trainer object that holds just the settings it reads: what TRL and
-transformers do around an update (logging, schedules, hooks) is left out of its time.
+`CPOTrainer.get_batch_loss_metrics` is called on a trainer object that has only the settings it reads, so the time
+excludes the work of TRL and transformers around an update (logging, schedules, hooks).
 """
 # pyright: reportMissingImports=false
-# It runs in an environment of its own.
+# It runs in its own environment.
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def make_trainer(model: torch.nn.Module) -> CPOTrainer:
 
 
 def collated(side: str, sequences: list[list[int]], starts: list[int]) -> dict[str, torch.Tensor]:
-    """Padded on the right to the longest, as TRL's own collator does."""
+    """Return a batch padded on the right to the longest sequence, as in TRL's own collator."""
     shape = len(sequences), max(map(len, sequences))
     tokens, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED)

@@ -1,1 +1,1 @@
-"""The settings files of experiments: knobs under their known names, and what they mean to the steps."""
+"""Settings files of experiments: settings under their established names, and their conversion to step configs."""

@@ -1,8 +1,8 @@
-"""The command line of experiments that a settings file describes.
+"""Command line of experiments that are configured by a settings file.
 
     --config_path FILE.yaml [--prefix ...] [--dry_run] [--tracker ...] [--key.path value ...]
 
-What is no flag of the executor is a setting, and is checked like those in the file.
+Arguments that are not flags of the executor are settings, and are checked like those in the file.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ FlagsT = TypeVar("FlagsT", bound=JobFlags)
 
 
 def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mapping[str, str]) -> T:
-    """The settings in a YAML file at any storage path, with those of the command line in place of its own.
+    """Return the settings of a YAML file at any storage path. Settings on the command line override the file.
 
     Raises:
-        ConfigError: the file cannot be read, or a setting is wrong, one sentence each.
+        ConfigError: The file cannot be read, or settings are wrong (one sentence each).
     """
     try:
         text = read_text(path)
@@ -37,15 +37,15 @@ def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mappin
 def parse_command_line(
     cls: type[T], words: Sequence[str], retired: Mapping[str, str], flags_class: type[FlagsT]
 ) -> tuple[T, FlagsT]:
-    """The settings and the flags in a command line; `--help` prints the flags and exits.
+    """Return the settings and the flags of a command line. `--help` prints the flags and exits.
 
     Raises:
-        ConfigError: a flag, the file or a setting is wrong.
+        ConfigError: A flag, the file or a setting is wrong.
     """
     file_words, others = split_flags(words, ["config_path"])
     own_words, settings_words = split_flags(others, [*setting_names(flags_class), "help"])
     if "-h" in own_words or "--help" in own_words:
-        print(f"--config_path FILE.yaml, and any setting as --key.path value, below {', '.join(setting_names(cls))}.")
+        print(f"Settings: --config_path FILE.yaml and --key.path value, below {', '.join(setting_names(cls))}.")
     flags = parse_arguments(flags_class, own_words)
     path = parse_flags(file_words, COMMAND_LINE).get("config_path")
     if not isinstance(path, str):
@@ -54,12 +54,12 @@ def parse_command_line(
 
 
 def setting_names(cls: type) -> list[str]:
-    """The names at the top of a settings file, or of flags."""
+    """Return the top-level names of a settings file or of flags."""
     return [field.name for field in dataclasses.fields(cls)]
 
 
 def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
-    """As `parse_command_line` of this script's own words; an error is told plainly, and the script exits with 2."""
+    """Call `parse_command_line` with this script's arguments. On an error, print its message and exit with 2."""
     try:
         return parse_command_line(cls, sys.argv[1:], retired, flags_class)
     except ConfigError as error:

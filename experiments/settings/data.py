@@ -1,4 +1,4 @@
-"""Settings of the preference data: components under `data.components`, each from files or from the hub."""
+"""Settings of the preference data: components under `data.components`, each read from files or from the hub."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ SLICE_STRATEGIES = ("raise", "truncate", "drop")
 
 @dataclasses.dataclass(frozen=True)
 class SourceSettings:
-    """Where a component lies.
+    """Source of a component.
 
     Attributes:
         type: `url` (files at any storage path) or `hf` (a dataset of the Hugging Face hub).
@@ -32,14 +32,14 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         if self.type not in SOURCE_TYPES:
-            raise ConfigError(f"source.type is {self.type!r}; allowed is one of {', '.join(SOURCE_TYPES)}")
+            raise ConfigError(f"source.type is {self.type!r}; expected one of {', '.join(SOURCE_TYPES)}")
         if self.type == "url" and (len(self.train_urls) != 1 or self.id or self.splits or self.revision):
             raise ConfigError("a source of type url needs train_urls with exactly one path or glob, and nothing else")
         if self.type == "hf" and (self.id is None or len(self.splits) != 1 or self.train_urls):
             raise ConfigError("a source of type hf needs id, splits with exactly one split, and no train_urls")
 
     def preference_source(self) -> PreferenceSource:
-        """The same place as `prepare_pairs` reads it."""
+        """Return the source in the form that `prepare_pairs` takes."""
         if self.type == "url":
             return PreferenceSource(self.train_urls[0])
         return PreferenceSource(cast(str, self.id), split=self.splits[0], revision=self.revision)
@@ -47,7 +47,7 @@ class SourceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FormatSettings:
-    """How a component's rows are read: pairs of chats, and what happens to those that are too long."""
+    """Format of a component's rows, which are pairs of chats, and the treatment of pairs that are too long."""
 
     type: str = "preference_chat"
     slice_strategy: str = "raise"
@@ -63,7 +63,7 @@ class ComponentSettings:
 
     @property
     def too_long(self) -> TooLong:
-        """What `prepare_pairs` does with a pair that is too long."""
+        """Treatment of a pair that is too long, for `prepare_pairs`."""
         return cast(TooLong, self.format.slice_strategy)
 
 
@@ -72,10 +72,10 @@ class DataSettings:
     """The training data.
 
     Attributes:
-        components: The datasets, each under a name of its own, which says what its step is called.
-        train_weights: In which proportion pairs are read of each component, above 0; 1 where none is given.
-        tokenizer: Folder or hub id whose tokenizer replaces the model's own, which base models need: theirs has no
-            chat template.
+        components: The datasets by name. If there are several, a dataset's name is part of the name of its step.
+        train_weights: Relative rates at which pairs are read from the components, above 0; the default is 1.
+        tokenizer: Folder or hub id whose tokenizer replaces the model's own. Base models need one, because their own
+            tokenizer has no chat template.
     """
 
     components: dict[str, ComponentSettings]
@@ -88,8 +88,8 @@ class DataSettings:
         for name, weight in self.train_weights.items():
             if name not in self.components or not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(
-                    f"data.train_weights gives {name} {weight}; only components can have a weight "
-                    f"({', '.join(self.components)}), above 0: leave out those that are not trained on"
+                    f"data.train_weights sets {name} to {weight}; expected a component "
+                    f"({', '.join(self.components)}) and a weight above 0. Leave out components that are not trained on"
                 )
         for name, component in self.components.items():
             self._check_name(name)
@@ -98,8 +98,8 @@ class DataSettings:
     def _check_name(self, name: str) -> None:
         if len(self.components) > 1 and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ConfigError(
-                f"data.components has a dataset named {name!r}; of several, each names a step: use letters, digits, "
-                "'.', '_' and '-'"
+                f"data.components has a dataset named {name!r}; with several datasets, each name becomes part of a "
+                "step's name: use letters, digits, '.', '_' and '-'"
             )
 
     def _check_format(self, name: str, form: FormatSettings) -> None:
@@ -110,7 +110,7 @@ class DataSettings:
         if form.pack:
             raise ConfigError(
                 f"Packed preference_chat datasets are not supported yet. Packed datasets: {name}; set trainer.packing "
-                "instead, which packs what is read of all of them"
+                "instead, which packs pairs of all datasets"
             )
         if form.slice_strategy not in SLICE_STRATEGIES:
             raise ConfigError(
@@ -119,5 +119,5 @@ class DataSettings:
             )
 
     def weight(self, name: str) -> float:
-        """In which proportion a component's pairs are read."""
+        """Return the relative rate at which pairs are read from a component."""
         return self.train_weights.get(name, 1.0)

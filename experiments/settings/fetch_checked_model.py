@@ -1,7 +1,7 @@
-"""Step `fetch_model` for settings that restate the model's shape: fetch, then compare with its config.json.
+"""Step `fetch_model` for settings that restate the model's shape: fetches it, then compares its config.json.
 
-The shape of a checkpoint is known only once it is here, so this is the first moment at which a contradiction can be
-seen. It is before any device is touched: a fetch that fails blocks every step after it.
+The shape of a checkpoint is unknown until it is fetched, so a contradiction cannot be detected earlier. It is still
+detected before any device is touched, because a failed fetch blocks all later steps.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from steps.fetch_model import FetchModelConfig, fetch_model
 
 @dataclasses.dataclass(frozen=True)
 class FetchCheckedModelConfig:
-    """A model's source as in `FetchModelConfig`, and what `ModelSettings.stated_shape` expects it to be."""
+    """Source of a model as in `FetchModelConfig`, and its expected shape from `ModelSettings.stated_shape`."""
 
     source: str
     stated_shape: dict[str, Any]
@@ -27,10 +27,10 @@ class FetchCheckedModelConfig:
 
 
 def fetch_checked_model(config: FetchCheckedModelConfig) -> None:
-    """As `fetch_model`; a model of another shape than the settings say is an error.
+    """Fetch a model as `fetch_model` does, and check that its shape is the one in the settings.
 
     Raises:
-        ModelError: the source cannot be had, is no supported model, or contradicts the settings.
+        ModelError: The source cannot be fetched, is not a supported model, or contradicts the settings.
     """
     fetch_model(
         FetchModelConfig(source=config.source, tokenizer_source=config.tokenizer_source, output_path=config.output_path)
@@ -42,9 +42,9 @@ def fetch_checked_model(config: FetchCheckedModelConfig) -> None:
 
 
 def fetch_step(source: str, shape: ModelSettings, tokenizer: str | None) -> ExecutorStep:
-    """The step `fetch_model`: checked when the settings say something of the shape, else the one that all share."""
+    """Return the step `fetch_model`. It checks the model if the settings state anything about its shape."""
     stated_shape = shape.stated_shape()
-    # What is not given bears no identity, so that other experiments' plain fetches are the same step.
+    # Settings that are not given are not part of the identity, so plain fetches of other experiments are the same step.
     origin = {"source": source, **({} if tokenizer is None else {"tokenizer_source": tokenizer})}
     marked = {name: versioned(value) for name, value in origin.items()}
     if not stated_shape:

@@ -1,4 +1,4 @@
-"""What settings of generation mean to the engine, shared by training's `inference_eval` and the sampler's `engine`."""
+"""Conversion of generation settings, shared by `inference_eval` of training and `engine` of the sampler."""
 
 import dataclasses
 from typing import Any
@@ -11,16 +11,16 @@ from steps.infer import MODES
 
 @dataclasses.dataclass(frozen=True)
 class EngineKnobs:
-    """Sizes of an engine as settings name them; None leaves one to the engine, which knows prompts and memory.
+    """Sizes of an engine under the names of the settings. The engine derives sizes that are None.
 
     Attributes:
-        section: Where the knobs stand in the file, for messages.
-        max_seq_len: Tokens of the longest sequence, prompt and generated together.
-        max_seqs: Sequences that decode together.
-        page_size: Tokens of a page of the cache.
-        max_pages: Pages of the cache.
-        max_prefill_size: Prompt tokens computed at once.
-        max_rounds: Tokens a sequence may draw in one device call.
+        section: Section of the settings file, for messages.
+        max_seq_len: Maximum number of tokens of a sequence, prompt and generated tokens together.
+        max_seqs: Maximum number of sequences that decode together.
+        page_size: Number of tokens per page of the cache.
+        max_pages: Number of pages of the cache.
+        max_prefill_size: Number of prompt tokens that are computed at once.
+        max_rounds: Number of tokens that a sequence may draw per device call.
     """
 
     section: str
@@ -32,10 +32,10 @@ class EngineKnobs:
     max_rounds: int | None
 
     def build(self, max_new_tokens: int) -> EngineConfig:
-        """The engine's own config.
+        """Return the engine's config.
 
         Raises:
-            ConfigError: a size is not positive, or too small for a sequence with `max_new_tokens`.
+            ConfigError: A size is not positive, or is too small for a sequence with `max_new_tokens`.
         """
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
@@ -45,8 +45,8 @@ class EngineKnobs:
             self._check_length(self.max_seq_len, max_new_tokens)
         if self.max_pages is not None and self.page_size is None:
             raise ConfigError(
-                f"{self.section}.max_pages is {self.max_pages}, but {self.section}.page_size is null, so nobody knows "
-                "how large they are; set it too, or leave both to the engine"
+                f"{self.section}.max_pages is {self.max_pages}, but {self.section}.page_size is null, so the "
+                "size of a page is unknown; set page_size too, or leave both to the engine"
             )
         given = {"prefill_chunk_tokens": self.max_prefill_size, "decode_steps_per_call": self.max_rounds}
         return EngineConfig(
@@ -60,8 +60,8 @@ class EngineKnobs:
     def _check_length(self, max_seq_len: int, max_new_tokens: int) -> None:
         if max_seq_len <= max_new_tokens:
             raise ConfigError(
-                f"{self.section}.max_seq_len is too small: it is {max_seq_len} and must hold a prompt and "
-                f"max_new_tokens={max_new_tokens}; raise it"
+                f"{self.section}.max_seq_len is too small: it is {max_seq_len}, but must fit a prompt and "
+                f"max_new_tokens={max_new_tokens}; raise {self.section}.max_seq_len"
             )
         if self.max_rounds is not None and self.max_rounds > max_seq_len:
             raise ConfigError(
@@ -79,10 +79,10 @@ class EngineKnobs:
 
 
 def build_sampling(prefix: str, *, max_new_tokens: int, **fields: Any) -> SamplingParams:
-    """Sampling parameters from knobs; `prefix` stands before the knobs' names in messages.
+    """Return sampling parameters from settings. `prefix` precedes the names of the settings in messages.
 
     Raises:
-        ConfigError: a knob's value means nothing.
+        ConfigError: The value of a setting is invalid.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"{prefix}max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -100,10 +100,10 @@ def build_prompts(
     synthetic_prompt_count: int | None = None,
     synthetic_prompt_template: str = DEFAULT_TEMPLATE,
 ) -> PromptsConfig:
-    """The prompts of the one way that is given; `prefix` stands before the knobs' names in messages.
+    """Return the prompts, which are given in exactly one way. `prefix` precedes the names of the settings in messages.
 
     Raises:
-        ConfigError: none or several ways are given, or one gives no prompt.
+        ConfigError: No way or several ways are given, or the given one has no prompts.
     """
     if not prompts and prompts_path is None and synthetic_prompt_count is None:
         raise ConfigError(f"{prefix}prompts must be non-empty when prompts_path and synthetic_prompt_count are unset.")
@@ -113,10 +113,10 @@ def build_prompts(
 
 
 def require_mode(key: str, mode: str) -> None:
-    """Refuse an inference mode that does not exist.
+    """Check that an inference mode exists.
 
     Raises:
-        ConfigError: the mode is unknown.
+        ConfigError: The mode is unknown.
     """
     if mode not in MODES:
         raise ConfigError(f"Unknown {key}={mode!r}. Expected one of: {', '.join(MODES)}")

@@ -1,4 +1,4 @@
-"""Settings under `inference_eval`: when training pauses to generate, for which prompts, and how."""
+"""Settings under `inference_eval`: when training pauses for generation, the prompts, and the engine."""
 
 import dataclasses
 from typing import cast
@@ -15,16 +15,17 @@ class InferenceEvalConfig:
     """Generation inside a training run.
 
     Attributes:
-        enabled: Whether there is any.
-        eval_every: Generate after every so many updates; without meaning when `eval_at_steps` is given.
-        eval_at_steps: Generate after exactly these updates, the last one included where it is named.
-        inference_mode: `host_data_parallel`: an engine a host, each serving its shard of the prompts; `global_mesh`:
-            one engine over all devices. With one process both are the same.
+        enabled: Whether the run generates at all.
+        eval_every: Number of updates between two generations; ignored if `eval_at_steps` is given.
+        eval_at_steps: Generate after exactly these updates. The last update is included only if it is listed.
+        inference_mode: `host_data_parallel`: one engine per host, each serving its shard of the prompts. `global_mesh`:
+            one engine over all devices. With one process, both are the same.
         prompts, prompts_path, synthetic_prompt_count: The prompts, in exactly one of these three ways.
-        chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
-        max_seq_len: Tokens of prompt and answer together; None: `model.max_seq_len`, or what the prompts need.
+        chat: Whether a prompt is a user message in the chat template; otherwise it is plain text to continue.
+        max_seq_len: Maximum number of tokens of prompt and answer together. None: `model.max_seq_len`, or what the
+            prompts need.
         page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `EngineKnobs`.
-        seed: With update, prompt and position it makes the key of each drawn token.
+        seed: The key of each drawn token is derived from it, the update, the prompt and the position.
     """
 
     enabled: bool = False
@@ -56,11 +57,11 @@ class InferenceEvalConfig:
 
     @property
     def mode(self) -> InferenceMode:
-        """The inference mode, known to exist."""
+        """The inference mode, as a checked type."""
         return cast(InferenceMode, self.inference_mode)
 
     def build_prompts(self) -> PromptsConfig:
-        """The prompts of each generation."""
+        """Return the prompts of each generation."""
         return build_prompts(
             "inference_eval.",
             prompts=self.prompts,
@@ -70,7 +71,7 @@ class InferenceEvalConfig:
         )
 
     def build_sampling(self) -> SamplingParams:
-        """How tokens are drawn."""
+        """Return the sampling parameters."""
         return build_sampling(
             "inference_eval.",
             max_new_tokens=self.max_new_tokens,
@@ -80,10 +81,10 @@ class InferenceEvalConfig:
         )
 
     def build_engine(self, model_max_seq_len: int | None) -> EngineConfig:
-        """The engine's sizes, for a model whose sequences may be limited.
+        """Return the engine's sizes. `model_max_seq_len` is the model's limit, or None if it is unknown.
 
         Raises:
-            ConfigError: a size is wrong, or longer than the model's sequences.
+            ConfigError: A size is invalid, or `max_seq_len` exceeds the model's limit.
         """
         max_seq_len = model_max_seq_len if self.max_seq_len is None else self.max_seq_len
         if max_seq_len is not None and model_max_seq_len is not None and max_seq_len > model_max_seq_len:

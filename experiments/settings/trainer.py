@@ -1,4 +1,4 @@
-"""Settings under `trainer`: how long, how large, in which dtypes, and where metrics go."""
+"""Settings under `trainer`: length of the run, batch size, precision, and where metrics go."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from simpo_pipeline.job.main import TrackerChoice
 from simpo_pipeline.tracking.factory import TrackerKind
 
 Dtype = Literal["float32", "bfloat16"]
-# The names that mixed-precision policies are written with.
+# Names of data types in mixed-precision policies.
 _DTYPES: Mapping[str, Dtype] = {
     "f32": "float32",
     "float32": "float32",
@@ -17,13 +17,13 @@ _DTYPES: Mapping[str, Dtype] = {
     "bf16": "bfloat16",
     "bfloat16": "bfloat16",
 }
-# What `trainer.tracker.type` may be, and the tracker it stands for.
+# Values of `trainer.tracker.type`, and the trackers that they select.
 TRACKERS: Mapping[str, TrackerKind] = {"wandb": "wandb", "jsonl": "jsonl", "noop": "none", "none": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackerSettings:
-    """Where metrics go besides the step outputs: `wandb`, `jsonl`, or nowhere (`noop`)."""
+    """Where metrics go in addition to the step outputs: `wandb`, `jsonl`, or nowhere (`noop`)."""
 
     type: str = "jsonl"
     project: str = "simpo-pipeline"
@@ -31,18 +31,18 @@ class TrackerSettings:
 
     def __post_init__(self) -> None:
         if self.type not in TRACKERS:
-            raise ConfigError(f"trainer.tracker.type is {self.type!r}; allowed is one of {', '.join(TRACKERS)}")
+            raise ConfigError(f"trainer.tracker.type is {self.type!r}; expected one of {', '.join(TRACKERS)}")
 
     def choice(self, default_name: str) -> TrackerChoice:
-        """Return what `main` takes; `default_name` names the run where the settings do not."""
+        """Return the tracker for `main`. `default_name` is the name of the run if the settings have none."""
         return TrackerChoice(TRACKERS[self.type], self.name or default_name, self.project)
 
 
 def parse_precision(policy: str) -> tuple[Dtype, Dtype]:
-    """(parameter dtype, compute dtype) of a policy like `p=f32,c=bfloat16`; a bare dtype is both.
+    """Return (parameter dtype, compute dtype) of a policy like `p=f32,c=bfloat16`. A bare dtype sets both.
 
     Raises:
-        ConfigError: the policy or a dtype in it is not one of those known here.
+        ConfigError: The policy, or a dtype in it, is unknown.
     """
     parts = [part.strip().partition("=") for part in policy.split(",")]
     by_role = {"p": policy, "c": policy} if "=" not in policy else {role: dtype for role, _, dtype in parts}
@@ -58,14 +58,16 @@ class TrainerSettings:
     """One training run.
 
     Attributes:
-        num_train_steps: Updates of the whole run.
-        train_batch_size: Pairs an update.
-        seed: Of the data's order and of random weights.
-        mp: Precision; master weights are float32, so only the dtype of the computation is free.
-        packing, grad_accumulation, ema_decay: As `TrainerConfig` has them.
-        remat: As `TrainerConfig` has it; None is "full", or "products" where model.gradient_checkpointing is false.
-        tensor_parallel: Over so many neighbouring devices each matrix is split, besides the split over all others.
-        steps_per_eval: Held-out pairs are evaluated before the first update and after every so many.
+        num_train_steps: Number of updates of the whole run.
+        train_batch_size: Number of pairs per update.
+        seed: Seed of the order of the data and of random weights.
+        mp: Precision. Master weights are always float32; only the compute dtype can be chosen.
+        packing, grad_accumulation, ema_decay: See `TrainerConfig`.
+        remat: See `TrainerConfig`. None means "full", or "products" if model.gradient_checkpointing is false.
+        tensor_parallel: Number of neighboring devices over which each matrix is sharded, in addition to the sharding
+            over all other devices.
+        steps_per_eval: Number of updates between two evaluations of the held-out pairs. They are also evaluated before
+            the first update.
     """
 
     num_train_steps: int
@@ -94,5 +96,5 @@ class TrainerSettings:
 
     @property
     def compute_dtype(self) -> Dtype:
-        """The dtype of the forward and backward pass, and of generation."""
+        """Data type of the forward and backward pass, and of generation."""
         return parse_precision(self.mp)[1]

@@ -11,7 +11,7 @@ _CHIPS_OF_ONE_LARGE_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class TpuGeneration:
     """A TPU generation.
 
     Attributes:
@@ -32,12 +32,12 @@ class Generation:
 GENERATIONS = {
     generation.name: generation
     for generation in (
-        Generation("v2", 2, "tpu-ubuntu2204-base", "", 2),
-        Generation("v3", 2, "tpu-ubuntu2204-base", "", 2),
-        Generation("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 3),
-        Generation("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 2),
-        Generation("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 3),
-        Generation("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 2),
+        TpuGeneration("v2", 2, "tpu-ubuntu2204-base", "", 2),
+        TpuGeneration("v3", 2, "tpu-ubuntu2204-base", "", 2),
+        TpuGeneration("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 3),
+        TpuGeneration("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 2),
+        TpuGeneration("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 3),
+        TpuGeneration("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 2),
     )
 }
 _ALIASES = {"v5e": "v5litepod"}
@@ -47,7 +47,7 @@ _ALIASES = {"v5e": "v5litepod"}
 class TpuType:
     """A slice: a TPU generation and a size."""
 
-    generation: Generation
+    generation: TpuGeneration
     size: int
 
     @property

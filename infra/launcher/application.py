@@ -24,10 +24,10 @@ from launcher.host_job import HostJob
 from launcher.image import Registry, ensure_image
 from launcher.kubectl import Kubectl
 from launcher.local import host_environment, run_local
-from launcher.options import GkeOptions, ImageOptions, JobOptions, Place, Timing, TpuOptions, parse_capacity
-from launcher.pretence import SmoothCluster, SmoothTpu
+from launcher.options import GkeOptions, ImageOptions, JobOptions, PollTiming, TpuLocation, TpuOptions, parse_capacity
+from launcher.simulation import SimulatedCluster, SimulatedTpu
 from launcher.source import Source, check_shipped, read_source
-from launcher.tools import Tools
+from launcher.tools import LaunchContext
 from launcher.tpu_commands import ExistingTpu
 from launcher.tpu_vm import TpuVmLaunch
 
@@ -35,14 +35,14 @@ INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
+class LaunchEnvironment:
     """The environment of a launch; tests substitute their own."""
 
     root: pathlib.Path
     variables: Mapping[str, str]
     clock: Clock = dataclasses.field(default_factory=WallClock)
     console: Console = dataclasses.field(default_factory=Console)
-    timing: Timing = dataclasses.field(default_factory=Timing)
+    timing: PollTiming = dataclasses.field(default_factory=PollTiming)
 
     @property
     def logs(self) -> pathlib.Path:
@@ -53,7 +53,7 @@ class Surroundings:
 class Application:
     """One call of the launcher."""
 
-    def __init__(self, flags: argparse.Namespace, around: Surroundings) -> None:
+    def __init__(self, flags: argparse.Namespace, around: LaunchEnvironment) -> None:
         self._flags = flags
         self._around = around
         # Commands that only read local state also run in a dry run.
@@ -90,13 +90,13 @@ class Application:
 
     def _launch_on_tpu(self) -> None:
         flags = self._flags
-        place = Place(flags.tpu_name, *self._zone_and_project())
+        place = TpuLocation(flags.tpu_name, *self._zone_and_project())
         capacity = parse_capacity(flags.capacity_type or "on-demand")
         tpu = TpuOptions(place, parse_tpu_type(flags.tpu_type), capacity, flags.version, flags.service_account)
         image = self._image_options()
         source = None if image.uri else read_source(self._around.root, self._local_commands)
         options = self._job_options(source)
-        tools = self._tools(PrintedCommands(self._around.console, SmoothTpu(tpu)))
+        tools = self._tools(PrintedCommands(self._around.console, SimulatedTpu(tpu)))
         job: HostJob = BareJob(options.run_id)
         if image.use_docker:
             job = DockerJob(options.run_id, self._image(image, Registry(place.region, place.project), source, tools))
@@ -123,7 +123,7 @@ class Application:
         image = self._image_options()
         source = None if image.uri else read_source(self._around.root, self._local_commands)
         options = self._job_options(source)
-        tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(options.run_id, gke.tpu_type.hosts)))
+        tools = self._tools(PrintedCommands(self._around.console, SimulatedCluster(options.run_id, gke.tpu_type.hosts)))
         uri = self._image(image, Registry(_region(zone), project), source, tools)
         job = self._gke_job(options.run_id, tools)
         try:
@@ -138,8 +138,8 @@ class Application:
 
     def _manage_tpu(self) -> None:
         flags = self._flags
-        place = Place(flags.tpu_name, *self._zone_and_project())
-        tools = self._tools(PrintedCommands(self._around.console, SmoothTpu()))
+        place = TpuLocation(flags.tpu_name, *self._zone_and_project())
+        tools = self._tools(PrintedCommands(self._around.console, SimulatedTpu()))
         tpu = ExistingTpu(place, flags.run_id, tools)
         if flags.subcommand == "logs":
             tpu.logs(flags.foreground)
@@ -150,7 +150,7 @@ class Application:
         flags = self._flags
         if not flags.run_id:
             raise BadUsage(f"`{flags.subcommand} --backend gke` needs --run_id, the name of the JobSet")
-        tools = self._tools(PrintedCommands(self._around.console, SmoothCluster(flags.run_id, 1, is_there=True)))
+        tools = self._tools(PrintedCommands(self._around.console, SimulatedCluster(flags.run_id, 1, is_there=True)))
         job = self._gke_job(flags.run_id, tools)
         if flags.subcommand == "logs" and flags.foreground:
             job.follow()
@@ -158,7 +158,7 @@ class Application:
             verbs = {"logs": job.print_lines, "status": job.status, "stop": job.delete, "clean": job.delete}
             verbs[flags.subcommand]()
 
-    def _gke_job(self, name: str, tools: Tools) -> GkeJob:
+    def _gke_job(self, name: str, tools: LaunchContext) -> GkeJob:
         flags = self._flags
         if flags.cluster:
             zone, project = self._zone_and_project()
@@ -169,7 +169,7 @@ class Application:
         kubectl = Kubectl(tools.commands, flags.namespace, tools.clock, tools.timing.poll)
         return GkeJob(name, flags.namespace, kubectl, tools)
 
-    def _tools(self, printed: PrintedCommands) -> Tools:
+    def _tools(self, printed: PrintedCommands) -> LaunchContext:
         around, flags = self._around, self._flags
         timing = around.timing
         if not flags.subcommand:
@@ -178,7 +178,7 @@ class Application:
         if flags.dry_run:
             commands = printed
             around.console.comment_only()
-        return Tools(commands, around.clock, around.console, timing, around.logs, flags.dry_run)
+        return LaunchContext(commands, around.clock, around.console, timing, around.logs, flags.dry_run)
 
     def _zone_and_project(self) -> tuple[str, str]:
         zone = self._flags.zone or config_value(self._local_commands, "compute/zone")
@@ -193,7 +193,7 @@ class Application:
         flags = self._flags
         return ImageOptions(flags.image, flags.docker_repository, flags.image_name, not flags.no_docker)
 
-    def _image(self, options: ImageOptions, registry: Registry, source: Source | None, tools: Tools) -> str:
+    def _image(self, options: ImageOptions, registry: Registry, source: Source | None, tools: LaunchContext) -> str:
         if source is None:
             return options.uri
         return ensure_image(registry, options, source, tools.commands, tools.console)
@@ -227,7 +227,7 @@ def _exit_on_signal(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
 
-def main(words: Sequence[str], around: Surroundings) -> int:
+def main(words: Sequence[str], around: LaunchEnvironment) -> int:
     """Run the launcher and return its exit code."""
     flags = parse(words)
     try:
@@ -246,4 +246,4 @@ def main_of_process(root: pathlib.Path, variables: Mapping[str, str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
-    return main(sys.argv[1:], Surroundings(root, variables))
+    return main(sys.argv[1:], LaunchEnvironment(root, variables))

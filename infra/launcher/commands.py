@@ -21,7 +21,7 @@ _MISSING_PROGRAM = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class CommandResult:
     """The result of a finished command."""
 
     argv: tuple[str, ...]
@@ -50,7 +50,7 @@ class Stream(Protocol):
 class Commands(Protocol):
     """A way to run commands."""
 
-    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> Done:
+    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> CommandResult:
         """Run a command to completion. `about_stdin` describes its input where the command is only printed."""
         ...
 
@@ -90,14 +90,14 @@ class _ProcessStream:
 class RealCommands:
     """Runs commands on this machine."""
 
-    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> Done:
+    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> CommandResult:
         del about_stdin
         try:
             done = subprocess.run(list(argv), input=stdin or b"", capture_output=True, check=False)
         except FileNotFoundError as error:
             raise _missing(argv[0]) from error
         out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
-        return Done(tuple(argv), done.returncode, out, err)
+        return CommandResult(tuple(argv), done.returncode, out, err)
 
     def open(self, argv: Sequence[str]) -> Stream:
         try:
@@ -110,10 +110,10 @@ def _missing(program: str) -> BadUsage:
     return BadUsage(f"program {program!r} was not found; {_MISSING_PROGRAM[program]}")
 
 
-class Pretence(Protocol):
+class SimulatedOutput(Protocol):
     """Simulated output of commands that succeed."""
 
-    def answer(self, argv: Sequence[str]) -> Done: ...
+    def answer(self, argv: Sequence[str]) -> CommandResult: ...
 
 
 class _EmptyStream:
@@ -131,11 +131,11 @@ class _EmptyStream:
 class PrintedCommands:
     """Prints commands instead of running them, and returns simulated results."""
 
-    def __init__(self, console: Console, pretence: Pretence) -> None:
+    def __init__(self, console: Console, pretence: SimulatedOutput) -> None:
         self._console = console
         self._pretence = pretence
 
-    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> Done:
+    def run(self, argv: Sequence[str], stdin: bytes | None = None, about_stdin: str = "") -> CommandResult:
         del stdin
         self._console.show_command(shlex.join(argv) + (f"  < {about_stdin}" if about_stdin else ""))
         return self._pretence.answer(argv)

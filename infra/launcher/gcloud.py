@@ -5,9 +5,9 @@ import json
 from typing import Any, cast
 
 from launcher.clock import Clock
-from launcher.commands import Commands, Done
+from launcher.commands import CommandResult, Commands
 from launcher.errors import CommandFailed
-from launcher.options import Place, TpuOptions
+from launcher.options import TpuLocation, TpuOptions
 
 _CAPACITY_FLAGS = {
     "on-demand": (),
@@ -62,7 +62,7 @@ def advice_for(text: str) -> str:
     return next((advice for sign, advice in _ADVICE.items() if sign in text), "")
 
 
-def require(done: Done) -> Done:
+def require(done: CommandResult) -> CommandResult:
     """Return the command's result if it succeeded.
 
     Raises:
@@ -76,7 +76,7 @@ def require(done: Done) -> Done:
 class Gcloud:
     """The gcloud commands for one TPU."""
 
-    def __init__(self, commands: Commands, place: Place, clock: Clock, poll_seconds: float) -> None:
+    def __init__(self, commands: Commands, place: TpuLocation, clock: Clock, poll_seconds: float) -> None:
         self._commands = commands
         self._place = place
         self._clock = clock

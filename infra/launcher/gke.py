@@ -10,8 +10,8 @@ from launcher.host_job import HostState
 from launcher.jobset import jobset_manifest, secret_manifest
 from launcher.kubectl import JobSet, Kubectl, Pod
 from launcher.options import GkeOptions, JobOptions
-from launcher.outcome import Following, HostEnd
-from launcher.tools import Tools, follow_dry
+from launcher.outcome import Following, HostResult
+from launcher.tools import LaunchContext, follow_dry
 
 # Waiting reasons from which a container does not recover.
 _FATAL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerError", "RunContainerError")
@@ -66,7 +66,7 @@ class GkeJob:
     name: str
     namespace: str
     kubectl: Kubectl
-    tools: Tools
+    tools: LaunchContext
 
     def start(self, gke: GkeOptions, job: JobOptions, image: str) -> None:
         """Create the JobSet. A finished JobSet of the same name is replaced.
@@ -106,7 +106,7 @@ class GkeJob:
             JobFailed: the job failed.
             TpuGone: the JobSet was deleted.
         """
-        last: HostEnd | None = None
+        last: HostResult | None = None
         while True:
             jobset = self._wait_for_pods()
             hosts, attempt = jobset.hosts, jobset.restarts
@@ -217,7 +217,7 @@ class GkeJob:
             jobset = self._require_jobset()
         return jobset
 
-    def _follow_pods(self, pods: list[Pod], attempt: int) -> HostEnd | None:
+    def _follow_pods(self, pods: list[Pod], attempt: int) -> HostResult | None:
         tools = self.tools
         feeds = [PodFeed(pod, self.name, attempt, self.kubectl, tools.commands) for pod in pods]
         if tools.is_dry:

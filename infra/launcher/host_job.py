@@ -6,7 +6,7 @@ from typing import Protocol
 from launcher.options import JobOptions
 
 # Exit code of a script whose input arrived incomplete: a temporary failure in sysexits.h.
-CUT = 75
+INCOMPLETE_INPUT = 75
 # Docker's finish time of a container that has never run.
 _NEVER = "0001-01-01T00:00:00Z"
 ROOT = '"$HOME"/.simpo-launch'
@@ -49,8 +49,8 @@ class HostJob(Protocol):
 
 
 def receive(file: str, size: int) -> str:
-    """Return a script that writes its input to a file for the owner only, or exits with CUT if input is missing."""
-    return f"umask 077 && cat > {file} && {{ [ $(wc -c < {file}) -eq {size} ] || exit {CUT}; }}"
+    """Return a script that writes its input to a file only the owner can read, or exits with INCOMPLETE_INPUT."""
+    return f"umask 077 && cat > {file} && {{ [ $(wc -c < {file}) -eq {size} ] || exit {INCOMPLETE_INPUT}; }}"
 
 
 def name_current(run_id: str, kind: str) -> str:
@@ -58,12 +58,12 @@ def name_current(run_id: str, kind: str) -> str:
     return f"echo {run_id} {kind} > {ROOT}/current"
 
 
-def tell_current() -> str:
+def report_current_script() -> str:
     """Return a script that reports the last job on this host."""
     return f"cat {ROOT}/current 2> /dev/null | sed 's/^/@launch current /'"
 
 
-def tell_jobs() -> str:
+def report_jobs_script() -> str:
     """Return a script that reports the jobs on this host, and whether they are running."""
     form = '@launch job {{.Label "simpo-launch"}} {{.State}}'
     return (

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Callable
 
 from launcher.clock import Clock
-from launcher.commands import Commands, Done
+from launcher.commands import CommandResult, Commands
 from launcher.errors import LaunchError, Unreachable
 from launcher.gcloud import Gcloud, advice_for
-from launcher.host_job import CUT
-from launcher.options import Timing
+from launcher.host_job import INCOMPLETE_INPUT
+from launcher.options import PollTiming
 
 # Exit code of ssh when the connection failed.
 SSH_BROKEN = 255
@@ -30,7 +30,7 @@ class HostAnswer:
     error: str
 
 
-def answer_of(host: int, done: Done) -> HostAnswer:
+def answer_of(host: int, done: CommandResult) -> HostAnswer:
     """Extract the marked lines from the output of a script."""
     facts = tuple(line.removeprefix(MARK) for line in done.out.splitlines() if line.startswith(MARK))
     return HostAnswer(host, done.code, facts, done.err.strip() or done.out.strip())
@@ -40,7 +40,7 @@ class Hosts:
     """The hosts of one TPU, identified by their indices."""
 
     def __init__(
-        self, commands: Commands, gcloud: Gcloud, count: int, timing: Timing, clock: Clock, at_once: int = 0
+        self, commands: Commands, gcloud: Gcloud, count: int, timing: PollTiming, clock: Clock, at_once: int = 0
     ) -> None:
         self.count = count
         self._at_once = at_once or count
@@ -65,7 +65,7 @@ class Hosts:
         def on(host: int) -> HostAnswer:
             while True:
                 answer = self.ask(host, script, stdin, about_stdin)
-                if answer.code not in (SSH_BROKEN, CUT) or self._clock.now() >= deadline:
+                if answer.code not in (SSH_BROKEN, INCOMPLETE_INPUT) or self._clock.now() >= deadline:
                     return answer
                 self._clock.sleep(self._timing.poll)
 

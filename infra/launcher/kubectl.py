@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from launcher.clock import Clock
-from launcher.commands import Commands, Done
+from launcher.commands import CommandResult, Commands
 from launcher.errors import CommandFailed
 from launcher.gcloud import require
 from launcher.host_job import HostState
@@ -98,7 +98,7 @@ class Kubectl:
         """Return the command that prints a pod's lines from the first one on."""
         return [*self._base, "logs", pod, "--container", "job", *(["--follow"] if follow else [])]
 
-    def _run_with_retries(self, *words: str) -> Done:
+    def _run_with_retries(self, *words: str) -> CommandResult:
         done = self._commands.run([*self._base, *words])
         for _ in range(_MAX_RETRIES):
             if done.code == 0 or not any(sign in done.err for sign in _TRANSIENT):
@@ -108,7 +108,7 @@ class Kubectl:
         return done
 
 
-def _require(done: Done) -> Done:
+def _require(done: CommandResult) -> CommandResult:
     if done.code != 0:
         advice = next((advice for sign, advice in _ADVICE.items() if sign in done.err), "")
         raise CommandFailed(done.argv, done.code, done.err, advice)

@@ -153,11 +153,11 @@ def run_local(
     if first_failed is None:
         print("Job finished with no error.", flush=True)
         return 0
-    tell_failure(first_failed, count)
+    report_failure(first_failed, count)
     return first_failed.exit_code or 1
 
 
-def tell_failure(host: Host, count: int) -> None:
+def report_failure(host: Host, count: int) -> None:
     """Report which process failed first, with its last lines."""
     lines = "\n".join(f"    {line}" for line in host.last_lines)
     print(

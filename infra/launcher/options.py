@@ -45,7 +45,7 @@ def _require_name(flag: str, value: str, longest: int = 63) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class PollTiming:
     """Time limits and intervals of a launch, in seconds.
 
     Attributes:
@@ -150,7 +150,7 @@ class ImageOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TpuLocation:
     """The name and the location of a TPU VM."""
 
     tpu_name: str
@@ -183,7 +183,7 @@ class TpuOptions:
         service_account: Service account of the hosts; "" for Compute Engine's default.
     """
 
-    place: Place
+    place: TpuLocation
     tpu_type: TpuType
     capacity: str = "on-demand"
     version: str = ""

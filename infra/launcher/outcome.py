@@ -11,7 +11,7 @@ from typing import Protocol
 from launcher.clock import Clock
 from launcher.console import Console, LineFile
 from launcher.host_job import HostState
-from launcher.options import Timing
+from launcher.options import PollTiming
 
 LAST_LINES = 20
 
@@ -41,7 +41,7 @@ class Feed(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class HostEnd:
+class HostResult:
     """The end of the job on one host. `state` is None for a host that stopped responding."""
 
     host: int
@@ -70,7 +70,7 @@ class HostEnd:
 class _Follower(threading.Thread):
     """Passes one host's lines on until its job has finished or the host stays silent."""
 
-    def __init__(self, feed: Feed, ends: "queue.Queue[HostEnd]", following: "Following") -> None:
+    def __init__(self, feed: Feed, ends: "queue.Queue[HostResult]", following: "Following") -> None:
         super().__init__(daemon=True)
         self._feed = feed
         self._ends = ends
@@ -85,7 +85,7 @@ class _Follower(threading.Thread):
             state = self._follow(file)
         finally:
             file.close()
-            self._ends.put(HostEnd(self._feed.host, state, tuple(self._last)))
+            self._ends.put(HostResult(self._feed.host, state, tuple(self._last)))
 
     def _follow(self, file: LineFile) -> HostState | None:
         clock, timing = self._following.clock, self._following.timing
@@ -119,7 +119,7 @@ class Following:
     """Follows one attempt of a job on all its hosts."""
 
     def __init__(
-        self, feeds: Sequence[Feed], timing: Timing, clock: Clock, console: Console, folder: pathlib.Path
+        self, feeds: Sequence[Feed], timing: PollTiming, clock: Clock, console: Console, folder: pathlib.Path
     ) -> None:
         self.timing = timing
         self.clock = clock
@@ -132,14 +132,14 @@ class Following:
         """Return the local file for a host's lines."""
         return LineFile(self._folder / f"host_{host}.log", self.console)
 
-    def first_failed(self) -> HostEnd | None:
+    def first_failed(self) -> HostResult | None:
         """Wait for all hosts. After one has failed, wait at most `timing.grace` seconds for the others.
 
         Returns:
             The host that failed first by the hosts' clocks, which need not be the first whose failure was noticed.
             A host that does not respond is returned only if no other failure was reported. None if all succeeded.
         """
-        ends: queue.Queue[HostEnd] = queue.Queue()
+        ends: queue.Queue[HostResult] = queue.Queue()
         followers = [_Follower(feed, ends, self) for feed in self._feeds]
         for follower in followers:
             follower.start()
@@ -156,8 +156,8 @@ class Following:
         first = min(reported, key=lambda each: (not each[1], each[1]), default=None)
         return first[0] if first else failed[0] if failed else None
 
-    def _collect(self, ends: "queue.Queue[HostEnd]", count: int) -> list[HostEnd]:
-        failed: list[HostEnd] = []
+    def _collect(self, ends: "queue.Queue[HostResult]", count: int) -> list[HostResult]:
+        failed: list[HostResult] = []
         ended = 0
         deadline = float("inf")
         while ended < count and self.clock.now() < deadline:

@@ -4,7 +4,7 @@ from launcher.clock import Clock
 from launcher.console import Console
 from launcher.errors import BadUsage, TpuGone, TpuLost
 from launcher.gcloud import Gcloud, Node, QueuedResource
-from launcher.options import INTERRUPTIBLE, Timing, TpuOptions
+from launcher.options import INTERRUPTIBLE, PollTiming, TpuOptions
 
 # A request in one of these states, or a TPU in one of _LOST_NODES, ended without user action and never recovers.
 _ENDED_REQUESTS = ("FAILED", "SUSPENDED")
@@ -17,7 +17,7 @@ _STOPPED_NODES = ("STOPPED", "STOPPING")
 class Provisioner:
     """Brings a TPU into a state in which a job can start, and reports why a TPU was lost."""
 
-    def __init__(self, gcloud: Gcloud, tpu: TpuOptions, timing: Timing, clock: Clock, console: Console) -> None:
+    def __init__(self, gcloud: Gcloud, tpu: TpuOptions, timing: PollTiming, clock: Clock, console: Console) -> None:
         self._gcloud = gcloud
         self._tpu = tpu
         self._timing = timing

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from launcher.clock import Clock
 from launcher.commands import Commands
 from launcher.console import Console
-from launcher.options import Timing
+from launcher.options import PollTiming
 from launcher.outcome import Feed
 
 FINISHED = "Job finished with no error."
@@ -15,13 +15,13 @@ DRY = "Dry run: nothing was changed."
 
 
 @dataclasses.dataclass(frozen=True)
-class Tools:
+class LaunchContext:
     """Dependencies of a launch. `is_dry`: commands are only printed. `logs`: folder for the output of the hosts."""
 
     commands: Commands
     clock: Clock
     console: Console
-    timing: Timing
+    timing: PollTiming
     logs: pathlib.Path
     is_dry: bool = False
 

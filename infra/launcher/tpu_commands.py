@@ -4,18 +4,18 @@ from launcher.bare_job import BareJob
 from launcher.docker_job import DockerJob
 from launcher.errors import JobFailed, LaunchError, TpuGone, Unreachable
 from launcher.gcloud import Gcloud
-from launcher.host_job import HostJob, parse_state, tell_current
+from launcher.host_job import HostJob, parse_state, report_current_script
 from launcher.hosts import Hosts
-from launcher.options import Place
+from launcher.options import TpuLocation
 from launcher.outcome import Following
 from launcher.ssh_feed import feeds_of
-from launcher.tools import Tools, follow_dry
+from launcher.tools import LaunchContext, follow_dry
 
 
 class ExistingTpu:
     """The TPU of an earlier launch, and its job."""
 
-    def __init__(self, place: Place, run_id: str, tools: Tools) -> None:
+    def __init__(self, place: TpuLocation, run_id: str, tools: LaunchContext) -> None:
         self._place = place
         self._run_id = run_id
         self._tools = tools
@@ -100,7 +100,7 @@ class ExistingTpu:
 
     def _job(self, hosts: Hosts) -> HostJob:
         """Return the job with the given run id, or the last started job if none was given."""
-        answer = hosts.ask(0, tell_current())
+        answer = hosts.ask(0, report_current_script())
         if answer.code != 0:
             raise Unreachable(f"host 0 of TPU {self._place.tpu_name} could not be queried: {answer.error}")
         facts = [fact.split() for fact in answer.facts]

@@ -6,20 +6,22 @@ from launcher.bare_job import BareJob
 from launcher.docker_job import DockerJob
 from launcher.errors import BadUsage, Busy, CommandFailed, JobFailed, LaunchError, TpuGone, TpuLost, Unreachable
 from launcher.gcloud import Gcloud, Node
-from launcher.host_job import HostJob, name_current, tell_jobs
+from launcher.host_job import HostJob, name_current, report_jobs_script
 from launcher.hosts import Hosts
 from launcher.options import JobOptions, TpuOptions
-from launcher.outcome import Following, HostEnd
+from launcher.outcome import Following, HostResult
 from launcher.provisioning import Provisioner
 from launcher.source import Source
 from launcher.ssh_feed import feeds_of
-from launcher.tools import Tools, follow_dry
+from launcher.tools import LaunchContext, follow_dry
 
 
 class TpuVmLaunch:
     """A launch of one job on one TPU."""
 
-    def __init__(self, tpu: TpuOptions, options: JobOptions, job: HostJob, source: Source | None, tools: Tools) -> None:
+    def __init__(
+        self, tpu: TpuOptions, options: JobOptions, job: HostJob, source: Source | None, tools: LaunchContext
+    ) -> None:
         self._tpu = tpu
         self._options = options
         self._job = job
@@ -135,7 +137,7 @@ class TpuVmLaunch:
 
     def _raise_if_busy(self, hosts: Hosts) -> None:
         """Raise Busy if a job is running on the TPU, which has room for one. Finished jobs are left alone."""
-        for answer in hosts.require("looking for other jobs", tell_jobs()):
+        for answer in hosts.require("looking for other jobs", report_jobs_script()):
             for fact in answer.facts:
                 words = fact.split()
                 if words[0] == "job" and words[2] in ("running", "restarting", "paused"):
@@ -144,7 +146,7 @@ class TpuVmLaunch:
                         f"Follow it: {self._command('logs --foreground')}\nor stop it: {self._command('stop')}"
                     )
 
-    def _follow(self, hosts: Hosts, attempt: int) -> HostEnd | None:
+    def _follow(self, hosts: Hosts, attempt: int) -> HostResult | None:
         tools = self._tools
         feeds = feeds_of(hosts, self._job, self._gcloud, tools.commands)
         if tools.is_dry:
@@ -163,7 +165,7 @@ class TpuVmLaunch:
         if reason:
             raise TpuLost(f"{reason}; before that, {failure}") from failure
 
-    def _fail(self, failed: HostEnd, count: int, attempt: int) -> None:
+    def _fail(self, failed: HostResult, count: int, attempt: int) -> None:
         message = f"Job failed: {failed.told(count)}\nAll lines: {self._folder(attempt)}"
         if failed.state is None:
             raise Unreachable(

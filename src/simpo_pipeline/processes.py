@@ -1,7 +1,7 @@
-"""The processes of one job as the executor sees them: who am I, what does the leader say, what does everyone say.
+"""The processes of one job as the executor sees them: the process index, a broadcast from the leader, and a gather.
 
-Nothing here knows how processes talk; a job on many hosts passes its own `agree` and `gather`. Values that go through
-them are None, bool, int, float, str, list and dict, so that any transport can carry them.
+Nothing here depends on how processes communicate; a job on many hosts passes its own `agree` and `gather`. The values
+they transfer are None, bool, int, float, str, list and dict, so that any transport can carry them.
 """
 
 import hashlib
@@ -25,38 +25,41 @@ def _alone(value: Any) -> list[Any]:
 
 
 Failure = Mapping[str, Any]
-"""How one process failed: process_index, host, exception, traceback (or None)."""
+"""Failure of one process: process_index, host, exception, traceback (or None)."""
 
 
 @runtime_checkable
 class Watch(Protocol):
-    """What ends a job in every process when one of them cannot go on."""
+    """Ends a job in every process when one of them cannot continue."""
 
     def phase(
         self, name: str, *, files_only: bool, on_abort: Callable[[Failure], None] | None
     ) -> AbstractContextManager[None]:
-        """Tells the watch what this process does while the block runs.
+        """Report to the watch what this process does while the block runs.
 
-        `files_only` work may take longer without a sign of life. Should the job have to be ended while this process
-        is stuck, `on_abort` is called with the failure to blame, from another thread, before the process goes.
+        Args:
+            name: Name of the phase.
+            files_only: Whether the phase only works on files. Such a phase may take longer without a sign of life.
+            on_abort: Called from another thread with the failure that caused the abort, before this process exits, if
+                the job must end while this process is stuck.
         """
         ...
 
     def failed(self, failure: Failure) -> None:
-        """This process failed in its phase; the others may be stuck waiting for it."""
+        """Report that this process failed in its phase. The other processes may be stuck waiting for it."""
         ...
 
     def check_peers(self) -> None:
-        """Raises PeerFailedError when another process is known to have failed in the current step."""
+        """Raise PeerFailedError if another process is known to have failed in the current step."""
         ...
 
     def step_ended(self, name: str) -> None:
-        """All processes are at the end of a step: compare what they did. Raises where they differ, in all."""
+        """Compare what all processes did, at the end of a step. Raise in every process if they differ."""
         ...
 
 
 class NoWatch:
-    """For a job of one process: whatever happens to it happens to the job."""
+    """Watch for a job of one process, which has no peers to observe."""
 
     def phase(
         self, name: str, *, files_only: bool, on_abort: Callable[[Failure], None] | None
@@ -76,7 +79,7 @@ class NoWatch:
 
 @dataclass(frozen=True)
 class Processes:
-    """One process's view of its job; the default is a job of one process.
+    """One process's view of its job. The default is a job of one process.
 
     Every process calls `agree` and `gather` in the same order, from the thread that called the executor.
     """
@@ -84,11 +87,11 @@ class Processes:
     process_index: int = 0
     process_count: int = 1
     agree: Callable[[Any], Any] = _itself
-    """The leader's value, in every process."""
+    """Returns the leader's value in every process."""
     gather: Callable[[Any], list[Any]] = _alone
-    """The values of all processes, by process index, in every process."""
+    """Returns the values of all processes, by process index, in every process."""
     watch: Watch = field(default_factory=NoWatch)
-    """What sees to it that nobody waits for ever."""
+    """Ensures that no process hangs."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.process_index < self.process_count:
@@ -99,15 +102,15 @@ class Processes:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process decides and writes for all."""
+        """Whether this process decides and writes for all processes."""
         return self.process_index == 0
 
     def leader_decides(self, decide: Callable[[], Any]) -> Any:
-        """What `decide()` gave in the leader; it is called nowhere else, and its failure is everyone's failure.
+        """Return the result of `decide()`, which only the leader calls. If it fails, every process fails.
 
         Raises:
-            SimpoPipelineError: what `decide()` raised, of the same class in every process; a StepError if it is not
-                one of ours.
+            SimpoPipelineError: `decide()` raised. The error has the same class in every process, or is a StepError if
+                the class is not defined in this package.
         """
         failure: Exception | None = None
         outcome: dict[str, Any] | None = None
@@ -127,7 +130,7 @@ class Processes:
 
 
 def joint_digest(digests: Sequence[DigestT]) -> DigestT | str:
-    """One digest for the values of all processes: theirs if they are equal, else one over all in order."""
+    """Return one digest for all processes: the common digest if all are equal, otherwise a digest of all in order."""
     if len(set(digests)) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(str(digest) for digest in digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Settings are decoded strictly: whatever is wrong is said in one sentence that names key, place and what to do."""
+"""Settings are decoded strictly: each error is one sentence that names the key, where it was set, and what to do."""
 
 import dataclasses
 from typing import Any, Literal
@@ -53,7 +53,7 @@ def refusal(text: str, *flags: str) -> str:
     return str(refused.value)
 
 
-def test_a_file_becomes_the_dataclass_with_defaults_for_what_it_leaves_out():
+def test_a_file_decodes_to_the_dataclass_with_defaults_for_missing_keys():
     text = """
         oven: {celsius: 180, rate: 6e-7}
         lamp: {celsius: 40, fan: true}
@@ -71,11 +71,11 @@ def test_a_file_becomes_the_dataclass_with_defaults_for_what_it_leaves_out():
 
 
 @pytest.mark.parametrize("text", ["6e-7", "1.5e7", "-2E+3", ".5e1", "1e0", "2.e3", "1.5", "3"])
-def test_numbers_are_written_as_anywhere_else(text):
+def test_numbers_may_use_any_common_notation(text):
     assert decode(f"oven: {{celsius: 1, rate: {text}}}").oven.rate == float(text)
 
 
-def test_the_command_line_wins_over_the_file_key_by_key():
+def test_the_command_line_overrides_the_file_key_by_key():
     kitchen = decode(
         "oven: {celsius: 180, fan: false}\nname: old\nlamp: {celsius: 20}\n",
         *("--oven.celsius", "200", "--oven.fan", "--name=--new", "--lamp", "null"),
@@ -139,13 +139,13 @@ def test_a_key_given_twice_is_refused_naming_its_line():
     assert "key 'fan' is given twice" in refusal("oven: {celsius: 1, fan: true, fan: false}")
 
 
-def test_text_that_is_no_yaml_is_refused_naming_the_file_and_the_line():
+def test_invalid_yaml_is_refused_naming_the_file_and_the_line():
     assert refusal("oven: [1").startswith("kitchen.yaml: ")
     assert "line 1" in refusal("oven: [1")
     assert "unhashable key" in refusal("? [a]\n: b")
 
 
-def test_every_wrong_key_has_a_sentence_of_its_own():
+def test_every_wrong_key_gets_its_own_sentence():
     assert refusal("oven: {celsius: hot, coal: 1}\nnam: x", "--mode", "coal").splitlines() == [
         "kitchen.yaml: oven.celsius is 'hot'; expected an integer.",
         "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
@@ -200,7 +200,7 @@ mappings = st.dictionaries(names, trees, max_size=3)
 
 
 @given(base=mappings, over=mappings)
-def test_merging_keeps_every_leaf_of_the_second_and_what_it_leaves_of_the_first(base, over):
+def test_merging_keeps_all_leaves_of_the_second_and_the_untouched_leaves_of_the_first(base, over):
     merged: Any = merge(base, over)
     assert merge(merged, over) == merged
     assert merge({}, over) == over and merge(base, {}) == base

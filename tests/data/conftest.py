@@ -1,4 +1,4 @@
-"""The byte tokenizer, as every test of this room uses it, and a hub on the loopback interface."""
+"""The byte tokenizer shared by all data tests, and a fake hub on the loopback interface."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def tokenizer(byte_tokenizer_dir: Path) -> Any:
 
 def _hub_handler(files: dict[str, bytes], requests: list[str]) -> type[BaseHTTPRequestHandler]:
     class Hub(BaseHTTPRequestHandler):
-        """Answers the three kinds of request HfFileSystem makes: about a repository, its files, a file's bytes."""
+        """Handler for the three requests of HfFileSystem: repository info, file listing, and byte ranges of a file."""
 
         def do_GET(self) -> None:
             requests.append(self.path)
@@ -56,7 +56,7 @@ def _hub_handler(files: dict[str, bytes], requests: list[str]) -> type[BaseHTTPR
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes]], list[str]]]:
-    """A function that serves files as one hub dataset and returns the list of paths asked for, as it grows."""
+    """Return a function that serves files as one hub dataset and returns the growing list of requested paths."""
     servers: list[ThreadingHTTPServer] = []
 
     def serve(files: dict[str, bytes]) -> list[str]:

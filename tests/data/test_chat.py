@@ -1,4 +1,4 @@
-"""Conversations to tokens: where the answer begins, where it ends, and which templates will do."""
+"""Conversations to tokens: where the answer starts and ends, and which templates are supported."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from simpo_pipeline.errors import DataError
 
 QUESTION_AND_ANSWER = (Message("user", "Hi"), Message("assistant", "Hello."))
 
-# Templates in the manner of Llama 3 (an end token, nothing after it) and of Llama 2 (no header for the answer).
+# Templates like those of Llama 3 (an end token, nothing after it) and of Llama 2 (no header for the answer).
 LLAMA3_STYLE = (
     "{{ '<|bos|>' }}{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
@@ -43,14 +43,14 @@ def test_the_answer_ends_with_its_end_of_turn_token_and_not_with_the_templates_l
     ("template", "answer"),
     [(LLAMA3_STYLE, "Hello.<|im_end|>"), (LLAMA2_STYLE, " Hello. <|eos|>"), (NO_END_TOKEN, "Hello.\n")],
 )
-def test_other_templates_split_where_generation_would_begin(tokenizer: Any, template: str, answer: str):
+def test_other_templates_split_where_generation_would_start(tokenizer: Any, template: str, answer: str):
     tokenizer.chat_template = template
     turn = encode_turn(tokenizer, QUESTION_AND_ANSWER)
     assert turn.prompt == encode_chat(tokenizer, QUESTION_AND_ANSWER[:1], add_generation_prompt=True)
     assert tokenizer.decode(turn.answer) == answer
 
 
-def test_an_answer_of_several_turns_ago_belongs_to_the_prompt(tokenizer: Any):
+def test_answers_of_earlier_turns_belong_to_the_prompt(tokenizer: Any):
     conversation = (*QUESTION_AND_ANSWER, Message("user", "Bye"), Message("assistant", "See you."))
     turn = encode_turn(tokenizer, conversation)
     assert "Hello.<|im_end|>" in tokenizer.decode(turn.prompt)
@@ -58,7 +58,7 @@ def test_an_answer_of_several_turns_ago_belongs_to_the_prompt(tokenizer: Any):
 
 
 def merging_tokenizer(folder: Path) -> Any:
-    """The byte tokenizer with one more token: two line breaks in a row."""
+    """Return the byte tokenizer with one more token: two line breaks in a row."""
     write_byte_tokenizer(str(folder))
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -72,13 +72,13 @@ def test_an_answer_that_would_merge_with_the_prompts_end_starts_from_the_prompts
     tokenizer = merging_tokenizer(tmp_path)
     prompt = QUESTION_AND_ANSWER[:1]
     whole = encode_chat(tokenizer, (*prompt, Message("assistant", "\nHello.")), add_generation_prompt=False)
-    assert VOCAB_SIZE in whole, "the line breaks of the prompt and the answer are expected to merge"
+    assert VOCAB_SIZE in whole, "the line breaks of the prompt and the answer should merge"
     turn = encode_turn(tokenizer, (*prompt, Message("assistant", "\nHello.")))
     assert turn.prompt == encode_chat(tokenizer, prompt, add_generation_prompt=True)
     assert tokenizer.decode(turn.answer) == "\nHello.<|im_end|>"
 
 
-def test_a_template_that_changes_the_prompt_once_answered_is_refused_showing_where(tokenizer: Any):
+def test_a_template_that_renders_the_prompt_differently_with_an_answer_is_refused_showing_where(tokenizer: Any):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}GO{% endif %}"
     )
@@ -100,11 +100,11 @@ def test_roles_the_template_refuses_are_named(tokenizer: Any):
         encode_chat(tokenizer, [Message("system", "x")], add_generation_prompt=False)
 
 
-def test_generation_stops_at_the_turns_end_and_at_the_texts_end(tokenizer: Any):
+def test_generation_stops_at_the_end_of_turn_and_end_of_text_tokens(tokenizer: Any):
     assert tokenizer.convert_ids_to_tokens(list(stop_token_ids(tokenizer))) == ["<|eos|>", "<|im_end|>"]
 
 
-def test_a_template_without_end_token_stops_at_the_texts_end_only(tokenizer: Any):
+def test_without_an_end_of_turn_token_generation_stops_at_end_of_text_only(tokenizer: Any):
     tokenizer.chat_template = NO_END_TOKEN
     assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
 
@@ -117,7 +117,7 @@ def test_padding_falls_back_to_the_end_token_and_then_to_zero(tokenizer: Any):
     assert pad_token_id(tokenizer) == 0
 
 
-def test_the_byte_tokenizer_gives_each_byte_its_own_value_and_back(tokenizer: Any):
+def test_the_byte_tokenizer_maps_each_byte_to_its_value_and_back(tokenizer: Any):
     text = "".join(map(chr, range(0x400))) + "語😀"
     assert tokenizer.encode(text) == list(text.encode("utf-8"))
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,4 +1,4 @@
-"""The loader's law: batches are windows on the epochs' orders laid end to end."""
+"""The loader's law: batches are consecutive windows on the concatenated orders of the epochs."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ PAD = 9999
 
 
 def make_pair(index: int, prompt: int = 2, chosen: int = 2, rejected: int = 1) -> TokenizedPair:
-    """A pair whose first token is its index, so that a batch row names the pair it came from."""
+    """Return a pair whose first token is its index, so that a batch row identifies its pair."""
     prompt_tokens = [index, *range(100, 99 + prompt)]
     return TokenizedPair(
         prompt_id=f"p{index}",
@@ -34,9 +34,9 @@ def make_loader(num_pairs: int, batch_size: int, seed: int = 0) -> PairLoader:
     return PairLoader(pairs, batch_size=batch_size, seq_len=6, seed=seed, pad_id=PAD, num_updates=10)
 
 
-def test_packed_rows_hold_less_padding_than_padded_ones():
+def test_packed_rows_contain_less_padding_than_padded_rows():
     rng = np.random.default_rng(0)
-    # Answers of 10 to 300 tokens, most of them short, as real ones are.
+    # Answers of 10 to 300 tokens, mostly short, as in real data.
     pairs = [make_pair(index, 40, *np.clip(rng.gamma(1.5, 60, 2), 10, 300).astype(int)) for index in range(64)]
     padded, packed = (
         PairLoader(pairs, batch_size=8, seq_len=340, seed=0, pad_id=PAD, num_updates=8, packing=packing)
@@ -47,7 +47,7 @@ def test_packed_rows_hold_less_padding_than_padded_ones():
         assert packed.batch(step).padding_share < 0.6 * padded.batch(step).padding_share
 
 
-# grain's shuffle walks through 65,536 places to find those of a small data set, so examples are few.
+# grain's shuffle walks through 65,536 positions to find those of a small data set, so there are few examples.
 @settings(max_examples=10, deadline=None)
 @given(num_pairs=st.integers(1, 40), batch_size=st.integers(1, 17), seed=st.integers(0, 2**64 - 1))
 def test_each_epoch_visits_each_pair_exactly_once(num_pairs: int, batch_size: int, seed: int):
@@ -60,7 +60,7 @@ def test_each_epoch_visits_each_pair_exactly_once(num_pairs: int, batch_size: in
 
 @settings(max_examples=5, deadline=None)
 @given(num_pairs=st.integers(5, 40), batch_size=st.integers(1, 9), step=st.integers(0, 9))
-def test_a_restart_reads_what_the_first_run_would_have_read(num_pairs: int, batch_size: int, step: int):
+def test_a_restart_reads_the_same_batches_as_the_first_run(num_pairs: int, batch_size: int, step: int):
     first_run = make_loader(num_pairs, batch_size)
     for earlier in range(step):
         first_run.batch(earlier)

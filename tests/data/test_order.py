@@ -20,12 +20,12 @@ def test_seeds_and_epochs_give_different_orders():
     assert all(sorted(order) == list(range(20)) for order in orders)
 
 
-def test_the_order_is_the_recorded_one_so_that_old_runs_can_be_resumed():
+def test_the_order_never_changes_so_that_old_runs_can_be_resumed():
     assert PairOrder(Mixture((8,), (1.0,)), 0).read(range(8)) == [5, 3, 6, 7, 4, 2, 1, 0]
     assert PairOrder(Mixture((4, 4), (1.0, 3.0)), 0).read(range(8)) == [2, 5, 6, 7, 3, 4, 4, 7]
 
 
-# grain's shuffle walks through 65,536 places to find those of a small data set, so examples are few.
+# grain's shuffle walks through 65,536 positions to find those of a small data set, so there are few examples.
 @settings(max_examples=10, deadline=None)
 @given(
     sizes=st.lists(st.integers(5, 60), min_size=2, max_size=4),
@@ -33,7 +33,9 @@ def test_the_order_is_the_recorded_one_so_that_old_runs_can_be_resumed():
     start=st.integers(0, 500),
     data=st.data(),
 )
-def test_every_stretch_holds_the_datasets_in_their_proportions(sizes: list[int], seed: int, start: int, data):
+def test_every_window_contains_the_datasets_in_proportion_to_their_weights(
+    sizes: list[int], seed: int, start: int, data
+):
     weights = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=len(sizes), max_size=len(sizes)))
     read = PairOrder(Mixture(tuple(sizes), tuple(weights)), seed).read(range(start, start + 60))
     first = 0
@@ -52,13 +54,13 @@ def test_each_dataset_of_a_mixture_goes_through_its_own_epochs():
     assert len(set(large)) == len(large) == 12
 
 
-def test_reading_starts_at_any_place():
+def test_reading_can_start_at_any_position():
     order = PairOrder(Mixture((7, 5), (2.0, 1.0)), 3)
     assert order.read(range(40, 60)) == PairOrder(Mixture((7, 5), (2.0, 1.0)), 3).read(range(60))[40:]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "weights", "told"),
+    ("sizes", "weights", "message"),
     [
         ((), (), "each dataset needs at least one pair"),
         ((3, 0), (1.0, 1.0), "each dataset needs at least one pair"),
@@ -67,6 +69,6 @@ def test_reading_starts_at_any_place():
         ((3, 3), (float("nan"), 1.0), r"weights \[nan\]"),
     ],
 )
-def test_a_mixture_that_cannot_be_read_is_refused(sizes, weights, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_mixture_that_cannot_be_read_is_refused(sizes, weights, message):
+    with pytest.raises(ConfigError, match=message):
         Mixture(sizes, weights)

@@ -1,4 +1,4 @@
-"""Prompts come from one place, and the hosts share them without gap or overlap."""
+"""Prompts come from one source, and hosts shard them without gaps or overlap."""
 
 import pytest
 from hypothesis import given
@@ -14,13 +14,13 @@ def test_prompts_are_taken_as_given():
     assert config.count == 2
 
 
-def test_synthetic_prompts_carry_their_index():
+def test_synthetic_prompts_contain_their_index():
     config = PromptsConfig(synthetic_prompt_count=2, synthetic_prompt_template="M11 prompt {index}: explain {{x}}.")
     assert config.count == 2
     assert load_prompts(config) == ("M11 prompt 0: explain {x}.", "M11 prompt 1: explain {x}.")
 
 
-def test_a_file_gives_one_prompt_a_line_without_the_blank_ones(tmp_path):
+def test_a_file_has_one_prompt_per_line_and_blank_lines_are_skipped(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\n  two  \n")
     config = PromptsConfig(prompts_path=str(tmp_path / "prompts.txt"))
     assert load_prompts(config) == ("one", "two")

@@ -17,7 +17,7 @@ from simpo_pipeline.errors import ConfigError, DataError, StorageError
 
 
 def messages(*turns: str) -> list[dict[str, str]]:
-    """Alternating turns of user and assistant."""
+    """Return alternating turns of user and assistant."""
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
@@ -204,7 +204,7 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, name: str):
         read(tmp_path / name)
 
 
-def test_a_file_of_another_kind_is_refused_with_the_kinds_allowed():
+def test_an_unsupported_file_type_is_refused_naming_the_supported_ones():
     with pytest.raises(DataError, match=r"pairs\.csv: expected a file ending in \.jsonl or \.parquet"):
         read("/data/pairs.csv")
 
@@ -219,7 +219,7 @@ def test_a_pattern_without_a_match_is_an_error(tmp_path: Path):
         read(tmp_path / "*.jsonl")
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path: Path):
+def test_a_missing_file_is_an_error(tmp_path: Path):
     with pytest.raises(StorageError, match=r"absent\.jsonl"):
         read(tmp_path / "absent.jsonl")
 

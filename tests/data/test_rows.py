@@ -1,4 +1,4 @@
-"""Padded and packed rows: every answer token is predicted once, from just what stands before it in its sequence."""
+"""Padded and packed rows: every answer token is predicted once, from exactly the tokens before it in its sequence."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.data.rows import (
-    NOBODY,
+    PADDING,
     RowBatch,
     RowShape,
     fill_rows,
@@ -24,7 +24,7 @@ PAD = 9999
 
 
 def make_pair(index: int, prompt: int, chosen: int, rejected: int, *, same_prompt: bool = True) -> TokenizedPair:
-    """A pair all of whose tokens are different from each other and from those of other pairs."""
+    """Return a pair whose tokens differ from each other and from those of all other pairs."""
     first = 1000 * index
     prompt_tokens = np.arange(first, first + prompt)
     other_prompt = prompt_tokens if same_prompt else prompt_tokens + 500
@@ -43,36 +43,36 @@ PAIRS = st.lists(
 
 
 def read_back(batch: RowBatch, sequence: int) -> tuple[list[int], list[list[int]]]:
-    """The answer that is predicted for a sequence, and for each of its tokens what the model sees when it does so."""
-    groups, places = np.nonzero(batch.sequences == sequence)
-    assert len(set(groups)) == 1, "an answer is predicted in one group"
+    """Return the predicted answer of a sequence, and the tokens that the model sees for each of its predictions."""
+    groups, columns = np.nonzero(batch.sequences == sequence)
+    assert len(set(groups)) == 1, "an answer must be predicted in a single group"
     rows_per_group, row_len = batch.tokens.shape[0] // batch.sequences.shape[0], batch.tokens.shape[1]
     seen = []
-    for at in batch.predict_at[groups[0], places]:
-        row, place = groups[0] * rows_per_group + at // row_len, at % row_len
+    for at in batch.predict_at[groups[0], columns]:
+        row, index = groups[0] * rows_per_group + at // row_len, at % row_len
         tokens, segments, branches, positions = (
             array[row] for array in (batch.tokens, batch.segments, batch.branches, batch.positions)
         )
-        earlier = np.arange(row_len) <= place
-        readable = (segments == segments[place]) & ((branches == 0) | (branches == branches[place])) & earlier
-        assert segments[place] != NOBODY
+        earlier = np.arange(row_len) <= index
+        readable = (segments == segments[index]) & ((branches == 0) | (branches == branches[index])) & earlier
+        assert segments[index] != PADDING
         assert positions[readable].tolist() == list(range(readable.sum()))
         seen.append(tokens[readable].tolist())
-    return batch.targets[groups[0], places].tolist(), seen
+    return batch.targets[groups[0], columns].tolist(), seen
 
 
 def assert_each_answer_is_predicted_from_its_beginning(batch: RowBatch, pairs: list[TokenizedPair]) -> None:
-    assert set(batch.sequences.reshape(-1)) - {NOBODY} == set(range(2 * len(pairs)))
+    assert set(batch.sequences.reshape(-1)) - {PADDING} == set(range(2 * len(pairs)))
     for index, pair in enumerate(pairs):
         sides = (pair.chosen_tokens, pair.chosen_response_start), (pair.rejected_tokens, pair.rejected_response_start)
         for side, (tokens, start) in enumerate(sides):
             answer, seen = read_back(batch, 2 * index + side)
             assert answer == tokens[start:].tolist()
-            assert seen == [tokens[:place].tolist() for place in range(start, len(tokens))]
+            assert seen == [tokens[:end].tolist() for end in range(start, len(tokens))]
             assert batch.answer_lens[index, side] == len(answer)
-    held = (batch.segments != NOBODY).sum()
+    held = (batch.segments != PADDING).sum()
     assert batch.padding_share == pytest.approx(1 - held / batch.tokens.size)
-    assert (batch.tokens[batch.segments == NOBODY] == PAD).all()
+    assert (batch.tokens[batch.segments == PADDING] == PAD).all()
     assert batch.num_tokens == sum(pair.num_tokens for pair in pairs)
 
 
@@ -88,12 +88,12 @@ def assert_each_token_is_in_the_slot_of_its_pair(batch: RowBatch, shape: RowShap
             held[first : first + tokens] += 1
             seen |= (pairs := set(batch.segments[row, first : first + tokens] // 2))
             assert len(pairs) == (tokens > 0)
-        np.testing.assert_array_equal(held, batch.segments[row] != NOBODY)
+        np.testing.assert_array_equal(held, batch.segments[row] != PADDING)
     assert seen == set(range(num_pairs))
 
 
 @given(PAIRS)
-def test_packed_rows_hold_every_answer_and_what_it_follows(pairs: list[TokenizedPair]):
+def test_packed_rows_contain_every_answer_and_its_context(pairs: list[TokenizedPair]):
     shape = packed_shape([pairs], 2)
     batch = packed_rows(pairs, shape, PAD)
     assert batch.tokens.shape == (shape.num_rows, shape.row_len) and shape.num_rows == 2
@@ -104,36 +104,36 @@ def test_packed_rows_hold_every_answer_and_what_it_follows(pairs: list[Tokenized
 
 
 @given(PAIRS)
-def test_padded_rows_hold_every_answer_and_what_it_follows(pairs: list[TokenizedPair]):
+def test_padded_rows_contain_every_answer_and_its_context(pairs: list[TokenizedPair]):
     batch = padded_rows(pairs, padded_shape([pairs], len(pairs) + 1, 16, 1), PAD)
     assert batch.tokens.shape == (2 * len(pairs) + 2, 16)
-    # One sequence a row, and no mask is needed: padding comes last.
-    assert all(len(set(row) - {NOBODY}) <= 1 for row in batch.segments)
+    # There is one sequence per row, and no mask is needed: padding comes last.
+    assert all(len(set(row) - {PADDING}) <= 1 for row in batch.segments)
     assert_each_answer_is_predicted_from_its_beginning(batch, pairs)
 
 
-def test_the_two_answers_of_a_pair_share_its_prompt_where_it_is_the_same():
+def test_both_answers_of_a_pair_share_the_prompt_if_it_is_the_same():
     shared, apart = (make_pair(0, 50, 3, 4, same_prompt=same) for same in (True, False))
     assert packed_len(shared) == 49 + 3 + 4
     assert packed_len(apart) == 50 + 2 + 50 + 3
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 4))
-def test_rows_hold_every_item_once_and_hardly_more_than_their_share(lengths: list[int], num_rows: int):
+def test_rows_contain_every_item_once_and_are_nearly_balanced(lengths: list[int], num_rows: int):
     rows = fill_rows(lengths, num_rows)
     assert len(rows) == num_rows
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     for row in rows:
         held = [lengths[index] for index in row]
         assert held == sorted(held, reverse=True)
-        # When its last item came, no row was less full: so without it, it had at most its share.
+        # A row gets its last item while no other row is less full, so without that item it has at most its share.
         assert num_rows * sum(held[:-1]) <= sum(lengths)
 
 
-def test_a_shape_holds_every_batch_of_a_run():
+def test_a_shape_fits_every_batch_of_a_run():
     batches = [[make_pair(index, 5, 30 * index + 1, 10) for index in indices] for indices in ((0, 0), (3, 3, 2), (1,))]
     shape = packed_shape(batches, 1)
-    # The second batch has pairs of 105, 105 and 75 tokens, the first two of 15.
+    # The second batch has pairs of 105, 105 and 75 tokens; the first has two of 15.
     assert (shape.num_rows, shape.row_len, shape.slot_lens) == (1, 320, (128, 128, 96))
     for batch in batches:
         rows = packed_rows(_renumbered(batch), shape, PAD)
@@ -141,11 +141,11 @@ def test_a_shape_holds_every_batch_of_a_run():
         assert_each_token_is_in_the_slot_of_its_pair(rows, shape, len(batch))
 
 
-def test_there_are_slots_only_where_they_cost_less_than_the_row():
+def test_slots_are_used_only_where_they_cost_less_than_the_row():
     long, short = make_pair(0, 5, 60, 64), make_pair(1, 5, 2, 2)
-    # One slot is no shorter than the row.
+    # A single slot would be no shorter than the row.
     assert packed_shape([[long]], 1).slot_lens == ()
-    # Each row has room for the longest pair of any.
+    # Each row needs room for the longest pair of any row.
     assert packed_shape([[long, short], [short, short, short]], 2).slot_lens == ()
     assert packed_shape([[long, short, short]], 1).slot_lens == (128, 32, 32)
 
@@ -156,7 +156,7 @@ def test_a_pair_longer_than_its_slot_is_refused():
         packed_rows([long], packed_shape([[short] * 9], 1), PAD)
 
 
-def test_slots_of_many_lengths_are_raised_to_few():
+def test_many_slot_lengths_are_rounded_up_to_a_few():
     lengths = [10, 100, 170, 220, 290, 350, 420, 480, 500]
     shape = packed_shape([[make_pair(index, 1, length, 1) for index, length in enumerate(lengths)]], 1)
     assert len(set(shape.slot_lens)) == 6
@@ -166,7 +166,7 @@ def test_slots_of_many_lengths_are_raised_to_few():
 
 
 def _renumbered(batch: list[TokenizedPair]) -> list[TokenizedPair]:
-    """Equal pairs with tokens of their own."""
+    """Return pairs of the same lengths with unique tokens."""
     return [
         make_pair(index, pair.chosen_response_start, len(pair.chosen_tokens) - 5, len(pair.rejected_tokens) - 5)
         for index, pair in enumerate(batch)
@@ -174,7 +174,7 @@ def _renumbered(batch: list[TokenizedPair]) -> list[TokenizedPair]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_sweep_serves_each_pair_once_the_last_batch_with_what_is_left(packing: bool):
+def test_a_sweep_yields_each_pair_once_and_a_smaller_last_batch(packing: bool):
     pairs = [make_pair(index, 2, 3, 4) for index in range(5)]
     sweep = PairSweep(pairs, batch_size=2, seq_len=8, pad_id=PAD, packing=packing)
     batches = list(sweep.batches())
@@ -184,7 +184,7 @@ def test_a_sweep_serves_each_pair_once_the_last_batch_with_what_is_left(packing:
         assert_each_answer_is_predicted_from_its_beginning(batch, pairs[2 * number : 2 * number + 2])
 
 
-def test_a_sweep_over_nothing_or_over_too_long_a_pair_is_refused():
+def test_a_sweep_without_pairs_or_with_a_pair_that_is_too_long_is_refused():
     with pytest.raises(DataError, match="no pairs to evaluate on"):
         PairSweep([], batch_size=2, seq_len=8, pad_id=PAD)
     with pytest.raises(DataError, match=r"'p0' has 9 tokens, more than seq_len 8"):

@@ -1,4 +1,4 @@
-"""The shipped preference set and prompts are what their script makes, and are fit to train on."""
+"""The shipped preference set and prompts match the output of their script and are suitable for training."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ def records() -> list[PreferenceRecord]:
     return list(read_records(PreferenceSource(str(DATA / "preferences.jsonl"))))
 
 
-def test_the_file_is_what_the_script_makes():
+def test_the_file_matches_the_output_of_its_script():
     made = runpy.run_path(str(DATA / "make_preferences.py"))["make_text"]()
     shipped = (DATA / "preferences.jsonl").read_text(encoding="utf-8")
     assert made == shipped, "run experiments/data/make_preferences.py and commit the file"
@@ -62,7 +62,7 @@ def test_all_pairs_fit_128_tokens_of_the_default_model(records: list[PreferenceR
     assert smollm2_tokenizer.decode(list(stop_token_ids(smollm2_tokenizer))) == "<|im_end|>"
 
 
-def test_the_shipped_prompts_are_128_different_ones_that_are_not_trained_on(records: list[PreferenceRecord]):
+def test_the_128_shipped_prompts_are_distinct_and_not_in_the_training_set(records: list[PreferenceRecord]):
     prompts = load_prompts(PromptsConfig(prompts_path=str(DATA / "prompts.txt")))
     assert len(prompts) == len(set(prompts)) == 128
     assert not set(prompts) & {record.prompt[0].content for record in records}

@@ -7,7 +7,7 @@ from simpo_pipeline.errors import ConfigError, DataError
 
 
 def pair(prompt: int, prompt_id: str = "") -> TokenizedPair:
-    """A pair whose prompt has two tokens and whose answers have two and three."""
+    """Return a pair with a prompt of two tokens and answers of two and three tokens."""
     answer = np.arange(3, dtype=np.int32)
     tokens = np.concatenate([prompt_tokens(prompt), answer])
     return TokenizedPair(prompt_id or f"p{prompt}", tokens[:-1], tokens, 2, 2)
@@ -17,7 +17,7 @@ def prompt_tokens(prompt: int) -> np.ndarray:
     return np.array([prompt // 256, prompt % 256], dtype=np.int32)
 
 
-def test_about_the_asked_for_share_is_held_out_and_the_rest_trained_on_in_order():
+def test_about_the_requested_fraction_is_held_out_and_the_rest_keeps_its_order():
     pairs = [pair(index) for index in range(1000)]
     train, held_out = split_pairs(pairs, 0.2)
     assert 160 <= len(held_out) <= 240
@@ -25,19 +25,19 @@ def test_about_the_asked_for_share_is_held_out_and_the_rest_trained_on_in_order(
     assert [pair.prompt_id for pair in train] == [pair.prompt_id for pair in pairs if pair not in held_out]
 
 
-def test_a_larger_share_holds_out_the_same_prompts_and_more():
+def test_a_larger_fraction_holds_out_a_superset_of_the_prompts():
     few, many = ({i for i in range(200) if is_held_out(prompt_tokens(i), share)} for share in (0.1, 0.3))
     assert few < many
 
 
-def test_pairs_of_one_prompt_are_on_one_side_whatever_their_ids_and_the_side_is_the_recorded_one():
+def test_all_pairs_of_a_prompt_are_on_one_side_and_the_side_never_changes():
     prompts = (0, 1, 0, 2, 1, 3, 4)
     train, held_out = split_pairs([pair(prompt, f"row {row}") for row, prompt in enumerate(prompts)], 0.5)
     assert [each.prompt_id for each in held_out] == ["row 1", "row 3", "row 4", "row 6"]
     assert [each.prompt_id for each in train] == ["row 0", "row 2", "row 5"]
 
 
-def test_nothing_is_held_out_unless_asked_for():
+def test_a_fraction_of_zero_holds_out_nothing():
     assert split_pairs([pair(0)], 0.0)[1] == []
 
 

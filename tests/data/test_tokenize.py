@@ -1,4 +1,4 @@
-"""Records to pairs: policies for what does not fit, and the counts of them."""
+"""Records to pairs: policies for pairs that are too long or unusable, and their counts."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from simpo_pipeline.data.records import Message, PreferenceRecord
 from simpo_pipeline.data.tokenize import tokenize_pairs
 from simpo_pipeline.errors import ConfigError, DataError
 
-PROMPT_TOKENS = len("<user\nHi>\n<assistant\n")  # one token a character, < and > standing for the two turn tokens
+PROMPT_TOKENS = len("<user\nHi>\n<assistant\n")  # one token per character; < and > stand for the two turn tokens
 
 
 def record(chosen: str, rejected: str, question: str = "Hi", prompt_id: str = "p") -> PreferenceRecord:
@@ -33,7 +33,7 @@ def answers(pair: TokenizedPair, tokenizer: Any) -> tuple[str, str]:
     )
 
 
-def test_pairs_hold_prompt_and_answer_and_where_the_answer_starts(tokenizer: Any):
+def test_pairs_contain_prompt_and_answer_and_the_start_of_the_answer(tokenizer: Any):
     [pair], stats = tokenize_pairs([record("Hello.", "What?")], tokenizer, max_length=40)
     assert pair.chosen_response_start == pair.rejected_response_start == PROMPT_TOKENS
     assert answers(pair, tokenizer) == ("Hello.<|im_end|>", "What?<|im_end|>")
@@ -58,14 +58,14 @@ def test_a_pair_of_exactly_the_maximum_is_kept_whole(tokenizer: Any):
     assert stats.num_truncated == 0
 
 
-def test_a_pair_that_is_too_long_is_an_error_that_names_the_ways_out(tokenizer: Any):
+def test_a_pair_that_is_too_long_is_an_error_that_names_the_remedies(tokenizer: Any):
     with pytest.raises(
         DataError, match=r"pairs\.jsonl, line 3: the pair 'p' has 28 tokens, more than max_length 27; .*'truncate'"
     ):
         tokenize_pairs([record("Hello.", "What?")], tokenizer, max_length=27)
 
 
-def test_drop_leaves_out_what_is_too_long_and_counts_it(tokenizer: Any):
+def test_drop_removes_pairs_that_are_too_long_and_counts_them(tokenizer: Any):
     records = [record("Hello.", "What?", prompt_id="long"), record("Yo", "Eh", prompt_id="short")]
     pairs, stats = tokenize_pairs(records, tokenizer, max_length=PROMPT_TOKENS + 3, too_long="drop")
     assert [pair.prompt_id for pair in pairs] == ["short"]
@@ -126,7 +126,7 @@ def test_pairs_without_preference_can_be_dropped_and_are_counted(tokenizer: Any)
     assert (stats.num_records, stats.num_dropped_unusable, stats.num_dropped) == (4, 3, 3)
 
 
-def test_no_pair_left_is_an_error_that_says_what_became_of_them(tokenizer: Any):
+def test_no_pair_left_is_an_error_with_the_counts_of_dropped_pairs(tokenizer: Any):
     records = [record("Hello.", "What?"), record("Eh", "Eh")]
     with pytest.raises(DataError, match="none of 2 pairs is left: 1 longer than max_length 20, 1 without a preference"):
         tokenize_pairs(records, tokenizer, max_length=20, too_long="drop", unusable="drop")
@@ -144,7 +144,7 @@ def test_a_maximum_without_room_for_two_tokens_is_refused(tokenizer: Any):
 
 
 @pytest.mark.parametrize("folder", ["", "memory://written/"])
-def test_pairs_come_back_from_parquet_as_they_were(tokenizer: Any, tmp_path: Path, folder: str):
+def test_pairs_survive_a_round_trip_through_parquet(tokenizer: Any, tmp_path: Path, folder: str):
     records = [record("Hello " * n, "Eh" * n, prompt_id=f"é{n}") for n in range(1, 6)]
     pairs, _ = tokenize_pairs(records, tokenizer, max_length=64)
     path = (folder or f"{tmp_path}/") + "pairs.parquet"

@@ -1,4 +1,4 @@
-"""A coordination service within one process, for tests whose processes are threads."""
+"""Coordination service inside one process, for tests that use threads as processes."""
 
 import threading
 
@@ -6,7 +6,7 @@ import pytest
 
 
 class MemoryCoordination:
-    """One store for all threads that share the object."""
+    """Key-value store that is shared by all threads with this object."""
 
     def __init__(self, count: int) -> None:
         self._values: dict[str, bytes] = {}
@@ -46,5 +46,5 @@ class MemoryCoordination:
 
 @pytest.fixture
 def make_coordination():
-    """Makes a coordination service for so many processes."""
+    """Return a function that makes a coordination service for a given number of processes."""
     return MemoryCoordination

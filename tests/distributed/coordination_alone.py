@@ -1,6 +1,6 @@
-"""Calls everything of the coordination service that the project uses, in a job of one process.
+"""Call every function of the coordination service that the project uses, in a job of one process.
 
-A script of its own, started by test_coordination.py: jax starts its service once a process.
+test_coordination.py runs this as a separate script, because JAX starts its service only once per process.
 """
 
 import os

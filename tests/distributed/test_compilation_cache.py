@@ -1,4 +1,4 @@
-"""Programs are compiled once for all jobs that share a cache, and no cache can fail a job."""
+"""Jobs that share a cache compile a program once, and a broken cache never fails a job."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ SUMMARY = re.compile(r"compilation cache: read (\d+).* and compiled (\d+) ")
 
 
 def run_job(path: str, num_programs: int = 3) -> tuple[CompilationCache, list[float]]:
-    """Compile some programs through the cache and run them, as a new process does."""
+    """Compile programs through the cache and run them, as a new process does. Return the cache and the results."""
     with opened_cache(path) as cache:
         assert cache is not None
         programs = Programs(cache=cache)
@@ -65,19 +65,19 @@ def test_a_damaged_entry_is_compiled_again_and_replaced_with_one_warning(tmp_pat
 
 @pytest.fixture
 def process_1(monkeypatch):
-    """Lets jax take this process for one that it writes no entries for."""
+    """Make JAX treat this process as process 1, for which JAX writes no cache entries."""
     monkeypatch.setattr(jax_distributed.global_state, "process_id", 1)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
 
 
-def test_a_process_that_jax_writes_nothing_for_stores_its_own(tmp_path, process_1):
+def test_a_process_for_which_jax_writes_no_entries_stores_its_own(tmp_path, process_1):
     assert run_job(str(tmp_path))[0].counts.misses == 3
     again, results = run_job(str(tmp_path))
     assert (again.counts.hits, again.counts.misses, results) == (3, 0, EXPECTED)
 
 
 def test_no_program_is_stored_under_the_key_of_another(tmp_path, process_1):
-    """What was compiled past `Programs` leaves a key that was not found; the next program is read, or another one."""
+    """A compilation outside `Programs` leaves a missed key. The next program must not be stored under that key."""
     run_job(str(tmp_path))
     names = {entry.name for entry in tmp_path.glob("*-cache")}
     with opened_cache(str(tmp_path)) as cache:
@@ -96,7 +96,7 @@ def test_a_program_that_calls_back_into_python_is_not_stored(tmp_path, process_1
     assert list(tmp_path.glob("*-cache")) == []
 
 
-def test_an_entry_that_is_whole_but_no_executable_is_a_warning(tmp_path):
+def test_an_intact_entry_that_is_not_an_executable_gives_a_warning(tmp_path):
     run_job(str(tmp_path), 1)
     (entry,) = tmp_path.glob("*-cache")
     from jax._src.compilation_cache import compress_executable
@@ -107,7 +107,7 @@ def test_an_entry_that_is_whole_but_no_executable_is_a_warning(tmp_path):
     assert results == EXPECTED[:1]
 
 
-def test_a_place_that_cannot_be_used_is_one_warning_and_no_failure(tmp_path, caplog):
+def test_an_unusable_cache_path_gives_one_warning_and_no_failure(tmp_path, caplog):
     (tmp_path / "file").write_text("not a folder")
     with caplog.at_level(logging.WARNING):
         cache, results = run_job(str(tmp_path / "file" / "cache"))
@@ -116,14 +116,14 @@ def test_a_place_that_cannot_be_used_is_one_warning_and_no_failure(tmp_path, cap
     assert str(tmp_path / "file") in warning and "--compilation_cache" in warning
 
 
-def test_entries_can_live_in_a_bucket(gcs_here, caplog):
+def test_entries_can_be_stored_in_a_bucket(gcs_here, caplog):
     run_job(gcs_here)
     cache, results = run_job(gcs_here)
     assert (cache.counts.hits, cache.counts.misses, results) == (3, 0, EXPECTED)
     assert [message for message in caplog.messages if "compilation cache" in message] == []
 
 
-def test_jax_is_left_as_it_was(tmp_path):
+def test_the_config_of_jax_is_restored(tmp_path):
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [jax.config.values[name] for name in names]
     with opened_cache(None):
@@ -151,19 +151,19 @@ def test_off_stores_nothing(tmp_path, monkeypatch):
         (None, {}, user_cache_folder("compiled")),
     ],
 )
-def test_the_flag_comes_before_jaxs_own_variable_and_that_before_the_users_folder(given, environment, expected):
+def test_the_flag_precedes_the_variable_of_jax_which_precedes_the_user_folder(given, environment, expected):
     assert compilation_cache_path(given, environment) == expected
 
 
 @pytest.mark.parametrize("given", ["", " ", "gs:/bucket/compiled"])
-def test_a_place_that_is_none_is_refused(given):
+def test_an_invalid_cache_path_is_refused(given):
     with pytest.raises(ConfigError, match=r"give a folder|lost a slash"):
         compilation_cache_path(given, {})
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyRun:
-    """The figures that a job of two processes gives of its cache."""
+    """Cache statistics that a job of two processes reports."""
 
     read: int
     compiled: int
@@ -171,7 +171,7 @@ class ToyRun:
     text: str
 
     def lines(self, pattern: str) -> list[tuple[str, ...]]:
-        """The process and the groups of each line that a process logged and that matches."""
+        """Return the process and the groups of each logged line that matches."""
         return re.findall(rf"^\[(\d)\] .*INFO {pattern}", self.text, re.MULTILINE)
 
 
@@ -183,12 +183,12 @@ def run_toy(launch, prefix: pathlib.Path, cache: pathlib.Path) -> ToyRun:
 
 @pytest.fixture(scope="module")
 def first_run(launch, tmp_path_factory) -> tuple[ToyRun, pathlib.Path]:
-    """A job with an empty cache, and the cache that it leaves."""
+    """Run a job with an empty cache, and return it with the folder of the cache that it filled."""
     folder = tmp_path_factory.mktemp("toy")
     return run_toy(launch, folder / "first", folder / "cache"), folder / "cache"
 
 
-def test_many_processes_read_what_they_compiled_and_ledgers_stay_equal(launch, first_run, tmp_path):
+def test_processes_read_the_programs_they_compiled_and_their_ledgers_stay_equal(launch, first_run, tmp_path):
     first, cache = first_run
     assert first.read == 0 and first.compiled > 0 and len(first.ledgers) == 1
     again = run_toy(launch, tmp_path / "again", cache)
@@ -196,8 +196,8 @@ def test_many_processes_read_what_they_compiled_and_ledgers_stay_equal(launch, f
     assert again.lines(r"compiled (\w+) in") == []
 
 
-def test_many_processes_all_read_a_program_over_them_or_all_compile_it(launch, first_run, tmp_path):
-    """Each process has entries of its own: without one of the two, a program over both is compiled in both."""
+def test_all_processes_read_a_shared_program_or_all_compile_it(launch, first_run, tmp_path):
+    """Each process has its own entries. If one of the two is missing, both processes compile the shared program."""
     first, cache = first_run
     num_entries = len(list(cache.glob("*-cache")))
     recompiling = set()

@@ -1,4 +1,4 @@
-"""A process learns of its job from its environment, and a half-set one is told what is missing."""
+"""A process detects its job from the environment, and incomplete settings are an error that names what is missing."""
 
 import pathlib
 
@@ -18,14 +18,14 @@ def test_explicit_settings_name_the_job(tmp_path):
     assert find_membership(EXPLICIT, tmp_path) == Membership("10.0.0.1:8476", 4, 3)
 
 
-def test_a_slice_on_gke_and_a_tpu_vm_leave_it_to_jax(tmp_path):
+def test_jax_detects_the_job_on_a_gke_slice_and_a_tpu_vm(tmp_path):
     assert find_membership({"TPU_WORKER_HOSTNAMES": "a,b"}, tmp_path) == Membership()
     assert find_membership({"TPU_WORKER_HOSTNAMES": "a"}, tmp_path) is None
     assert find_membership({"MEGASCALE_COORDINATOR_ADDRESS": "a:8080"}, tmp_path) == Membership()
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "accel0").touch()
     assert find_membership({}, tmp_path, lambda: True) == Membership()
-    # On a machine without the TPU's library the device is some other card; a job on CPU does not look at it.
+    # Without the TPU library, the device file belongs to another card. A job on CPU ignores device files.
     assert find_membership({}, tmp_path, lambda: False) is None
     assert find_membership({"JAX_PLATFORMS": "cpu"}, tmp_path, lambda: True) is None
 
@@ -36,7 +36,7 @@ def test_explicit_settings_win_over_a_tpu(tmp_path: pathlib.Path):
     assert find_membership(EXPLICIT, tmp_path, lambda: True) == Membership("10.0.0.1:8476", 4, 3)
 
 
-def test_a_silence_that_jax_would_not_wait_for_is_refused():
+def test_a_silence_longer_than_jax_waits_for_is_refused():
     with pytest.raises(ConfigError, match=r"watch\.silence_seconds is 20\.0; it must be at most 18\.0"):
         WatchConfig(silence_seconds=20.0)
 
@@ -56,6 +56,6 @@ def test_incomplete_or_wrong_settings_are_refused(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_watch_that_would_never_or_always_give_up_is_refused(seconds):
+def test_a_watch_limit_that_is_not_positive_and_finite_is_refused(seconds):
     with pytest.raises(ConfigError, match=r"watch\.grace_seconds must be a finite number of seconds above 0"):
         WatchConfig(grace_seconds=seconds)

@@ -1,11 +1,11 @@
-"""The coordination service is jax's, behind a private client: one file knows it, and this notices when it moves."""
+"""The coordination service of JAX has a private client. One file uses it, and these tests detect when it changes."""
 
 import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROOM = ROOT / "src" / "simpo_pipeline" / "distributed"
-# What jax keeps private and we use, and the one file that does.
+# Private modules of JAX that the project uses, each with the one file that may import it.
 OWNERS = {
     "jax._src.distributed": ROOM / "coordination.py",
     "jax._src.compilation_cache": ROOM / "compilation_cache.py",
@@ -13,7 +13,7 @@ OWNERS = {
 }
 
 
-def test_the_private_client_is_where_it_was_and_answers_every_call_that_is_made(launch):
+def test_the_private_client_of_jax_exists_and_answers_every_call_the_project_makes(launch):
     job = launch(1, "tests/distributed/coordination_alone.py").require_success()
     assert "all calls answered" in job.lines(0)
 

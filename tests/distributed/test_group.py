@@ -1,4 +1,7 @@
-"""Processes gather, agree and compare without a device program; who is elsewhere is named. Here they are threads."""
+"""Processes gather, agree and compare without a device program, and a process at another call is named.
+
+The processes of these tests are threads.
+"""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +22,7 @@ def launch(name: str, num_processes: int = COUNT) -> Launch:
 
 @pytest.fixture
 def in_all(make_coordination) -> Callable[[Callable[[ProcessGroup], Any]], list[Any]]:
-    """Calls a function in each process; gives what it returned there, or the error it raised."""
+    """Return a function that calls `work` in each process and returns each result, or the error that was raised."""
 
     def call(work: Callable[[ProcessGroup], Any]) -> list[Any]:
         coordination = make_coordination(COUNT)
@@ -36,21 +39,21 @@ def in_all(make_coordination) -> Callable[[Callable[[ProcessGroup], Any]], list[
             thread.start()
         for thread in threads:
             thread.join(timeout=20)
-        assert not any(thread.is_alive() for thread in threads), "a process waits for ever"
+        assert not any(thread.is_alive() for thread in threads), "a process hangs"
         return ended
 
     return call
 
 
-def test_gather_gives_everyone_the_values_of_all(in_all):
+def test_gather_returns_the_values_of_all_processes(in_all):
     assert in_all(lambda group: group.gather({"index": group.index})) == [[{"index": i} for i in range(COUNT)]] * COUNT
 
 
-def test_agree_gives_everyone_the_leaders_value(in_all):
+def test_agree_returns_the_value_of_the_leader_everywhere(in_all):
     assert in_all(lambda group: [group.agree(group.index), group.agree("b")]) == [[0, "b"]] * COUNT
 
 
-def test_what_was_read_by_all_is_deleted(make_coordination):
+def test_values_read_by_all_processes_are_deleted(make_coordination):
     coordination = make_coordination(1)
     group = ProcessGroup(coordination, 0, 1)
     for number in range(50):
@@ -60,7 +63,7 @@ def test_what_was_read_by_all_is_deleted(make_coordination):
     assert list(coordination.list("meeting/")) == ["meeting/101/0"]
 
 
-def test_processes_at_different_places_are_all_told_where_each_is(in_all):
+def test_processes_at_different_calls_all_report_where_each_of_them_is(in_all):
     def work(group: ProcessGroup) -> Any:
         if group.index == 1:
             return group.agree("here")
@@ -72,7 +75,7 @@ def test_processes_at_different_places_are_all_told_where_each_is(in_all):
         assert "process 0 reached gather (" in str(error) and "process 1 reached agree (" in str(error)
 
 
-def test_a_process_that_failed_is_followed_to_the_end_of_the_step(in_all):
+def test_the_peers_of_a_failed_process_stop_and_meet_it_at_the_end_of_the_step(in_all):
     def work(group: ProcessGroup) -> Any:
         outcome = "well"
         try:
@@ -82,15 +85,15 @@ def test_a_process_that_failed_is_followed_to_the_end_of_the_step(in_all):
         except Exception as error:
             outcome = type(error).__name__
             group.failed({"exception": repr(error)})
-        told = group.gather(outcome)
+        outcomes = group.gather(outcome)
         group.step_ended("train")
-        return told, group.gather("next step")
+        return outcomes, group.gather("next step")
 
     reports = (["PeerFailedError", "PeerFailedError", "FloatingPointError"], ["next step"] * COUNT)
     assert in_all(work) == [reports] * COUNT
 
 
-def test_a_failure_that_the_monitor_heard_of_ends_local_work_of_that_step_only(make_coordination):
+def test_a_peer_failure_known_to_the_monitor_stops_local_work_of_that_step_only(make_coordination):
     group = ProcessGroup(make_coordination(1), 0, 1)
     group.standing.peer_failure = (0, "process 1 of 2 failed: a planted error")
     with pytest.raises(PeerFailedError, match="a planted error"):
@@ -99,7 +102,7 @@ def test_a_failure_that_the_monitor_heard_of_ends_local_work_of_that_step_only(m
     group.check_peers()
 
 
-def test_equal_launches_pass_whatever_each_did_on_its_own_devices(in_all):
+def test_equal_shared_launches_pass_regardless_of_local_launches(in_all):
     def work(group: ProcessGroup) -> str:
         for name in ("train_step", "handoff"):
             group.ledger.record(launch(name))
@@ -111,7 +114,7 @@ def test_equal_launches_pass_whatever_each_did_on_its_own_devices(in_all):
     assert len(set(in_all(work))) == 1
 
 
-def test_launches_in_another_order_are_told_with_their_position_and_lines(in_all):
+def test_launches_in_a_different_order_are_reported_with_position_and_lines(in_all):
     def work(group: ProcessGroup) -> None:
         names = ["a", "b", "c"] if group.index != 1 else ["a", "c", "b"]
         for name in names:
@@ -125,7 +128,7 @@ def test_launches_in_another_order_are_told_with_their_position_and_lines(in_all
     assert "test_group:" in str(errors[0]) and "process 1 launched 'c' (" in str(errors[0])
 
 
-def test_a_launch_more_on_one_host_is_told_and_bars_all_further_ones(in_all):
+def test_an_extra_launch_on_one_host_is_reported_and_blocks_further_launches(in_all):
     def work(group: ProcessGroup) -> str:
         group.ledger.record(launch("train_step"))
         if group.index == 0:
@@ -143,7 +146,7 @@ def test_a_launch_more_on_one_host_is_told_and_bars_all_further_ones(in_all):
         assert "process 0 launched 'zeros'" in text
 
 
-def test_after_a_failed_step_unequal_launches_bar_further_ones_without_another_error(in_all):
+def test_unequal_launches_of_a_failed_step_block_further_launches_without_another_error(in_all):
     def work(group: ProcessGroup) -> str:
         if group.index == 1:
             group.failed({"exception": "a planted error"})

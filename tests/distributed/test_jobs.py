@@ -1,6 +1,6 @@
-"""Jobs of real processes: what they launch together is equal, and whatever goes wrong in one of them ends all.
+"""Jobs of real processes launch equal shared programs, and a fault in one process ends all of them.
 
-The job is `toy_job.py`, of the shape of M11: train-2 ==live==> infer (borrows) ==> train-5 (takes).
+The job is `toy_job.py`, which has the structure of M11: train-2 ==live==> infer (borrows) ==> train-5 (takes).
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import pytest
 
 TOY = "tests/distributed/toy_job.py"
-# Time for every process to be gone, from the fault on.
+# Seconds after the fault within which every process must be gone.
 STRAY_SECONDS = 10
 LOSS_SECONDS = 45
 
@@ -33,7 +33,11 @@ def first_fault(job) -> float:
 
 
 def ledgers_of(job, host: int) -> tuple[int, str, int]:
-    """What a process says of its launches at the end: over many processes, their digest, on its own devices."""
+    """Return what a process reports about its launches at the end.
+
+    Returns:
+        The number of launches over many processes, their digest, and the number of launches on its own devices.
+    """
     text = "\n".join(job.lines(host))
     (found,) = re.findall(r"launched (\d+) programs over many processes \(ledger (\w+)\) and (\d+) on", text)
     return int(found[0]), found[1], int(found[2])
@@ -41,7 +45,7 @@ def ledgers_of(job, host: int) -> tuple[int, str, int]:
 
 @pytest.fixture(scope="module")
 def clean_digest(launch, tmp_path_factory) -> str:
-    """The digest that two processes come to without a fault."""
+    """Return the state digest of two processes without a fault."""
     prefix = tmp_path_factory.mktemp("clean")
     launch(2, TOY, "--prefix", prefix).require_success()
     return digest(prefix)
@@ -54,7 +58,7 @@ def test_every_process_launches_the_same_programs_over_many_processes(launch, tm
     print(f"{count} processes, (launches over many processes, their digest, launches on own devices): {launches}")
     assert len({(number, name) for number, name, _ in launches}) == 1
     assert launches[0][0] == (7 if count > 1 else 0)
-    # Hosts generate for unequal shards: 3 programs on the first, 2 more on each later one.
+    # Hosts generate for unequal shards: 3 programs on the first host, and 2 more on each later host.
     own_updates = 0 if count > 1 else 7
     assert [local for _, _, local in launches] == [3 + 2 * index + own_updates for index in range(count)]
 
@@ -83,7 +87,7 @@ def test_every_process_launches_the_same_programs_over_many_processes(launch, tm
         ("skip", r"process 0 reached gather \(__main__:\d+\); process 1 launched 'update' \(__main__:\d+\)"),
     ],
 )
-def test_what_one_host_does_alone_stops_the_job_and_is_named(launch, tmp_path, fault, culprit):
+def test_a_divergence_of_one_host_stops_the_job_and_is_named(launch, tmp_path, fault, culprit):
     job = launch(2, TOY, "--prefix", tmp_path, "--fault", fault)
     assert job.exit_code == 1, job.text
     assert job.ended - first_fault(job) < STRAY_SECONDS, job.text
@@ -104,7 +108,7 @@ def test_launches_can_be_compared_before_they_are_made(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_when_all_fail_alike_the_leader_has_time_to_close_its_tracker(launch, tmp_path):
+def test_the_leader_has_time_to_close_its_tracker_when_all_processes_fail(launch, tmp_path):
     words = ("--fault", "raise_with_slow_tracker", "--fault_step", "infer", "--victim", 1)
     job = launch(2, TOY, "--prefix", tmp_path, *words)
     assert job.exit_code == 1
@@ -114,7 +118,7 @@ def test_when_all_fail_alike_the_leader_has_time_to_close_its_tracker(launch, tm
 
 
 @pytest.mark.slow
-def test_a_host_that_leaves_alone_is_named_and_ends_all(launch, tmp_path):
+def test_a_host_that_leaves_alone_is_named_and_ends_the_job(launch, tmp_path):
     job = launch(2, TOY, "--prefix", tmp_path, "--fault", "interrupt", "--victim", 1)
     assert job.exit_code in (1, 130)
     assert job.ended - first_fault(job) < LOSS_SECONDS
@@ -139,12 +143,12 @@ def test_a_host_that_leaves_alone_is_named_and_ends_all(launch, tmp_path):
         pytest.param("hang", "train-5", 0, ("--watch.stall_seconds", "4"), marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_host_ends_all_and_the_next_run_finishes(launch, tmp_path, clean_digest, fault, step, victim, flags):
+def test_a_lost_host_ends_the_job_and_the_next_run_finishes(launch, tmp_path, clean_digest, fault, step, victim, flags):
     words = ("--fault", fault, "--fault_step", step, "--victim", victim, *flags)
     job = launch(2, TOY, "--prefix", tmp_path, *words)
     assert job.exit_code != 0, job.text
     assert job.ended - first_fault(job) < LOSS_SECONDS, job.text
-    # A leader that is gone cannot record anything; its lease tells.
+    # A killed or frozen leader cannot record anything. Its lease shows that the step was abandoned.
     leader_is_lost = victim == 0 and fault in ("kill", "freeze")
     assert status(tmp_path, step) == ("RUNNING" if leader_is_lost else "FAILED"), job.text
     if not leader_is_lost:
@@ -154,5 +158,5 @@ def test_a_lost_host_ends_all_and_the_next_run_finishes(launch, tmp_path, clean_
     again = launch(2, TOY, "--prefix", tmp_path).require_success()
     assert re.search(r"train-2\s+REPLAY", again.text)
     assert digest(tmp_path) == clean_digest
-    ended_well = step == "train-5"
-    assert re.search(rf"infer\s+{'SKIP' if ended_well else 'RUN'}", again.text)
+    infer_succeeded = step == "train-5"
+    assert re.search(rf"infer\s+{'SKIP' if infer_succeeded else 'RUN'}", again.text)

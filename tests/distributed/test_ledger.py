@@ -1,6 +1,6 @@
-"""The ledger keeps what processes do together, in order, with the lines it was done from."""
+"""The ledger records shared actions of the processes in order, with the lines that called them."""
 
-from simpo_pipeline.distributed.ledger import Event, Launch, Ledger, call_site, end_of_shortest, first_parting
+from simpo_pipeline.distributed.ledger import Event, Launch, Ledger, call_site, end_of_shortest, first_divergence
 
 EVERYWHERE = Launch("train_step", "f0", 8, 4)
 HERE = Launch("decode", "f1", 2, 1)
@@ -18,7 +18,7 @@ def test_launches_on_one_process_are_counted_and_not_compared():
     assert ledger.page.digest() == other.page.digest()
 
 
-def test_a_meeting_in_another_place_makes_another_page_but_no_other_launches():
+def test_a_meeting_at_another_line_changes_the_page_digest_but_not_the_launch_digest():
     ledger, other = Ledger(), Ledger()
     ledger.record_meeting("gather", "steps.train:1")
     other.record_meeting("gather", "steps.train:2")
@@ -26,7 +26,7 @@ def test_a_meeting_in_another_place_makes_another_page_but_no_other_launches():
     assert ledger.page.launch_digest() == other.page.launch_digest()
 
 
-def test_a_turned_page_is_empty_and_numbered():
+def test_turning_the_page_starts_an_empty_page_with_the_next_number():
     ledger = Ledger()
     ledger.record(EVERYWHERE)
     before = ledger.page
@@ -35,7 +35,7 @@ def test_a_turned_page_is_empty_and_numbered():
     assert (ledger.page.number, ledger.page.events) == (1, [])
 
 
-def test_an_event_says_from_which_line_it_was_launched():
+def test_an_event_names_the_line_that_launched_it():
     ledger = Ledger()
     ledger.record(EVERYWHERE)
     line = call_site()
@@ -48,8 +48,8 @@ def event(name: str) -> Event:
     return Event(name, name)
 
 
-def test_records_part_where_two_of_them_differ_first():
+def test_records_diverge_at_the_first_difference_between_two_of_them():
     a, b, c = event("a"), event("b"), event("c")
-    assert first_parting([[a, b], [a], [a, c]]) == (1, [b, None, c])
-    assert first_parting([[a, b], [a], []]) is None
+    assert first_divergence([[a, b], [a], [a, c]]) == (1, [b, None, c])
+    assert first_divergence([[a, b], [a], []]) is None
     assert end_of_shortest([[a, b], [a]]) == (1, [b, None])

@@ -1,4 +1,4 @@
-"""The monitor passes the verdict on, tells of failures, and never dies in silence. Processes are threads here."""
+"""The monitor distributes the verdict, reports failures, and never dies silently. Processes are threads here."""
 
 import functools
 import time
@@ -17,7 +17,7 @@ WATCH = WatchConfig(grace_seconds=0.5, stall_seconds=1.0, silence_seconds=2.0)
 
 
 class Job:
-    """Two watched processes that share a store; their ends are recorded instead of happening."""
+    """Two monitored processes that share a store. Their exits are recorded and not executed."""
 
     def __init__(self, coordination: Any) -> None:
         self.coordination = coordination
@@ -53,7 +53,7 @@ def launch(group: ProcessGroup, name: str) -> None:
     group.ledger.record(Launch(name, name, 4, 2))
 
 
-def test_equal_records_are_forgotten_in_the_store_and_the_job_goes_on(job):
+def test_equal_records_are_deleted_from_the_store_and_the_job_continues(job):
     for number in range(300):
         for group in job.groups:
             launch(group, f"program {number}")
@@ -62,7 +62,7 @@ def test_equal_records_are_forgotten_in_the_store_and_the_job_goes_on(job):
     assert job.ended == {}
 
 
-def test_processes_that_part_are_ended_and_the_step_is_recorded_by_the_leader(job):
+def test_diverging_processes_are_terminated_and_the_leader_records_the_step(job):
     for name in ("a", "b"):
         launch(job.groups[0], name)
         launch(job.groups[1], name if name == "a" else "zeros")
@@ -73,7 +73,7 @@ def test_processes_that_part_are_ended_and_the_step_is_recorded_by_the_leader(jo
     assert "process 1 launched 'zeros'" in failure["exception"]
 
 
-def test_a_failure_is_told_to_the_others_and_forgotten_when_the_step_has_ended(job):
+def test_a_failure_is_reported_to_the_peers_and_cleared_at_the_end_of_the_step(job):
     failing, other = job.groups[1], job.groups[0]
     failing.failed({"exception": "ValueError: bad", "at": None})
     job.wait_for(lambda: other.standing.peer_failure is not None)
@@ -87,13 +87,13 @@ def test_a_failure_is_told_to_the_others_and_forgotten_when_the_step_has_ended(j
     assert job.ended == {}
 
 
-def test_a_process_that_leaves_takes_the_others_along(job):
+def test_a_process_that_leaves_terminates_the_others(job):
     job.monitors[1].leave("KeyboardInterrupt: ")
     job.wait_for(lambda: set(job.ended) == {0, 1})
     assert set(job.ended.values()) == {1}
 
 
-def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):
+def test_a_stall_is_detected_within_a_phase_and_a_meeting_is_not_a_stall(job):
     job.groups[0].standing.waiting = "reached gather (x:1)"
     waiting = job.groups[0].phase("infer", files_only=False, on_abort=None)
     with waiting, job.groups[1].phase("infer", files_only=False, on_abort=None):
@@ -104,7 +104,7 @@ def test_a_stall_is_seen_by_the_phase_and_a_meeting_is_no_stall(job):
         job.wait_for(lambda: set(job.ended) == {0, 1})
 
 
-def test_a_process_that_cannot_reach_the_leader_ends_itself(make_coordination):
+def test_a_process_that_cannot_reach_the_leader_terminates_itself(make_coordination):
     coordination = make_coordination(2)
     job = Job(coordination)
 
@@ -116,7 +116,7 @@ def test_a_process_that_cannot_reach_the_leader_ends_itself(make_coordination):
     job.wait_for(lambda: job.ended == {1: 1})
 
 
-def test_a_frozen_leader_whose_service_hangs_is_noticed_by_the_guard(make_coordination):
+def test_a_frozen_leader_whose_service_hangs_is_detected_by_the_guard(make_coordination):
     coordination = make_coordination(2)
     job = Job(coordination)
     coordination.put = lambda *_: time.sleep(60)
@@ -124,7 +124,7 @@ def test_a_frozen_leader_whose_service_hangs_is_noticed_by_the_guard(make_coordi
     job.wait_for(lambda: job.ended == {1: 1})
 
 
-def test_a_monitor_that_breaks_ends_its_process_instead_of_dying_in_silence(make_coordination):
+def test_a_monitor_that_fails_terminates_its_process(make_coordination):
     coordination = make_coordination(2)
     job = Job(coordination)
     coordination.put = lambda *_: 1 / 0

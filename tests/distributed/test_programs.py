@@ -1,4 +1,4 @@
-"""Programs are compiled ahead, named, kept, and the only way to a device once strays are forbidden."""
+"""Programs are compiled ahead of time, named and kept. Once strays are forbidden, only they can use a device."""
 
 import importlib.util
 import os
@@ -60,7 +60,7 @@ def run(x):
 """
 
 
-def test_a_kernel_is_the_same_program_wherever_its_file_lies(tmp_path):
+def test_a_kernel_is_the_same_program_at_any_file_path(tmp_path):
     texts = []
     for folder in ("here", "elsewhere"):
         path = tmp_path / folder / "kernel.py"
@@ -70,14 +70,14 @@ def test_a_kernel_is_the_same_program_wherever_its_file_lies(tmp_path):
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        lower_program("any", lambda x: x, VECTOR)  # sets how files are named
+        lower_program("any", lambda x: x, VECTOR)  # configures the file names in the program text
         traced = jax.jit(module.run).trace(jax.ShapeDtypeStruct((8, 128), np.float32))
         texts.append(traced.lower(lowering_platforms=("tpu",)).as_text())
     assert "tpu_custom_call" in texts[0]
     assert texts[0] == texts[1]
 
 
-def test_the_order_of_devices_is_part_of_the_fingerprint_though_the_text_does_not_show_it(python):
+def test_device_order_is_part_of_the_fingerprint_although_the_text_omits_it(python):
     script = pathlib.Path(__file__).with_name("two_device_orders.py")
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     done = subprocess.run([*python, str(script)], env=environment, capture_output=True, text=True)
@@ -85,7 +85,7 @@ def test_the_order_of_devices_is_part_of_the_fingerprint_though_the_text_does_no
     assert done.stdout.split() == ["True", "False"]
 
 
-def test_a_donated_argument_is_dead_after_the_launch():
+def test_a_donated_argument_is_deleted_after_the_launch():
     programs = Programs()
     bump = programs.compile("bump", lambda x: x + 1.0, VECTOR, donate_argnums=(0,))
     x = jax.device_put(np.zeros(4, np.float32))
@@ -106,7 +106,7 @@ def test_strays_raise_and_programs_still_run():
         allow_strays()
 
 
-def test_the_compiler_states_the_memory_of_a_program():
+def test_the_compiler_reports_the_memory_of_a_program():
     memory = Programs().compile("double", lambda x: x + x, VECTOR).memory_bytes
     assert memory.arguments == memory.outputs == 16
     assert memory.peak >= 32
@@ -124,7 +124,7 @@ def devices_of(*process_indices: int):
     return [SimpleNamespace(process_index=process, id=number) for number, process in enumerate(process_indices)]
 
 
-def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused():
+def test_hosts_with_different_device_layouts_are_refused():
     unequal = devices_of(0, 0, 1)
     with pytest.raises(ConfigError, match=r"the processes have \[2, 1\] devices; every process needs the same number"):
         hosts_mesh(unequal, unequal[:2])
@@ -133,7 +133,7 @@ def test_hosts_whose_devices_cannot_be_laid_out_alike_are_refused():
         hosts_mesh(equal, equal[:1:-1])
 
 
-def test_what_differs_between_two_programs_is_told_by_its_first_line():
+def test_the_first_differing_line_of_two_programs_is_reported():
     ours = {"jax": "1", "XLA_FLAGS": "", "StableHLO": "a\nb\nc"}
     assert first_difference(ours, {**ours, "XLA_FLAGS": "--x"}).startswith(
         "XLA_FLAGS differs at line 1, '' in process 0"

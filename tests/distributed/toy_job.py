@@ -1,10 +1,10 @@
-"""A job of the shape of M11 with toy programs, into one process of which a fault can be planted.
+"""Job with the structure of M11 and toy programs, with an optional fault in one process.
 
     python infra/launch.py --local 2 -- python tests/distributed/toy_job.py --prefix P [--fault NAME] [--victim I]
 
-train-2 ==live==> infer (borrows) ==> train-5 (takes). The state is one array over all devices of the job; an update is
-one program over all of them, a generation some programs on the devices of each host alone. When the fault is about to
-happen, the victim says so: what it prints tells a test when to begin counting.
+train-2 ==live==> infer (borrows) ==> train-5 (takes). The state is one array that is sharded over all devices of the
+job. An update is one program over all devices. A generation is several programs on the devices of each host alone. The
+victim prints a line right before the fault, so that a test knows when the fault happened.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ SIZE = 48
 
 @dataclasses.dataclass(frozen=True)
 class ToyFlags(JobFlags):
-    """`fault` happens in process `victim` alone."""
+    """Flags of the toy job. The fault `fault` happens only in process `victim`."""
 
     fault: str = "none"
     victim: int = 0
@@ -40,7 +40,7 @@ class ToyFlags(JobFlags):
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    """What a toy step does: `stop` counts updates over the whole run; the fault bears no identity."""
+    """Config of a toy step. `stop` counts updates over the whole run. The fault is not part of the identity."""
 
     stop: int
     fault: Callable[..., None]
@@ -49,7 +49,7 @@ class ToyConfig:
 
 
 class Toy:
-    """The live value: an array split over all devices, and its program."""
+    """Live value: an array that is sharded over all devices, and its update programs."""
 
     def __init__(self, programs: Any) -> None:
         import jax
@@ -69,13 +69,13 @@ class Toy:
         self.other_update = self.compile("other_update", 0.25)
 
     def compile(self, name: str, factor: float) -> Any:
-        """An update that needs every device: each part moves towards the mean of all."""
+        """Compile an update that needs every device: each element moves towards the mean of the whole array."""
         return self.programs.compile(
             name, lambda x: x - factor * (x - x.mean()), self.abstract, donate_argnums=(0,), out_shardings=self.sharding
         )
 
     def digest(self) -> str:
-        """SHA-256 of this process's part."""
+        """Return the SHA-256 of the shards of this process and the number of updates."""
         import numpy as np
 
         parts = [np.asarray(shard.data).tobytes() for shard in self.array.addressable_shards]
@@ -83,7 +83,7 @@ class Toy:
 
 
 def train(config: ToyConfig, run: StepRun) -> Live:
-    """Updates up to `stop`."""
+    """Update the state until `stop` updates are made."""
     session = session_of(run)
     toy: Toy = config.live or Toy(session.programs)
     tracker = session.tracker if run.processes.is_leader else NoTracker()
@@ -102,7 +102,7 @@ def train(config: ToyConfig, run: StepRun) -> Live:
 
 
 def infer(config: ToyConfig, run: StepRun) -> None:
-    """Some programs on this host's devices, more on later hosts."""
+    """Launch 3 programs on the devices of this host, and 2 more for each earlier host."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -123,7 +123,7 @@ def infer(config: ToyConfig, run: StepRun) -> None:
 
 
 class DeviceTracker(NoTracker):
-    """A tracker as the first attempt had it: it asks jax something for every metric."""
+    """Tracker that runs a JAX operation while it logs, as that of the first attempt did for every metric."""
 
     def log(self, metrics: Any, *, step: int) -> None:
         if step == 3:
@@ -134,7 +134,7 @@ class DeviceTracker(NoTracker):
 
 
 class SlowTracker(NoTracker):
-    """A tracker that has much to upload at the end."""
+    """Tracker with a slow upload at the end."""
 
     def finish(self, error: BaseException | None = None) -> None:
         time.sleep(5)
@@ -145,12 +145,12 @@ TRACKERS = {"device_tracker": DeviceTracker, "raise_with_slow_tracker": SlowTrac
 
 
 def say(what: str) -> None:
-    """Tells the test that the fault comes now."""
+    """Print a line that tells the test that the fault happens now."""
     print(f"FAULT {time.time():.3f} {what}", flush=True)
 
 
 def ambient_zeros(run: StepRun, toy: Toy) -> None:
-    """`jnp.zeros(())` under a global mesh, in one process: the crash of the first attempt."""
+    """Call `jnp.zeros(())` under a global mesh in one process, which crashed the first attempt."""
     import jax
     import jax.numpy as jnp
 
@@ -159,38 +159,38 @@ def ambient_zeros(run: StepRun, toy: Toy) -> None:
 
 
 def eager_op(run: StepRun, toy: Toy) -> None:
-    """An eager operation on a global array, in one process."""
+    """Run an eager operation on a global array in one process."""
     toy.array.sum()
 
 
 def other_constant(run: StepRun, toy: Toy) -> None:
-    """A program that has another constant in one process."""
+    """Compile a program with a different constant in process 0."""
     toy.update = toy.compile("update", 0.5 if run.processes.process_index else 0.125)
 
 
 def raise_error(run: StepRun, toy: Toy) -> None:
-    """What a bug, or a lost device, does."""
+    """Raise an error, as a bug or a lost device does."""
     raise FloatingPointError("a planted error")
 
 
 def interrupt(run: StepRun, toy: Toy) -> None:
-    """Ctrl-C that reaches one host alone."""
+    """Raise KeyboardInterrupt, as a Ctrl-C that reaches only one host."""
     raise KeyboardInterrupt
 
 
 def hang(run: StepRun, toy: Toy) -> None:
-    """A host that neither goes on nor gives up."""
+    """Hang without progress and without an error."""
     while True:
         time.sleep(1)
 
 
 def kill(run: StepRun, toy: Toy) -> None:
-    """What the kernel does to a process that takes too much memory."""
+    """Kill this process, as the kernel does with a process that uses too much memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def freeze(run: StepRun, toy: Toy) -> None:
-    """A process that stops without ending."""
+    """Stop this process without ending it."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -207,7 +207,7 @@ AT_ONCE = {
 
 
 def plant(flags: ToyFlags) -> Callable[..., Any]:
-    """What each process is asked at the places where something may go wrong; the victim's answer differs."""
+    """Return the function that each process calls where a fault may happen. It does something only in the victim."""
 
     def fault(run: StepRun, toy: Any, place: str) -> str | None:
         if run.name != flags.fault_step:
@@ -215,7 +215,7 @@ def plant(flags: ToyFlags) -> Callable[..., Any]:
         at_update = place == "before an update" and toy.num_updates in (0, 3)
         if flags.fault == "other_constant" and at_update:
             say(flags.fault)
-            other_constant(run, toy)  # every process compiles; the constant differs
+            other_constant(run, toy)  # every process compiles, with another constant in process 0
         if run.processes.process_index != flags.victim:
             return None
         if flags.fault in AT_ONCE and (at_update or place == "between rounds"):
@@ -233,7 +233,7 @@ def plant(flags: ToyFlags) -> Callable[..., Any]:
 
 
 def toy_steps(flags: ToyFlags) -> list[ExecutorStep]:
-    """train-2 ==live==> infer (borrows) ==> train-5 (takes)."""
+    """Return the steps: train-2 ==live==> infer (borrows) ==> train-5 (takes)."""
     fault = plant(flags)
     train_2 = ExecutorStep("train-2", train, ToyConfig(versioned(2), fault))
     generation = ExecutorStep("infer", infer, ToyConfig(versioned(2), fault, live=borrow(train_2)))

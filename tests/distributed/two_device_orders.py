@@ -1,4 +1,4 @@
-"""One function over two devices in either order: prints whether the texts and the fingerprints are equal.
+"""Lower one function over two devices in both orders. Print whether the texts and the fingerprints are equal.
 
 JAX_NUM_CPU_DEVICES=2 python tests/distributed/two_device_orders.py
 """
@@ -14,12 +14,12 @@ from simpo_pipeline.distributed.programs import LoweredProgram, lower_program
 
 
 def double(x: jax.Array) -> jax.Array:
-    """The function."""
+    """Return `x + x`."""
     return x + x
 
 
 def lowered(devices: Sequence[Any]) -> LoweredProgram:
-    """The function over these devices."""
+    """Lower `double` over the devices."""
     sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
     return lower_program("double", double, jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding))
 

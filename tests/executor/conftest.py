@@ -1,4 +1,4 @@
-"""Each executor test that asks for `prefix` runs on a local folder and on an object store (fsspec's in-memory one)."""
+"""Fixtures of the executor tests: a test with `prefix` runs on a local folder and on fsspec's in-memory store."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from simpo_pipeline.executor.step import ExecutorStep
 
 @pytest.fixture(params=["local", "memory"])
 def prefix(request: pytest.FixtureRequest, tmp_path: Path):
-    """A prefix of its own for one test; it does not exist yet."""
+    """Return a prefix for one test alone. It does not exist yet."""
     if request.param == "local":
         yield str(tmp_path / "runs")
         return
@@ -29,7 +29,7 @@ def prefix(request: pytest.FixtureRequest, tmp_path: Path):
 
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A script's `executor_main` in a folder of its own: steps and flags to exit code, output and errors."""
+    """Return a function that runs `executor_main` in an empty folder and returns its exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARIN_PREFIX", raising=False)
 
@@ -48,7 +48,10 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture
 def start_program(python: list[str]) -> Callable[..., tuple[subprocess.Popen[str], int]]:
-    """Starts a script that prints its pid and waits for a line; gives its client, to wait for, and that pid."""
+    """Return a function that starts a script and returns the process to wait for and the pid that the script prints.
+
+    The script prints its pid first and then waits for a line on standard input.
+    """
 
     def start(program: Path, *words: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], int]:
         pipe = subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Whatever is wrong is told in one paragraph, with what to do, and nothing that was written before is lost."""
+"""Bad input is reported in one paragraph that says what to do, and earlier outputs are kept."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def interleave() -> dict[str, ExecutorStep]:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All that is below a folder; None for folders."""
+    """Return the content of every file below a folder, and None for each folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def check_refused(result: tuple[int, str, str], *words: str) -> None:
-    """Exit code 2, and one paragraph on standard error that says all of this."""
+    """Assert exit code 2 and one paragraph on standard error that contains all the words."""
     code, out, err = result
     assert code == 2
     assert err.startswith("error: ")
@@ -63,7 +63,7 @@ BAD_FLAGS: list[tuple[list[str], list[str]]] = [
     (["--lease.heartbeat", "3"], ["Did you mean --lease.heartbeat_seconds?"]),
     (["train-2"], ["train-2", "Run with --help"]),
     (["--run_only", "generate"], ["run_only", "'generate'", "matches no step", "train-2, infer-128, train-5"]),
-    (["--run_only", "train", "inf(er"], ["run_only", "'inf(er'", "no regular expression"]),
+    (["--run_only", "train", "inf(er"], ["run_only", "'inf(er'", "not a valid regular expression"]),
     (["--until", "train-22"], ["--until", "'train-22'", "Did you mean 'train-2'?"]),
     (["--force", "infer"], ["--force", "'infer'", "Did you mean 'infer-128'?"]),
     (["--explain", "infer-129"], ["--explain", "'infer-129'", "Did you mean 'infer-128'?"]),
@@ -86,7 +86,7 @@ BAD_FLAGS: list[tuple[list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("flags", "words"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
-def test_a_bad_flag_is_refused_and_nothing_done_before_is_touched(
+def test_a_bad_flag_is_refused_and_earlier_outputs_are_unchanged(
     main: Main, tmp_path: Path, flags: list[str], words: list[str]
 ):
     (tmp_path / "file").write_text("in the way")
@@ -124,7 +124,7 @@ def nested_output_paths(steps: dict[str, ExecutorStep]):
 
 
 def with_value(value: Any) -> Callable[[dict[str, ExecutorStep]], None]:
-    """Adds a step with a versioned value."""
+    """Return a function that adds a step with a versioned value."""
 
     def add(steps: dict[str, ExecutorStep]):
         steps["odd"] = ExecutorStep("odd", infer, {"deep": [versioned({"value": value})]})
@@ -133,7 +133,7 @@ def with_value(value: Any) -> Callable[[dict[str, ExecutorStep]], None]:
 
 
 def endless() -> list[Any]:
-    """A list that contains itself."""
+    """Return a list that contains itself."""
     value: list[Any] = []
     value.append(value)
     return value
@@ -141,13 +141,19 @@ def endless() -> list[Any]:
 
 BAD_DAGS: dict[str, tuple[Callable[[dict[str, ExecutorStep]], None], list[str]]] = {
     "two takers": (two_takers, ["'train-5' and 'second' both take", "'train-2'", "borrow it"]),
-    "borrow after take": (borrow_after_take, ["in a cycle", "late", "train-5", "let the borrowers not depend on"]),
+    "borrow after take": (
+        borrow_after_take,
+        ["in a cycle", "late", "train-5", "Make the borrowers independent of the taker"],
+    ),
     "borrow what is taken": (borrow_what_is_taken, ["'both'", "'train-5'", "Taking it is enough"]),
-    "cycle": (cycle, ["in a cycle", "train-2", "train-5", "Remove one of these uses"]),
-    "nested output paths": (nested_output_paths, ["elsewhere/below", "'third'", "'other'", "another name or path"]),
+    "cycle": (cycle, ["in a cycle", "train-2", "train-5", "Remove one of these dependencies"]),
+    "nested output paths": (
+        nested_output_paths,
+        ["elsewhere/below", "'third'", "'other'", "different name or output path"],
+    ),
     "lambda": (with_value(lambda: 0), ["deep[0].value", "<lambda>", "Pass a name"]),
     "address": (with_value(object()), ["deep[0].value", "object at 0x", "Pass a name"]),
-    "keys that are no text": (with_value({1: "one"}), ["deep[0].value", "keys must be str", "into text"]),
+    "keys that are no text": (with_value({1: "one"}), ["deep[0].value", "keys must be str", "Convert the keys to str"]),
     "step in a value": (with_value([ExecutorStep("x", None, None)]), ["deep[0].value", "must not contain steps"]),
     "number too long for JSON": (with_value(10**5000), ["odd"]),
     "half a character": (with_value("\ud800"), ["odd"]),
@@ -156,7 +162,7 @@ BAD_DAGS: dict[str, tuple[Callable[[dict[str, ExecutorStep]], None], list[str]]]
 
 
 @pytest.mark.parametrize(("spoil", "words"), BAD_DAGS.values(), ids=BAD_DAGS)
-def test_a_bad_dag_is_refused_and_nothing_done_before_is_touched(
+def test_a_bad_dag_is_refused_and_earlier_outputs_are_unchanged(
     main: Main, tmp_path: Path, spoil: Callable[[dict[str, ExecutorStep]], None], words: list[str]
 ):
     assert main([*interleave().values()])[0] == 0
@@ -185,7 +191,7 @@ executor_main(ExecutorMainConfig(prefix=sys.argv[1]), steps=[step])
 """
 
 
-def test_a_prefix_that_may_only_be_read_is_planned_for_and_a_run_there_is_refused():
+def test_a_read_only_prefix_can_be_planned_and_a_run_there_is_refused():
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, "runs")
         prefix.mkdir()
@@ -249,14 +255,14 @@ if kind == "limit":
     limit(size)
 else:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
-told = [run(size + 1, False), run(9, True)]
+results = [run(size + 1, False), run(9, True)]
 free()
-print(json.dumps([*told, run(9, False)]))
+print(json.dumps([*results, run(9, False)]))
 """
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether this machine lets us mount a small disk in a namespace of our own."""
+    """Return whether this machine allows mounting a small disk in a new namespace."""
     if shutil.which("unshare") is None:
         return False
     command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", folder]
@@ -264,9 +270,7 @@ def may_mount(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "limit"])
-def test_a_full_disk_fails_the_step_that_filled_it_and_when_there_is_room_the_next_run_finishes(
-    tmp_path: Path, kind: str
-):
+def test_a_full_disk_fails_the_step_that_filled_it_and_the_next_run_with_space_finishes(tmp_path: Path, kind: str):
     if kind == "tmpfs" and not may_mount(tmp_path):
         pytest.skip("no namespaces for us on this machine")
     namespace = ["unshare", "-rm"] if kind == "tmpfs" else []
@@ -275,11 +279,11 @@ def test_a_full_disk_fails_the_step_that_filled_it_and_when_there_is_room_the_ne
     )
     assert done.returncode == 0, done.stderr
     too_big, full, freed = json.loads(done.stdout)
-    for told in (too_big, full):
-        assert told["code"] == 1
-        assert "Step 'hungry' failed" in told["error"]
-        assert "/rows" in told["error"]
-        assert "hungry/manifest.json" not in told["files"]
+    for result in (too_big, full):
+        assert result["code"] == 1
+        assert "Step 'hungry' failed" in result["error"]
+        assert "/rows" in result["error"]
+        assert "hungry/manifest.json" not in result["files"]
     small = {name: data for name, data in too_big["files"].items() if name.startswith("small/")}
     assert bytes.fromhex(small["small/.executor_status"]) == b"SUCCESS"
     assert bytes.fromhex(too_big["files"]["hungry/.executor_status"]) == b"FAILED"
@@ -330,7 +334,7 @@ def test_a_corrupt_status_is_shown_in_the_plan_and_the_step_runs_again(main: Mai
     path.write_bytes(status)
     code, out, err = main([*interleave().values()], "--dry_run")
     assert (code, err) == (0, "")
-    assert "which is no status" in out
+    assert "which is not a valid status" in out
     assert main([*interleave().values()])[0] == 0
     kept = {name: data for name, data in before.items() if "experiments" not in name and not name.endswith("_info")}
     assert kept.items() <= contents(tmp_path).items()

@@ -1,4 +1,4 @@
-"""Checkpoints are no outputs; they stay as long as somebody may go on from them, and no longer."""
+"""Checkpoints are not outputs. They are kept while a step may resume from them, and removed afterwards."""
 
 import time
 
@@ -18,13 +18,13 @@ HOUR = 3600.0
 
 
 class Fault:
-    """Whether a step fails."""
+    """Switch that makes a step fail."""
 
     on = True
 
 
 def resumable(fault: Fault, calls: list[StepRun]):
-    """A step function that writes a checkpoint, and then ends well or not."""
+    """Return a step function that writes a checkpoint, and then succeeds or fails."""
 
     def function(config: tuple, run: StepRun) -> Live:
         calls.append(run)
@@ -52,7 +52,7 @@ def checkpoints(path: str) -> list[str]:
     return [entry.relative_path for entry in list_files(join(path, CHECKPOINTS_FOLDER))]
 
 
-def test_they_stay_when_the_step_fails_and_go_when_it_ends_well(prefix):
+def test_checkpoints_are_kept_when_the_step_fails_and_removed_when_it_succeeds(prefix):
     fault, calls = Fault(), []
     step = ExecutorStep("alone", resumable(fault, calls), (this_output_path(),))
     path = execute(prefix, [step]).output_paths[step]
@@ -65,7 +65,7 @@ def test_they_stay_when_the_step_fails_and_go_when_it_ends_well(prefix):
     assert calls[0].version.startswith(path.rsplit("-", 1)[1])
 
 
-def test_they_stay_until_the_step_that_takes_the_live_value_has_ended_well(prefix):
+def test_checkpoints_are_kept_until_the_taker_of_the_live_value_succeeds(prefix):
     fine, fault, calls = Fault(), Fault(), []
     fine.on = False
     first = ExecutorStep("first", resumable(fine, calls), (this_output_path(),))
@@ -75,13 +75,13 @@ def test_they_stay_until_the_step_that_takes_the_live_value_has_ended_well(prefi
     assert [len(checkpoints(path)) for path in paths] == [2, 2]
     fault.on = False
     execute(prefix, [first, second])
-    # A replay is told where the step's own outputs are, and that is not where it writes.
+    # A replay receives the path of the recorded outputs, but writes to another path.
     assert [(run.replaying, run.recorded_path) for run in calls] == [(False, paths[0]), (True, paths[0])]
     assert calls[1].output_path != paths[0] and calls[1].is_used_live
     assert [checkpoints(path) for path in paths] == [[], []]
 
 
-def test_what_a_job_that_was_killed_after_success_left_goes_at_the_next_run(prefix):
+def test_checkpoints_left_by_a_job_killed_after_success_are_removed_by_the_next_run(prefix):
     fault = Fault()
     fault.on = False
     step = ExecutorStep("alone", resumable(fault, []), (this_output_path(),))
@@ -92,7 +92,7 @@ def test_what_a_job_that_was_killed_after_success_left_goes_at_the_next_run(pref
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_gc_finds_those_that_were_left_alone_for_an_hour(prefix, failed):
+def test_gc_finds_checkpoints_unchanged_for_an_hour(prefix, failed):
     fault = Fault()
     fault.on = failed
     step = ExecutorStep("alone", resumable(fault, []), (this_output_path(),))

@@ -1,4 +1,4 @@
-"""`python -m simpo_pipeline.executor` as a user meets it: its output and its exit codes."""
+"""Output and exit codes of `python -m simpo_pipeline.executor`."""
 
 import json
 import os
@@ -38,7 +38,7 @@ Executor(sys.argv[1]).run([ExecutorStep("killed", die, [this_output_path()])])
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended."""
+    """Result of a finished command."""
 
     code: int
     out: str
@@ -68,7 +68,7 @@ AFTER = ExecutorStep("after", write_rows, [this_output_path(), output_path_of(BA
 
 
 def make_old(folder: Path) -> None:
-    """As if the files were written two hours ago."""
+    """Set the modification times of the files to two hours ago."""
     then = time.time() - 7200
     for path in folder.rglob("*"):
         os.utime(path, (then, then))
@@ -76,7 +76,7 @@ def make_old(folder: Path) -> None:
 
 @pytest.fixture
 def busy_prefix(tmp_path: Path) -> Iterator[Path]:
-    """A prefix with a step in each state: the one that runs is held by this process, and its files are old."""
+    """Return a prefix with a step in each state. This process holds the running step, whose outputs are old."""
     prefix = tmp_path / "runs"
     killed = subprocess.Popen([sys.executable, "-c", KILLED_PROGRAM, str(prefix)], stderr=subprocess.DEVNULL)
     with pytest.raises(StepFailedError):
@@ -144,22 +144,22 @@ def test_both_commands_on_a_prefix_with_a_step_in_each_state(busy_prefix):
     assert command("gc", busy_prefix).out == "Nothing to collect.\n"
 
 
-def test_what_was_left_two_hours_ago_is_removed_and_the_next_run_is_as_ever(tmp_path):
+def test_litter_two_hours_old_is_removed_and_the_next_run_is_unaffected(tmp_path):
     prefix = tmp_path / "runs"
     with pytest.raises(StepFailedError):
         Executor(str(prefix)).run([GOOD, AFTER])
     (prefix / ".shared-0a1b2c3d4e5f").write_text("probe")
     make_old(prefix)
-    told = json.loads(command("gc", f"{prefix}/", "--json", "--delete").out)
-    assert (told["prefix"], told["deleted"], told["bytes"], told["left"]) == (str(prefix), True, 7, [])
-    assert [item["kind"] for item in told["items"]] == ["probe", "attempt"]
+    report = json.loads(command("gc", f"{prefix}/", "--json", "--delete").out)
+    assert (report["prefix"], report["deleted"], report["bytes"], report["left"]) == (str(prefix), True, 7, [])
+    assert [item["kind"] for item in report["items"]] == ["probe", "attempt"]
     again = Executor(str(prefix))
     with pytest.raises(StepFailedError):
         again.run([GOOD, AFTER])
     assert [result.action for result in again.results] == ["SKIP", "FAILED", "DEP_FAILED"]
 
 
-def test_bad_usage_and_a_prefix_that_is_none_are_one_sentence_and_exit_code_two(tmp_path, capsys):
+def test_bad_usage_and_an_invalid_prefix_give_one_sentence_and_exit_code_two(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no prefix")
     cases = [
@@ -181,12 +181,11 @@ def test_bad_usage_and_a_prefix_that_is_none_are_one_sentence_and_exit_code_two(
     done = command("status", tmp_path / "missing")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        f"error: '{tmp_path}/missing' does not exist. Give the folder or URL that an experiment ran with as its "
-        "--prefix.\n"
+        f"error: '{tmp_path}/missing' does not exist. Pass the folder or URL that an experiment used as its --prefix.\n"
     )
 
 
-def test_a_failure_of_storage_while_removing_is_exit_code_one(tmp_path, monkeypatch, capsys):
+def test_a_storage_failure_during_removal_gives_exit_code_one(tmp_path, monkeypatch, capsys):
     with pytest.raises(StepFailedError):
         Executor(str(tmp_path)).run([BAD])
     make_old(tmp_path)
@@ -201,10 +200,12 @@ def test_a_failure_of_storage_while_removing_is_exit_code_one(tmp_path, monkeypa
     assert err.splitlines()[-1].startswith("error: Cannot remove")
 
 
-def test_the_executor_itself_imports_none_of_this():
+def test_the_executor_package_does_not_import_the_commands():
     code = "import sys, simpo_pipeline.executor; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {f"simpo_pipeline.executor.{name}" for name in ("survey", "litter", "__main__")} & set(out.split())
+    assert not {f"simpo_pipeline.executor.{name}" for name in ("commands.survey", "commands.litter", "__main__")} & set(
+        out.split()
+    )
 
 
 def test_the_commands_import_nothing_slow():

@@ -1,4 +1,4 @@
-"""How it looks: the experiment a user writes, and what the executor does with it."""
+"""An experiment as a user writes it, and what the executor does with it."""
 
 import dataclasses
 import gc
@@ -33,7 +33,7 @@ from simpo_pipeline.storage.paths import join
 
 
 class Trainer:
-    """A live value: it counts updates, and dies when its buffers are freed."""
+    """Live value that counts updates and cannot be used after its buffers are freed."""
 
     def __init__(self):
         self.step = 0
@@ -119,7 +119,7 @@ def contents(executor: Executor, name: str) -> dict[str, bytes]:
     return {entry.relative_path: read_bytes(join(path, entry.relative_path)) for entry in list_files(path)}
 
 
-def test_generation_sees_the_trainer_in_the_middle_and_training_goes_on_with_it(prefix):
+def test_generation_sees_the_trainer_mid_run_and_training_continues_with_it(prefix):
     calls: list[str] = []
     executor = run(prefix, interleave(), calls)
     assert calls == ["train-2", "infer-128", "train-5"]
@@ -128,7 +128,7 @@ def test_generation_sees_the_trainer_in_the_middle_and_training_goes_on_with_it(
     assert [result.action for result in executor.results] == ["RUN"] * 4
 
 
-def test_run_again_skips_every_step_and_calls_nothing(prefix):
+def test_a_second_run_skips_every_step_and_calls_nothing(prefix):
     run(prefix, interleave())
     calls: list[str] = []
     executor = run(prefix, interleave(), calls)
@@ -151,7 +151,7 @@ def test_a_lost_taker_is_run_after_a_replay_and_the_borrower_is_not_run_again(pr
     assert list_files(join(prefix, ".replay")) == []
 
 
-def test_a_replay_knows_that_it_is_one_and_writes_aside(prefix):
+def test_a_replay_knows_that_it_is_one_and_writes_to_scratch(prefix):
     seen: list[tuple[bool, str]] = []
 
     def publish(config: TrainConfig, run: StepRun) -> Live:
@@ -187,7 +187,7 @@ def test_a_chain_of_live_values_is_replayed_from_its_start(prefix):
     assert read_text(join(path_of(again, "infer-after"), "rows.txt")) == "generated at step 7"
 
 
-def test_a_replay_that_gives_another_value_is_an_error_showing_both_digests(prefix):
+def test_a_replay_with_a_different_digest_is_an_error_showing_both_digests(prefix):
     digests = iter(["digest one", "digest two"])
 
     def drifting(config: TrainConfig) -> Live:
@@ -213,7 +213,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_trace(prefix):
     assert not exists(prefix)
 
 
-def test_a_failure_is_recorded_whatever_its_text(prefix):
+def test_a_failure_is_recorded_with_any_text(prefix):
     name = os.fsdecode(b"not UTF-8: \xff")
 
     def fail(config: Any):
@@ -226,7 +226,7 @@ def test_a_failure_is_recorded_whatever_its_text(prefix):
     assert read_json(join(executor.output_paths[step], "error.json"))["failures"][0]["exception"].endswith(name)
 
 
-def test_what_a_failed_step_left_says_who_failed_and_why(prefix):
+def test_the_records_of_a_failed_step_say_what_failed_and_why(prefix):
     def fail(config: Any):
         raise FloatingPointError("the loss is NaN")
 
@@ -294,7 +294,7 @@ def test_a_step_that_exits_python_has_failed(prefix):
         run(prefix, [ExecutorStep("leave", leave, None)])
 
 
-def test_a_keyboard_interrupt_leaves_the_step_cancelled_and_free_to_run(prefix):
+def test_a_keyboard_interrupt_marks_the_step_cancelled_and_it_can_run_again(prefix):
     def interrupt(config: Any, run: StepRun):
         raise KeyboardInterrupt
 
@@ -307,7 +307,7 @@ def test_a_keyboard_interrupt_leaves_the_step_cancelled_and_free_to_run(prefix):
     assert reason(executor, "long") == "it was cancelled before"
 
 
-def test_a_live_value_is_freed_when_its_last_borrower_ends(prefix):
+def test_a_live_value_is_freed_when_its_last_borrower_finishes(prefix):
     trainers: list[Trainer] = []
     freed_when_used: list[bool] = []
 
@@ -328,13 +328,13 @@ def test_a_live_value_is_freed_when_its_last_borrower_ends(prefix):
     assert freed_when_used == [False, False, True]
 
 
-def test_a_live_value_that_nobody_uses_is_freed_when_its_step_ends(prefix):
+def test_an_unused_live_value_is_freed_when_its_step_finishes(prefix):
     trainer = Trainer()
     run(prefix, [ExecutorStep("publish", lambda config: Live(trainer, free=trainer.free), None)])
     assert trainer.freed
 
 
-def test_what_was_taken_belongs_to_the_taker_and_is_not_freed_under_it(prefix):
+def test_a_taken_value_belongs_to_the_taker_and_is_not_freed(prefix):
     kept: list[Trainer] = []
 
     def keep(config: TrainConfig, run: StepRun):
@@ -392,11 +392,11 @@ def test_success_without_a_manifest_is_not_believed(prefix):
     assert exists(join(path_of(executor, "prepare"), "manifest.json"))
 
 
-def test_a_status_that_is_no_status_is_not_believed(prefix):
+def test_an_unknown_status_is_not_believed(prefix):
     executor = run(prefix, interleave())
     write_text(join(path_of(executor, "prepare"), ".executor_status"), "SUCCESSFUL?")
     again = run(prefix, interleave())
-    assert reason(again, "prepare") == "its status file holds 'SUCCESSFUL?', which is no status"
+    assert reason(again, "prepare") == "its status file contains 'SUCCESSFUL?', which is not a valid status"
 
 
 def test_the_reason_of_a_new_version_is_the_value_that_changed(prefix):
@@ -405,7 +405,7 @@ def test_the_reason_of_a_new_version_is_the_value_that_changed(prefix):
     assert 'text: "pairs" -> "other pairs"' in reason(executor, "prepare")
     assert "stop: 2 -> 3" in reason(executor, "train-2")
     assert "data: prepare-" in reason(executor, "train-2")
-    assert reason(executor, "infer-128").startswith("new since infer-128-")
+    assert reason(executor, "infer-128").startswith("changed since infer-128-")
     assert "(borrow)" in reason(executor, "infer-128")
 
 
@@ -424,7 +424,7 @@ def test_the_manifest_lists_every_output_and_no_record_of_the_executor(prefix):
     }
 
 
-def test_the_info_beside_the_outputs_says_what_ran(prefix):
+def test_the_info_next_to_the_outputs_says_what_ran(prefix):
     executor = run(prefix, interleave())
     info = read_json(join(path_of(executor, "train-5"), ".executor_info"))
     assert info["name"] == "train-5"
@@ -450,27 +450,29 @@ def test_no_lease_is_left_behind(prefix):
     assert not [entry for entry in list_files(prefix) if entry.relative_path.endswith(".lock")]
 
 
-def test_run_only_runs_what_matches_and_what_that_needs(prefix):
+def test_run_only_runs_matching_steps_and_their_dependencies(prefix):
     calls: list[str] = []
     executor = run(prefix, interleave(), calls, run_only=["train-5$"])
     assert calls == ["train-2", "train-5"]
     assert list(actions(executor)) == ["prepare", "train-2", "train-5"]
 
 
-def test_run_only_does_not_run_what_only_done_steps_need(prefix):
+def test_run_only_does_not_run_dependencies_of_finished_steps(prefix):
     executor = run(prefix, interleave())
     remove_tree(path_of(executor, "prepare"))
     executor = run(prefix, interleave(), run_only=["infer"])
     assert actions(executor) == {"infer-128": "SKIP"}
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("nothing", "matches no step"), ("(", "no regular expression")])
-def test_run_only_without_sense_is_refused(prefix, pattern, message):
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("nothing", "matches no step"), ("(", "not a valid regular expression")]
+)
+def test_an_invalid_or_unmatched_run_only_pattern_is_refused(prefix, pattern, message):
     with pytest.raises(PlanError, match=message):
         run(prefix, interleave(), run_only=[pattern])
 
 
-def test_steps_equal_in_identity_run_once(prefix):
+def test_steps_with_equal_identity_run_once(prefix):
     calls: list[str] = []
     twice = [*interleave().values(), *interleave().values()]
     executor = run(prefix, twice, calls)
@@ -488,7 +490,7 @@ def test_two_different_steps_with_one_output_path_are_refused(prefix):
 def test_an_output_path_inside_another_steps_is_refused(prefix):
     outer = ExecutorStep("outer", prepare, PrepareConfig("x"), override_output_path="models/a")
     inner = ExecutorStep("inner", prepare, PrepareConfig("x"), override_output_path="models/a/b")
-    with pytest.raises(PlanError, match="'inner' lies inside that of step 'outer'"):
+    with pytest.raises(PlanError, match="'inner' is inside that of step 'outer'"):
         run(prefix, [outer, inner])
 
 
@@ -517,7 +519,7 @@ def test_a_nonblocking_input_is_neither_run_nor_waited_for(prefix):
     assert read_text(join(path_of(executor, "watch"), "data.txt")) == path_of(executor, "train-2")
 
 
-def test_the_attributes_of_marin_are_there(prefix):
+def test_the_attributes_of_marins_executor_are_available(prefix):
     steps = interleave()
     executor = run(prefix, steps, dry_run=True)
     last = steps["train-5"]
@@ -594,7 +596,7 @@ def test_max_concurrent_below_one_is_refused(prefix, count):
         run(prefix, interleave(), max_concurrent=count)
 
 
-def test_a_step_without_a_function_is_blocked_and_nothing_is_written_where_its_outputs_were_expected(prefix):
+def test_a_step_without_a_function_is_blocked_and_nothing_is_written_to_its_output_path(prefix):
     made_elsewhere = ExecutorStep("made-elsewhere", None, None, override_output_path="mine")
     write_text(join(prefix, "mine/data.txt"), "x")
     with pytest.raises(StepFailedError, match="has no function"):
@@ -626,7 +628,7 @@ def test_storage_is_asked_once_per_step_when_planning(prefix, monkeypatch):
     assert sorted(asked) == sorted(executor.output_paths.values())
 
 
-def test_a_step_is_told_the_plan(prefix):
+def test_a_step_receives_the_plan(prefix):
     plans: list[list[tuple[str, str]]] = []
 
     def look(config: Any, run: StepRun):
@@ -637,7 +639,7 @@ def test_a_step_is_told_the_plan(prefix):
     assert plans == [[("prepare", "RUN"), ("look", "RUN")]]
 
 
-def test_while_a_replay_runs_its_scratch_shows_by_a_lease_that_it_is_in_use(prefix):
+def test_the_scratch_folder_of_a_running_replay_has_a_lease(prefix):
     seen: list[bool] = []
 
     def publish(config: Any, run: StepRun) -> Live:
@@ -653,12 +655,12 @@ def test_while_a_replay_runs_its_scratch_shows_by_a_lease_that_it_is_in_use(pref
 
 
 class Plain(MemoryFileSystem):
-    """A file system that has no conditional writes."""
+    """File system without conditional writes."""
 
     protocol = "plain"
 
 
-def test_a_prefix_without_conditional_writes_is_used_only_when_told_to():
+def test_a_prefix_without_conditional_writes_is_used_only_with_unsafe_locks():
     fsspec.register_implementation("plain", Plain, clobber=True)
     failing = [True]
 

@@ -1,4 +1,4 @@
-"""What each flag of `executor_main` does, on a script that interleaves training and generation."""
+"""Effect of each flag of `executor_main`, on a script that interleaves training and generation."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def interleave(stop: int = 7, report: Callable[[list[Any]], Any] = infer) -> lis
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All that is below a folder; None for folders."""
+    """Return the content of every file below a folder, and None for each folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -48,7 +48,7 @@ def no_number(text: str) -> NoReturn:
 
 
 def parsed(out: str) -> dict[str, Any]:
-    """Standard output, which is one JSON object and nothing else."""
+    """Return standard output parsed as exactly one JSON object."""
     document = json.loads(out, parse_constant=no_number)
     assert isinstance(document, dict)
     return document
@@ -58,7 +58,7 @@ def actions(out: str) -> dict[str, str]:
     return {row["step"]: row["action"] for row in parsed(out)["steps"]}
 
 
-def test_json_alone_is_on_standard_output_and_log_lines_are_on_standard_error(main: Main):
+def test_only_json_goes_to_stdout_and_log_lines_go_to_stderr(main: Main):
     code, out, err = main(interleave(), "--dry_run", "--json")
     assert (code, err) == (0, "")
     assert parsed(out)["pending"] == 4
@@ -66,20 +66,20 @@ def test_json_alone_is_on_standard_output_and_log_lines_are_on_standard_error(ma
     code, out, err = main(interleave(), "--json")
     assert (code, parsed(out)["error"]) == (0, None)
     assert actions(out) == dict.fromkeys(DAG, "RUN")
-    assert re.search(r"^\d\d:\d\d:\d\d INFO train-5 ended well", err, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d INFO train-5 succeeded", err, re.MULTILINE)
     code, out, err = main(interleave(), "--json", "--dry_run")
     assert (code, parsed(out)["pending"]) == (0, 0)
     code, out, err = main(interleave(), "--json", "--explain", "report")
     assert (code, [step["step_name"] for step in parsed(out)["steps"]]) == (0, ["report"])
 
 
-def test_what_a_step_prints_does_not_mix_with_the_object(main: Main):
+def test_output_printed_by_a_step_is_kept_out_of_the_json(main: Main):
     code, out, err = main(interleave(report=lambda config: print("epoch 1")), "--json")
     assert (code, actions(out)) == (0, dict.fromkeys(DAG, "RUN"))
     assert "epoch 1" in err
 
 
-def test_a_failed_run_with_json_tells_its_error_in_the_object(main: Main):
+def test_a_failed_run_reports_its_error_in_the_json(main: Main):
     def fail(config: list[Any]):
         raise FloatingPointError("the loss is NaN")
 
@@ -90,7 +90,7 @@ def test_a_failed_run_with_json_tells_its_error_in_the_object(main: Main):
     assert "Traceback" in err
 
 
-def test_numbers_that_json_lacks_do_not_spoil_the_object(main: Main):
+def test_values_that_json_cannot_represent_do_not_break_the_output(main: Main):
     def diverge(config: list[Any]):
         write_json(join(config[0], "summary.json"), {"loss": float("nan"), "all": [float("inf"), 1.5]})
 
@@ -101,7 +101,7 @@ def test_numbers_that_json_lacks_do_not_spoil_the_object(main: Main):
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
-def test_the_exit_code_of_a_dry_run_tells_whether_there_is_work(main: Main, flags: tuple[str, ...]):
+def test_the_exit_code_of_a_dry_run_reports_whether_there_is_work(main: Main, flags: tuple[str, ...]):
     assert main(interleave(), "--dry_run", "--exit_code", *flags)[0] == 3
     assert main(interleave(), "--dry_run", *flags)[0] == 0
     assert main(interleave())[0] == 0
@@ -111,7 +111,7 @@ def test_the_exit_code_of_a_dry_run_tells_whether_there_is_work(main: Main, flag
     assert main(interleave(), "--dry_run", "--exit_code", "--force", "report", *flags)[0] == 3
 
 
-def test_a_forced_step_runs_again_and_its_users_stay_and_say_so(main: Main, tmp_path: Path):
+def test_a_forced_step_runs_again_and_its_dependents_are_skipped_with_a_note(main: Main, tmp_path: Path):
     assert main(interleave())[0] == 0
     before = contents(tmp_path)
     expected = {**dict.fromkeys(DAG, "SKIP"), "train-5": "RUN", "train-2": "REPLAY"}
@@ -139,7 +139,7 @@ def test_a_forced_step_runs_again_and_its_users_stay_and_say_so(main: Main, tmp_
         (["train-2", "report"], DAG),
     ],
 )
-def test_until_runs_a_step_and_all_before_it_and_the_borrowers_that_a_taker_waits_for(
+def test_until_runs_a_step_its_dependencies_and_the_borrowers_a_taker_waits_for(
     main: Main, last: list[str], expected: list[str]
 ):
     code, out, _ = main(interleave(), "--json", "--until", *last)
@@ -149,7 +149,7 @@ def test_until_runs_a_step_and_all_before_it_and_the_borrowers_that_a_taker_wait
     assert (code, done) == (0, set(expected))
 
 
-def test_until_and_run_only_together_leave_what_both_leave(main: Main):
+def test_until_and_run_only_together_select_their_intersection(main: Main):
     _, out, _ = main(interleave(), "--json", "--until", "train-5", "--run_only", "infer|report")
     assert actions(out) == {"train-2": "RUN", "infer-128": "RUN"}
 
@@ -160,23 +160,21 @@ def test_explain_prints_old_and_new_values_and_writes_nothing(main: Main, tmp_pa
     before = contents(tmp_path)
     code, out, err = main(interleave(stop=8), "--explain", "train-5", "infer-128", *flags)
     assert (code, err) == (0, "")
-    assert re.search(r"^train-5  RUN: new since train-5-[0-9a-f]{8}: \[1\]: 7 -> 8$", out, re.MULTILINE)
-    assert re.search(r"^Since train-5-[0-9a-f]{8}:$", out, re.MULTILINE)
+    assert re.search(r"^train-5  RUN: changed since train-5-[0-9a-f]{8}: \[1\]: 7 -> 8$", out, re.MULTILINE)
+    assert re.search(r"^Changes since train-5-[0-9a-f]{8}:$", out, re.MULTILINE)
     assert re.search(r"^\[1\] +7 +8$", out, re.MULTILINE)
     assert re.search(r"^infer-128  SKIP: ", out, re.MULTILINE)
-    assert "No other version of it lies beside it." in out
+    assert "No other version of this step exists in the same folder." in out
     assert contents(tmp_path) == before
 
 
-def test_explain_says_of_a_step_that_is_left_out_that_it_is(main: Main):
+def test_explain_reports_a_step_that_is_not_selected(main: Main):
     code, out, _ = main(interleave(), "--explain", "report", "--until", "infer-128")
     assert code == 0
     assert "report  NONE: " in out
 
 
-def test_a_relative_prefix_means_a_place_that_does_not_move(
-    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_relative_prefix_is_resolved_once_at_the_start(main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def move(config: list[Any]):
         monkeypatch.chdir(Path(config[0]).anchor)
 
@@ -188,7 +186,7 @@ def test_a_relative_prefix_means_a_place_that_does_not_move(
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def test_what_a_program_that_a_step_starts_prints_does_not_mix_with_the_object(tmp_path: Path):
+def test_output_of_a_child_process_of_a_step_is_kept_out_of_the_json(tmp_path: Path):
     script = tmp_path / "experiment.py"
     script.write_text(
         "import subprocess\n"
@@ -209,10 +207,10 @@ def test_flags_that_leave_no_step_are_refused(main: Main, flags: tuple[str, ...]
     steps = [ExecutorStep(name, lambda config: None, {"x": versioned(name)}) for name in ("a", "b")]
     code, out, err = main(steps, *flags)
     assert (code, out) == (2, "")
-    assert "leave no step" in err
+    assert "select no step" in err
 
 
-def test_ctrl_c_stops_what_runs_in_the_pool_and_records_it_as_cancelled(tmp_path: Path):
+def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_path: Path):
     script = tmp_path / "experiment.py"
     script.write_text(
         "import sys, time\n"

@@ -1,6 +1,6 @@
-"""A holder that is frozen (SIGSTOP) until another job took its lease over and finished: its later writes are refused.
+"""Writes of a lease holder are refused after it was frozen (SIGSTOP) until another job took over and finished.
 
-The freeze falls before each change of storage that a run makes, in turn: none is left out, none is sampled.
+The tests freeze the holder before every change of storage that a run makes, one after the other, without sampling.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ HEARTBEAT = -1
 
 
 class Program:
-    """One run of the program; begun when made."""
+    """One run of the program, which starts at construction."""
 
     def __init__(self, start_program: Any, prefix: str, name: str, point: int, environment: dict[str, str]):
         self._client, self.pid = start_program(PROGRAM, prefix, name, str(point), environment=environment)
@@ -40,18 +40,18 @@ class Program:
         return self._client.poll() is not None
 
     def outcome(self) -> dict[str, Any]:
-        """Wait for its end; return the JSON that it printed."""
+        """Wait for the program to finish and return the JSON that it printed."""
         out, err = self._client.communicate(timeout=60)
         assert self._client.returncode == 0, err
         return json.loads(out)
 
     def wait_until_stopped(self) -> bool:
-        """False when it ended instead."""
+        """Wait until every thread is stopped. Return False if the program finished instead."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.has_ended():
                 return False
-            # The fork server is its parent, so waitpid cannot report the stop here.
+            # The parent of the program is the fork server, so waitpid cannot report the stop here.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 threads = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
                 if threads and all(stat.rsplit(")", 1)[1].split()[0] == "T" for stat in threads):
@@ -63,12 +63,12 @@ class Program:
 
 @pytest.fixture
 def start(start_program):
-    """Starts a run of the program."""
+    """Return a function that starts a run of the program."""
     return functools.partial(Program, start_program)
 
 
 def freeze_at_every_point(start: Callable[..., Program], place: str, environment: dict[str, str]) -> list[str]:
-    """How the frozen holder ended, by point."""
+    """Freeze a holder at every point, and return its result for each: the error, or the action of its step."""
     ends: list[str] = []
     while True:
         point = len(ends) + 1
@@ -85,7 +85,7 @@ def freeze_at_every_point(start: Callable[..., Program], place: str, environment
 
 
 def check(other: dict[str, Any], end: dict[str, Any]) -> None:
-    """One of the two made everything that is there, and all of it is there."""
+    """Assert that exactly one of the two jobs made the outputs and that they are complete."""
     path = other["path"]
     assert other["error"] is None
     ran = {"RUN": "other", "SKIP": "frozen"}[other["actions"][0]]
@@ -117,7 +117,7 @@ def test_wherever_a_holder_is_frozen_its_later_writes_to_a_bucket_are_refused(st
 
 
 @pytest.mark.parametrize("point", [ANYWHERE, HEARTBEAT])
-def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(start, tmp_path, point):
+def test_a_holder_frozen_during_its_work_stops_soon_after_it_resumes(start, tmp_path, point):
     prefix = str(tmp_path / "runs")
     frozen = start(prefix, "frozen", point, dict(os.environ))
     if point == ANYWHERE:
@@ -128,6 +128,6 @@ def test_a_holder_that_is_frozen_in_its_work_stops_soon_after_it_goes_on(start, 
     assert frozen.wait_until_stopped()
     other = start(prefix, "other", NEVER, dict(os.environ)).outcome()
     frozen.send(signal.SIGCONT)
-    end = frozen.outcome()  # its step never ends by itself
+    end = frozen.outcome()  # the step never finishes on its own
     assert end["error"] == "LeaseLostError"
     assert read_text(join(other["path"], "first.txt")) == "other"

@@ -1,4 +1,4 @@
-"""Whatever lies in a step's folder, nothing crashes, and nothing is believed that is not so."""
+"""With any files in the folder of a step, the executor does not crash and believes no false record."""
 
 import json
 import uuid
@@ -39,7 +39,7 @@ def step(value: Any = 1) -> ExecutorStep:
 
 
 def place(prefix: str) -> tuple[str, str]:
-    """A prefix of its own for one example, and the output path of `step()` there."""
+    """Return a new prefix for one example, and the output path of `step()` in it."""
     own = join(prefix, uuid.uuid4().hex)
     executor = Executor(own)
     executor.run([step()], dry_run=True)
@@ -92,7 +92,7 @@ def encoded(value: Any) -> bytes:
 
 
 def near(right: Mapping[str, Any]) -> st.SearchStrategy[bytes]:
-    """JSON objects of which a few fields are missing or hold something else."""
+    """Return a strategy of JSON objects in which some fields are missing or have another value."""
     fields = {key: st.just(value) | JSON for key, value in right.items()}
     return st.fixed_dictionaries({}, optional=fields).map(encoded)
 
@@ -129,7 +129,7 @@ RECORDS = st.fixed_dictionaries(
 
 
 def put(path: str, files: Mapping[str, bytes]) -> None:
-    """Without the syncs that make a real write safe, and slow."""
+    """Write files without the syncs that make a real write safe but slow."""
     for name, data in files.items():
         if not path.startswith("/"):
             write_bytes(join(path, name), data)
@@ -139,7 +139,7 @@ def put(path: str, files: Mapping[str, bytes]) -> None:
 
 
 def may_be_believed(path: str, records: Mapping[str, bytes]) -> bool:
-    """Whether the status is SUCCESS, and each file that the manifest lists is there in its size."""
+    """Return whether the status is SUCCESS and every file in the manifest exists with the listed size."""
     try:
         files = json.loads(records["manifest.json"])["files"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -150,7 +150,7 @@ def may_be_believed(path: str, records: Mapping[str, bytes]) -> bool:
 
 
 def is_right(entry: Any, sizes: Mapping[str, int]) -> bool:
-    """Whether an entry of a manifest is what the executor would write, of a file that is there."""
+    """Return whether a manifest entry has the form that the executor writes, and its file exists with that size."""
     if not isinstance(entry, dict):
         return False
     path, size, checksum = (entry.get(key) for key in ("path", "bytes", "crc32c"))
@@ -184,7 +184,7 @@ def test_damaged_records_are_read_planned_and_explained_without_a_crash_and_not_
 
 @settings(anywhere, max_examples=15)
 @given(RECORDS)
-def test_a_run_on_damaged_records_ends_with_success_and_a_right_manifest(prefix: str, records: dict[str, bytes]):
+def test_a_run_on_damaged_records_succeeds_and_writes_a_correct_manifest(prefix: str, records: dict[str, bytes]):
     prefix, path = place(prefix)
     put(path, {**OUTPUTS, **records})
     done = read_record(path, None).done
@@ -229,7 +229,7 @@ def record_with_manifest(prefix: str, files: Any) -> StepRecord:
     ],
     ids=str,
 )
-def test_one_wrong_field_in_a_manifest_is_enough_not_to_believe_it(prefix: str, wrong: dict[str, Any]):
+def test_a_manifest_with_one_wrong_field_is_not_believed(prefix: str, wrong: dict[str, Any]):
     first, second = RIGHT_ENTRIES
     assert record_with_manifest(prefix, [first, second]).done
     assert not record_with_manifest(prefix, [{**first, **wrong}, second]).done
@@ -241,7 +241,7 @@ def test_a_manifest_without_a_list_of_files_is_not_believed(prefix: str, files: 
     assert not record_with_manifest(prefix, files).done
 
 
-def test_a_record_nested_as_deep_as_json_can_be_read_does_not_end_the_plan(prefix: str):
+def test_a_record_nested_as_deep_as_json_can_be_read_does_not_crash_the_plan(prefix: str):
     prefix, path = place(prefix)
     for depth in range(850, 1000, 5):
         nested = "[" * depth + "]" * depth
@@ -262,7 +262,9 @@ def test_a_record_nested_as_deep_as_json_can_be_read_does_not_end_the_plan(prefi
 @pytest.mark.parametrize(
     "flags", [{}, {"json": True}, {"explain": ["step"]}, {"explain": ["step"], "json": True}], ids=str
 )
-def test_what_damaged_records_hold_can_be_printed(prefix: str, name: str, record: Any, flags: dict[str, Any], capsys):
+def test_the_contents_of_damaged_records_can_be_printed(
+    prefix: str, name: str, record: Any, flags: dict[str, Any], capsys
+):
     prefix, path = place(prefix)
     put(path, {**OUTPUTS, ".executor_status": b"SUCCESS", name: encoded(record)})
     executor_main(ExecutorMainConfig(prefix=prefix, dry_run=True, **flags), steps=[step(), step(2)])
@@ -278,7 +280,7 @@ def publish(config: list[Any]) -> Live:
 @settings(anywhere, max_examples=10)
 @given(INFOS)
 @example(encoded({"name": "made", "version": {"config": {}}, "live_digest": "\ud800"}))
-def test_a_replay_compares_with_whatever_is_recorded_and_fails_cleanly_or_not_at_all(prefix: str, info: bytes):
+def test_a_replay_against_any_recorded_info_succeeds_or_fails_cleanly(prefix: str, info: bytes):
     prefix = join(prefix, uuid.uuid4().hex)
     made = ExecutorStep("made", publish, [this_output_path(), None])
     failing = ExecutorStep("taker", publish, [this_output_path(), take(made), False])

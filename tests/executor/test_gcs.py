@@ -1,4 +1,4 @@
-"""The executor on Google Cloud Storage, over HTTP: what it asks of it, and what faults and kills may do to it."""
+"""The executor on Google Cloud Storage over HTTP: its requests, and its behaviour under faults and kills."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def chain(length: int) -> list[ExecutorStep]:
 
 
 def operations(gcs: Any, prefix: str, length: int) -> Counter[str]:
-    """What a job of so many steps asked of the store, apart from the data."""
+    """Run a job of `length` steps and count its requests by kind, without those for the data."""
     gcs.reset_log()
     executor_main(ExecutorMainConfig(prefix=prefix), steps=chain(length))
     return Counter(entry["kind"] for entry in gcs.log() if not entry["path"].endswith("data/out.txt"))
@@ -46,15 +46,15 @@ def test_a_step_costs_at_most_twelve_operations(gcs, gcs_here):
     of_each_step = {kind: (many[kind] - few[kind]) / 10 for kind in many}
     print(of_each_step)
     assert sum(of_each_step.values()) <= MAX_OPERATIONS
-    assert sum(few.values()) <= 4 * MAX_OPERATIONS + 10  # of the job itself: its plan, its record, its probe
+    assert sum(few.values()) <= 4 * MAX_OPERATIONS + 10  # 10 for the job itself: its plan, its record and its probe
 
 
 @pytest.mark.parametrize("length", [3, 40])
-def test_a_plan_asks_for_each_step_once_at_most(gcs, gcs_here, length):
+def test_a_plan_lists_each_step_at_most_once(gcs, gcs_here, length):
     steps = chain(length)
     gcs.reset_log()
     Executor(gcs_here).run(steps, dry_run=True)
-    assert len(gcs.log()) <= length + 1  # 1 for the names in the prefix, by which new steps are explained
+    assert len(gcs.log()) <= length + 1  # 1 lists the names in the prefix, which explain why a step is new
     Executor(gcs_here).run(steps)
     gcs.reset_log()
     planned = Executor(gcs_here)
@@ -66,11 +66,11 @@ def test_a_plan_asks_for_each_step_once_at_most(gcs, gcs_here, length):
     assert sum(asked.values()) <= length + 1
 
 
-def test_an_output_that_is_not_what_was_committed_is_noticed_from_the_listing(gcs, gcs_here):
+def test_an_output_that_differs_from_the_commit_is_detected_from_the_listing(gcs, gcs_here):
     step = chain(1)
     job = Executor(gcs_here)
     job.run(step)
-    write_text(join(job.output_paths[step[0]], "data/out.txt"), "y")  # of the same size
+    write_text(join(job.output_paths[step[0]], "data/out.txt"), "y")  # the same size
     planned = Executor(gcs_here)
     planned.run(step, dry_run=True)
     assert [row.action for row in planned.plan] == ["RUN"]
@@ -78,7 +78,10 @@ def test_an_output_that_is_not_what_was_committed_is_noticed_from_the_listing(gc
 
 
 def check_outputs(gcs: Any, name: str, *, all_done: bool) -> None:
-    """What says SUCCESS is whole, by the store's own checksums; all of it says so."""
+    """Assert that steps with status SUCCESS have complete outputs, by the checksums of the store.
+
+    With `all_done`, every step must have status SUCCESS.
+    """
     objects = gcs.objects(name)
     statuses = [path for path in objects if path.endswith("/.executor_status")]
     assert len(statuses) == 3 or not all_done
@@ -94,7 +97,7 @@ def check_outputs(gcs: Any, name: str, *, all_done: bool) -> None:
 
 
 def kill_at_every_change(start_program: Any, gcs: Any, name: str, when: str) -> int:
-    """Kill the job at change 1, 2, ... until it makes no more, and run it again after each; gives their number."""
+    """Kill the job at change 1, 2, ... until it finishes, and rerun it after each kill. Return the number of kills."""
     point = 0
     while True:
         point += 1
@@ -138,7 +141,7 @@ def test_any_one_request_may_fail_and_nothing_is_done_twice_or_lost(gcs, gcs_her
     assert [row.action for row in again.plan] == ["SKIP"]
 
 
-def test_during_an_upload_that_takes_longer_than_the_expiry_nobody_takes_the_step_over(gcs, gcs_here):
+def test_a_step_is_not_taken_over_during_an_upload_longer_than_the_expiry(gcs, gcs_here):
     lease = LeaseConfig(heartbeat_seconds=0.1, expiry_seconds=0.5, poll_seconds=0.05)
     calls: list[str] = []
     begun = threading.Event()
@@ -164,7 +167,7 @@ def test_during_an_upload_that_takes_longer_than_the_expiry_nobody_takes_the_ste
     assert (first, second, calls) == (["RUN"], ["SKIP"], ["upload"])
 
 
-def test_the_commit_is_made_in_its_order(gcs, gcs_here):
+def test_the_files_of_a_commit_are_written_in_order(gcs, gcs_here):
     gcs.reset_log()
     Executor(gcs_here).run(chain(1))
     changed = [entry["path"].rsplit("/", 1)[1] for entry in gcs.log() if entry["kind"] in ("insert", "delete")]

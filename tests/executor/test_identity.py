@@ -51,7 +51,7 @@ plain = st.recursive(
 
 
 def reordered(value: Any) -> Any:
-    """The same value with the keys of every dict in reverse order."""
+    """Return the same value with the keys of every dict in reverse order."""
     if isinstance(value, dict):
         return {key: reordered(value[key]) for key in reversed(value)}
     return [reordered(inner) for inner in value] if isinstance(value, list) else value
@@ -63,7 +63,7 @@ def test_identity_does_not_depend_on_the_order_of_keys(value):
 
 
 @given(plain, plain)
-def test_two_values_have_one_form_exactly_if_they_are_the_same_json(one, other):
+def test_two_values_have_the_same_form_exactly_if_their_json_is_the_same(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     forms = [json.dumps(canonical(value, "x"), sort_keys=True) for value in (one, other)]
     assert (forms[0] == forms[1]) == same
@@ -148,11 +148,11 @@ def test_different_kinds_of_value_have_different_forms():
     assert len(set(forms)) == len(values)
 
 
-def test_a_dict_that_looks_like_a_tagged_value_is_not_taken_for_one():
+def test_a_dict_that_looks_like_a_tagged_value_is_not_mistaken_for_one():
     assert canonical({"!enum": "Colour.RED"}, "x") != canonical(Colour.RED, "x")
 
 
-def test_numpy_scalars_are_the_numbers_they_hold():
+def test_numpy_scalars_have_the_form_of_their_python_values():
     assert canonical(np.int64(3), "x") == 3
     assert canonical(np.float32(0.5), "x") == 0.5
 
@@ -169,7 +169,7 @@ def test_numpy_scalars_are_the_numbers_they_hold():
         ([ExecutorStep("x", None, None)], "markers"),
     ],
 )
-def test_what_has_no_canonical_form_is_an_error_naming_the_field(value, message):
+def test_a_value_without_a_canonical_form_is_an_error_naming_the_field(value, message):
     with pytest.raises(IdentityError, match=message) as caught:
         find_markers(Config(b=Rates(rest=[0, versioned({"deep": value})])))
     assert "b.rest[1].deep" in str(caught.value)
@@ -185,13 +185,13 @@ def test_ensuring_a_version_twice_changes_nothing():
     assert ensure_versioned(ensure_versioned(3)) == versioned(3)
 
 
-def test_keys_with_dots_are_not_taken_for_nested_fields():
+def test_keys_with_dots_are_not_mistaken_for_nested_fields():
     one = find_markers({"a.b": versioned(1), "a": {"b": versioned(2)}}).versioned
     assert sorted(one.values()) == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["", "/abs", "a//b", "../up", "a/./b", ".hidden", "a/.b", "a/"])
-def test_a_name_that_is_no_relative_path_is_refused(name):
+def test_a_name_that_is_not_a_relative_path_is_refused(name):
     with pytest.raises(PlanError, match="Rename the step"):
         ExecutorStep(name, None, None)
 
@@ -211,12 +211,12 @@ def test_a_cycle_is_an_error_that_names_its_steps():
         build_graph([first], "/p")
 
 
-def test_a_step_shows_its_name_and_not_its_whole_past():
+def test_the_repr_of_a_step_contains_only_its_name():
     assert repr(ExecutorStep("train", None, dataclasses.replace(Config(), a=1))) == "ExecutorStep(name='train')"
 
 
 @pytest.mark.parametrize("place", [lambda marker: {"deep": {marker}}, lambda marker: {"deep": {marker: 1}}])
 def test_a_marker_where_it_would_be_overlooked_is_refused(place):
     step = ExecutorStep("first", None, None)
-    with pytest.raises(IdentityError, match="'deep' hold a step or a marker"):
+    with pytest.raises(IdentityError, match="'deep' contain a step or a marker"):
         find_markers(place(step))

@@ -1,4 +1,4 @@
-"""What an identity depends on, and what it does not, over random configs."""
+"""Property tests: what an identity depends on, and what it does not depend on."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Pair:
     b: Any = None
 
 
-class Key(str, Enum):  # noqa: UP042 - as configs had before there was StrEnum
+class Key(str, Enum):  # noqa: UP042 - as in configs from before StrEnum existed
     A = "a"
 
 
@@ -70,7 +70,7 @@ SKELETONS = st.recursive(
 
 
 def holes(skeleton: Any) -> int:
-    """How many values the skeleton lacks."""
+    """Return the number of holes in the skeleton."""
     if skeleton is HOLE:
         return 1
     if isinstance(skeleton, Pair):
@@ -79,7 +79,7 @@ def holes(skeleton: Any) -> int:
 
 
 def filled(skeleton: Any, leaves: list[Any]) -> Any:
-    """The skeleton with its holes filled in order; `leaves` are used up."""
+    """Return the skeleton with its holes filled in order. The used values are removed from `leaves`."""
     if skeleton is HOLE:
         return leaves.pop(0)
     if isinstance(skeleton, Pair):
@@ -90,7 +90,10 @@ def filled(skeleton: Any, leaves: list[Any]) -> Any:
 
 
 def meaning(value: Any) -> tuple[Any, ...]:
-    """Equal exactly for values that are meant to be one: lists and tuples, sets of both kinds, dicts in any order."""
+    """Return a form that is equal exactly for values that must have one identity.
+
+    Lists equal tuples, sets equal frozensets, and the order of dict keys does not matter.
+    """
     if isinstance(value, Pair):
         return ("pair", meaning(value.a), meaning(value.b))
     if isinstance(value, list | tuple):
@@ -108,7 +111,7 @@ def hash_of(config: Any, name: str = "step") -> str:
 
 
 def reordered(value: Any) -> Any:
-    """The same value: keys in reverse order, lists for tuples, sets for frozensets."""
+    """Return the same value with keys in reverse order, lists for tuples and sets for frozensets."""
     if isinstance(value, Pair):
         return Pair(reordered(value.a), reordered(value.b))
     if isinstance(value, dict):
@@ -168,7 +171,7 @@ def test_values_that_python_or_a_reader_might_confuse_have_different_identities(
 
 
 def at(place: list[str | int], value: Any) -> Any:
-    """A config that holds the value at a place: a text is a key, a number an index."""
+    """Return a config with the value at a position. A string in the position is a key, an integer an index."""
     for part in reversed(place):
         value = {part: value} if isinstance(part, str) else [*[None] * part, value]
     return value
@@ -179,36 +182,36 @@ PLACES = st.lists(KEYS | st.integers(0, 2), max_size=4)
 
 @unhurried
 @given(PLACES, PLACES)
-def test_two_places_of_a_config_are_never_taken_for_one(one: list[str | int], two: list[str | int]):
+def test_two_positions_in_a_config_are_never_confused(one: list[str | int], two: list[str | int]):
     assert (hash_of(at(one, versioned(1))) == hash_of(at(two, versioned(1)))) == (one == two)
 
 
 @unhurried
 @given(st.data(), st.lists(KEYS, min_size=2, max_size=5, unique=True))
-def test_values_that_change_places_change_the_identity(data: st.DataObject, keys: list[str]):
+def test_moving_values_to_other_keys_changes_the_identity(data: st.DataObject, keys: list[str]):
     shuffled = data.draw(st.permutations(range(len(keys))))
     one = {key: versioned(number) for number, key in enumerate(keys)}
     two = {key: versioned(number) for key, number in zip(keys, shuffled, strict=True)}
     assert (hash_of(one) == hash_of(two)) == (shuffled == list(range(len(keys))))
 
 
-def test_a_text_key_that_is_also_an_enum_is_no_nested_field():
+def test_a_string_key_that_is_also_an_enum_is_not_a_nested_field():
     hashes = {hash_of({"x": {Key.A: versioned(number), "Key": {"A": versioned(0)}}}) for number in range(3)}
     assert len(hashes) == 3
 
 
-def test_keys_that_are_equal_sets_are_one_place():
+def test_keys_that_are_equal_sets_are_the_same_position():
     assert repr(frozenset([0, 8])) != repr(frozenset([8, 0]))
     assert hash_of({frozenset([0, 8]): versioned(1)}) == hash_of({frozenset([8, 0]): versioned(1)})
 
 
-def test_a_key_that_is_new_in_each_process_is_refused_where_it_leads_to_a_versioned_value():
+def test_a_key_that_differs_between_processes_is_refused_if_it_leads_to_a_versioned_value():
     with pytest.raises(IdentityError):
         hash_of({object(): versioned(1)})
     assert hash_of([{object(): 1}, versioned(1)]) == hash_of([{object(): 2}, versioned(1)])
 
 
-def test_an_emoji_and_its_two_halves_are_different_texts_or_refused():
+def test_an_emoji_and_its_surrogate_pair_have_different_identities_or_are_refused():
     try:
         halves = hash_of(versioned("\ud83d\ude00"))
     except IdentityError:
@@ -216,12 +219,12 @@ def test_an_emoji_and_its_two_halves_are_different_texts_or_refused():
     assert halves != hash_of(versioned("\U0001f600"))
 
 
-def test_long_regular_expressions_are_told_apart():
+def test_long_regular_expressions_are_distinguished():
     one, two = (re.compile("a" * 300 + end) for end in ("x", "y"))
     assert hash_of(versioned(one)) != hash_of(versioned(two))
 
 
-def test_a_value_that_imitates_a_dependency_is_none():
+def test_a_value_that_imitates_a_dependency_is_not_one():
     made = ExecutorStep("made", None, versioned(1))
     label = f"made-{hash_of(versioned(1), 'made')}"
     imitation = {"!step": label, "use": "saved", "sub_path": None}
@@ -242,7 +245,7 @@ USES = {
 
 
 def chain(start: Any, uses: list[str], last_use: str) -> str:
-    """The hash of the last of a chain of steps."""
+    """Return the hash of the last step of a chain."""
     step = ExecutorStep("start", None, {"value": versioned(start)})
     for number, use in enumerate([*uses, last_use]):
         step = ExecutorStep(f"step-{number}", None, {"input": USES[use](step)})
@@ -251,13 +254,13 @@ def chain(start: Any, uses: list[str], last_use: str) -> str:
 
 @settings(unhurried, max_examples=25)
 @given(st.lists(st.sampled_from([use for use in USES if use != "a fixed path"]), max_size=4))
-def test_every_use_of_a_dependency_is_another_identity_and_hands_on_every_change(uses: list[str]):
+def test_every_use_of_a_dependency_has_its_own_identity_and_propagates_changes(uses: list[str]):
     hashes = {(start, last): chain(start, uses, last) for start in (1, 2) for last in USES}
     assert hashes.pop((1, "a fixed path")) == hashes.pop((2, "a fixed path"))
     assert len(set(hashes.values())) == len(hashes)
 
 
-def test_one_path_written_in_two_ways_is_one_identity():
+def test_one_path_written_in_two_ways_has_one_identity():
     made = ExecutorStep("made", None, versioned(1))
     assert hash_of(made / "a" / "b") == hash_of(made / "a/b") == hash_of(output_path_of(made, "a/b"))
     assert hash_of(made) == hash_of(made.as_input_name()) == hash_of(output_path_of(made))
@@ -265,7 +268,7 @@ def test_one_path_written_in_two_ways_is_one_identity():
 
 @unhurried
 @given(st.from_regex(r"[a-z0-9-]{1,5}(/[a-z0-9-]{1,5})?", fullmatch=True), st.data())
-def test_the_name_is_part_of_the_identity_also_of_what_depends_on_it(name: str, data: st.DataObject):
+def test_the_name_of_a_step_is_part_of_its_identity_and_of_its_dependents(name: str, data: st.DataObject):
     other = data.draw(st.sampled_from([f"{name}-", f"{name}/x", f"x{name}"]))
     assert hash_of(versioned(1), name) != hash_of(versioned(1), other)
     users = [hash_of([ExecutorStep(made, None, versioned(1)) / "sub"]) for made in (name, other)]
@@ -274,7 +277,7 @@ def test_the_name_is_part_of_the_identity_also_of_what_depends_on_it(name: str, 
 
 @unhurried
 @given(st.sampled_from(["/other", "gs://bucket/x", "memory://m"]), st.text(max_size=5), st.integers())
-def test_what_says_only_where_and_how_a_step_runs_is_not_part_of_the_identity(prefix: str, text: str, number: int):
+def test_settings_of_where_and_how_a_step_runs_are_not_part_of_the_identity(prefix: str, text: str, number: int):
     plain = ExecutorStep("made", None, {"value": versioned(1), "free": 0})
     dressed = ExecutorStep(
         "made",
@@ -291,7 +294,7 @@ def test_what_says_only_where_and_how_a_step_runs_is_not_part_of_the_identity(pr
 
 
 def tree(order: list[int]) -> list[ExecutorStep]:
-    """Four independent steps and four that use two of them each, built in a given order."""
+    """Build four independent steps and four steps that use two of them each, in the given order."""
     made: dict[int, ExecutorStep] = {
         number: ExecutorStep(f"made-{number}", None, versioned(number)) for number in order
     }
@@ -326,7 +329,7 @@ def test_hosts_and_the_working_directory_are_not_part_of_the_identity(tmp_path: 
 
 @unhurried
 @given(st.data(), SKELETONS)
-def test_a_value_is_itself_again_when_its_versions_are_unwrapped(data: st.DataObject, skeleton: Any):
+def test_unwrapping_the_versions_restores_the_value(data: st.DataObject, skeleton: Any):
     leaves = data.draw(st.lists(LEAVES, min_size=holes(skeleton), max_size=holes(skeleton)))
     marked = filled(skeleton, [versioned(leaf) for leaf in leaves])
     assert repr(unwrap_versioned_value(marked)) == repr(filled(skeleton, leaves.copy()))

@@ -1,4 +1,4 @@
-"""A process killed before any one of its writes leaves a prefix from which the next run finishes."""
+"""After a process is killed before any one of its writes, the next run on the prefix finishes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(prefix: str) -> Executor:
 
 
 def run_and_die(prefix: str, last_write: int) -> None:
-    """For a process of its own: run, and die at once instead of making write number `last_write`."""
+    """Run, and exit immediately instead of making write number `last_write`. Call this in a separate process."""
     writes = iter(range(1, last_write))
 
     def counted(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,15 +47,15 @@ def run_and_die(prefix: str, last_write: int) -> None:
 
         return changing
 
-    # Every file appears through one of the first two and goes through the third.
+    # Every file is created by one of the first two functions and removed by the third.
     os.replace, os.link, os.remove = counted(os.replace), counted(os.link), counted(os.remove)
     run(prefix)
 
 
 def die_at_every_write(folder: str) -> None:
-    """For a process of its own: a run in a fork dies at write 1, another one at write 2, until one finishes.
+    """Run in forks that exit at write 1, at write 2, ... until a run finishes. Call this in a separate process.
 
-    Prints how they ended. The outputs of each are in a folder with the number of its write.
+    Prints the exit codes of the forks as JSON. The outputs of each fork are in a folder named after its write number.
     """
     codes = [KILLED]
     while codes[-1] == KILLED:
@@ -78,7 +78,7 @@ def manifest_matches(output_path: Path) -> bool:
     return listed == {"out.txt": crc32c_of(str(output_path / "out.txt"))}
 
 
-def test_after_a_kill_at_any_write_the_next_run_finishes_with_whole_outputs(tmp_path: Path):
+def test_after_a_kill_at_any_write_the_next_run_finishes_with_complete_outputs(tmp_path: Path):
     program = "import sys; sys.path.insert(0, sys.argv[1]); import test_kill; test_kill.die_at_every_write(sys.argv[2])"
     words = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)

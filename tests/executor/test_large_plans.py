@@ -1,4 +1,4 @@
-"""Plans of thousands of steps: no limit on depth, and storage is asked once for each step at most."""
+"""Plans of thousands of steps have no depth limit and read storage at most once for each step."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from simpo_pipeline.executor.step import ExecutorStep, this_output_path, version
 
 
 def do_nothing(config: Any) -> None:
-    """Never called."""
+    """Do nothing. This is never called."""
 
 
 def step(name: str, *uses: Any) -> ExecutorStep:
@@ -41,7 +41,7 @@ def diamonds(count: int) -> ExecutorStep:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each place was asked for."""
+    """Return a counter of reads by path."""
     counts: Counter[str] = Counter()
 
     def counted(ask: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def test_ten_thousand_steps_that_never_ran_are_planned_with_one_listing(tmp_path
     assert asked == {str(tmp_path): 1}
 
 
-def test_each_of_a_thousand_steps_that_are_done_is_asked_for_once(tmp_path, asked):
+def test_each_of_a_thousand_finished_steps_is_read_once(tmp_path, asked):
     last = chain(1_000)
     planned = Executor(str(tmp_path))
     planned.run([last], dry_run=True)

@@ -27,7 +27,7 @@ ELSEWHERE = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
 
 
 class Clock:
-    """A clock that goes when told."""
+    """Clock that only advances when a test sets it."""
 
     def __init__(self):
         self.now = 0.0
@@ -37,12 +37,12 @@ class Clock:
 
 
 def keeper(run_id: str, clock: Clock | None = None) -> LeaseKeeper:
-    """A keeper whose heartbeat has not been started: as if its process were frozen."""
+    """Return a keeper whose heartbeat was not started, as if its process were frozen."""
     return LeaseKeeper(run_id, CONFIG, LeaseWatch(CONFIG, clock or Clock()), FILES)
 
 
 def dead_holder() -> Holder:
-    """A process of this machine that has ended."""
+    """Return a holder whose process ran on this machine and has exited."""
     module = "simpo_pipeline.executor.records.holder"
     program = f"from {module} import Holder\nprint(Holder.of_this_process('dead-run').encode().decode())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -51,7 +51,7 @@ def dead_holder() -> Holder:
     return holder
 
 
-def test_a_lease_is_had_by_one_until_it_is_given_up(prefix):
+def test_a_lease_has_one_holder_until_it_is_released(prefix):
     path = join(prefix, "step/.executor_status.lock")
     first, second = keeper("first"), keeper("second")
     assert first.acquire(path)
@@ -76,17 +76,17 @@ def test_the_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(prefix):
     assert keeper("second").acquire(path)
 
 
-def test_only_a_pid_that_means_something_here_tells_that_its_process_is_gone():
+def test_only_a_pid_of_the_same_pid_space_shows_that_its_process_is_gone():
     dead = dead_holder()
     assert dead.is_gone()
-    assert not replace(dead, pid_space="another container's").is_gone()  # though its host name and pid are the same
+    assert not replace(dead, pid_space="another container's").is_gone()  # although its host name and pid are the same
     assert not replace(dead, pid_space="").is_gone()
     alive = Holder.of_this_process("run")
     assert not alive.is_gone()
-    assert replace(alive, started="1").is_gone()  # the pid was given again
+    assert replace(alive, started="1").is_gone()  # the pid was reused
 
 
-def test_the_lease_of_another_host_is_taken_over_when_it_was_not_seen_to_change(prefix):
+def test_the_lease_of_another_host_is_taken_over_when_it_did_not_change_for_the_expiry(prefix):
     path = join(prefix, "lock")
     clock = Clock()
     second = keeper("second", clock)
@@ -107,7 +107,7 @@ def test_a_clock_that_is_wrong_by_years_on_the_other_host_does_not_matter(prefix
     assert not keeper("second").acquire(path)
 
 
-def test_a_holder_that_lost_its_lease_is_told_who_has_it_and_leaves_it_there(prefix):
+def test_a_holder_that_lost_its_lease_learns_the_new_holder_and_leaves_the_file(prefix):
     path = join(prefix, "lock")
     first = keeper("first")
     assert first.acquire(path)
@@ -119,7 +119,7 @@ def test_a_holder_that_lost_its_lease_is_told_who_has_it_and_leaves_it_there(pre
 
 
 def test_a_lease_whose_file_was_removed_or_damaged_is_lost(prefix):
-    damages = {"nobody: whoever took it": remove_tree, "nobody we can read": lambda path: write_bytes(path, b"")}
+    damages = {"no job: the job that took it": remove_tree, "an unknown holder": lambda path: write_bytes(path, b"")}
     for number, (owner, damage) in enumerate(damages.items()):
         path = join(prefix, f"lock-{number}")
         first = keeper("first")
@@ -138,14 +138,14 @@ def test_a_recent_heartbeat_is_believed_and_an_old_one_is_checked(prefix, monkey
     monkeypatch.setattr(lease, "_now", lambda: now)
     assert first.acquire(path)
     write_bytes(path, ELSEWHERE.encode())
-    now = 0.9 * CONFIG.expiry_seconds  # nobody can have taken it by the rules
+    now = 0.9 * CONFIG.expiry_seconds  # by the rules no job can have taken it over yet
     first.check(path)
     now = CONFIG.expiry_seconds
     with pytest.raises(LeaseLostError, match="pid 12 on host another-host"):
         first.check(path)
 
 
-def test_a_late_holder_whose_lease_nobody_took_goes_on(prefix, monkeypatch):
+def test_a_late_holder_whose_lease_was_not_taken_over_continues(prefix, monkeypatch):
     path = join(prefix, "lock")
     first = keeper("first")
     now = 0.0
@@ -155,7 +155,7 @@ def test_a_late_holder_whose_lease_nobody_took_goes_on(prefix, monkeypatch):
     first.check(path)
 
 
-def test_the_holder_hears_of_its_loss_within_a_heartbeat(prefix):
+def test_the_holder_is_notified_of_its_loss_within_a_heartbeat(prefix):
     path = join(prefix, "lock")
     lost = threading.Event()
     with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
@@ -166,7 +166,7 @@ def test_the_holder_hears_of_its_loss_within_a_heartbeat(prefix):
     assert read_bytes(path) == ELSEWHERE.encode()
 
 
-def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
+def test_the_heartbeat_changes_the_file_so_that_it_is_not_taken_over(prefix):
     path = join(prefix, "lock")
     with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
         assert first.acquire(path)
@@ -181,7 +181,7 @@ def test_the_heartbeat_changes_the_file_so_that_nobody_takes_it_over(prefix):
     assert not exists(path)
 
 
-def test_a_dead_lease_that_a_stopped_process_keeps_locked_is_tried_again_later(tmp_path, monkeypatch):
+def test_a_dead_lease_locked_by_a_stopped_process_can_be_acquired_later(tmp_path, monkeypatch):
     path = str(tmp_path / "lock")
     write_bytes(path, dead_holder().encode())
     monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
@@ -190,7 +190,7 @@ def test_a_dead_lease_that_a_stopped_process_keeps_locked_is_tried_again_later(t
     assert keeper("second").acquire(path)
 
 
-def test_while_a_lease_is_held_still_nobody_takes_it_over(tmp_path, monkeypatch):
+def test_a_lease_is_not_taken_over_during_a_hold(tmp_path, monkeypatch):
     path = str(tmp_path / "lock")
     first, second = keeper("first"), keeper("second", clock := Clock())
     monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
@@ -204,7 +204,7 @@ def test_while_a_lease_is_held_still_nobody_takes_it_over(tmp_path, monkeypatch)
         pass
 
 
-def test_heartbeats_go_on_during_a_long_upload():
+def test_heartbeats_continue_during_a_long_upload():
     path = "memory://long-upload/lock"
     with LeaseKeeper("first", CONFIG, LeaseWatch(CONFIG), FILES) as first:
         assert first.acquire(path)
@@ -215,7 +215,7 @@ def test_heartbeats_go_on_during_a_long_upload():
         first.confirm(path)
 
 
-def test_a_renewal_whose_answer_was_lost_does_not_lose_the_lease(prefix, monkeypatch):
+def test_a_renewal_whose_response_was_lost_does_not_lose_the_lease(prefix, monkeypatch):
     path = join(prefix, "lock")
     first = keeper("first")
     assert first.acquire(path)
@@ -238,13 +238,13 @@ def test_a_renewal_whose_answer_was_lost_does_not_lose_the_lease(prefix, monkeyp
     assert not exists(path)
 
 
-def test_a_process_that_proc_hides_is_not_taken_for_gone(monkeypatch):
+def test_a_process_hidden_from_proc_is_not_considered_gone(monkeypatch):
     monkeypatch.setattr(holder_module, "_start_time", lambda pid: None)
     assert not Holder.of_this_process("run").is_gone()
     assert replace(Holder.of_this_process("run"), pid=2**22 + 1).is_gone()
 
 
-def test_a_process_beside_the_leader_looks_once_a_heartbeat(prefix, monkeypatch):
+def test_a_process_other_than_the_leader_reads_the_lease_once_per_heartbeat(prefix, monkeypatch):
     path = join(prefix, "lock")
     now = 0.0
     monkeypatch.setattr(lease, "_now", lambda: now)
@@ -258,7 +258,7 @@ def test_a_process_beside_the_leader_looks_once_a_heartbeat(prefix, monkeypatch)
         pass
 
 
-def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
+def test_only_one_of_many_jobs_acquires_a_dead_lease(tmp_path):
     path = str(tmp_path / "lock")
     write_bytes(path, dead_holder().encode())
     start = threading.Barrier(8)
@@ -290,12 +290,12 @@ def test_of_many_jobs_that_find_a_dead_lease_one_gets_it(tmp_path):
         ),
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_whatever_a_lease_file_holds_it_is_a_holder_or_none(data):
+def test_any_content_of_a_lease_file_parses_to_a_holder_or_none(data):
     holder = parse_holder(data)
     assert holder is None or (holder.pid > 0 and isinstance(holder.is_gone(), bool))
 
 
-def test_a_holder_survives_its_file():
+def test_a_holder_is_unchanged_after_encoding_and_parsing():
     assert parse_holder(ELSEWHERE.encode()) == ELSEWHERE
 
 

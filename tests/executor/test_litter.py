@@ -1,4 +1,4 @@
-"""What `gc` finds and removes, and what it never touches."""
+"""Which files `gc` finds and removes, and which it never touches."""
 
 import functools
 import json
@@ -56,7 +56,7 @@ BAD = ExecutorStep("bad", fail, [this_output_path()])
 
 
 def run(prefix: str, step: ExecutorStep) -> str:
-    """Runs the step, well or not; its output path."""
+    """Run the step, which may fail, and return its output path."""
     executor = Executor(prefix)
     try:
         executor.run([step])
@@ -67,7 +67,10 @@ def run(prefix: str, step: ExecutorStep) -> str:
 
 @functools.cache
 def files_of_a_failed_run() -> dict[str, bytes]:
-    """What a run of a bad step leaves in its output path; made once, because a run asks git and takes 0.1 s."""
+    """Return the files that a failed step leaves, by path below the prefix.
+
+    They are made once, because a run calls git and takes 0.1 s.
+    """
     prefix = f"memory://{uuid.uuid4().hex}"
     path = run(prefix, BAD)
     files = {name: read_bytes(join(path, name)) for name in names(path)}
@@ -76,14 +79,14 @@ def files_of_a_failed_run() -> dict[str, bytes]:
 
 
 def make_failed(prefix: str) -> str:
-    """A step that failed below the prefix; its output path."""
+    """Write the files of a failed step below the prefix and return its output path."""
     for name, data in files_of_a_failed_run().items():
         write_bytes(join(prefix, name), data)
     return join(prefix, next(iter(files_of_a_failed_run())).split("/")[0])
 
 
 def found(prefix: str, later: float = LATER) -> list[tuple[str, str]]:
-    """Kind and path of all litter."""
+    """Return the kind and path of every piece of litter."""
     return [(item.kind.value, item.path) for item in find_litter(read_survey(prefix), time.time() + later)]
 
 
@@ -95,7 +98,7 @@ def names(path: str) -> list[str]:
     return [entry.relative_path for entry in list_files(path)]
 
 
-def test_where_all_went_well_there_is_nothing_to_collect(prefix):
+def test_nothing_is_collected_where_no_attempt_left_files(prefix):
     run(prefix, GOOD)
     run(prefix, ExecutorStep("after", write_rows, [this_output_path(), output_path_of(BAD)]))
     remove_tree(make_failed(prefix))
@@ -103,7 +106,7 @@ def test_where_all_went_well_there_is_nothing_to_collect(prefix):
 
 
 @pytest.mark.parametrize("status", ["FAILED", "DEP_FAILED", "CANCELLED", "RUNNING", "nonsense", None])
-def test_what_an_attempt_left_is_collected_but_for_its_records(prefix, status):
+def test_files_left_by_an_attempt_are_collected_except_its_records(prefix, status):
     path = make_failed(prefix)
     write_text(join(path, MANIFEST_FILE), "of an earlier attempt")
     remove_tree(join(path, STATUS_FILE))
@@ -132,7 +135,7 @@ def test_after_a_collection_the_step_runs_again(prefix):
     assert read_survey(prefix).steps[0].record.done
 
 
-def test_beside_the_outputs_of_a_good_step_only_what_its_manifest_does_not_name_is_collected(prefix):
+def test_only_files_missing_from_the_manifest_of_a_good_step_are_collected(prefix):
     path = run(prefix, GOOD)
     write_text(join(path, "more/left"), "by an earlier attempt")
     assert found(prefix, 0.9 * HOUR) == []
@@ -142,7 +145,7 @@ def test_beside_the_outputs_of_a_good_step_only_what_its_manifest_does_not_name_
     assert read_survey(prefix).steps[0].record.done
 
 
-def test_the_listing_tells_of_a_good_step_that_there_is_no_litter(prefix, monkeypatch):
+def test_the_listing_alone_shows_that_a_good_step_has_no_litter(prefix, monkeypatch):
     run(prefix, GOOD)
     survey = read_survey(prefix)
 
@@ -154,7 +157,7 @@ def test_the_listing_tells_of_a_good_step_that_there_is_no_litter(prefix, monkey
     assert find_litter(survey, time.time() + LATER) == []
 
 
-def test_a_success_whose_manifest_does_not_hold_is_left_to_its_owner(prefix):
+def test_a_success_that_contradicts_its_manifest_is_left_to_its_owner(prefix):
     path = run(prefix, GOOD)
     write_text(join(path, "rows.jsonl"), "1")
     write_text(join(path, "left"), "by an earlier attempt")
@@ -162,8 +165,8 @@ def test_a_success_whose_manifest_does_not_hold_is_left_to_its_owner(prefix):
 
 
 @pytest.mark.parametrize("kept", [INFO_FILE, "elsewhere"])
-def test_files_that_may_not_be_an_attempts_are_left_to_their_owner(prefix, kept):
-    """Without info no attempt is known; and where an experiment chose the path, there may have been files before."""
+def test_files_that_may_not_belong_to_an_attempt_are_left_to_their_owner(prefix, kept):
+    """Without an info file no attempt is known. A path chosen by an experiment may have had files before."""
     path = make_failed(prefix) if kept == INFO_FILE else run(prefix, BAD.with_output_path("elsewhere"))
     if kept == INFO_FILE:
         remove_tree(join(path, INFO_FILE))
@@ -171,7 +174,7 @@ def test_files_that_may_not_be_an_attempts_are_left_to_their_owner(prefix, kept)
 
 
 @pytest.mark.parametrize("holder", [LIVING, FAR_AWAY])
-def test_nothing_of_a_step_is_collected_until_its_lease_was_not_renewed_for_an_hour(prefix, holder):
+def test_a_step_is_not_collected_until_its_lease_was_not_renewed_for_an_hour(prefix, holder):
     path = make_failed(prefix)
     write_text(join(path, TEMPORARY), "1")
     write_text(join(path, STATUS_FILE), "RUNNING")
@@ -180,7 +183,7 @@ def test_nothing_of_a_step_is_collected_until_its_lease_was_not_renewed_for_an_h
     assert [kind for kind, _ in found(prefix)] == ["temporary", "attempt"]
 
 
-def test_nothing_of_a_step_with_a_living_holder_is_collected_however_old_it_is(prefix):
+def test_a_step_with_a_living_holder_is_not_collected_however_old_it_is(prefix):
     path = make_failed(prefix)
     write_text(join(path, TEMPORARY), "1")
     write_bytes(join(path, LEASE_FILE), FAR_AWAY.encode())
@@ -190,11 +193,11 @@ def test_nothing_of_a_step_with_a_living_holder_is_collected_however_old_it_is(p
     assert find_litter(replace(survey, steps=(replace(step, files=old),))) == []
 
 
-def test_what_a_dead_holder_left_is_collected_at_once(prefix):
+def test_files_left_by_a_dead_holder_are_collected_immediately(prefix):
     path = make_failed(prefix)
     name = base_name(path)
     write_text(join(path, "more", TEMPORARY), "1")
-    urgent = f".{LEASE_FILE}.{'0a' * 16}.tmp"  # of a job that is taking the lease over just now
+    urgent = f".{LEASE_FILE}.{'0a' * 16}.tmp"  # from a job that is taking the lease over right now
     write_text(join(path, urgent), "1")
     write_text(join(path, STATUS_FILE), "RUNNING")
     write_bytes(join(path, LEASE_FILE), GONE.encode())
@@ -216,8 +219,8 @@ def test_a_step_that_failed_an_hour_after_its_last_output_is_young(prefix):
     assert len(find_litter(survey, time.time() + LATER)) == 1
 
 
-def test_a_step_that_a_job_ends_while_it_is_looked_at_is_left(prefix):
-    """Its files were listed while it ran, and its record was read when its lease was given up."""
+def test_a_step_that_finishes_during_the_survey_is_left_alone(prefix):
+    """The files were listed while the step ran, and the record was read after its lease was released."""
     path = make_failed(prefix)
     survey = read_survey(prefix)
     write_text(join(path, STATUS_FILE), "FAILED")
@@ -226,7 +229,7 @@ def test_a_step_that_a_job_ends_while_it_is_looked_at_is_left(prefix):
     assert find_litter(survey, time.time() + LATER) == []
 
 
-def test_a_lease_that_was_not_renewed_for_an_hour_is_no_hindrance(prefix):
+def test_a_lease_not_renewed_for_an_hour_does_not_prevent_collection(prefix):
     path = make_failed(prefix)
     write_bytes(join(path, LEASE_FILE), FAR_AWAY.encode())
     (removal,) = collect(prefix)
@@ -234,7 +237,7 @@ def test_a_lease_that_was_not_renewed_for_an_hour_is_no_hindrance(prefix):
     assert names(path) == [INFO_FILE, STATUS_FILE, ERROR_FILE]
 
 
-def test_files_whose_age_is_unknown_are_young(prefix):
+def test_files_of_unknown_age_count_as_young(prefix):
     make_failed(prefix)
     write_text(join(prefix, TEMPORARY), "1")
     survey = read_survey(prefix)
@@ -245,7 +248,7 @@ def test_files_whose_age_is_unknown_are_young(prefix):
 
 
 def make_scratch(prefix: str, holder: Holder | None) -> str:
-    """What a run whose replay failed, or that died, leaves below the prefix."""
+    """Write the scratch files that a run leaves if its replay fails or it is killed. Return their folder."""
     write_text(join(prefix, ".replay/0a1b2c3d4e5f/train-2-77f45492/rows.jsonl"), "12345")
     if holder is not None:
         write_bytes(join(prefix, ".replay/0a1b2c3d4e5f", LEASE_FILE), holder.encode())
@@ -255,7 +258,7 @@ def make_scratch(prefix: str, holder: Holder | None) -> str:
 def test_the_scratch_of_a_replay_that_failed_is_collected_after_an_hour(prefix):
     def make(config: list[str]) -> Live:
         write_text(join(config[0], "log"), "1")
-        return Live(1, digest=str(time.perf_counter_ns()))  # another one at each call, so that its replay fails
+        return Live(1, digest=str(time.perf_counter_ns()))  # differs at each call, so that the replay fails
 
     made = ExecutorStep("made", make, [this_output_path()])
     run(prefix, made)
@@ -280,7 +283,7 @@ def test_scratch_is_collected_when_its_run_is_over(prefix, holder, later, expect
     assert bool(names(prefix)) == (expected == 0)
 
 
-def test_scratch_whose_lease_changed_meanwhile_is_left(prefix):
+def test_scratch_whose_lease_changes_before_removal_is_left_alone(prefix):
     path = make_scratch(prefix, None)
     items = find_litter(read_survey(prefix), time.time() + LATER)
     write_bytes(join(prefix, path, LEASE_FILE), LIVING.encode())
@@ -301,7 +304,7 @@ def test_probes_and_temporary_files_are_collected_wherever_they_are_left(prefix)
     assert found(prefix) == [("probe", probe), *(("temporary", name) for name in left)]
 
 
-def test_folders_that_are_no_steps_are_left_alone(prefix):
+def test_folders_that_are_not_steps_are_left_alone(prefix):
     run(prefix, GOOD)
     for name in (
         "experiments/x.json",
@@ -316,7 +319,7 @@ def test_folders_that_are_no_steps_are_left_alone(prefix):
     assert found(prefix, 1000 * HOUR) == []
 
 
-def test_a_file_that_was_written_again_meanwhile_survives(prefix):
+def test_a_file_rewritten_before_removal_survives(prefix):
     path = make_failed(prefix)
     items = find_litter(read_survey(prefix), time.time() + LATER)
     write_text(join(path, "rows.jsonl"), "new")
@@ -342,7 +345,7 @@ def run_and_end(path: str):
 @pytest.mark.parametrize(
     ("change", "holder"), [(take_lease, None), (take_lease, GONE), (begin, GONE), (run_and_end, None)]
 )
-def test_a_step_that_a_job_was_at_meanwhile_is_skipped(prefix, change: Callable[[str], Any], holder):
+def test_a_step_that_a_job_changes_before_removal_is_skipped(prefix, change: Callable[[str], Any], holder):
     path = make_failed(prefix)
     write_text(join(path, TEMPORARY), "1")
     if holder is not None:
@@ -381,7 +384,7 @@ def test_no_job_begins_a_step_while_its_litter_is_removed(prefix, monkeypatch):
     assert LEASE_FILE not in names(path)
 
 
-def test_a_failure_of_storage_keeps_nothing_else_from_removal(prefix, monkeypatch):
+def test_a_storage_failure_does_not_prevent_other_removals(prefix, monkeypatch):
     path = make_failed(prefix)
     make_scratch(prefix, None)
     write_text(join(prefix, TEMPORARY), "1")
@@ -404,8 +407,8 @@ def test_a_failure_of_storage_keeps_nothing_else_from_removal(prefix, monkeypatc
     assert "more/rows.jsonl" in names(path)
 
 
-def test_where_nothing_can_be_removed_conditionally_nothing_is_removed():
-    with pytest.raises(ConfigError, match="has no conditional writes"):
+def test_nothing_is_removed_without_conditional_writes():
+    with pytest.raises(ConfigError, match="does not support conditional writes"):
         remove_litter("s3://bucket/runs", [])
 
 
@@ -415,7 +418,7 @@ ITEMS = [
 ]
 
 
-def test_the_table_is_for_people():
+def test_the_text_table_is_human_readable():
     table = [
         "kind     path              files     size",
         "-------  ----------------  -----  -------",
@@ -457,7 +460,7 @@ def test_the_json_object_has_plain_numbers():
     }
 
 
-def test_files_beside_the_outputs_in_a_path_that_the_experiment_chose_are_left_alone(prefix):
+def test_extra_files_in_an_output_path_chosen_by_the_experiment_are_left_alone(prefix):
     chosen = replace(GOOD, override_output_path="shared")
     run(prefix, chosen)
     write_text(join(prefix, "shared/somebodys.txt"), "mine")

@@ -14,7 +14,7 @@ def published(*consumers: ExecutorStep) -> tuple[LiveStore, list[str]]:
     return store, freed
 
 
-def test_a_borrowed_value_stays_until_its_last_borrower_ends():
+def test_a_borrowed_value_is_kept_until_its_last_borrower_finishes():
     store, freed = published(ONE, TWO)
     assert store.give(MADE, ONE, LiveUse.BORROW) == "value"
     store.consumer_ended(ONE, failed=False)
@@ -25,7 +25,7 @@ def test_a_borrowed_value_stays_until_its_last_borrower_ends():
     assert store.held() == frozenset()
 
 
-def test_a_taken_value_is_the_takers_own():
+def test_a_taken_value_belongs_to_the_taker():
     store, freed = published(ONE)
     store.give(MADE, ONE, LiveUse.TAKE)
     assert store.held() == frozenset()
@@ -33,7 +33,7 @@ def test_a_taken_value_is_the_takers_own():
     assert not freed
 
 
-def test_what_a_failed_taker_had_is_freed_once():
+def test_the_value_of_a_failed_taker_is_freed_once():
     store, freed = published(ONE)
     store.give(MADE, ONE, LiveUse.TAKE)
     store.consumer_ended(ONE, failed=True)
@@ -41,19 +41,19 @@ def test_what_a_failed_taker_had_is_freed_once():
     assert freed == ["freed"]
 
 
-def test_a_value_is_not_taken_while_a_borrower_has_yet_to_end():
+def test_a_value_is_not_taken_while_a_borrower_has_yet_to_finish():
     store, _ = published(ONE, TWO)
-    with pytest.raises(LiveEdgeError, match="'two' cannot take the live value of 'made' before one end"):
+    with pytest.raises(LiveEdgeError, match="'two' cannot take the live value of 'made', which is still needed by one"):
         store.give(MADE, TWO, LiveUse.TAKE)
 
 
-def test_a_value_that_is_not_here_is_an_error():
+def test_a_value_that_was_not_published_is_an_error():
     store, _ = published(ONE)
-    with pytest.raises(LiveEdgeError, match="No live value is held for 'one'"):
+    with pytest.raises(LiveEdgeError, match="There is no live value of 'one'"):
         store.give(ONE, TWO, LiveUse.BORROW)
 
 
-def test_at_the_end_everything_is_freed():
+def test_free_all_frees_every_value():
     store, freed = published(ONE)
     store.free_all()
     assert freed == ["freed"]

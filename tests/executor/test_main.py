@@ -1,4 +1,4 @@
-"""`executor_main` as a user meets it: a script, its output and its exit code."""
+"""Output and exit code of a script that calls `executor_main`."""
 
 import logging
 import os
@@ -76,13 +76,13 @@ def run(script: Path, *flags: str, **environment: str) -> tuple[int, str, str]:
 
 
 def rows_of_last_table(out: str) -> dict[str, str]:
-    """Action by step in the last table of the output."""
+    """Return the action of each step in the last table of the output."""
     lines = out.splitlines()
     rule = max(number for number, line in enumerate(lines) if line.startswith("---"))
     return {line.split()[0]: line.split()[1] for line in lines[rule + 1 :] if not line.startswith("Job ")}
 
 
-def test_a_script_runs_its_steps_and_says_at_last_that_all_went_well(script):
+def test_a_script_runs_its_steps_and_reports_success_at_the_end(script):
     code, out, err = run(script, "--prefix", "runs")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "Job finished with no error."
@@ -90,7 +90,7 @@ def test_a_script_runs_its_steps_and_says_at_last_that_all_went_well(script):
     assert len(list(script.parent.glob("runs/experiments/experiment-*.json"))) == 1
 
 
-def test_the_prefix_is_the_flag_else_marin_prefix_else_runs(script):
+def test_the_prefix_comes_from_the_flag_then_marin_prefix_then_the_default(script):
     run(script, "--prefix", "flag", MARIN_PREFIX=str(script.parent / "environment"))
     run(script, MARIN_PREFIX=str(script.parent / "environment"))
     run(script)
@@ -152,7 +152,7 @@ def test_a_prefix_that_cannot_be_read_is_one_sentence_and_exit_code_two(script):
         assert "Traceback" not in out + err
 
 
-def test_planning_imports_neither_jax_nor_what_is_slow():
+def test_planning_imports_neither_jax_nor_slow_packages():
     program = "import sys, simpo_pipeline.executor.main; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     tops = {name.split(".")[0] for name in out.split()}
@@ -172,13 +172,13 @@ def test_planning_imports_neither_jax_nor_what_is_slow():
 
 @dataclass(frozen=True)
 class Config(ExecutorMainConfig):
-    """An experiment with a flag of its own."""
+    """Config of an experiment with an additional flag."""
 
     preset: str = "tiny"
 
 
 class Session:
-    """What an experiment shares among its steps, closed at the end."""
+    """Session that the steps of an experiment share, closed at the end."""
 
     def __init__(self):
         self.closed: list[BaseException | None] = []
@@ -196,7 +196,7 @@ def summarise(config: list[str], run: StepRun):
 SUMMARISED = ExecutorStep("train", summarise, [this_output_path()])
 
 
-def test_the_table_at_the_end_shows_what_steps_wrote_into_their_summaries(prefix, capsys):
+def test_the_final_table_shows_values_from_step_summaries(prefix, capsys):
     session = Session()
     executor_main(Config(prefix=prefix), steps=[SUMMARISED], session=session)
     header, _, row, last = capsys.readouterr().out.splitlines()[-4:]
@@ -211,13 +211,13 @@ def test_other_columns_may_be_shown(prefix, capsys):
     assert capsys.readouterr().out.splitlines()[-4].split() == ["step", "action", "seconds", "cost", "output", "path"]
 
 
-def test_a_damaged_summary_spoils_only_its_cells(prefix, capsys):
+def test_a_damaged_summary_affects_only_its_cells(prefix, capsys):
     broken = replace(SUMMARISED, fn=lambda config: write_json(join(config[0], "summary.json"), [1]))
     executor_main(Config(prefix=prefix), steps=[broken])
     assert capsys.readouterr().out.splitlines()[-1] == "Job finished with no error."
 
 
-def test_a_line_is_shown_once_though_a_library_gives_the_root_logger_a_handler(prefix, capsys, monkeypatch):
+def test_a_log_line_is_shown_once_although_a_library_adds_a_root_handler(prefix, capsys, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
     def log_after_import(config: Any):
@@ -228,7 +228,7 @@ def test_a_line_is_shown_once_though_a_library_gives_the_root_logger_a_handler(p
     assert capsys.readouterr().out.count("a word of the step") == 1
 
 
-def test_a_failing_step_is_exit_code_one_with_its_traceback_and_the_session_hears_of_it(prefix, capsys):
+def test_a_failing_step_gives_exit_code_one_and_a_traceback_and_the_session_gets_the_error(prefix, capsys):
     def fail(config: Any):
         raise FloatingPointError("the loss is NaN")
 
@@ -243,7 +243,7 @@ def test_a_failing_step_is_exit_code_one_with_its_traceback_and_the_session_hear
     assert [type(error).__name__ for error in session.closed] == ["StepFailedError"]
 
 
-def test_a_wrong_dag_is_exit_code_two(prefix, capsys):
+def test_an_invalid_dag_gives_exit_code_two(prefix, capsys):
     made = ExecutorStep("made", lambda config: Live(1), versioned(1))
     takers = [ExecutorStep(name, lambda config: None, [take(made)]) for name in ("one", "two")]
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""Several processes of one job, here as threads: each has its own executor, and they agree through a barrier."""
+"""Several processes of one job, simulated by threads. Each has its own executor, and they agree through a barrier."""
 
 import threading
 from collections.abc import Callable
@@ -29,7 +29,7 @@ COUNT = 4
 
 
 class Meeting:
-    """What lets threads agree and gather as processes do; a value left behind fails the test by time."""
+    """Communication that lets threads agree and gather as processes do. A missing call fails the test by timeout."""
 
     def __init__(self, count: int):
         self._values: list[Any] = [None] * count
@@ -54,7 +54,7 @@ class Meeting:
 def on_all_hosts(
     prefix: str, make_steps: Callable[[int], list[ExecutorStep]], *, lease: LeaseConfig | None = None, **options: Any
 ) -> list[Any]:
-    """The executor of each process, or the error that left it."""
+    """Run the steps on every host. Return the executor of each process, or the error that it raised."""
     meeting = Meeting(COUNT)
     ended: list[Any] = [None] * COUNT
 
@@ -100,7 +100,7 @@ def interleave(calls: list[str], fail_on: tuple[int, ...] = ()) -> list[Executor
 def test_every_process_runs_every_step_with_its_own_live_values(prefix):
     calls: list[list[str]] = [[] for _ in range(COUNT)]
     executors = on_all_hosts(prefix, lambda index: interleave(calls[index]))
-    # What knows nothing of processes reads and writes files; the leader alone does that.
+    # A step function without a `run` argument only reads and writes files, so it runs on the leader alone.
     assert calls[0] == ["prepare", "train-2 False", "infer", "train-5 False", "prepare"]
     assert calls[1:] == [["train-2 False", "infer", "train-5 False"]] * (COUNT - 1)
     assert len({executor.plan for executor in executors}) == 1
@@ -121,7 +121,7 @@ def test_every_process_skips_and_replays_as_the_leader_decides(prefix):
     assert [result.action for result in executors[3].results] == ["SKIP", "REPLAY", "SKIP", "RUN", "SKIP"]
 
 
-def test_when_a_step_fails_on_some_hosts_every_process_leaves_naming_the_first(prefix):
+def test_when_a_step_fails_on_every_host_every_process_names_the_first(prefix):
     calls: list[list[str]] = [[] for _ in range(COUNT)]
     errors = on_all_hosts(prefix, lambda index: interleave(calls[index], fail_on=(0, 1, 2, 3)))
     assert all(isinstance(error, StepFailedError) for error in errors)
@@ -133,7 +133,7 @@ def test_when_a_step_fails_on_some_hosts_every_process_leaves_naming_the_first(p
     assert [failure["process_index"] for failure in failed] == [0, 1, 2, 3]
 
 
-def test_one_failing_host_fails_the_step_everywhere_and_its_traceback_is_told(prefix):
+def test_one_failing_host_fails_the_step_everywhere_and_its_traceback_is_reported(prefix):
     def steps(index: int) -> list[ExecutorStep]:
         def fail_on_two(config: Any, run: StepRun):
             if run.processes.process_index == 2:
@@ -156,16 +156,16 @@ def test_a_leader_that_cannot_read_storage_fails_every_process(tmp_path):
     assert all("file" in str(error) for error in errors)
 
 
-def test_processes_with_different_steps_are_told_where_they_part(prefix):
+def test_processes_with_different_steps_report_where_they_diverge(prefix):
     def steps(index: int) -> list[ExecutorStep]:
         return [ExecutorStep("train", lambda config: None, [versioned(0 if index != 2 else 1)])]
 
     errors = on_all_hosts(prefix, steps)
     assert all(isinstance(error, PlanError) for error in errors)
-    assert all("Process 2 built another DAG than process 0: train-" in str(error) for error in errors)
+    assert all("Process 2 built a different DAG than process 0: train-" in str(error) for error in errors)
 
 
-def test_who_only_followed_a_failure_is_not_the_first_to_be_named(prefix):
+def test_a_process_that_stopped_because_of_a_peer_is_not_named_first(prefix):
     def steps(index: int) -> list[ExecutorStep]:
         def fail(config: Any, run: StepRun):
             if run.processes.process_index == 2:
@@ -193,8 +193,8 @@ def test_hosts_that_do_not_share_the_prefix_are_named_before_any_step_runs(prefi
     assert list_files(prefix) == []
 
 
-def test_a_job_that_is_ended_from_outside_records_the_step_as_failed(prefix):
-    """As the watch of a real job does it: from another thread, while the step's function is stuck."""
+def test_a_job_terminated_by_its_watch_records_the_step_as_failed(prefix):
+    """The abort comes from another thread while the step function is stuck, as from the watch of a real job."""
     aborts: list[Callable[[Any], None]] = []
     failure = {"process_index": 1, "host": "b", "exception": "it was killed", "traceback": None}
 
@@ -204,7 +204,7 @@ def test_a_job_that_is_ended_from_outside_records_the_step_as_failed(prefix):
             return super().phase(name, files_only=files_only, on_abort=on_abort)
 
     class Ended(BaseException):
-        """Stands for the end of the process."""
+        """Stand-in for the end of the process."""
 
     def stuck(config: Any, run: StepRun):
         thread = threading.Thread(target=aborts[-1], args=(failure,))
@@ -226,18 +226,18 @@ def test_a_dry_run_on_many_hosts_is_one_plan(prefix):
     assert not exists(prefix)
 
 
-def test_a_process_outside_its_job_is_refused():
+def test_a_process_index_outside_the_job_is_refused():
     with pytest.raises(ConfigError, match="process_index is 4 of 4"):
         Processes(4, 4)
 
 
-def test_when_the_lease_is_lost_no_process_goes_on_writing(prefix):
+def test_when_the_lease_is_lost_no_process_continues_writing(prefix):
     other = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
     lease = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=60.0, poll_seconds=0.01)
     refused: list[str] = []
 
     def lose(config: list[str], run: StepRun):
-        # Before the lease goes: the leader may be stopped anywhere afterwards, in a meeting too.
+        # Gather before the lease is lost: afterwards the leader may be stopped anywhere, also in a gather.
         run.processes.gather("all are here")
         if run.processes.is_leader:
             write_bytes(join(config[0], ".executor_status.lock"), other.encode())

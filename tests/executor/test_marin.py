@@ -1,4 +1,4 @@
-"""An experiment written for Marin's executor of mid-2026, with nothing but its import lines changed."""
+"""An experiment written for Marin's executor of mid-2026, in which only the import lines are changed."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +120,8 @@ def test_an_experiment_for_marin_runs_unchanged(prefix, capsys):
     assert executor.output_paths[raw] == join(prefix, "raw/latxa_corpus-v1.1")
     assert executor.configs[low].raw == join(prefix, "documents/notes")
     assert executor.configs[low].warmstart.endswith("/step-1000")
-    assert executor.configs[low].data.cache_path == executor.output_paths[low]  # as in Marin: of whose config holds it
+    # As in Marin, `this_output_path` is the path of the step whose config contains it.
+    assert executor.configs[low].data.cache_path == executor.output_paths[low]
     assert read_text(join(executor.output_paths[high], "checkpoint.txt")) == (
         "HiTZ/latxa-corpus-v1.1@02dc515 lr=0.003 llama3"
     )
@@ -132,7 +133,7 @@ def test_an_experiment_for_marin_runs_unchanged(prefix, capsys):
     assert executor.versions[low]["pseudo_dependencies"]
 
 
-def test_what_a_job_of_its_own_would_need_bears_no_identity(prefix):
+def test_job_settings_of_a_step_are_not_part_of_its_identity(prefix):
     config = {"x": versioned(1)}
     plain = ExecutorStep("step", None, config)
     placed = ExecutorStep("step", None, config, "why", None, ["gpu"], {"tpu": "v5p-8"})
@@ -142,11 +143,11 @@ def test_what_a_job_of_its_own_would_need_bears_no_identity(prefix):
     assert len(executor.steps) == 1
 
 
-def test_the_helpers_do_what_marins_do():
+def test_the_helpers_behave_like_those_of_marin():
     step = ExecutorStep("step", None, None)
     assert get_executor_step(step) is step
     assert get_executor_step(step / "x") is step
-    with pytest.raises(PlanError, match="No step makes"):
+    with pytest.raises(PlanError, match="No step produces"):
         get_executor_step(InputName.hardcoded("x"))
     nested = TrainConfig(
         data=versioned({"sizes": [versioned(1), (versioned(2),)]}),
@@ -162,5 +163,5 @@ def test_the_helpers_do_what_marins_do():
     assert ensure_versioned(versioned(1)) == VersionedValue(1)
 
 
-def test_every_name_that_experiments_import_is_in_the_package():
+def test_every_exported_name_exists():
     assert all(hasattr(package, name) for name in package.__all__)

@@ -33,7 +33,7 @@ def test_the_borrower_runs_before_the_taker_without_an_edge_between_them():
 def test_a_borrower_that_needs_the_taker_is_a_cycle():
     made = step("made")
     taker = step("taker", take(made))
-    with pytest.raises(LiveEdgeError, match=r"cycle.*let the borrowers not depend on the taker"):
+    with pytest.raises(LiveEdgeError, match=r"cycle.*Make the borrowers independent of the taker"):
         names(step("borrower", borrow(made), taker))
 
 
@@ -59,13 +59,13 @@ def test_one_live_chain_is_finished_before_the_next_begins():
     assert names(*firsts_first) == ["a-first", "a-middle", "a-last", "b-first", "b-middle", "b-last"]
 
 
-def test_what_a_consumer_needs_besides_is_made_before_the_live_value():
+def test_other_inputs_of_a_consumer_are_made_before_the_live_value():
     made = step("made")
     data = step("data", step("raw"))
     assert names(step("taker", take(made), data)) == ["raw", "data", "made", "taker"]
 
 
-def test_a_value_may_be_taken_on_and_on():
+def test_a_value_may_be_taken_by_a_chain_of_steps():
     one = step("one")
     two = step("two", take(one))
     three = step("three", take(two))
@@ -73,14 +73,14 @@ def test_a_value_may_be_taken_on_and_on():
     assert names(*eyes) == ["one", "eye-0", "two", "eye-1", "three", "eye-2"]
 
 
-def test_a_pseudo_dependency_is_no_live_use():
+def test_a_pseudo_dependency_is_not_a_live_use():
     made = step("made")
     taker = step("taker", take(made))
     assert names(step("watcher", taker.nonblocking()), step("other", take(made))) == ["watcher", "made", "other"]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 25))
-def test_every_order_serves_each_step_after_what_it_needs_and_takers_last(seed, count):
+def test_every_order_places_a_step_after_its_inputs_and_a_taker_after_its_borrowers(seed, count):
     choose = random.Random(seed)
     steps: list[ExecutorStep] = []
     taken: set[ExecutorStep] = set()

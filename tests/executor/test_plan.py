@@ -22,7 +22,7 @@ FAILED = StepRecord(Status.FAILED)
 
 
 def do_nothing(config: Any) -> None:
-    """Never called."""
+    """Do nothing. This is never called."""
 
 
 def interleave() -> dict[str, ExecutorStep]:
@@ -55,7 +55,7 @@ def actions(*arguments, **options) -> str:
 
 
 def test_a_chain_of_live_values_is_replayed_from_its_beginning():
-    """train-2 ==> train-5 (takes) ==> infer-after (borrows), which alone is not done."""
+    """train-2 ==> train-5 (takes) ==> infer-after (borrows). Only infer-after is not done."""
     first = ExecutorStep("train-2", do_nothing, [])
     second = ExecutorStep("train-5", do_nothing, [take(first)])
     after = ExecutorStep("infer-after", do_nothing, [borrow(second)])
@@ -92,7 +92,7 @@ def test_a_value_this_process_holds_needs_no_replay():
     assert "held for train-5" in decided["train-2"].reason
 
 
-def test_what_needs_a_blocked_step_is_blocked_and_the_rest_is_not():
+def test_dependents_of_a_blocked_step_are_blocked_and_other_steps_are_not():
     assert actions({"infer": FAILED}, force_run_failed=False) == "RUN BLOCKED RUN BLOCKED"
     assert actions({"train-2": FAILED}, force_run_failed=False) == "BLOCKED BLOCKED BLOCKED BLOCKED"
     assert actions({"train-2": FAILED, "infer": DONE}, force_run_failed=False) == "BLOCKED SKIP BLOCKED BLOCKED"
@@ -104,11 +104,11 @@ def test_a_step_that_failed_in_this_job_is_not_tried_again():
     assert decided["train-2"].action is Action.SKIP
 
 
-def test_a_replay_that_failed_in_this_job_blocks_those_who_need_its_value():
+def test_a_replay_that_failed_in_this_job_blocks_the_steps_that_need_its_value():
     assert actions({"train-2": DONE, "infer": DONE}, ended=("train-2",)) == "BLOCKED SKIP BLOCKED BLOCKED"
 
 
-def test_only_wanted_steps_and_what_they_lack_are_in_the_plan():
+def test_only_wanted_steps_and_their_missing_inputs_are_in_the_plan():
     assert actions({}, wanted=("infer",)) == "RUN RUN - -"
     assert actions({"train-2": DONE}, wanted=("infer",)) == "REPLAY RUN - -"
     assert actions({"infer": DONE}, wanted=("infer",)) == "- SKIP - -"
@@ -118,15 +118,15 @@ def test_only_wanted_steps_and_what_they_lack_are_in_the_plan():
     ("record", "words"),
     [
         (NEW, "never ran"),
-        (StepRecord(what_changed="new since x: a: 1 -> 2"), "new since x: a: 1 -> 2"),
+        (StepRecord(what_changed="changed since x: a: 1 -> 2"), "changed since x: a: 1 -> 2"),
         (LEFT, "left RUNNING by pid 77 on host host1"),
-        (StepRecord(Status.RUNNING), "left RUNNING by a job that holds no lease"),
+        (StepRecord(Status.RUNNING), "left RUNNING by a job that no longer holds a lease"),
         (FAILED, "it failed before"),
         (StepRecord(Status.DEP_FAILED), "a step it needs failed before"),
         (StepRecord(Status.CANCELLED), "cancelled before"),
         (StepRecord(Status.SUCCESS), "its manifest is missing"),
         (StepRecord(manifest=None), "no status is recorded"),
-        (StepRecord(unreadable_status="???"), "'???', which is no status"),
+        (StepRecord(unreadable_status="???"), "'???', which is not a valid status"),
         (HELD, "held by pid 77 on host host1 (run run1"),
     ],
 )
@@ -147,7 +147,7 @@ records = st.sampled_from([DONE, NEW, LEFT, FAILED, HELD, StepRecord(Status.SUCC
 
 
 @given(st.integers(0, 2**32), st.lists(records, min_size=1, max_size=14), st.booleans())
-def test_every_plan_serves_every_live_value_and_runs_nothing_that_is_done(seed, found, force_run_failed):
+def test_every_plan_provides_every_live_value_and_runs_no_finished_step(seed, found, force_run_failed):
     choose = random.Random(seed)
     steps: list[ExecutorStep] = []
     free = set[ExecutorStep]()

@@ -1,4 +1,4 @@
-"""Where a run came from, and what must never be told of it."""
+"""Provenance in the records of a run, and the secrets that they must never contain."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A script in a repository of its own, as if it had been started."""
+    """Return a script in a new git repository, with `sys.argv` as if it had been started."""
     path = tmp_path / "repository" / "experiment.py"
     path.parent.mkdir()
     path.write_text("first")
@@ -34,7 +34,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_commit_of_the_script_is_told_and_whether_it_was_changed(script):
+def test_the_commit_of_the_script_and_whether_it_was_changed_are_recorded(script):
     found = find_provenance(4)
     assert found.git_commit == git(script.parent, "rev-parse", "HEAD").strip()
     assert found.git_dirty is False
@@ -52,7 +52,7 @@ def test_outside_of_a_repository_or_without_git_there_is_no_commit(tmp_path, mon
     assert find_provenance(1).git_dirty is None
 
 
-def test_records_tell_who_ran_what_when_and_no_environment_variable(prefix, script, monkeypatch):
+def test_records_contain_user_command_and_dates_and_no_environment_variable(prefix, script, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "do-not-tell-7461")
     config = {"out": this_output_path(), "api_key": "secret-5519", "eos_token": "</s>"}
     step = ExecutorStep("step", lambda config: write_text(join(config["out"], "x"), "x"), config)
@@ -72,7 +72,7 @@ def test_records_tell_who_ran_what_when_and_no_environment_variable(prefix, scri
     assert not any(secret in text for text in texts for secret in ("do-not-tell-7461", "secret-8132", "secret-5519"))
 
 
-def test_the_record_of_a_run_that_failed_has_its_end_too(prefix):
+def test_the_record_of_a_failed_run_contains_its_end(prefix):
     def fail(config: None) -> None:
         raise ValueError("no")
 
@@ -85,7 +85,7 @@ def test_the_record_of_a_run_that_failed_has_its_end_too(prefix):
     assert list(record["actions"].values()) == ["FAILED"]
 
 
-def test_a_git_that_hangs_is_not_waited_for(script, monkeypatch):
+def test_a_hanging_git_command_times_out(script, monkeypatch):
     slow = script.parent / "bin" / "git"
     slow.parent.mkdir()
     slow.write_text("#!/bin/sh\nexec sleep 60\n")

@@ -1,4 +1,4 @@
-"""8 real processes race for one step, up to 200 times, and some are killed: one effective run each time."""
+"""8 real processes race for one step, up to 200 times. Some are killed, and exactly one run takes effect each time."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def check(seen: list[dict[str, Any]], rounds: int) -> None:
     assert [outcome["failed"] for outcome in seen] == [[]] * rounds
     assert sum(outcome["lost"] for outcome in seen) <= rounds / 10
     assert sum(outcome["killed"] for outcome in seen) >= rounds / 2
-    assert sum(outcome["begun"] > 1 for outcome in seen) >= rounds / 10  # takeovers of a step in its midst
+    assert sum(outcome["begun"] > 1 for outcome in seen) >= rounds / 10  # takeovers in the middle of a step
 
 
 def test_ten_races(tmp_path):

@@ -1,8 +1,8 @@
-"""What must never reach a record, and what may."""
+"""Redaction of secrets in records, and of nothing else."""
 
 import pytest
 
-from simpo_pipeline.executor.records.secrets import blotted_text, blotted_values, blotted_words, is_secret_name
+from simpo_pipeline.executor.records.secrets import is_secret_name, redact_command_line, redact_json, redact_text
 
 
 @pytest.mark.parametrize(
@@ -24,17 +24,17 @@ from simpo_pipeline.executor.records.secrets import blotted_text, blotted_values
         ("/runs/token/a.py --key_size 3 --n=1", "/runs/token/a.py --key_size 3 --n=1"),
     ],
 )
-def test_secrets_in_a_command_line_are_blotted_out(words, shown):
-    assert blotted_words(words.split()) == shown.split()
+def test_secrets_in_a_command_line_are_redacted(words, shown):
+    assert redact_command_line(words.split()) == shown.split()
 
 
-def test_secrets_in_a_config_are_blotted_out_and_tokens_of_a_tokenizer_are_not():
+def test_secrets_in_a_config_are_redacted_and_tokens_of_a_tokenizer_are_not():
     config = {
         "hub": {"hf_token": "x", "eos_token": "</s>", "pad_token": "<pad>"},
         "keys": ["AIzaSyA1234567890"],
         "n": 1,
     }
-    assert blotted_values(config) == {
+    assert redact_json(config) == {
         "hub": {"hf_token": "***", "eos_token": "</s>", "pad_token": "<pad>"},
         "keys": ["***"],
         "n": 1,
@@ -46,5 +46,5 @@ def test_names_are_read_word_by_word():
     assert not any(map(is_secret_name, ("max_new_tokens", "tokenizer", "monkey", "author", "bos_token", "")))
 
 
-def test_plain_text_stays():
-    assert blotted_text("gs://bucket/path?x=1 a@b") == "gs://bucket/path?x=1 a@b"
+def test_plain_text_is_unchanged():
+    assert redact_text("gs://bucket/path?x=1 a@b") == "gs://bucket/path?x=1 a@b"

@@ -17,7 +17,7 @@ def read(path: str) -> status.StepRecord:
     return status.read_record(path, LeaseWatch(LeaseConfig()))
 
 
-def test_a_place_where_nothing_ran_has_an_empty_record(prefix):
+def test_a_path_where_nothing_ran_has_an_empty_record(prefix):
     assert read(join(prefix, "step")) == status.StepRecord()
 
 
@@ -41,11 +41,11 @@ def test_only_success_with_a_manifest_is_done(prefix):
     assert not read(prefix).done
 
 
-def test_outputs_that_are_not_what_the_manifest_lists_are_not_believed(prefix):
+def test_outputs_that_differ_from_the_manifest_are_not_believed(prefix):
     write_text(join(prefix, "rows.jsonl"), "123")
     commit_here(prefix)
     write_text(join(prefix, "rows.jsonl"), "12")
-    assert read(prefix).manifest == "lists rows.jsonl with 3 bytes, and it has 2"
+    assert read(prefix).manifest == "lists rows.jsonl with 3 bytes, but it has 2"
     remove_tree(join(prefix, "rows.jsonl"))
     assert read(prefix).manifest == "lists rows.jsonl, which is gone"
     write_text(join(prefix, "manifest.json"), "{")
@@ -53,7 +53,7 @@ def test_outputs_that_are_not_what_the_manifest_lists_are_not_believed(prefix):
     assert not read(prefix).done
 
 
-def test_a_file_beside_the_outputs_does_not_spoil_them(prefix):
+def test_an_extra_file_next_to_the_outputs_does_not_invalidate_them(prefix):
     write_text(join(prefix, "rows.jsonl"), "123")
     commit_here(prefix)
     write_text(join(prefix, "notes.txt"), "mine")
@@ -77,7 +77,7 @@ def test_a_manifest_that_is_missing_or_damaged_is_an_error_naming_it(prefix):
 
 @settings(max_examples=50)
 @given(st.binary(max_size=100), st.binary(max_size=100))
-def test_whatever_status_and_lease_hold_the_record_can_be_read(tmp_path_factory, token, lease):
+def test_a_record_can_be_read_with_any_content_of_status_and_lease(tmp_path_factory, token, lease):
     folder = str(tmp_path_factory.mktemp("record"))
     write_bytes(join(folder, status.STATUS_FILE), token)
     write_bytes(join(folder, status.LEASE_FILE), lease)

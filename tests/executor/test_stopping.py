@@ -1,4 +1,4 @@
-"""A step function is stopped from another thread, wherever it is in Python code."""
+"""A step function can be stopped from another thread, anywhere in Python code."""
 
 import subprocess
 import sys
@@ -21,13 +21,13 @@ def stop_when(call: StoppableCall, begun: threading.Event) -> threading.Thread:
     return thread
 
 
-def test_what_a_function_returns_or_raises_passes_through():
+def test_return_values_and_exceptions_pass_through():
     assert StoppableCall(60.0).call(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         StoppableCall(60.0).call(lambda: 1 // 0)
 
 
-def test_a_function_that_never_ends_is_stopped_also_if_it_swallows_exceptions():
+def test_an_endless_function_is_stopped_even_if_it_swallows_exceptions():
     call, begun, cleaned = StoppableCall(60.0), threading.Event(), threading.Event()
 
     def endless() -> None:
@@ -48,15 +48,15 @@ def test_a_function_that_never_ends_is_stopped_also_if_it_swallows_exceptions():
     assert cleaned.is_set()
 
 
-def test_a_stop_that_comes_when_the_function_has_ended_does_nothing():
+def test_a_stop_after_the_function_returned_does_nothing():
     call = StoppableCall(60.0)
     assert call.call(lambda: 7) == 7
     call.stop()
-    assert sum(range(10_000)) == 49_995_000  # nothing is raised later either
+    assert sum(range(10_000)) == 49_995_000  # and no error is raised later
 
 
-def test_a_stop_at_any_moment_hits_the_call_or_nothing_else():
-    """Many short calls, each stopped at a random moment around its end: the error never escapes into what follows."""
+def test_a_stop_at_any_moment_affects_only_the_call():
+    """Stop many short calls at a random moment around their end. The error never escapes into the code that follows."""
     for number in range(300):
         call, begun = StoppableCall(60.0), threading.Event()
 
@@ -73,7 +73,7 @@ def test_a_stop_at_any_moment_hits_the_call_or_nothing_else():
         assert call._thread is None and call._ended.is_set()
 
 
-def test_a_function_that_is_deaf_in_native_code_ends_with_its_process():
+def test_the_process_exits_if_a_function_is_stuck_in_native_code():
     program = (
         "import ctypes, threading\n"
         "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
@@ -87,7 +87,7 @@ def test_a_function_that_is_deaf_in_native_code_ends_with_its_process():
 
 
 def test_after_a_call_a_profiler_can_run():
-    """Python 3.11 turns in a circle there if an error that was raised for a thread is taken back."""
+    """Python 3.11 loops forever here if an exception that was set for a thread is cleared again."""
     program = (
         "import cProfile\n"
         "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
@@ -97,8 +97,8 @@ def test_after_a_call_a_profiler_can_run():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_a_stop_waits_until_locks_are_given_up_again():
-    """Stopped in the midst of a block that holds a lock, again and again: the lock is never left behind."""
+def test_a_stop_waits_until_locks_are_released():
+    """Stop calls inside a block that holds a lock, many times. The lock is always released."""
     lock = threading.Lock()
     for _ in range(100):
         call, begun = StoppableCall(60.0), threading.Event()

@@ -1,4 +1,4 @@
-"""What `status` says of a prefix."""
+"""The survey of a prefix and the report of `status`."""
 
 import json
 import time
@@ -46,7 +46,7 @@ AFTER = ExecutorStep("after", write_rows, [this_output_path(), output_path_of(BA
 
 
 def run_good(prefix: str) -> str:
-    """A prefix with one good step; its output path."""
+    """Run one good step and return its output path."""
     executor = Executor(prefix)
     executor.run([GOOD])
     return executor.output_paths[GOOD]
@@ -56,7 +56,7 @@ def shown(survey: Survey, now: float | None = None) -> list[str | None]:
     return [step.shown_status(time.time() if now is None else now) for step in survey.steps]
 
 
-def test_every_step_is_there_with_its_status_and_its_outputs(prefix):
+def test_every_step_is_listed_with_its_status_and_outputs(prefix):
     executor = Executor(prefix)
     with pytest.raises(StepFailedError):
         executor.run([GOOD, AFTER])
@@ -99,12 +99,12 @@ def test_a_running_step_is_abandoned_when_no_living_job_can_hold_it(prefix, hold
     assert (survey.steps[0].lease.holder if survey.steps[0].lease else None) == holder
 
 
-def test_outputs_that_do_not_hold_and_tokens_that_cannot_be_read_are_told(prefix):
+def test_damaged_outputs_and_unreadable_statuses_are_reported(prefix):
     path = run_good(prefix)
     write_text(join(path, "rows/0.jsonl"), "1")
     assert shown(read_survey(prefix)) == ["SUCCESS (damaged)"]
-    (told,) = json.loads(status_text(read_survey(prefix), as_json=True))["steps"]
-    assert told["damage"] == "lists rows/0.jsonl with 5 bytes, and it has 1"
+    (reported,) = json.loads(status_text(read_survey(prefix), as_json=True))["steps"]
+    assert reported["damage"] == "lists rows/0.jsonl with 5 bytes, but it has 1"
     write_text(join(path, STATUS_FILE), "SUCCES")
     assert shown(read_survey(prefix)) == ["UNKNOWN"]
     remove_tree(join(path, STATUS_FILE))
@@ -112,7 +112,7 @@ def test_outputs_that_do_not_hold_and_tokens_that_cannot_be_read_are_told(prefix
     assert " -  " in status_text(read_survey(prefix), as_json=False)
 
 
-def test_what_a_replay_wrote_is_no_step(prefix):
+def test_the_outputs_of_a_replay_are_not_a_step(prefix):
     run_good(prefix)
     write_text(join(prefix, ".replay/run/train-1/", STATUS_FILE), "RUNNING")
     survey = read_survey(prefix)
@@ -121,7 +121,7 @@ def test_what_a_replay_wrote_is_no_step(prefix):
 
 
 def test_a_file_belongs_to_the_nearest_step_around_it(prefix):
-    """Two experiments may place steps in each other; each of them alone is checked by the executor."""
+    """Two experiments may nest their steps in each other: the executor checks only each experiment alone."""
     for path in ("data", "data/inner"):
         Executor(prefix).run([GOOD.with_output_path(path)])
     outer, inner = read_survey(prefix).steps
@@ -130,7 +130,7 @@ def test_a_file_belongs_to_the_nearest_step_around_it(prefix):
     assert [inner.name_of(output) for output in inner.outputs] == ["rows/0.jsonl", "rows/1.jsonl"]
 
 
-def test_a_step_that_changes_while_it_is_looked_at_is_known(prefix):
+def test_a_step_that_changes_during_the_survey_is_detected(prefix):
     path = run_good(prefix)
     (step,) = read_survey(prefix).steps
     assert not step.is_changing
@@ -139,11 +139,11 @@ def test_a_step_that_changes_while_it_is_looked_at_is_known(prefix):
     assert replace(step, record=now.record).is_changing
 
 
-def test_a_prefix_that_is_none_is_refused_with_what_to_do(prefix):
-    with pytest.raises(ConfigError, match=r"does not exist\. Give the folder or URL"):
+def test_an_invalid_prefix_is_refused_with_a_hint(prefix):
+    with pytest.raises(ConfigError, match=r"does not exist\. Pass the folder or URL"):
         read_survey(prefix)
     path = run_good(prefix)
-    with pytest.raises(ConfigError, match=r"is the output path of one step\. Give its prefix"):
+    with pytest.raises(ConfigError, match=r"is the output path of one step\. Pass its prefix"):
         read_survey(path)
     with pytest.raises(ConfigError, match="is a file or an empty folder"):
         read_survey(join(path, INFO_FILE))
@@ -159,7 +159,7 @@ def test_a_survey_writes_nothing(prefix):
 
 
 def seen(path: str, status: Status, size: int, age: float, lease: SeenLease | None) -> SeenStep:
-    """A step seen at the time 100,000."""
+    """Return a step as seen at time 100,000, whose files are `age` seconds old."""
     files = (
         FileEntry(f"{path}/{STATUS_FILE}", 7, modified=100_000.0 - age),
         FileEntry(f"{path}/rows.jsonl", size, modified=100_000.0 - age),
@@ -179,7 +179,7 @@ SEEN = Survey(
 )
 
 
-def test_the_table_is_for_people():
+def test_the_text_table_is_human_readable():
     assert status_text(SEEN, 100_000.0, as_json=False).splitlines() == [
         "step                        status   age  holder                                     files     size",
         "--------------------------  -------  ---  -----------------------------------------  -----  -------",
@@ -191,9 +191,9 @@ def test_the_table_is_for_people():
 
 
 def test_the_json_object_has_plain_numbers():
-    told = json.loads(status_text(SEEN, 100_000.0, as_json=True))
-    assert told["prefix"] == "gs://bucket/runs"
-    assert told["steps"][0] == {
+    report = json.loads(status_text(SEEN, 100_000.0, as_json=True))
+    assert report["prefix"] == "gs://bucket/runs"
+    assert report["steps"][0] == {
         "step": "documents/fineweb-1a2b3c4d",
         "status": "SUCCESS",
         "damage": None,
@@ -202,10 +202,10 @@ def test_the_json_object_has_plain_numbers():
         "files": 1,
         "bytes": 3 << 30,
     }
-    nobody = dict.fromkeys(("run_id", "host_name", "pid", "beat_seconds"))
-    assert [step["holder"] for step in told["steps"][1:]] == [
+    no_holder = dict.fromkeys(("run_id", "host_name", "pid", "beat_seconds"))
+    assert [step["holder"] for step in report["steps"][1:]] == [
         {"run_id": "other-run", "host_name": "another-host", "pid": 12, "is_gone": False, "beat_seconds": 14.0},
-        {**nobody, "is_gone": False},
+        {**no_holder, "is_gone": False},
     ]
     assert json.loads(status_text(Survey("runs", (), ()), as_json=True)) == {"prefix": "runs", "steps": []}
 
@@ -213,7 +213,7 @@ def test_the_json_object_has_plain_numbers():
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.0, "0s"), (59.9, "59s"), (60.0, "1m"), (3599.0, "59m"), (7300.0, "2h"), (5.5e5, "6d")]
 )
-def test_ages_are_told_in_their_largest_unit(seconds, words):
+def test_ages_are_shown_in_their_largest_unit(seconds, words):
     assert human_age(seconds) == words
 
 
@@ -228,12 +228,12 @@ def test_ages_are_told_in_their_largest_unit(seconds, words):
         (3 << 50, "3072.0 TiB"),
     ],
 )
-def test_sizes_are_told_in_their_largest_binary_unit(num_bytes, words):
+def test_sizes_are_shown_in_their_largest_binary_unit(num_bytes, words):
     assert human_bytes(num_bytes) == words
 
 
-def test_names_of_steps_are_told_relative_to_the_prefix(prefix):
+def test_step_names_are_shown_relative_to_the_prefix(prefix):
     path = run_good(prefix)
-    (told,) = json.loads(status_text(read_survey(prefix), as_json=True))["steps"]
-    assert told["step"] == f"documents/{base_name(path)}"
-    assert (told["files"], told["bytes"]) == (2, 8)
+    (reported,) = json.loads(status_text(read_survey(prefix), as_json=True))["steps"]
+    assert reported["step"] == f"documents/{base_name(path)}"
+    assert (reported["files"], reported["bytes"]) == (2, 8)

@@ -1,7 +1,7 @@
 from simpo_pipeline.executor.table import format_table
 
 
-def test_columns_are_aligned_and_numbers_stand_to_the_right():
+def test_columns_are_aligned_and_numbers_are_right_aligned():
     table = format_table(["step", "tokens", "loss"], [["train-2", "1,024", "0.69"], ["report", "", "1e-05"]])
     assert table.splitlines() == [
         "step     tokens   loss",

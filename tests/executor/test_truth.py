@@ -1,4 +1,4 @@
-"""The plan is true: what a dry run says is what a run does, over random DAGs, random flags and random histories."""
+"""A run does what the dry run said, for random DAGs, random flags and random histories."""
 
 import dataclasses
 import logging
@@ -24,7 +24,7 @@ OTHER = Holder("other-run", "another-host", 12, "2026-01-01T00:00:00+00:00")
 
 
 class Calls(list[tuple[str, bool]]):
-    """What was called, and whether as a replay; a chosen step fails."""
+    """Calls of step functions as (name, is a replay). The step named `failing` fails."""
 
     failing: str | None = None
 
@@ -38,7 +38,7 @@ def work(config: list[Any], run: StepRun) -> Live:
 
 
 def random_steps(choose: random.Random) -> list[ExecutorStep]:
-    """Each live value has one taker at most, and no borrower is made after it is taken."""
+    """Return random steps. A live value has at most one taker, and no borrower is made after it is taken."""
     steps: list[ExecutorStep] = []
     free: set[ExecutorStep] = set()
     for number in range(choose.randrange(2, 12)):
@@ -54,7 +54,7 @@ def random_steps(choose: random.Random) -> list[ExecutorStep]:
         config = [this_output_path(), versioned(number), *uses]
         steps.append(ExecutorStep(f"s{number}", work, config, override_output_path=elsewhere))
         free.add(steps[-1])
-        if choose.random() < 0.1:  # the same step again, as a helper function would make it
+        if choose.random() < 0.1:  # the same step twice, as a helper function may make it
             steps.append(dataclasses.replace(steps[-1]))
     return steps
 
@@ -74,7 +74,7 @@ def random_flags(choose: random.Random, steps: list[ExecutorStep]) -> dict[str, 
 
 
 def damage(prefix: str, choose: random.Random) -> None:
-    """Lose some status files, manifests and outputs."""
+    """Remove some status files, manifests and outputs."""
     for entry in list_files(prefix):
         if entry.relative_path.endswith((".executor_status", "manifest.json", "out.txt")) and choose.random() < 0.2:
             remove_tree(join(prefix, entry.relative_path))
@@ -85,7 +85,7 @@ def rows_to_call(planned: Executor) -> list[tuple[str, bool]]:
 
 
 def logged_plan(caplog: pytest.LogCaptureFixture) -> str:
-    """The first plan that the run itself made."""
+    """Return the first plan that the run logged."""
     return next(record.getMessage() for record in caplog.records if record.getMessage().startswith("the plan:"))
 
 
@@ -121,7 +121,7 @@ def test_a_run_does_what_the_dry_run_said(seed, caplog):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_another_job_holds_is_waited_for_as_the_dry_run_said(seed, caplog):
+def test_a_run_waits_for_steps_held_by_another_job_as_the_dry_run_said(seed, caplog):
     caplog.set_level(logging.INFO, "simpo_pipeline")
     choose = random.Random(1000 + seed)
     steps = random_steps(choose)
@@ -151,7 +151,10 @@ def test_what_another_job_holds_is_waited_for_as_the_dry_run_said(seed, caplog):
 
 
 def calls_behind(planned: Executor, waited_for: str) -> list[tuple[str, bool]]:
-    """What cannot run before the held step: it, what needs it, and takers of what those borrow."""
+    """Return the calls that must wait for the held step.
+
+    They are the step itself, its dependents, and the takers of the live values that these borrow.
+    """
     behind = {waited_for}
     order = planned._order
     assert order is not None

@@ -1,4 +1,4 @@
-"""Two jobs on one prefix: what one runs, the other waits for."""
+"""Two jobs on one prefix: each waits for the steps that the other one runs."""
 
 import json
 import threading
@@ -66,7 +66,7 @@ def test_the_second_job_waits_for_a_shared_step_and_then_uses_it(prefix):
     assert [result.action for result in two.results] == ["SKIP", "RUN"]
 
 
-def test_independent_steps_run_while_another_job_is_waited_for(prefix):
+def test_independent_steps_run_while_waiting_for_another_job(prefix):
     ran = threading.Event()
     job = executor(prefix)
     held = ExecutorStep("held", lambda config: None, None)
@@ -82,7 +82,7 @@ def test_independent_steps_run_while_another_job_is_waited_for(prefix):
     assert [result.action for result in job.results] == ["RUN", "RUN"]
 
 
-def test_a_live_value_is_kept_for_a_consumer_that_another_job_gave_up(prefix):
+def test_a_live_value_is_kept_for_a_consumer_that_another_job_released(prefix):
     calls: list[str] = []
     made = threading.Event()
 
@@ -132,12 +132,12 @@ def test_no_replay_is_made_for_a_step_that_another_job_runs(prefix):
 
 
 def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
-    job = Executor(prefix)  # whose heartbeat is too slow to notice before the step ends
+    job = Executor(prefix)  # its heartbeat is too slow to notice before the step finishes
 
     def lose(config: list[str]):
         write_text(join(config[0], "x"), "x")
         write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
-        write_text(join(config[0], ".executor_status"), "RUNNING")  # as the other job begins
+        write_text(join(config[0], ".executor_status"), "RUNNING")  # as at the start of the other job
 
     step = ExecutorStep("lose", lose, [this_output_path()])
     after = ExecutorStep("after", lambda config: None, output_path_of(step))
@@ -152,7 +152,7 @@ def test_a_job_that_lost_its_lease_records_nothing_more(prefix):
 def test_a_step_whose_lease_is_lost_is_stopped_and_its_writes_are_refused(prefix):
     wrote: list[str] = []
 
-    def go_on(config: list[str]):
+    def keep_working(config: list[str]):
         write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
         try:
             while True:
@@ -161,7 +161,7 @@ def test_a_step_whose_lease_is_lost_is_stopped_and_its_writes_are_refused(prefix
             write_text(join(config[0], "late"), "x")
             wrote.append("late")
 
-    step = ExecutorStep("step", go_on, [this_output_path()])
+    step = ExecutorStep("step", keep_working, [this_output_path()])
     job = executor(prefix)
     with pytest.raises(LeaseLostError):
         job.run([step])
@@ -178,7 +178,7 @@ def one_step(calls: list[str], name: str) -> ExecutorStep:
     return ExecutorStep("step", work, [this_output_path()])
 
 
-def test_a_step_that_another_job_did_between_the_plan_and_the_lease_is_not_done_again(prefix, monkeypatch):
+def test_a_step_finished_by_another_job_between_plan_and_lease_is_not_run_again(prefix, monkeypatch):
     calls: list[str] = []
     acquire = LeaseKeeper.acquire
 
@@ -194,8 +194,8 @@ def test_a_step_that_another_job_did_between_the_plan_and_the_lease_is_not_done_
     assert [result.action for result in job.results] == ["SKIP"]
 
 
-def test_a_success_that_a_former_holder_writes_as_its_last_word_is_kept(prefix, monkeypatch):
-    """It lands after we took the lease and looked, and before we say RUNNING."""
+def test_a_late_success_of_a_former_holder_is_kept(prefix, monkeypatch):
+    """The SUCCESS arrives after we acquired the lease and read the record, and before we write RUNNING."""
     calls: list[str] = []
     step = one_step(calls, "mine")
     done = executor(prefix)
@@ -219,7 +219,7 @@ def test_a_success_that_a_former_holder_writes_as_its_last_word_is_kept(prefix, 
     assert read_text(status) == "SUCCESS"
 
 
-def test_a_step_that_is_forced_while_another_job_runs_it_is_waited_for_and_then_run(prefix):
+def test_a_forced_step_that_another_job_runs_is_waited_for_and_then_run(prefix):
     calls: list[str] = []
     step = one_step(calls, "mine")
     first = executor(prefix)
@@ -233,7 +233,7 @@ def test_a_step_that_is_forced_while_another_job_runs_it_is_waited_for_and_then_
     thread = threading.Thread(target=job.run, args=([step],), kwargs={"force": ["step"]})
     thread.start()
     thread.join(0.2)
-    assert thread.is_alive()  # though SUCCESS is recorded
+    assert thread.is_alive()  # although SUCCESS is recorded
     remove_tree(lock)
     thread.join()
     assert calls == ["mine", "mine"]
@@ -241,8 +241,8 @@ def test_a_step_that_is_forced_while_another_job_runs_it_is_waited_for_and_then_
 
 
 @pytest.mark.parametrize("when", ["listing", "success"])
-def test_a_bad_end_never_covers_a_success(prefix, monkeypatch, when):
-    """Storage fails just after another job committed the step, or while the answer to our own SUCCESS is awaited."""
+def test_a_failure_never_overwrites_a_success(prefix, monkeypatch, when):
+    """Storage fails right after another job committed the step, or while we wait for the response to our SUCCESS."""
     calls: list[str] = []
     step = one_step(calls, "mine")
     job = executor(prefix)
@@ -277,12 +277,12 @@ def test_a_bad_end_never_covers_a_success(prefix, monkeypatch, when):
     assert not exists(join(path, ".executor_status.lock"))
 
 
-# The exception that stops the thread may come between opening a file and the block that closes it.
+# The exception that stops the thread may arrive between opening a file and the block that closes it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_step_that_swallows_refused_writes_is_stopped_all_the_same(prefix):
+def test_a_step_that_swallows_refused_writes_is_stopped_anyway(prefix):
     refused: list[str] = []
 
-    def go_on(config: list[str]):
+    def keep_working(config: list[str]):
         write_bytes(join(config[0], ".executor_status.lock"), OTHER.encode())
         while True:
             try:
@@ -293,10 +293,10 @@ def test_a_step_that_swallows_refused_writes_is_stopped_all_the_same(prefix):
 
     config = LeaseConfig(heartbeat_seconds=0.05, expiry_seconds=0.1, poll_seconds=0.01)
     with pytest.raises(LeaseLostError):
-        Executor(prefix, lease=config).run([ExecutorStep("step", go_on, [this_output_path()])])
+        Executor(prefix, lease=config).run([ExecutorStep("step", keep_working, [this_output_path()])])
 
 
-def test_a_lease_that_cannot_be_taken_over_is_an_error_and_not_a_circle(prefix, monkeypatch):
+def test_a_lease_that_cannot_be_taken_over_is_an_error_and_not_an_endless_loop(prefix, monkeypatch):
     calls: list[str] = []
     step = one_step(calls, "mine")
     job = executor(prefix)
@@ -314,7 +314,7 @@ def test_a_lease_that_cannot_be_taken_over_is_an_error_and_not_a_circle(prefix, 
 
 
 def take_over(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another job does, and the time that passes, while this one is frozen."""
+    """Simulate a frozen job: another job takes the step over, and the expiry passes twice."""
     write_bytes(join(output_path, ".executor_status.lock"), OTHER.encode())
     write_text(join(output_path, ".executor_status"), "RUNNING")
     write_text(join(output_path, ".executor_info"), "{}")
@@ -322,7 +322,7 @@ def take_over(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_now", lambda: later)
 
 
-def test_a_job_that_was_frozen_between_lease_and_look_goes_over_nothing_of_the_next_holder(prefix, monkeypatch):
+def test_a_job_frozen_between_lease_and_read_overwrites_nothing_of_the_next_holder(prefix, monkeypatch):
     calls: list[str] = []
     step = one_step(calls, "mine")
     look = attempt.read_record
@@ -340,8 +340,8 @@ def test_a_job_that_was_frozen_between_lease_and_look_goes_over_nothing_of_the_n
     assert [read_text(join(path, name)) for name in (".executor_status", ".executor_info")] == ["RUNNING", "{}"]
 
 
-def test_a_job_that_was_frozen_while_it_wrote_again_goes_over_nothing_of_the_next_holder(prefix, monkeypatch):
-    """Its SUCCESS met a former holder's last word; it saw that the lease is its own, froze, and goes on."""
+def test_a_job_frozen_while_retrying_a_write_overwrites_nothing_of_the_next_holder(prefix, monkeypatch):
+    """Our SUCCESS collided with the last write of a former holder. We confirmed our lease, froze, and then resumed."""
     confirm = LeaseKeeper.confirm
 
     def confirm_and_freeze(self: LeaseKeeper, path: str) -> None:
@@ -350,7 +350,7 @@ def test_a_job_that_was_frozen_while_it_wrote_again_goes_over_nothing_of_the_nex
         take_over(path.rsplit("/", 1)[0], monkeypatch)
 
     def work(config: list[str]):
-        write_text(join(config[0], ".executor_status"), "RUNNING")  # a former holder's
+        write_text(join(config[0], ".executor_status"), "RUNNING")  # as a former holder does
         monkeypatch.setattr(LeaseKeeper, "confirm", confirm_and_freeze)
 
     job = executor(prefix)

@@ -1,4 +1,4 @@
-"""M11 itself, which says at its end what jax had to compile; see test_m11.py.
+"""Run M11 and print at the end how many programs jax had to compile; see test_m11.py.
 
 python tests/experiments/m11_counting_compilations.py [flags of m11_interleave.py]
 """

@@ -1,4 +1,4 @@
-"""M11 itself, `tiny`, with a fault planted in one process; see test_m11_many_hosts.py.
+"""Run M11 on `tiny` with a fault injected into one process; see test_m11_many_hosts.py.
 
     python tests/experiments/m11_with_fault.py FAULT STEP VICTIM [flags of m11_interleave.py]
 
@@ -20,8 +20,8 @@ from simpo_pipeline.inference.scheduler import Scheduler
 from simpo_pipeline.job.main import TrackerChoice, main
 
 
-def happen(fault: str) -> NoReturn:
-    """Says that the fault comes now, and lets it."""
+def cause(fault: str) -> NoReturn:
+    """Print the time of the fault, then cause it."""
     print(f"FAULT {time.time():.3f} {fault}", flush=True)
     if fault == "raise":
         raise FloatingPointError("a planted error")
@@ -31,17 +31,17 @@ def happen(fault: str) -> NoReturn:
         time.sleep(1)
 
 
-def plant(fault: str, step: str) -> None:
-    """Puts the fault where training takes its batch, or where the engine takes its next round."""
+def inject(fault: str, step: str) -> None:
+    """Inject the fault where training gets its batch or where the engine gets its next round."""
     batch, next_round = PairLoader.batch, Scheduler.next_round
     rounds: list[int] = []
 
     def faulty_batch(self: PairLoader, step: int) -> RowBatch:
-        return happen(fault) if step == 3 else batch(self, step)
+        return cause(fault) if step == 3 else batch(self, step)
 
     def faulty_round(self):
         rounds.append(1)
-        return happen(fault) if len(rounds) == 2 else next_round(self)
+        return cause(fault) if len(rounds) == 2 else next_round(self)
 
     if step == "train":
         PairLoader.batch = faulty_batch
@@ -53,6 +53,6 @@ if __name__ == "__main__":
     fault, step, victim = sys.argv[1:4]
     del sys.argv[1:4]
     if os.environ["JAX_PROCESS_ID"] == victim:
-        plant(fault, step)
+        inject(fault, step)
     flags = parse_main_config(PresetFlags)
     main(flags, steps=interleave(PRESETS["tiny"], flags), tracker=TrackerChoice("none"))

@@ -1,4 +1,4 @@
-"""M12 itself, `tiny`, which says after each step what the process and its devices hold; see test_m12.py.
+"""Run M12 on `tiny` and print the memory of the process and its devices after each step; see test_m12.py.
 
 python tests/experiments/m12_with_memory.py [flags of m12_periodic.py]
 """
@@ -14,13 +14,13 @@ from steps.train import train
 
 
 def resident_bytes() -> int:
-    """What the process holds of the machine's memory."""
+    """Return the resident memory of this process, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in status if line.startswith("VmRSS:"))) * 1024
 
 
-def telling(config, run):
-    """Step `train`, and a line about memory when it is done."""
+def train_and_report_memory(config, run):
+    """Run step `train`, then print a line about memory."""
     import jax
 
     live = train(config, run)
@@ -31,5 +31,5 @@ def telling(config, run):
 
 if __name__ == "__main__":
     flags = parse_main_config(PresetFlags)
-    setattr(interleave, "train", telling)  # noqa: B010
+    setattr(interleave, "train", train_and_report_memory)  # noqa: B010
     main(flags, steps=periodic(PRESETS["tiny"]), tracker=TrackerChoice("none"))

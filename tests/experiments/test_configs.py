@@ -1,4 +1,4 @@
-"""Every YAML file in the repository is sound: settings decode into their dataclass, data parses without duplicates."""
+"""Every YAML file in the repository is valid: settings decode into their dataclass, data has no duplicate keys."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ from simpo_pipeline.inference.config import SamplingParams
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = pathlib.Path("experiments/configs")
-NOT_OURS = ("runs", "wandb", "build", "dist")  # and every folder whose name begins with a dot
+NOT_OURS = ("runs", "wandb", "build", "dist")  # and every folder whose name starts with a dot
 
 BASE = "simpo_ultrafeedback_llama3_8b_v5p_32.yaml"
 M11 = "simpo_ultrafeedback_llama3_8b_v5p_32_m11_train2_infer128_train5.yaml"
@@ -51,7 +51,7 @@ def test_every_yaml_in_the_repository_decodes(path):
         read_run(path.name)
 
 
-def test_the_files_that_users_know_are_there():
+def test_the_files_that_users_know_exist():
     assert set(NAMED_BY_USERS) <= {path.name for path in yaml_files() if path.parent == CONFIGS}
 
 
@@ -146,7 +146,7 @@ def test_m11_is_the_preset_of_the_main_experiment():
     assert preset.trainer.compute_dtype == unwrap_versioned_value(generation.compute_dtype)
 
 
-def test_m12_generates_after_every_50_updates_the_last_included_and_once():
+def test_m12_generates_after_every_50_updates_including_once_after_the_last():
     assert read_run(M12).phases() == tuple(TrainingPhase(stop - 50, stop, infer=True) for stop in (50, 100, 150, 200))
 
 

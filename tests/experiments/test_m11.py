@@ -1,4 +1,4 @@
-"""M11 end to end on `tiny`: the law, resume by replay, and nothing written in between. All in real processes."""
+"""M11 end to end on `tiny`, in real processes: the interleaving law, resume by replay, and no writes in between."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STEPS = ("fetch_model", "prepare_pairs", "train-2", "infer-128", "train-5", "rep
 
 @pytest.fixture(scope="session")
 def command(python):
-    """The command line of one of the scripts."""
+    """Return a function that builds the command line of one of the scripts."""
 
     def make(script: str, prefix: pathlib.Path, *flags: str, preset: str = "tiny") -> list[str]:
         folder = "tests/experiments" if script == COUNTING else "experiments"
@@ -30,7 +30,7 @@ def command(python):
 
 @pytest.fixture(scope="session")
 def run(command, unoptimised):
-    """Run a script to its end, which has to be a good one, and return what it printed; `tiny` runs unoptimised code."""
+    """Return a function that runs a script, requires success, and returns the output; `tiny` runs unoptimised code."""
 
     def run_script(*words: Any, environment: dict[str, str] | None = None, **options: str) -> str:
         if environment is None and "preset" not in options:
@@ -52,7 +52,7 @@ def summary(prefix: pathlib.Path, step: str) -> dict:
 
 
 def actions(text: str) -> dict[str, str]:
-    """The action of each step in the plan that a run prints."""
+    """Return the action of each step in the plan that a run prints."""
     rows = (line.split() for line in text.splitlines())
     found = {row[0]: row[1] for row in rows if len(row) > 1 and row[0] in STEPS and row[1].isupper()}
     assert set(found) == set(STEPS), text
@@ -61,7 +61,7 @@ def actions(text: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory) -> pathlib.Path:
-    """One prefix with a finished M11, shared by the tests that only look."""
+    """Return a prefix with a finished M11, shared by the read-only tests."""
     prefix = tmp_path_factory.mktemp("m11")
     text = run("m11_interleave.py", prefix)
     assert text.splitlines()[-1] == "Job finished with no error."
@@ -70,7 +70,7 @@ def finished(run, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def prefix(finished, tmp_path) -> pathlib.Path:
-    """A copy of the finished prefix, for tests that change it."""
+    """Return a copy of the finished prefix, for tests that change it."""
     subprocess.run(["cp", "-r", f"{finished}/.", str(tmp_path)], check=True)
     return tmp_path
 
@@ -83,7 +83,7 @@ def test_interleaving_changes_nothing(run, finished):
     assert interleaved["state_digest"] != summary(finished, "train-2")["state_digest"]
 
 
-def test_every_output_folder_holds_its_records(finished):
+def test_every_output_folder_contains_its_records(finished):
     own_files = {
         "train-2": {"metrics.jsonl"},
         "train-5": {"metrics.jsonl"},
@@ -130,14 +130,14 @@ def test_metrics_have_a_row_for_every_update_with_every_metric(finished):
 
 def test_a_second_run_skips_every_step(run, prefix):
     before = {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")}
-    # With no platform to run on, whatever touches a device fails.
+    # Without a platform, every use of a device fails.
     environment = {**os.environ, "JAX_PLATFORMS": "none"}
     text = run("m11_interleave.py", prefix, environment=environment)
     assert set(actions(text).values()) == {"SKIP"}
     assert {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")} == before
 
 
-def test_a_lost_train_5_is_made_again_by_replaying_train_2(run, prefix):
+def test_a_lost_train_5_is_recomputed_by_replaying_train_2(run, prefix):
     digest = summary(prefix, "train-5")["state_digest"]
     rows = (outputs(prefix, "infer-128") / "host_0000_of_0001.jsonl").stat().st_mtime_ns
     (outputs(prefix, "train-5") / ".executor_status").unlink()
@@ -149,7 +149,7 @@ def test_a_lost_train_5_is_made_again_by_replaying_train_2(run, prefix):
     assert (outputs(prefix, "infer-128") / "host_0000_of_0001.jsonl").stat().st_mtime_ns == rows
 
 
-def test_training_again_compiles_nothing_and_says_what_that_saved(run, prefix):
+def test_training_again_compiles_nothing_and_reports_the_time_saved(run, prefix):
     digest = summary(prefix, "train-2")["state_digest"]
     text = run(COUNTING, prefix, "--force", "train-2")
     planned = actions(text)
@@ -162,7 +162,7 @@ def test_training_again_compiles_nothing_and_says_what_that_saved(run, prefix):
 @pytest.mark.slow
 def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
-    # A process of its own: of a fork, the kill would reach the client first.
+    # Started as its own process: with a fork, the kill would reach the client first.
     words = [sys.executable, *command("m11_interleave.py", tmp_path)[len(python) :]]
     job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -199,7 +199,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(run, preset, tmp_path):
     assert not prefix.exists()
 
 
-def test_an_unknown_preset_is_one_clear_sentence(command, tmp_path):
+def test_an_unknown_preset_is_reported_in_one_sentence(command, tmp_path):
     done = subprocess.run(command("m11_interleave.py", tmp_path, preset="huge"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "--preset 'huge' is unknown; choose one of tiny, smollm2, llama3_8b_v5p_32" in done.stdout + done.stderr
@@ -207,7 +207,7 @@ def test_an_unknown_preset_is_one_clear_sentence(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_law_holds_on_a_real_model(run, tmp_path):
+def test_interleaving_changes_nothing_on_a_real_model(run, tmp_path):
     run("m11_interleave.py", tmp_path, preset="smollm2")
     run("simpo_uninterrupted.py", tmp_path, preset="smollm2")
     assert summary(tmp_path, "train-5")["state_digest"] == summary(tmp_path, "train-7")["state_digest"]

@@ -13,7 +13,7 @@ from simpo_pipeline.model.transformer import abstract_llama
 pytestmark = pytest.mark.slow
 
 M11 = "experiments/m11_interleave.py"
-# So short a job only because every update is written.
+# The job is this short, so every update has to be written.
 EVERY = ("--checkpoint.when", "every", "--checkpoint.every", 1)
 
 
@@ -35,10 +35,10 @@ def test_a_job_killed_in_update_4_resumes_from_update_3_to_the_same_digest(launc
     handed_on = list((output(killed, "train-2") / ".checkpoints").glob("00000002-*.json"))
     assert len(handed_on) == 1
     again = launch(count, M11, "--preset", "tiny", "--prefix", killed, *EVERY, "--export", "fp32").require_success()
-    # The replay of train-2 computes nothing, and train-5 at most what was not written yet.
+    # The replay of train-2 computes nothing, and train-5 at most the updates that were not written yet.
     lines = [line for line in again.lines(0) if "INFO step" in line]
     assert 4 <= len(lines) <= 5, again.text
-    # That of update 3 may have been half written when the kill came.
+    # The checkpoint of update 3 may have been incomplete when the kill came.
     assert again.text.count("resumed from checkpoint") == count * (1 + (len(lines) == 4)), again.text
     assert digest(killed, "train-5") == digest(whole, "train-5")
     losses = [(output(prefix, "train-5") / "metrics.jsonl").read_text().count("\n") for prefix in (whole, killed)]

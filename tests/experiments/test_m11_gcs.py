@@ -1,4 +1,4 @@
-"""M11 with its outputs in a bucket: the same job, over HTTP, against a server of Google Cloud Storage."""
+"""M11 with its outputs in a bucket: the same job, over HTTP, against a Google Cloud Storage server."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = ("fetch_model", "prepare_pairs", "train-2", "infer-128", "train-5", "report")
 FAULTS = ["429", "500", "503", "cut_before", "cut_after", "delete_lost"]
-# These tell times, or where they lie, besides what was trained and generated.
+# These contain times or their own paths, besides the results of training and generation.
 NOT_COMPARED = ("metrics.jsonl", "summary.json", "report.json", "report.md", "report.html", "run.json")
 
 
@@ -29,7 +29,7 @@ def actions(text: str) -> list[str]:
 
 
 def committed(gcs: Any, name: str) -> dict[str, str]:
-    """The checksum of each output of each step that says SUCCESS; fails if one is not what its manifest says."""
+    """Return the checksum of each output of each step with SUCCESS; fail if one differs from its manifest."""
     statuses = [path for path in gcs.objects(f"{name}/") if path.endswith("/.executor_status")]
     done = [path.removesuffix("/.executor_status") for path in statuses if gcs.read(path) == b"SUCCESS"]
     found: dict[str, str] = {}
@@ -43,7 +43,7 @@ def committed(gcs: Any, name: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_with_faults_in_five_of_a_hundred_requests_the_same_comes_out_and_nothing_half_is_seen(python, gcs):
+def test_with_faults_in_5_percent_of_requests_outputs_are_the_same_and_never_partial(python, gcs):
     clean, faulty = uuid.uuid4().hex, uuid.uuid4().hex
     assert set(actions(run_m11(python, gcs, clean, "--dry_run"))) == {"RUN"}
     assert f"gs://bucket/{clean}/train-5-" in run_m11(python, gcs, clean)

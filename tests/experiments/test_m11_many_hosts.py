@@ -1,6 +1,6 @@
-"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the law, and what a lost host leaves behind.
+"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the interleaving law, and the state after a lost host.
 
-What else can go wrong in one of many processes is shown on a job of the same shape, `tests/distributed/test_jobs.py`.
+Other failures of one of many processes are tested on a job of the same shape, `tests/distributed/test_jobs.py`.
 """
 
 import json
@@ -32,7 +32,7 @@ def losses(prefix: pathlib.Path) -> list[float]:
 
 
 def planned(text: str) -> list[tuple[str, ...]]:
-    """Step, action, reason and version of each line of the plan that the leader prints."""
+    """Return step, action, reason and version of each line of the plan that the leader prints."""
     table = re.findall(rf"({'|'.join(STEPS)})\s+(RUN|SKIP|REPLAY)\s+(\S.*?)\s\s+([0-9a-f]{{8}})\s", text)
     assert [row[0] for row in table] == list(STEPS), text
     return table
@@ -40,7 +40,7 @@ def planned(text: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(launch, tmp_path_factory):
-    """The prefix and the text of a finished M11 on so many processes of two devices; each is run once."""
+    """Return a function that gives prefix and output of M11 on `count` processes of two devices, each run once."""
     done: dict[int, tuple[pathlib.Path, str]] = {}
 
     def run(count: int) -> tuple[pathlib.Path, str]:
@@ -64,7 +64,7 @@ def test_interleaving_changes_nothing_on_many_hosts(finished, launch):
     assert digest(prefix, "train-5") != digest(prefix, "train-2")
 
 
-def test_plan_and_losses_are_those_of_one_process(finished):
+def test_plan_and_losses_equal_those_of_one_process(finished):
     alone, text = finished(1)
     prefix, many_text = finished(4)
     assert planned(many_text) == planned(text)
@@ -95,11 +95,11 @@ def test_the_ledgers_of_all_processes_are_equal(finished, count):
     launches = re.findall(pattern, text)
     print(f"{count} processes: (launches over many processes, digest, launches on own devices) {launches}")
     assert len(launches) == count
-    # The moments, 7 updates, the handoff; all else runs on each host alone.
+    # The moments, 7 updates and the handoff; everything else runs on each host alone.
     assert {(number, name) for number, name, _ in launches} == {("9", launches[0][1])}
 
 
-def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch):
+def test_a_lost_train_5_is_recomputed_by_a_replay_on_all_hosts(finished, launch):
     prefix, _ = finished(2)
     before = digest(prefix, "train-5")
     (output(prefix, "train-5") / ".executor_status").unlink()
@@ -109,7 +109,7 @@ def test_a_lost_train_5_is_made_again_by_a_replay_on_all_hosts(finished, launch)
     assert digest(prefix, "train-5") == before
 
 
-def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it_as_it_was(launch, tmp_path):
+def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it_unchanged(launch, tmp_path):
     settings = ("--config_path", "experiments/configs/simpo_tiny_train2_infer8_train5.yaml")
     tokens, digests = {}, set()
     for mode in ("host_data_parallel", "global_mesh"):
@@ -120,18 +120,18 @@ def test_one_engine_over_all_hosts_generates_from_the_live_trainer_and_leaves_it
         tokens[mode] = [row["generated_tokens"] for row in merged]
         digests.add(digest(tmp_path / mode, "train-5"))
     assert len(tokens["global_mesh"]) == 8
-    # Sums in another order round otherwise, which moves a sampled token once in a great while.
+    # A different order of summation rounds differently, which very rarely changes a sampled token.
     assert sum(a == b for a, b in zip(*tokens.values(), strict=True)) >= 7
     assert len(digests) == 1
 
 
-def test_a_lost_host_ends_m11_and_the_next_run_comes_to_the_same_digest(launch, finished, tmp_path):
+def test_a_lost_host_ends_m11_and_the_next_run_reaches_the_same_digest(launch, finished, tmp_path):
     expected = digest(finished(2)[0], "train-5")
     fault = ("kill", "train", 1, "--preset", "tiny", "--prefix", tmp_path)
     job = launch(2, "tests/experiments/m11_with_fault.py", *fault)
     assert job.exit_code != 0
-    told = min(map(float, re.findall(r"FAULT (\d+\.\d+)", job.text)))
-    assert job.ended - told < LOSS_SECONDS, job.text
+    fault_time = min(map(float, re.findall(r"FAULT (\d+\.\d+)", job.text)))
+    assert job.ended - fault_time < LOSS_SECONDS, job.text
     assert (output(tmp_path, "train-5") / ".executor_status").read_text() == "FAILED", job.text
     assert (output(tmp_path, "train-2") / ".executor_status").read_text() == "SUCCESS"
     again = launch(2, M11, "--preset", "tiny", "--prefix", tmp_path).require_success()

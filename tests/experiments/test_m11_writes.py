@@ -1,7 +1,7 @@
-"""Between train-2 and train-5 nothing of the trainer is written: every byte is accounted for.
+"""No trainer state is written between train-2 and train-5: every byte is accounted for.
 
-Two counts that do not know of each other: an audit hook lists every file that Python opens for writing, and the
-kernel's own count of bytes written by this process (`/proc/self/io`) catches what native code would write.
+There are two independent counts: an audit hook lists every file that Python opens for writing, and the kernel's own
+count of bytes written by this process (`/proc/self/io`) also covers native code.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
 
 class WriteWatch:
-    """Lists the files opened for writing and counts the bytes written while it is on."""
+    """List of the files opened for writing, and count of the bytes written, while it is on."""
 
     def __init__(self):
         self.on = False
@@ -31,7 +31,7 @@ class WriteWatch:
 
     def _audit(self, event, arguments):
         if self.on and event == "os.rename":
-            # What is written aside and moved into place counts where it ends up.
+            # A file that is written elsewhere and then moved counts at its final path.
             self.opened.add(os.fsdecode(arguments[1]))
         elif self.on and event == "open":
             path, mode, flags = arguments
@@ -103,8 +103,8 @@ def test_nothing_of_the_trainer_is_written_between_train_2_and_train_5(tmp_path)
     written = {path: os.path.getsize(path) for path in strange if os.path.isfile(path)}
     print(f"bytes written besides infer's outputs and status files: {sum(written.values())} {sorted(strange)}")
     assert sum(written.values()) == 0, written
-    # What the kernel counted beyond infer's files (status files, log lines) is nowhere near a state.
+    # The bytes beyond infer's files (status files, log lines) are far fewer than those of a train state.
     infer_bytes = sum(os.path.getsize(os.path.join(infer_folder, name)) for name in os.listdir(infer_folder))
-    # Its host's rows were written aside as they ended, and again in order.
+    # Its host's rows were written twice: as requests finished, and again in order.
     infer_bytes += os.path.getsize(os.path.join(infer_folder, "host_0000_of_0001.jsonl"))
     assert watch.num_bytes - infer_bytes < sizes["state"] / 20, (watch.num_bytes, infer_bytes, sizes)

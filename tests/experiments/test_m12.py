@@ -41,7 +41,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, tmp_path):
 
 
 @pytest.mark.slow
-def test_generation_follows_every_period_the_last_update_included_and_once(printed, prefix):
+def test_generation_runs_after_every_period_including_once_after_the_last_update(printed, prefix):
     assert printed.splitlines()[-1] == "Job finished with no error."
     for stop in STOPS:
         (folder,) = prefix.glob(f"infer-{NUM_PROMPTS}-to-{stop}-*")
@@ -63,5 +63,5 @@ def test_memory_is_flat_over_the_periods(printed):
     assert tuple(int(stop) for _, stop, _, _ in lines) == STOPS
     resident, on_devices = zip(*((int(resident), int(held)) for _, _, resident, held in lines), strict=True)
     assert len(set(on_devices)) == 1, "arrays of a period outlive it"
-    # The first period compiles; what comes after leaves nothing behind but the allocator's slack.
+    # The first period compiles; later periods leave nothing behind except the allocator's slack.
     assert max(resident[1:]) < 1.05 * resident[1]

@@ -1,4 +1,4 @@
-"""`experiments/sample_lm_multihost.py` as its users call it: a settings file becomes samples, or one plain refusal."""
+"""`experiments/sample_lm_multihost.py` as users call it: a settings file yields samples or one clear error."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ TINY = LlamaConfig(
 
 @pytest.fixture
 def run(python):
-    """Runs the script to its end."""
+    """Return a function that runs the script to completion."""
 
     def run_script(*words: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
         command = [*python, "experiments/sample_lm_multihost.py", *words]
@@ -92,11 +92,11 @@ def test_one_process_serves_every_sample_of_every_prompt_and_shows_them(run, tmp
 
 
 @pytest.mark.slow
-def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(run, tmp_path, tiny_settings):
+def test_a_killed_job_keeps_its_finished_rows_until_it_runs_again(run, tmp_path, tiny_settings):
     prefix, count = tmp_path / "runs", 150
     words = ["--config_path", tiny_settings, "--prefix", str(prefix), "--prompts", "null"]
     words += ["--synthetic_prompt_count", str(count), "--synthetic_prompt_template", "no {index}"]
-    # A process of its own: of a fork, the kill would reach the client first.
+    # Started as its own process: with a fork, the kill would reach the client first.
     command = [sys.executable, "experiments/sample_lm_multihost.py", *words]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -125,7 +125,7 @@ def test_a_killed_job_leaves_the_rows_that_had_ended_until_it_runs_again(run, tm
 def test_a_checkpoint_of_another_shape_stops_the_job_before_generation(run, tmp_path, tiny_settings):
     done = run("--config_path", tiny_settings, "--prefix", str(tmp_path / "runs"), "--model.num_kv_heads", "4")
     assert done.returncode == 1
-    assert "model.num_kv_heads is 4, and the checkpoint's config.json says 2" in done.stdout
+    assert "model.num_kv_heads is 4, but the checkpoint's config.json has 2" in done.stdout
     assert not list((tmp_path / "runs").glob("infer-*/*.jsonl"))
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_has_drifted_is_refused_in_one_sentence(run, line, key, tmp_
 
 
 @pytest.mark.slow
-def test_the_smollm2_file_samples_for_real(run, tmp_path):
+def test_the_smollm2_file_samples_from_the_real_model(run, tmp_path):
     done = run("--config_path", SMOLLM2, "--prefix", str(tmp_path), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows_of(tmp_path)

@@ -1,4 +1,4 @@
-"""The sampler on several real processes, in both modes: the same tokens as one process, whatever the shards."""
+"""The sampler on several real processes, in both modes: the same tokens as one process, for any sharding."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from simpo_pipeline.model.transformer import abstract_llama, attend_whole_sequen
 from steps.make_model import MakeModelConfig, make_model
 
 SAMPLER = "experiments/sample_lm_multihost.py"
-# As many key/value heads as four processes have devices, and random weights large enough that greedy tokens do not
+# One key/value head for each device of four processes, and random weights large enough that greedy tokens do not
 # depend on rounding.
 MODEL = LlamaConfig(64, 128, 2, 16, 8, 8, 264, 512, tie_word_embeddings=True, initializer_range=0.2)
 TIE = 1e-4
@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def rows(launch, model, tmp_path_factory):
-    """The merged rows of a run; each run is made once."""
+    """Return a function that gives the merged rows of a run; each run is made once."""
     done: dict[tuple, list[dict]] = {}
 
     def run(processes: int, mode: str, *, count: int = 130, temperature: float = 0.7) -> list[dict]:
@@ -64,7 +64,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def check_files(output: pathlib.Path, processes: int, count: int) -> None:
-    """Each host wrote its contiguous shard; the merged file has them all, in order."""
+    """Check that each host wrote its contiguous shard and that the merged file has all rows in order."""
     merged = read(output / f"all_hosts_merged_of_{processes:04d}.jsonl")
     assert [row["global_prompt_index"] for row in merged] == list(range(count))
     own = [row for host in range(processes) for row in read(output / f"host_{host:04d}_of_{processes:04d}.jsonl")]
@@ -77,7 +77,7 @@ def tokens(found: list[dict]) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_hosts_with_engines_of_their_own_draw_the_tokens_of_one(rows):
+def test_one_engine_per_host_draws_the_tokens_of_one_process(rows):
     assert tokens(rows(4, "host_data_parallel")) == tokens(rows(1, "host_data_parallel"))
 
 
@@ -89,20 +89,20 @@ def test_an_empty_shard_changes_nothing_for_the_others(rows):
 
 
 @pytest.mark.slow
-def test_one_engine_over_all_hosts_takes_the_same_tokens_but_for_ties(rows, model):
+def test_one_engine_over_all_hosts_draws_the_same_tokens_except_at_ties(rows, model):
     alone = rows(1, "host_data_parallel", temperature=0.0)
     together = rows(4, "global_mesh", temperature=0.0)
     ties = 0
     for one, many in zip(alone, together, strict=True):
         if one["generated_tokens"] != many["generated_tokens"]:
-            assert gap_where_they_part(model, one, many) < TIE
+            assert gap_at_divergence(model, one, many) < TIE
             ties += 1
-    print(f"{ties} of {len(alone)} prompts part at a tie within {TIE}")
+    print(f"{ties} of {len(alone)} prompts diverge at a tie within {TIE}")
     assert ties < len(alone) // 10
 
 
 @pytest.mark.slow
-def test_a_prompt_that_one_host_cannot_serve_stops_all_before_any_device_work(launch, model, tmp_path):
+def test_a_prompt_that_one_host_cannot_serve_stops_all_hosts_before_any_device_work(launch, model, tmp_path):
     long = "x" * 400
     text = YAML.format(model=model, mode="host_data_parallel", count=1, temperature=0.0)
     text = text[: text.index("synthetic_prompt_count")] + f'prompts: ["short", "{long}"]\n'
@@ -111,14 +111,14 @@ def test_a_prompt_that_one_host_cannot_serve_stops_all_before_any_device_work(la
     job = launch(2, SAMPLER, *flags)
     assert job.exit_code == 1
     for host in (0, 1):
-        told = "\n".join(job.lines(host))
-        assert "(process 1 of 2): CapacityError: request 0 (prompt 1, sample 0) has 4" in told
-        assert "engine.max_seq_len is 384: raise it, up to the model's limit, or request fewer tokens" in told
-        assert "compiled" not in told
+        printed = "\n".join(job.lines(host))
+        assert "(process 1 of 2): CapacityError: request 0 (prompt 1, sample 0) has 4" in printed
+        assert "engine.max_seq_len is 384: raise it, up to the model's limit, or request fewer tokens" in printed
+        assert "compiled" not in printed
 
 
-def gap_where_they_part(model: str, one: dict, many: dict) -> float:
-    """How far the logits of the two first different tokens lie apart, by whole-sequence computation in fp32."""
+def gap_at_divergence(model: str, one: dict, many: dict) -> float:
+    """Return the gap between the logits of the first two different tokens, computed over the whole sequence in fp32."""
     from simpo_pipeline.data.chat import encode_chat, load_tokenizer
     from simpo_pipeline.data.records import Message
 

@@ -1,4 +1,4 @@
-"""What settings say of a loaded model's shape is compared with its config.json, and never replaces it."""
+"""The shape that settings state for a loaded model is compared with its config.json and never replaces it."""
 
 import json
 
@@ -29,7 +29,7 @@ RESTATED = ModelSettings(
     num_heads=4,
     num_kv_heads=2,
     rope=RopeSettings(type="llama3", theta=500_000.0),
-    initializer_range=0.5,  # without meaning for a loaded model
+    initializer_range=0.5,  # unused for a loaded model
 )
 
 
@@ -44,7 +44,7 @@ def model_folder(tmp_path):
     return str(folder)
 
 
-def test_a_true_restatement_contradicts_nothing():
+def test_a_correct_restatement_has_no_contradictions():
     assert contradictions(RESTATED.stated_shape(), LLAMA_3_1) == []
     assert contradictions(ModelSettings().stated_shape(), LLAMA_3_1) == []
 
@@ -52,10 +52,10 @@ def test_a_true_restatement_contradicts_nothing():
 def test_each_contradiction_names_both_values():
     wrong = ModelSettings(max_seq_len=200_000, num_kv_heads=4, tie_word_embeddings=True, rope=RopeSettings())
     assert contradictions(wrong.stated_shape(), LLAMA_3_1) == [
-        "model.max_seq_len is 200000, beyond the checkpoint's 131072",
-        "model.num_kv_heads is 4, and the checkpoint's config.json says 2",
-        "model.tie_word_embeddings is True, and the checkpoint's config.json says False",
-        "model.rope.type is default, and the checkpoint's config.json says llama3",
+        "model.max_seq_len is 200000, but the checkpoint's limit is 131072",
+        "model.num_kv_heads is 4, but the checkpoint's config.json has 2",
+        "model.tie_word_embeddings is True, but the checkpoint's config.json has False",
+        "model.rope.type is default, but the checkpoint's config.json has llama3",
     ]
 
 
@@ -71,11 +71,11 @@ def test_a_fetch_with_a_stated_shape_fills_the_folder_and_passes(model_folder, t
 
 def test_a_fetched_model_of_another_shape_is_an_error_naming_both(model_folder, tmp_path):
     config = FetchCheckedModelConfig(model_folder, {"num_kv_heads": 4}, output_path=str(tmp_path / "out"))
-    with pytest.raises(ModelError, match=r"model\.num_kv_heads is 4, and the checkpoint's config\.json says 2; leave"):
+    with pytest.raises(ModelError, match=r"model\.num_kv_heads is 4, but the checkpoint's config\.json has 2; leave"):
         fetch_checked_model(config)
 
 
-def test_what_is_stated_is_part_of_the_fetch_so_that_a_change_is_checked():
+def test_the_stated_shape_is_part_of_the_fetch_so_that_a_change_is_checked():
     step = fetch_step("some/model", ModelSettings(num_layers=2), "some/tokenizer")
     assert step.fn is fetch_checked_model
     assert unwrap_versioned_value(step.config.stated_shape) == {"num_layers": 2}

@@ -1,4 +1,4 @@
-"""A sampler's settings file becomes the config of one generation step, or is refused naming the knob and the cure."""
+"""A sampler's settings file becomes the config of one generation step, or is refused naming the knob and the fix."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import yaml
 
 from experiments.settings.retired import SAMPLE_LM_MULTIHOST
 from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
-from simpo_pipeline.config_files.check import find_misfits
+from simpo_pipeline.config_files.check import find_type_errors
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
@@ -65,20 +65,20 @@ def test_every_knob_reaches_the_generation_step():
         (dict(trainer={"mp": "int8"}), "trainer.mp is 'int8'"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_before_anything_runs(changes, message):
-    told = refusal(**changes)
-    assert told.startswith("s.yaml: ") and message in told
+def test_an_impossible_run_is_refused_before_anything_runs(changes, message):
+    error = refusal(**changes)
+    assert error.startswith("s.yaml: ") and message in error
 
 
-def test_what_the_first_attempt_had_to_guard_on_many_hosts_needs_no_guard():
-    """Sizes that were guessed from each host's free memory, or that had to cover all prompts at once."""
+def test_sizes_of_the_first_attempt_need_no_guard_on_many_hosts():
+    """Leave out sizes that were guessed from each host's free memory, or that had to cover all prompts at once."""
     settings = settings_with(
         synthetic_prompt_count=1000, prompts=None, engine={"max_seqs": 2}, inference_mode="host_data_parallel"
     )
     engine = settings.build_generation("model").engine
-    # max_pages and max_prefill_size may be left out: the hosts agree on what follows from all prompts and memories.
+    # max_pages and max_prefill_size may be left out: the hosts agree on values derived from all prompts and memories.
     assert (engine.num_pages, engine.prefill_chunk_tokens) == (None, EngineConfig().prefill_chunk_tokens)
-    # max_seqs need not cover the prompts, nor a prefill their lengths: the rest waits, and none is dropped.
+    # max_seqs need not cover the prompts, nor a prefill their lengths: the other prompts wait, and none is dropped.
     assert settings.build_prompts().count == 1000 > (engine.max_seqs or 0)
 
 
@@ -97,22 +97,22 @@ def test_a_retired_knob_is_refused_in_one_sentence_with_its_file_and_what_to_do(
     value: Any = 1
     for name in reversed(key.split(".")):
         value = {name: value}
-    told = refusal(**value)
-    assert told == f"s.yaml: {key} is retired: {SAMPLE_LM_MULTIHOST[key]}."
-    assert "leave" in told or "set " in told
+    error = refusal(**value)
+    assert error == f"s.yaml: {key} is retired: {SAMPLE_LM_MULTIHOST[key]}."
+    assert "leave" in error or "set " in error
 
 
-def test_the_knobs_that_once_drifted_are_refused_with_their_cure():
+def test_the_knobs_that_once_drifted_are_refused_with_a_fix():
     assert refusal(engine={"use_logical_reset": True}) == (
-        "s.yaml: engine.use_logical_reset is retired: every generation starts with an empty cache and gives it back at "
-        "its end, so leave the key out."
+        "s.yaml: engine.use_logical_reset is retired: every generation starts with an empty cache and frees it at its "
+        "end, so leave the key out."
     )
     assert refusal(max_prompts_per_batch=1) == (
-        "s.yaml: max_prompts_per_batch is retired: set engine.max_seqs, which bounds how many sequences run at once."
+        "s.yaml: max_prompts_per_batch is retired: set engine.max_seqs, which limits how many sequences run at once."
     )
 
 
-def test_no_retired_knob_hides_a_living_one():
+def test_no_retired_knob_shadows_an_active_one():
     raw: dict[str, Any] = {}
     for key in SAMPLE_LM_MULTIHOST:
         folders = key.split(".")
@@ -120,6 +120,6 @@ def test_no_retired_knob_hides_a_living_one():
         for folder in folders[:-1]:
             inner = inner.setdefault(folder, {})
         inner[folders[-1]] = 1
-    unknown = find_misfits(SampleLmMultihostConfig, raw, "all.yaml", retired={})
+    unknown = find_type_errors(SampleLmMultihostConfig, raw, "all.yaml", retired={})
     assert len(unknown) == len(SAMPLE_LM_MULTIHOST)
     assert all("is not a setting" in sentence for sentence in unknown)

@@ -1,4 +1,4 @@
-"""A SimPO settings file becomes the configs of its steps, or is refused naming the knob, the file and the cure."""
+"""A SimPO settings file becomes the configs of its steps, or is refused naming the knob, the file and the fix."""
 
 import pathlib
 import runpy
@@ -10,7 +10,7 @@ import yaml
 from experiments.schedule import TrainingPhase
 from experiments.settings.retired import TRAIN_SIMPO
 from experiments.settings.train_simpo import TrainSimpoConfig
-from simpo_pipeline.config_files.check import find_misfits
+from simpo_pipeline.config_files.check import find_type_errors
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.prompts import PromptsConfig
@@ -26,7 +26,7 @@ train_simpo_steps = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "expe
 
 
 def settings_with(**changes: Any) -> TrainSimpoConfig:
-    """A small run with some of its keys, dotted, set or (with ...) left out."""
+    """Return a small run with some of its dotted keys set, or left out if the value is `...`."""
     text = """
         data:
           components:
@@ -87,7 +87,7 @@ def test_the_rest_of_the_loss_and_of_the_trainer_reaches_the_training_steps():
     assert (trainer.packing, trainer.grad_accumulation, trainer.ema_decay) == (True, 2, 0.99)
 
 
-def test_several_datasets_become_steps_of_their_own_read_by_weight():
+def test_several_datasets_become_separate_steps_read_by_weight():
     settings = settings_with(
         data__components=TWO_COMPONENTS,
         data__train_weights={"b": 3.0},
@@ -128,14 +128,14 @@ def test_every_knob_reaches_the_generation_steps():
     assert [phase.stop for phase in settings.phases() if phase.infer] == [3, 6]
 
 
-def test_lengths_left_out_are_the_models():
+def test_omitted_lengths_are_those_of_the_model():
     settings = settings_with(train_seq_len=..., model__max_seq_len=48, inference_eval__max_seq_len=None)
     generation = settings.build_generation("model")
     assert settings.build_trainer().train_seq_len == 48
     assert generation is not None and generation.engine.max_seq_len == 48
 
 
-def test_sizes_that_nobody_says_are_left_to_the_engine():
+def test_omitted_sizes_are_left_to_the_engine():
     settings = settings_with(
         inference_eval__max_seq_len=None,
         inference_eval__page_size=None,
@@ -170,7 +170,7 @@ def test_random_weights_need_a_whole_shape_and_get_the_byte_vocabulary():
         "each key/value head serves an equal group of query heads"
     )
     del shape["num_layers"]
-    assert refusal(initialize_from_hf=False, model=shape).startswith("run.yaml: model.num_layers not given; set")
+    assert refusal(initialize_from_hf=False, model=shape).startswith("run.yaml: model.num_layers not set; set")
 
 
 def test_llama3_rope_of_random_weights_has_the_factors_of_llama_3_1():
@@ -193,14 +193,14 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
         (dict(train_seq_len=65, model__max_seq_len=64), "train_length (65) cannot exceed model max_seq_len (64)."),
         (dict(train_seq_len=...), "train_seq_len is missing"),
         (dict(validation_split_fraction=1.0), "validation_split_fraction must be in [0, 1), got 1.0"),
-        (dict(validation_split_fraction=0.1), "nothing says when to evaluate what it holds out; set trainer.steps_per"),
+        (dict(validation_split_fraction=0.1), "no schedule for evaluating the held-out pairs; set trainer.steps_per"),
         (dict(trainer__steps_per_eval=5), "trainer.steps_per_eval is 5, but no pairs are held out"),
         (dict(trainer__steps_per_eval=0), "trainer.steps_per_eval must be positive, got 0"),
         (dict(trainer__tensor_parallel=0), "trainer.tensor_parallel must be positive, got 0"),
         (dict(trainer__grad_accumulation=3), "train_batch_size is 4 pairs and grad_accumulation 3"),
         (dict(loss_type="ipo"), "simpo.loss_type is 'ipo': give one of sigmoid, hinge"),
         (dict(loss_type="hinge", label_smoothing=0.1), "only the sigmoid loss supports it"),
-        (dict(initialize_from_hf=True), "initialize_from_hf names no model"),
+        (dict(initialize_from_hf=True), "initialize_from_hf does not name a model"),
         (dict(beta=0.0), "simpo.beta is 0.0"),
         (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate is -1.0"),
         (dict(model__type="gpt2"), "model.type is 'gpt2'; only llama is supported"),
@@ -210,14 +210,14 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
         (dict(trainer__train_batch_size=0), "trainer.train_batch_size must be positive, got 0"),
         (dict(trainer__mp="p=bfloat16,c=bfloat16"), "master weights are float32"),
         (dict(trainer__mp="f16"), "trainer.mp is 'f16'; write p=DTYPE,c=DTYPE"),
-        (dict(trainer__tracker__type="tensorboard"), "allowed is one of wandb, jsonl, noop, none"),
+        (dict(trainer__tracker__type="tensorboard"), "expected one of wandb, jsonl, noop, none"),
         (dict(data__components={}), "data.components has no datasets"),
         (
             dict(data__components={**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}),
             "data.components has a dataset named 'a/b'",
         ),
-        (dict(data__train_weights={"ours": 1.0, "test": 0.0}), "data.train_weights gives test 0.0"),
-        (dict(data__train_weights={"ours": float("inf")}), "data.train_weights gives ours inf"),
+        (dict(data__train_weights={"ours": 1.0, "test": 0.0}), "data.train_weights sets test to 0.0"),
+        (dict(data__train_weights={"ours": float("inf")}), "data.train_weights sets ours to inf"),
         (
             dict(data__components__ours__format={"type": "chat"}),
             "SimPO training requires preference_chat datasets. Component 'ours' has format chat",
@@ -234,7 +234,7 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
         (dict(data__components__ours__source={"type": "url"}), "needs train_urls with exactly one path"),
         (dict(data__components__ours__source={"type": "hf", "id": "x"}), "splits with exactly one split"),
         (dict(inference_eval__eval_at_steps=[0]), "inference_eval.eval_at_steps must be positive, got 0"),
-        (dict(inference_eval__eval_at_steps=[8]), "8, beyond the run of 7 updates"),
+        (dict(inference_eval__eval_at_steps=[8]), "8, but the run has only 7 updates"),
         (dict(inference_eval__eval_at_steps=[]), "none of the 7 updates is followed by generation"),
         (dict(inference_eval__eval_at_steps=...), "inference_eval.eval_every to at most 7"),
         (
@@ -269,7 +269,7 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
         ),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_before_anything_runs(changes, message):
+def test_an_impossible_run_is_refused_before_anything_runs(changes, message):
     told = refusal(**changes)
     assert told.startswith("run.yaml: ") and message in told
 
@@ -286,7 +286,7 @@ def test_a_retired_knob_of_a_component_is_refused_by_its_name():
     assert told.startswith("run.yaml: data.components.ours.cache_dir is retired: ")
 
 
-def test_no_retired_knob_hides_a_living_one():
+def test_no_retired_knob_shadows_an_active_one():
     raw: dict[str, Any] = {}
     for key in TRAIN_SIMPO:
         folders = key.split(".")
@@ -294,6 +294,6 @@ def test_no_retired_knob_hides_a_living_one():
         for folder in folders[:-1]:
             inner = inner.setdefault(folder, {})
         inner[folders[-1]] = 1
-    unknown = find_misfits(TrainSimpoConfig, raw, "all.yaml", retired={})
+    unknown = find_type_errors(TrainSimpoConfig, raw, "all.yaml", retired={})
     assert len(unknown) == len(TRAIN_SIMPO)
     assert all("is not a setting" in sentence for sentence in unknown)

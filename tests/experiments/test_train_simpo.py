@@ -1,4 +1,4 @@
-"""`experiments/train_simpo.py` as its users call it: a settings file becomes a DAG, or one plain refusal."""
+"""`experiments/train_simpo.py` as users call it: a settings file yields a DAG or one clear error."""
 
 import json
 import pathlib
@@ -71,13 +71,13 @@ def test_a_setting_on_the_command_line_changes_the_dag(tmp_path):
         ),
         (
             ["--config_path", M11, "--trainer.num_train_steps", "1"],
-            f"{M11} with the command line: inference_eval.eval_at_steps has 2, beyond the run of 1 updates",
+            f"{M11} with the command line: inference_eval.eval_at_steps has 2, but the run has only 1 updates",
         ),
         (["--config_path", M11, "--dry_runn"], "command line: dry_runn is not a setting"),
         (["--config_path", M11, "--tracker", "tensorboard"], "tracker"),
     ],
 )
-def test_a_wrong_command_line_is_one_plain_error_and_exit_code_2(words, message, tmp_path):
+def test_a_wrong_command_line_is_one_clear_error_and_exit_code_2(words, message, tmp_path):
     done = run(*words, "--dry_run", "--prefix", str(tmp_path))
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
@@ -90,7 +90,7 @@ def test_help_names_the_flags():
     assert all(name in done.stdout for name in ("--config_path", "inference_eval", "--prefix", "--tracker"))
 
 
-def test_checkpoints_and_an_export_are_flags_and_leave_the_other_steps_as_they_were(tmp_path):
+def test_checkpoints_and_an_export_are_flags_and_leave_the_other_steps_unchanged(tmp_path):
     words = ["--config_path", TINY, "--prefix", str(tmp_path), "--dry_run"]
     keeping = ["--export", "bf16", "--export_weights", "ema", "--checkpoint.when", "every", "--checkpoint.every", "2"]
     plain, kept = run(*words, "--trainer.ema_decay", "0.9"), run(*words, "--trainer.ema_decay", "0.9", *keeping)
@@ -106,11 +106,11 @@ def test_checkpoints_and_an_export_are_flags_and_leave_the_other_steps_as_they_w
         (["--export_weights", "ema"], "error: --export_weights is 'ema', but nothing is exported; add --export"),
         (
             ["--export", "fp32", "--export_weights", "ema"],
-            "error: --export_weights is 'ema', and this run keeps no average: set trainer.ema_decay",
+            "error: --export_weights is 'ema', but this run keeps no moving average: set trainer.ema_decay",
         ),
     ],
 )
-def test_an_export_of_what_will_not_be_there_is_refused(words, message, tmp_path):
+def test_an_impossible_export_is_refused(words, message, tmp_path):
     done = run("--config_path", TINY, "--prefix", str(tmp_path), "--dry_run", *words)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [message]
@@ -123,7 +123,7 @@ def test_no_setting_has_the_name_of_a_flag(settings):
 
 
 @pytest.mark.slow
-def test_the_tiny_file_trains_generates_and_trains_on(python, tmp_path):
+def test_the_tiny_file_trains_generates_and_resumes_training(python, tmp_path):
     words = ["--config_path", TINY, "--prefix", str(tmp_path), "--tracker", "none"]
     done = run(*words, timeout=200, python=python)
     assert done.returncode == 0, done.stdout + done.stderr

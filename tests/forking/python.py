@@ -1,9 +1,10 @@
-"""A Python for scripts that tests start: the fork server runs the script, and this program stands for it.
+"""Python interpreter for scripts that tests start: the fork server runs the script, and this program stands in for it.
 
     python.py SCRIPT [ARGUMENT ...]
 
-It passes its own streams, folder, environment and signals on to a fork of the server (`server.py`), which has imported
-jax already, and ends as the fork ends. If this program is killed, so is the fork.
+It passes its streams, working directory, environment and signals on to a fork of the server (`server.py`), which has
+already imported JAX. It exits with the exit code or signal of the fork. If this program is killed, the server
+kills the fork.
 """
 
 import array

@@ -1,11 +1,10 @@
-"""The fork server: it imports what takes seconds once, and forks for each script that tests start.
+"""Fork server: it makes the slow imports once, and forks for each script that tests start.
 
     server.py SOCKET
 
-`python.py` is its client. A fork has the streams, folder, environment and arguments of its client, and jax reads its
-settings from that environment as it does when it is imported. The server starts no thread and touches no device, so
-that its forks are as good as fresh processes. It continues in the background when it is ready, and ends when SOCKET is
-removed.
+`python.py` is its client. A fork gets the streams, working directory, environment and arguments of its client, and JAX
+reads its settings from that environment as at import time. The server starts no thread and touches no device, so that a
+fork behaves like a new process. The server moves to the background when it is ready, and exits when SOCKET is removed.
 """
 
 import array
@@ -21,9 +20,9 @@ import sys
 import time
 from typing import Any
 
-import gcsfs  # noqa: F401  # a second, in scripts that use a bucket
+import gcsfs  # noqa: F401  # takes a second to import, in scripts that use a bucket
 import jax
-from transformers import AutoTokenizer  # noqa: F401  # transformers imports the most at this name's first use
+from transformers import AutoTokenizer  # noqa: F401  # most of transformers is imported at the first use of this name
 
 import simpo_pipeline.handoff.handoff
 import simpo_pipeline.inference.llm
@@ -51,7 +50,7 @@ def receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 class Server:
-    """The forks that run, each with the connection of its client."""
+    """Server that knows each running fork with the connection of its client."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -101,13 +100,13 @@ class Server:
         for stream in streams:
             os.close(stream)
         self._clients[pid] = client
-        with contextlib.suppress(OSError):  # a client that is gone is noticed below
+        with contextlib.suppress(OSError):  # a disconnected client is handled by the loop
             client.sendall(f"{pid}\n".encode())
         self._selector.register(client, selectors.EVENT_READ, pid)
         return None
 
     def _become(self, streams: list[int]) -> None:
-        """Turn a fork into what a new process is."""
+        """Give a fork the state of a new process."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -128,7 +127,7 @@ class Server:
             client = self._clients.pop(pid)
             self._selector.unregister(client)
             client.close()
-            with contextlib.suppress(ProcessLookupError):  # it has not made its own group yet
+            with contextlib.suppress(ProcessLookupError):  # the fork has not created its process group yet
                 os.killpg(pid, signal.SIGKILL)
             os.kill(pid, signal.SIGKILL)
 
@@ -176,8 +175,8 @@ def run(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     server = Server(sys.argv[1])
     if os.fork() != 0:
-        os._exit(0)  # whoever started the server knows that it is ready
-    # Otherwise the garbage collector of each fork traverses all imported objects at exit, and so copies their pages.
+        os._exit(0)  # the exit tells the caller that the server is ready
+    # Otherwise the garbage collector of each fork traverses all imported objects at exit and copies their memory pages.
     gc.freeze()
     request = server.serve()
     if request is not None:

@@ -1,4 +1,4 @@
-"""What a request asks for: the kind of operation, the object it is about, its conditions and the parts of its body."""
+"""Parsing of a request: the kind of operation, the object, the conditions and the parts of the body."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _CHANGES = {"DELETE": "delete", "PATCH": "patch", "POST": "insert"}
 
 @dataclass
 class Call:
-    """One request, read to its end."""
+    """One request, completely read."""
 
     method: str
     url: str
@@ -28,9 +28,9 @@ class Call:
     """"list", "get", "media", "insert", "delete", "patch" or "other"; copies count as "insert"."""
     bucket: str
     name: str
-    """Of the object that is read or written; the prefix of a listing."""
+    """Name of the object that is read or written, or the prefix of a listing."""
     parts: dict[str, Any] | None
-    """A multipart upload, in the form that the emulator's handlers take."""
+    """Parts of a multipart upload, in the form that the handlers of the emulator take."""
 
     @property
     def upload_id(self) -> str | None:
@@ -76,7 +76,10 @@ def _name(match: re.Match[str], query: dict[str, str], body: bytes, parts: dict[
 
 
 def _multipart(content_type: str, body: bytes) -> dict[str, Any]:
-    """The emulator's own parser drops a last byte that is a carriage return where lines end as gcsfs ends them."""
+    """Parse a multipart body.
+
+    The parser of the emulator drops a final carriage return of the data when lines end as those of gcsfs.
+    """
     header = Message()
     header["Content-Type"] = content_type
     mark = b"--" + str(header.get_param("boundary")).encode()

@@ -1,4 +1,4 @@
-"""Starts and controls the server of tests/gcs/server.py from a test."""
+"""Client that starts and controls the server of tests/gcs/server.py from a test."""
 
 import json
 import os
@@ -14,7 +14,7 @@ _HOST = "127.0.0.1"
 
 
 class GcsServer:
-    """A server of Google Cloud Storage on this machine, in a process of its own, with the bucket `bucket`."""
+    """Google Cloud Storage server on this machine, in a separate process, with the bucket `bucket`."""
 
     def __init__(self):
         with socket.socket() as free:
@@ -45,41 +45,47 @@ class GcsServer:
         return f"http://{_HOST}:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """For child processes whose gs:// paths are to lead here."""
-        # gcsfs else asks over gRPC what kind of bucket this is, and the server speaks none.
+        """Return the environment for child processes whose gs:// paths must use this server."""
+        # Otherwise gcsfs queries the kind of the bucket over gRPC, which the server does not support.
         return {**os.environ, "STORAGE_EMULATOR_HOST": self.url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
     def log(self) -> list[dict[str, Any]]:
-        """The requests so far, each with method, path, kind, status, bytes and fault; status 0: nothing was done."""
+        """Return the requests so far, each with method, path, kind, status, bytes and fault.
+
+        Status 0 means that the request was not executed.
+        """
         return self._json("GET", "log")
 
     def reset_log(self) -> None:
         self._json("POST", "reset_log")
 
     def faults(self, **config: Any) -> None:
-        """From now on requests fail as `Faults` in faults.py says, whose fields `config` has."""
+        """Make requests fail from now on. `config` has the fields of `Faults` in faults.py."""
         self._json("POST", "faults", config)
 
     def no_faults(self) -> None:
         self._json("POST", "faults", {})
 
     def stop_at(self, **config: Any) -> None:
-        """From now on count requests, and stop a process as `StopAt` in faults.py says, whose fields `config` has."""
+        """Count requests from now on, and stop a process. `config` has the fields of `StopAt` in faults.py."""
         self._json("POST", "stop_at", config)
 
     def stop_state(self) -> dict[str, Any]:
-        """How many requests were counted since `stop_at`, and whether the signal was sent."""
+        """Return the number of requests since `stop_at`, and whether the signal was sent."""
         return self._json("GET", "stop_at")
 
     def objects(self, prefix: str = "") -> dict[str, dict[str, Any]]:
-        """Size, crc32c (hex) and generation of each object whose name begins so; past fsspec, log and faults."""
+        """Return size, crc32c (hex) and generation of each object whose name starts with `prefix`.
+
+        This bypasses fsspec, the log and the faults.
+        """
         return self._json("GET", f"objects?{urlencode({'prefix': prefix})}")
 
     def read(self, name: str) -> bytes:
-        """The content of an object; past fsspec, log and faults.
+        """Return the content of an object. This bypasses fsspec, the log and the faults.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: The object does not exist.
         """
         status, content = self._control("GET", f"object?{urlencode({'name': name})}")
         if status == 404:

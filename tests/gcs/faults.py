@@ -1,4 +1,4 @@
-"""Faults on purpose: seeded ones in answers, and a signal to a process at a request of a given number."""
+"""Injected faults: seeded faults in responses, and a signal to a process at a request with a given number."""
 
 import os
 import random
@@ -18,11 +18,15 @@ def _concerns(method: str, name: str, methods: list[str] | None, match: str | No
 
 @dataclass
 class Faults:
-    """Which requests fail, and how; chosen by a seeded generator in the order in which they arrive.
+    """Selection of the requests that fail and how, by a seeded generator in the order of arrival.
 
-    "429", "500", "503": answered without doing anything. "cut_before": the connection ends before anything is done.
-    "cut_after": the request is carried out, then the connection ends without an answer or in the middle of it.
-    "slow": a pause first. "delete_lost": a DELETE is carried out and answered with 503, so that a retry finds nothing.
+    The kinds of fault:
+
+    - "429", "500", "503": the server responds with this status and does not execute the request.
+    - "cut_before": the connection is closed before the request is executed.
+    - "cut_after": the request is executed, then the connection is closed without a response or in the middle of it.
+    - "slow": the server pauses before it executes the request.
+    - "delete_lost": a DELETE is executed and gets status 503, so that a retry does not find the object.
     """
 
     seed: int = 0
@@ -32,7 +36,7 @@ class Faults:
     """A regular expression on the object's name."""
     methods: list[str] | None = None
     times: int | None = None
-    """At most so many faults."""
+    """Maximum number of faults; None for no limit."""
     slow_seconds: float = 0.2
 
     def __post_init__(self):
@@ -42,7 +46,7 @@ class Faults:
         self._random = random.Random(self.seed)
 
     def choose(self, method: str, name: str) -> str | None:
-        """The fault of the request that arrives now."""
+        """Return the fault of the request that arrives now, or None."""
         kinds = [kind for kind in self.kinds if kind != "delete_lost" or method == "DELETE"]
         if not kinds or self.times == 0 or not _concerns(method, name, self.methods, self.match):
             return None
@@ -53,18 +57,18 @@ class Faults:
         return self._random.choice(kinds)
 
     def cuts_in_the_middle(self) -> bool:
-        """Whether a cut answer is half sent, not missing altogether."""
+        """Return whether half of a cut response is sent; otherwise none of it is."""
         return self._random.random() < 0.5
 
 
 def status_of(fault: str | None) -> int | None:
-    """The error status that a fault answers with in place of doing anything."""
+    """Return the error status of a fault that replaces the execution of the request, or None."""
     return int(fault) if fault in _STATUSES else None
 
 
 @dataclass
 class StopAt:
-    """Counts requests from 1, and sends a signal to a process when number `request` is there; 0: only counts."""
+    """Counter of requests from 1 that sends a signal to a process at number `request`. With 0 it only counts."""
 
     pid: int = 0
     request: int = 0
@@ -83,14 +87,14 @@ class StopAt:
         self.fired = False
 
     def is_due(self, method: str, name: str) -> bool:
-        """Count the request that arrives now; whether it is the one."""
+        """Count the request that arrives now, and return whether the signal is due at it."""
         if not _concerns(method, name, self.methods, self.match):
             return False
         self.counted += 1
         return self.counted == self.request
 
     def fire(self) -> None:
-        """Send the signal and wait for its effect, which comes a little later."""
+        """Send the signal and wait until it has taken effect, which takes a moment."""
         self.fired = True
         try:
             os.kill(self.pid, getattr(signal, f"SIG{self.signal}"))
@@ -103,9 +107,9 @@ class StopAt:
 
 
 def _state(pid: int) -> str:
-    """The letter that Linux has for it; X: gone."""
+    """Return the state letter of a process in Linux, or X if the process is gone."""
     try:
-        # The second field is the program's name, in parentheses, and may have spaces.
+        # The second field is the program name in parentheses, which may contain spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "X"

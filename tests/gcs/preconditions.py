@@ -1,7 +1,7 @@
-"""The emulator's storage with preconditions, exact generations and repeatable uploads.
+"""Storage of the emulator with preconditions, exact generations and repeatable uploads.
 
-References: https://cloud.google.com/storage/docs/request-preconditions, .../docs/json_api/v1/objects and, for what the
-pages leave open, Google's own test bench, https://github.com/googleapis/storage-testbench.
+References: https://cloud.google.com/storage/docs/request-preconditions, .../docs/json_api/v1/objects and, for details
+that these pages do not specify, the test bench of Google, https://github.com/googleapis/storage-testbench.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def json_answer(value: object, status: int = 200) -> Answer:
 
 
 def error_answer(status: int, message: str) -> Answer:
-    """The JSON body that Google Cloud Storage sends with an error."""
+    """Return an error with the JSON body that Google Cloud Storage sends."""
     error: dict[str, str] = {"message": message, "domain": "global", "reason": _REASONS[status]}
     if status == 412:
         error |= {"locationType": "header", "location": "If-Match"}
@@ -45,7 +45,7 @@ def error_answer(status: int, message: str) -> Answer:
 
 
 class Refused(Exception):
-    """The request is not carried out, and this is the answer."""
+    """The request is refused, with this answer."""
 
     def __init__(self, answer: Answer):
         super().__init__(answer.status)
@@ -53,7 +53,10 @@ class Refused(Exception):
 
 
 def require(query: dict[str, str], current: dict[str, Any] | None) -> None:
-    """Raise Refused unless all conditions of a request hold for the live object; None: there is none, number 0."""
+    """Raise Refused unless all conditions of a request hold for the live object.
+
+    If `current` is None, there is no live object, and its generation counts as 0.
+    """
     for condition, (field, wants_equal) in _CONDITIONS.items():
         if condition not in query:
             continue
@@ -66,16 +69,16 @@ def require(query: dict[str, str], current: dict[str, Any] | None) -> None:
 
 
 class ExactStorage(Storage):
-    """Checks conditions where objects are made, numbers them, and keeps no deleted ones."""
+    """Storage that checks conditions when it creates objects, numbers generations, and keeps no deleted objects."""
 
     def __init__(self, bucket: str):
         super().__init__(use_memory_fs=True)
         self.conditions: dict[str, str] = {}
-        """Of the request that is being carried out."""
+        """Conditions of the request that is being executed."""
         self.sessions: dict[str, dict[str, str]] = {}
         """The conditions of each resumable upload, from the request that started it."""
         self.finished: dict[str, dict[str, Any]] = {}
-        """What the finished resumable uploads made."""
+        """The object that each finished resumable upload created."""
         self._last_generation = 0
         buckets.create_bucket(bucket, self)
 
@@ -83,7 +86,7 @@ class ExactStorage(Storage):
         return self.objects.get(bucket, {}).get(name)
 
     def _write_config_to_file(self):
-        """Nothing outlives this process, and to write all metadata at each change takes ever longer."""
+        """Do nothing: no data outlives this process, and writing all metadata at each change takes longer each time."""
 
     def create_file(self, bucket_name, file_name, content, file_obj, file_id=None):
         require(self.sessions[file_id] if file_id else self.conditions, self.live(bucket_name, file_name))
@@ -112,7 +115,7 @@ class ExactStorage(Storage):
     def create_resumable_upload(self, bucket_name, file_name, file_obj):
         if bucket_name not in self.buckets:
             raise NotFound
-        # The emulator's own ids are times, and two uploads of one object may start at the same time.
+        # The ids of the emulator are times, but two uploads of one object may start at the same time.
         upload_id = uuid.uuid4().hex
         self.resumable[upload_id] = file_obj
         self.sessions[upload_id] = self.conditions
@@ -121,7 +124,7 @@ class ExactStorage(Storage):
     def add_to_resumable_upload(self, file_id, content, total_size=None, expected_start=None):
         received = self.get_resumable_byte_count(file_id)
         if expected_start is not None and expected_start < received:
-            # A repeated chunk: the service ignores the bytes that it already has.
+            # For a repeated chunk, the service ignores the bytes that it already has.
             content, expected_start = content[received - expected_start :], received
         return super().add_to_resumable_upload(file_id, content, total_size, expected_start)
 

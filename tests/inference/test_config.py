@@ -9,7 +9,7 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, Sampl
 
 
 def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
-    """What construction checks; the type checks that tests run under would refuse some values before it does."""
+    """Run the checks of construction alone: the type checks that tests run under would refuse some values first."""
     made = object.__new__(cls)
     for field in dataclasses.fields(cls):
         object.__setattr__(made, field.name, values.get(field.name, field.default))
@@ -51,7 +51,7 @@ def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
         ({"ignore_eos": 1}, "ignore_eos must be true or false"),
     ],
 )
-def test_sampling_params_that_mean_nothing_are_refused_by_name(wrong: dict, named: str) -> None:
+def test_invalid_sampling_params_are_refused_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(SamplingParams, **{"max_tokens": 1, **wrong})
 
@@ -62,12 +62,12 @@ def test_an_engine_size_below_one_is_refused_by_name(field: str) -> None:
         EngineConfig(**{"max_seqs": 1, "max_seq_len": 1, field: 0})
 
 
-def test_half_a_sequence_is_no_size() -> None:
+def test_a_fractional_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine\.max_seqs must be an integer, got 2\.5"):
         check(EngineConfig, max_seqs=2.5)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])
-def test_a_share_of_memory_beyond_all_of_it_is_refused(share: float) -> None:
+def test_a_memory_utilization_outside_its_range_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match=r"engine\.memory_utilization must lie in \(0, 1\], got"):
         EngineConfig(memory_utilization=share)

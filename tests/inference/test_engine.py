@@ -12,24 +12,24 @@ from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams
 from simpo_pipeline.inference.engine import Engine, GenerationStats, check_requests
 from simpo_pipeline.inference.scheduler import Scheduler
-from simpo_pipeline.inference.sequence import Completion, Request, Sequence
+from simpo_pipeline.inference.sequence import Completion, Request, SequenceState
 from simpo_pipeline.model.transformer import Llama
 
 VOCAB = 300
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 # Two sizes of each program, and a cache far larger than anything else on the device.
 ROOMY = {"max_seqs": 256, "prefill_chunk_tokens": 256, "num_pages": 20_000, "decode_steps_per_call": 5}
-# Pages for a few sequences at a time, each of one token, and prompts cut in several chunks.
+# Pages of one token each, for only a few sequences at a time, and prompts split into several chunks.
 TIGHT = {"max_seqs": 9, "page_size": 1, "num_pages": 160, "prefill_chunk_tokens": 10, "decode_steps_per_call": 3}
 DRAWING = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=5)
 PENALISED = SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.6)
-TELLING = SamplingParams(max_tokens=12, top_k=9, min_p=0.01, logprobs=2, stop_token_ids=(7,), min_tokens=3)
-# All that a row of the sampler holds, in one batch.
-KINDS = (GREEDY, DRAWING, PENALISED, TELLING)
+WITH_LOGPROBS = SamplingParams(max_tokens=12, top_k=9, min_p=0.01, logprobs=2, stop_token_ids=(7,), min_tokens=3)
+# Every field of a sampler row, in one batch.
+KINDS = (GREEDY, DRAWING, PENALISED, WITH_LOGPROBS)
 
 
 def requests_of(count: int, sampling: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
-    """Prompts of 1 to 40 random tokens."""
+    """Return requests with prompts of 1 to 40 random tokens."""
     rng = np.random.default_rng(seed)
     prompts = [tuple(rng.integers(0, VOCAB, size=rng.integers(1, 41)).tolist()) for _ in range(count)]
     return [Request(prompt, index, 0, sampling) for index, prompt in enumerate(prompts)]
@@ -67,7 +67,7 @@ def test_greedy_tokens_equal_a_loop_over_whole_sequences(
 
 
 @pytest.mark.slow
-def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
+def test_a_request_gives_the_same_tokens_alone_and_in_any_batch(
     weights: Llama, engine_of: Callable[..., Engine]
 ) -> None:
     requests = [
@@ -93,7 +93,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_company(
     ],
     ids=str,
 )
-def test_what_is_asked_for_is_what_is_drawn_from(
+def test_draws_follow_the_requested_distribution(
     settings: dict, weights: Llama, engine_of: Callable[..., Engine], next_logits: Callable
 ) -> None:
     prompt = requests_of(1)[0].prompt_tokens
@@ -124,7 +124,7 @@ def test_repeated_tokens_are_penalised_as_by_the_plain_definition(
             so_far.append(token)
 
 
-def test_no_stop_token_is_drawn_before_the_least_number_of_tokens(
+def test_no_stop_token_is_drawn_before_min_tokens(
     weights: Llama, engine_of: Callable[..., Engine], greedy_tokens: Callable
 ) -> None:
     prompt = requests_of(1)[0].prompt_tokens
@@ -139,31 +139,31 @@ def test_no_stop_token_is_drawn_before_the_least_number_of_tokens(
     assert not {first, second} & {*later[0][0].tokens[:4]}
 
 
-def test_what_ended_before_a_failing_round_is_told(
+def test_requests_that_finished_before_a_failing_round_are_reported(
     weights: Llama, engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, told, ended = engine_of(), [], []
+    engine, reported, finished = engine_of(), [], []
     run, ran = engine._programs.run, Scheduler.ran
 
-    def note(scheduler: Scheduler, *round_and_rows: Any) -> list[Sequence]:
+    def note(scheduler: Scheduler, *round_and_rows: Any) -> list[SequenceState]:
         found = ran(scheduler, *round_and_rows)
-        ended.extend(found)
+        finished.extend(found)
         return found
 
-    def fail_when_some_have_ended(*arguments: Any) -> Any:
-        if ended:
+    def fail_once_some_have_finished(*arguments: Any) -> Any:
+        if finished:
             raise RuntimeError("the device is gone")
         return run(*arguments)
 
     monkeypatch.setattr(Scheduler, "ran", note)
-    monkeypatch.setattr(engine._programs, "run", fail_when_some_have_ended)
+    monkeypatch.setattr(engine._programs, "run", fail_once_some_have_finished)
     with pytest.raises(RuntimeError, match="the device is gone"):
-        engine.generate(weights, requests_of(15), step=0, on_finished=told.extend)
-    assert told == [sequence.completion() for sequence in ended]
-    assert 0 < len(told) < 15
+        engine.generate(weights, requests_of(15), step=0, on_finished=reported.extend)
+    assert reported == [sequence.completion() for sequence in finished]
+    assert 0 < len(reported) < 15
 
 
-def test_samples_of_one_prompt_differ_and_come_back_with_the_seed(
+def test_samples_of_one_prompt_differ_and_are_reproducible_by_seed(
     weights: Llama, engine_of: Callable[..., Engine]
 ) -> None:
     prompt = requests_of(1)[0].prompt_tokens
@@ -196,7 +196,7 @@ def test_requests_of_all_kinds_share_a_batch(
     assert [completion.finish_reason for completion in completions] == ["length", "stop", "length", "length"]
 
 
-def test_progress_is_told_each_round_up_to_the_end(weights: Llama, engine_of: Callable[..., Engine]) -> None:
+def test_progress_is_reported_each_round_until_completion(weights: Llama, engine_of: Callable[..., Engine]) -> None:
     calls = []
     engine_of().generate(weights, requests_of(20), step=0, on_progress=lambda *call: calls.append(call))
     generated, finished, total, elapsed = zip(*calls, strict=True)
@@ -206,7 +206,7 @@ def test_progress_is_told_each_round_up_to_the_end(weights: Llama, engine_of: Ca
     assert list(elapsed) == sorted(elapsed)
 
 
-def test_no_requests_are_served_without_a_launch(
+def test_an_empty_list_of_requests_launches_nothing(
     weights: Llama, engine_of: Callable[..., Engine], programs: Programs
 ) -> None:
     num_launches = len(programs.ledger.launches)
@@ -224,7 +224,7 @@ def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[...,
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for sampling in (GREEDY, DRAWING, SamplingParams(20, stop_token_ids=(1, 2, 3)), PENALISED, TELLING):
+        for sampling in (GREEDY, DRAWING, SamplingParams(20, stop_token_ids=(1, 2, 3)), PENALISED, WITH_LOGPROBS):
             for count in (1, 7, 200):
                 engine.generate(weights, requests_of(count, sampling), step=1)
         prompt = tuple(range(40))
@@ -235,7 +235,7 @@ def test_nothing_compiles_while_serving(weights: Llama, engine_of: Callable[...,
         assert stats.num_preemptions > 0
         assert compiled == []
         jax.jit(lambda: np.float32(1) * 3)()
-        assert len(compiled) == 1, "the listener hears a compilation"
+        assert len(compiled) == 1, "the listener must observe a compilation"
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -259,7 +259,7 @@ def test_the_cache_is_updated_in_place(engine_of: Callable[..., Engine]) -> None
         ((1,) * 20, 12, "request 1 .*needs 4 pages of 8 tokens for 20 prompt.*max_tokens 12.*num_pages is 3"),
     ],
 )
-def test_what_could_never_be_served_is_refused_by_index_and_numbers(
+def test_requests_that_can_never_be_served_are_refused_with_index_and_sizes(
     prompt: tuple[int, ...], max_tokens: int, message: str
 ) -> None:
     config = EngineSizes(max_seqs=4, max_seq_len=32, page_size=8, num_pages=3)
@@ -268,19 +268,19 @@ def test_what_could_never_be_served_is_refused_by_index_and_numbers(
         check_requests([fine, Request(prompt, 7, 2, SamplingParams(max_tokens))], config, VOCAB)
 
 
-def test_a_page_size_that_tokens_would_depend_on_is_refused(engine_of: Callable[..., Engine]) -> None:
+def test_a_page_size_that_would_change_tokens_is_refused(engine_of: Callable[..., Engine]) -> None:
     with pytest.raises(ConfigError, match=r"page_size is 24; on these devices it must divide 64"):
         engine_of(page_size=24)
 
 
-def test_an_engine_for_longer_sequences_than_the_model_has_positions_is_refused(
+def test_a_max_seq_len_beyond_the_positions_of_the_model_is_refused(
     engine_of: Callable[..., Engine],
 ) -> None:
     with pytest.raises(ConfigError, match=r"max_seq_len is 257, .*only 256 positions"):
         engine_of(max_seq_len=257)
 
 
-def test_a_refusal_comes_before_any_launch(
+def test_requests_are_refused_before_any_launch(
     weights: Llama, engine_of: Callable[..., Engine], programs: Programs
 ) -> None:
     num_launches = len(programs.ledger.launches)

@@ -1,4 +1,4 @@
-"""The bits behind the law that a token never depends on its company: keys and values as each program makes them."""
+"""The bits behind the law that a token never depends on its batch: keys and values as each program computes them."""
 
 import functools
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from simpo_pipeline.inference.engine_programs import COMPILER_OPTIONS, program_s
 from simpo_pipeline.inference.forward import decode, lay_out, prefill, prefill_and_decode
 from simpo_pipeline.inference.kv_cache import KVCache, empty_cache
 from simpo_pipeline.inference.scheduler import PrefillChunk, Round
-from simpo_pipeline.inference.sequence import Request, Sequence
+from simpo_pipeline.inference.sequence import Request, SequenceState
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama, UnstackedLlama
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 
-# Narrow enough that the smallest program is held up by the width: 4,096 elements.
+# So narrow that the width determines the smallest program: 4,096 elements.
 NARROW = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True)
-# The widths of SmolLM2-135M, fewer layers, and a model whose query heads share no keys.
+# The widths of SmolLM2-135M with fewer layers, and a model whose query heads share no keys.
 WIDE = LlamaConfig(576, 1536, 1, 9, 3, 64, 300, 256, initializer_range=0.05, tie_word_embeddings=True)
 UNGROUPED = LlamaConfig(48, 96, 2, 3, 3, 16, 300, 256, initializer_range=0.2)
 NUM_TOKENS = 80
 
 
 class Runner:
-    """One sequence of known tokens, cached by prefill or by decode, in programs of chosen sizes."""
+    """One sequence of known tokens, cached by prefill or by decode in programs of chosen sizes."""
 
     def __init__(self, model: LlamaConfig, weights: Llama, dtype: str) -> None:
         self.model = model
@@ -46,19 +46,19 @@ class Runner:
         self.rng = np.random.default_rng(0)
         self.tokens = tuple(self.rng.integers(0, model.vocab_size, size=NUM_TOKENS).tolist())
 
-    def sequence_of(self, tokens: tuple[int, ...], pages: range) -> Sequence:
-        sequence = Sequence(Request(tokens, 0, 0, SamplingParams(1, temperature=0.0)), 0)
+    def sequence_of(self, tokens: tuple[int, ...], pages: range) -> SequenceState:
+        sequence = SequenceState(Request(tokens, 0, 0, SamplingParams(1, temperature=0.0)), 0)
         sequence.pages = list(pages)
         return sequence
 
-    def others(self) -> list[Sequence]:
-        """Five sequences of random tokens and lengths."""
+    def others(self) -> list[SequenceState]:
+        """Return five sequences of random tokens and lengths."""
         lengths = self.rng.integers(2, NUM_TOKENS, size=5)
         prompts = [tuple(self.rng.integers(0, self.model.vocab_size, size=length).tolist()) for length in lengths]
         return [self.sequence_of(prompt, range(8 * (row + 1), 8 * (row + 2))) for row, prompt in enumerate(prompts)]
 
     def prefilled(self, cache: KVCache, end: int, program_tokens: int, chunk: int) -> KVCache:
-        """Tokens up to `end` through prefill, `chunk` at a time, other sequences before and after them."""
+        """Prefill the tokens up to `end`, `chunk` at a time, with other sequences before and after them."""
         for start in range(0, end, chunk):
             before, *after = self.others()[:2]
             sequence = self.sequence_of(self.tokens, range(8))
@@ -71,7 +71,7 @@ class Runner:
         return cache
 
     def decoded(self, cache: KVCache, start: int, num_rows: int, row: int, *, beside_chunks: bool = False) -> KVCache:
-        """Tokens from `start` on through decode, one a call, in the given row among other sequences."""
+        """Decode the tokens from `start` on, one per call, in the given row among other sequences."""
         for position in range(start, NUM_TOKENS):
             sequence = self.sequence_of(self.tokens[: position + 1], range(8))
             sequence.num_cached = position
@@ -87,7 +87,7 @@ class Runner:
         return cache
 
     def cached(self, cache: KVCache) -> np.ndarray:
-        """Keys and values of the sequence's tokens in every layer, as bits."""
+        """Return keys and values of the sequence's tokens in every layer, as bits."""
         keys, values = (
             np.asarray(pages).reshape(self.model.num_layers, self.sizes.num_pages, *pages.shape[1:])[:, :8]
             for pages in cache.pages
@@ -108,7 +108,7 @@ class Runner:
         pytest.param(UNGROUPED, "float32", id="ungrouped"),
     ],
 )
-def test_keys_and_values_are_the_same_bits_whichever_program_makes_them(
+def test_keys_and_values_are_the_same_bits_in_every_program(
     model: LlamaConfig, dtype: str, weights_of: Callable[[LlamaConfig], Llama]
 ) -> None:
     runner = Runner(model, weights_of(model), dtype)
@@ -119,6 +119,6 @@ def test_keys_and_values_are_the_same_bits_whichever_program_makes_them(
     in_chunks = runner.prefilled(runner.empty(), NUM_TOKENS, few_tokens, 40)
     np.testing.assert_array_equal(runner.cached(in_chunks), expected)
     for num_rows, row, beside_chunks in ((few_rows, 5, False), (many_rows, 2, False), (few_rows, 0, True)):
-        part = runner.prefilled(runner.empty(), 60, few_tokens, 60)  # the rest crosses from one key block to the next
+        part = runner.prefilled(runner.empty(), 60, few_tokens, 60)  # the rest crosses a boundary between key blocks
         whole = runner.decoded(part, 60, num_rows, row, beside_chunks=beside_chunks)
         np.testing.assert_array_equal(runner.cached(whole), expected)

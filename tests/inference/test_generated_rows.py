@@ -1,4 +1,4 @@
-"""Rows are on disk as soon as their samples have ended, and readable however their writer ends."""
+"""Rows are on disk as soon as their samples finish, and readable however their writer ends."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from simpo_pipeline.inference.sequence import Completion, FinishReason, Request,
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -33,7 +33,7 @@ def test_on_a_local_disk_each_row_is_readable_at_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("where", ["file", "memory", "gcs"])
-def test_rows_of_an_earlier_file_are_gone_before_the_first_new_one(where, tmp_path, request) -> None:
+def test_rows_of_an_earlier_file_are_removed_before_the_first_new_one(where, tmp_path, request) -> None:
     folder = {"file": str(tmp_path), "memory": f"memory://{tmp_path}"}
     path = f"{request.getfixturevalue('gcs_here') if where == 'gcs' else folder[where]}/rows.jsonl"
     with RowStream(path) as stream:
@@ -55,7 +55,7 @@ def test_on_a_bucket_rows_are_uploaded_every_two_seconds_and_at_the_end(gcs_here
     assert found(path) == list(range(20))
 
 
-def test_uploads_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, clock, num_uploads = f"memory://{tmp_path}/rows.jsonl", Clock(), 0
 
     def slow_upload() -> None:
@@ -72,7 +72,7 @@ def test_uploads_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch: pyt
     assert num_uploads * 10 <= clock.seconds / 20 + 10
 
 
-def test_a_cut_off_last_row_is_left_out_and_any_other_damage_is_an_error(tmp_path) -> None:
+def test_a_truncated_last_row_is_skipped_and_any_other_damage_is_an_error(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"number": 1}\n{"number": 2')
     assert found(str(path)) == [1]
@@ -84,7 +84,7 @@ def test_a_cut_off_last_row_is_left_out_and_any_other_damage_is_an_error(tmp_pat
         found(str(path))
 
 
-def test_rows_reach_the_file_also_when_the_block_fails(gcs_here) -> None:
+def test_rows_are_written_even_if_the_block_raises(gcs_here) -> None:
     path = f"{gcs_here}/rows.jsonl"
     with pytest.raises(RuntimeError), RowStream(path) as stream:
         stream.write([{"number": 1}])
@@ -101,14 +101,14 @@ def row_of(reason: FinishReason, tokens: bytes, **sampling) -> dict:
     return generated_row(completion, "ask", lambda tokens: bytes(tokens).decode())
 
 
-def test_the_text_of_a_row_ends_before_what_ended_it() -> None:
+def test_the_text_of_a_row_excludes_its_stop_token_or_string() -> None:
     assert row_of("length", b"abc")["generated_text"] == "abc"
     assert row_of("stop", b"abc")["generated_text"] == "ab"
     assert row_of("stop_string", b"abc.", stop=("c.", "."))["generated_text"] == "ab"
     assert row_of("stop_string", b"a.b.", stop=(".",), min_tokens=4)["generated_text"] == "a.b"
 
 
-def test_a_row_has_what_was_asked_for_and_nothing_else() -> None:
+def test_a_row_has_only_the_requested_fields() -> None:
     plain = row_of("length", b"abc")
     assert plain == {
         "global_prompt_index": 3,

@@ -1,4 +1,4 @@
-"""`LLM` as its users call it: texts in, texts out; refusals before any device work; rows that survive a kill."""
+"""`LLM` as users call it: texts in, texts out; errors before any device work; rows that survive a kill."""
 
 import dataclasses
 import inspect
@@ -49,7 +49,7 @@ def llm(model_path: str) -> LLM:
 
 
 def unchecked(function: Callable) -> Callable:
-    """Without the types that tests check: a user's mistake is to be told by what is called."""
+    """Return the function without the type checks of tests: it has to report users' mistakes itself."""
     return inspect.unwrap(function)
 
 
@@ -68,7 +68,7 @@ def test_one_text_a_list_of_texts_and_token_ids_are_the_same_prompt(llm: LLM) ->
 
 
 @pytest.mark.slow
-def test_outputs_come_in_the_order_of_the_prompts_and_alike_from_any_sizes(llm: LLM, model_path: str) -> None:
+def test_outputs_keep_the_order_of_the_prompts_and_do_not_depend_on_sizes(llm: LLM, model_path: str) -> None:
     prompts = ["x" * length for length in (40, 1, 90, 7, 7, 23, 3, 60, 5, 11)]
     sampling = SamplingParams(max_tokens=30, n=2)
     outputs = llm.generate(prompts, sampling)
@@ -76,17 +76,17 @@ def test_outputs_come_in_the_order_of_the_prompts_and_alike_from_any_sizes(llm: 
     assert all([sample.index for sample in output.outputs] == [0, 1] for output in outputs)
     other = LLM(model_path, max_seqs=3, page_size=4, num_pages=35)
     assert tokens_of(other.generate(prompts, sampling)) == tokens_of(outputs)
-    # Equal prompts at two places, and samples of one, are drawn with other keys.
+    # Equal prompts at two positions, and samples of one prompt, are drawn with different keys.
     assert len({sample.token_ids for output in outputs[3:5] for sample in output.outputs}) == 4
 
 
-def test_without_sampling_params_there_are_vllms_sixteen_tokens(llm: LLM) -> None:
+def test_default_sampling_params_give_sixteen_tokens_as_in_vllm(llm: LLM) -> None:
     (output,) = llm.generate("ab")
     (sample,) = output.outputs
     assert len(sample.token_ids) == 16 or sample.token_ids[-1] in END_TOKENS
 
 
-def test_each_prompt_may_have_sampling_params_of_its_own(llm: LLM) -> None:
+def test_each_prompt_may_have_its_own_sampling_params(llm: LLM) -> None:
     own = [dataclasses.replace(GREEDY, max_tokens=count) for count in (3, 9)]
     outputs = llm.generate(["ab", "ab"], own)
     assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 9]
@@ -102,19 +102,19 @@ def test_a_chat_is_answered_under_the_chat_template(llm: LLM) -> None:
     assert llm.chat([turns, longer], GREEDY)[0] == answer
 
 
-def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(llm: LLM) -> None:
+def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(llm: LLM) -> None:
     drawn = SamplingParams(max_tokens=60, n=40, temperature=2.0)
     for ignore_eos, reasons in ((True, {"length"}), (False, {"length", "stop"})):
         (output,) = llm.generate("ab", dataclasses.replace(drawn, ignore_eos=ignore_eos))
         assert {sample.finish_reason for sample in output.outputs} == reasons
-    ended = [sample for sample in output.outputs if sample.finish_reason == "stop"]
-    assert {sample.token_ids[-1] for sample in ended} <= END_TOKENS
+    finished = [sample for sample in output.outputs if sample.finish_reason == "stop"]
+    assert {sample.token_ids[-1] for sample in finished} <= END_TOKENS
     own = dataclasses.replace(drawn, stop_token_ids=(65,))
     (output,) = llm.generate("ab", own)
     assert 65 in {sample.token_ids[-1] for sample in output.outputs if sample.finish_reason == "stop"}
 
 
-def test_a_stop_string_ends_a_sample_and_is_no_part_of_its_text(llm: LLM) -> None:
+def test_a_stop_string_stops_a_sample_and_is_excluded_from_its_text(llm: LLM) -> None:
     whole = llm.generate("ab", GREEDY)[0].outputs[0]
     stop = next(text for at in range(3, 17) if "\ufffd" not in (text := whole.text[at : at + 2]) and len(text) == 2)
     (sample,) = llm.generate("ab", dataclasses.replace(GREEDY, stop=("no such text", stop)))[0].outputs
@@ -134,7 +134,7 @@ def test_log_probabilities_are_those_of_the_drawn_tokens_and_of_the_likeliest(ll
     assert llm.generate("ab", GREEDY)[0].outputs[0].logprobs is None
 
 
-def test_all_programs_are_compiled_when_it_is_made(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_programs_are_compiled_at_construction(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_now(*args: Any, **options: Any) -> None:
         raise AssertionError("compiled while serving")
 
@@ -178,7 +178,7 @@ LONG = [1] * 120
         (None, None, ConfigError, "prompts is a NoneType; pass a text, or a list"),
     ],
 )
-def test_what_cannot_be_served_is_refused_before_any_device_work(
+def test_invalid_requests_are_refused_before_any_device_work(
     llm: LLM, tmp_path: pathlib.Path, prompts: Any, sampling: Any, error: type[Exception], message: str
 ) -> None:
     earlier = tmp_path / "rows.jsonl"
@@ -193,14 +193,14 @@ def test_what_cannot_be_served_is_refused_before_any_device_work(
     assert earlier.read_text() == "rows of an earlier run\n"
 
 
-def test_no_prompts_make_no_outputs(llm: LLM) -> None:
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
     assert llm.generate([]) == llm.chat([]) == []
 
 
 @pytest.mark.parametrize(
     "messages", [[[]], [[{"role": "user"}]], ["hi"], [[{"role": "user", "content": "a"}, "b"]], [{"content": "a"}]]
 )
-def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+def test_an_invalid_conversation_is_refused(llm: LLM, messages: Any) -> None:
     with pytest.raises(ConfigError, match=r"messages\[0\] is .*a conversation must be a list of turns with role and"):
         unchecked(LLM.chat)(llm, messages)
 
@@ -208,7 +208,7 @@ def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "int8"}, ConfigError, "dtype is 'int8'; allowed is one of float32, bfloat16"),
+        ({"dtype": "int8"}, ConfigError, "dtype is 'int8'; expected one of float32, bfloat16"),
         ({"max_seqs": 0}, ConfigError, "max_seqs must be at least 1, got 0"),
         ({"max_seq_len": 129}, ConfigError, "max_seq_len is 129, but the model has only 128 positions; lower it"),
         ({"memory_utilization": 1.5}, ConfigError, r"memory_utilization must lie in \(0, 1\], got 1.5"),
@@ -219,12 +219,12 @@ def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
         ),
     ],
 )
-def test_an_engine_that_cannot_be_is_refused(model_path: str, options: Any, error: type[Exception], message: str):
+def test_an_impossible_engine_is_refused(model_path: str, options: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         unchecked(LLM.__init__)(object.__new__(LLM), model_path, **options)
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: pathlib.Path, model_path: str) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: pathlib.Path, model_path: str) -> None:
     with pytest.raises(PathNotFoundError, match=r"config\.json"):
         LLM(str(tmp_path))
     (tmp_path / "config.json").write_bytes(pathlib.Path(model_path, "config.json").read_bytes())
@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: pathlib.Path, model_path
         LLM(str(tmp_path))
 
 
-def test_the_file_of_rows_holds_what_was_returned_and_nothing_of_earlier_calls(llm: LLM, tmp_path) -> None:
+def test_the_row_file_contains_the_returned_samples_and_none_of_earlier_calls(llm: LLM, tmp_path) -> None:
     path = str(tmp_path / "rows.jsonl")
     for prompts in (["earlier"] * 9, ["ab", "xy"]):
         outputs = llm.generate(prompts, SamplingParams(max_tokens=12, n=2, logprobs=1), output_path=path)
@@ -247,22 +247,22 @@ def test_the_file_of_rows_holds_what_was_returned_and_nothing_of_earlier_calls(l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_a_kill_loses_no_sample_that_had_ended(
+def test_a_kill_loses_no_finished_sample(
     llm: LLM, model_path: str, tmp_path: pathlib.Path, python: list[str], seed: int
 ) -> None:
     path, count = str(tmp_path / "rows.jsonl"), 400
     program = str(pathlib.Path(__file__).with_name("llm_to_be_killed.py"))
     process = subprocess.Popen([*python, program, model_path, path, str(count)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    ended: set[int] = set()
+    finished: set[int] = set()
     goal = random.Random(seed).randrange(20, 300)
     with process.stdout as output:
         for line in output:
-            ended |= set(map(int, line.split()))
-            if len(ended) >= goal and process.poll() is None:
+            finished |= set(map(int, line.split()))
+            if len(finished) >= goal and process.poll() is None:
                 process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     rows = {row["global_prompt_index"]: row["generated_tokens"] for row in read_finished_rows(path)}
-    assert ended <= rows.keys() and goal <= len(rows) < count
+    assert finished <= rows.keys() and goal <= len(rows) < count
     outputs = llm.generate([f"prompt {index}" for index in range(count)], SamplingParams(max_tokens=24))
     assert all(tuple(tokens) == outputs[index].outputs[0].token_ids for index, tokens in rows.items())

@@ -1,4 +1,4 @@
-"""A thousand prompts of all lengths through a cache for a twentieth of them, every token checked."""
+"""A thousand prompts of all lengths with a cache for a twentieth of them; every token is checked."""
 
 import functools
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from simpo_pipeline.model.transformer import Llama, attend_whole_sequences, logi
 
 MODEL = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 2560, initializer_range=0.2, tie_word_embeddings=True)
 NUM_PROMPTS = 1000
-# Two tokens as close as this may swap places between two correct computations in fp32.
+# Two tokens this close may be swapped between two correct computations in fp32.
 TIE = 1e-4
 
 
 def mixed_requests() -> list[Request]:
-    """Prompts of 1 to 2,000 tokens with 1 to 512 new ones, short and long alike common."""
+    """Return prompts of 1 to 2,000 tokens with 1 to 512 new ones; short and long ones are equally common."""
     rng = np.random.default_rng(0)
     num_prompt, num_new = (
         np.exp(rng.uniform(0, np.log(most + 1), size=NUM_PROMPTS)).astype(int).clip(1, most) for most in (2000, 512)
@@ -39,7 +39,7 @@ def mixed_requests() -> list[Request]:
 
 @functools.partial(jax.jit, static_argnames="size")
 def gaps_to_likeliest(weights: Llama, tokens: jax.Array, size: int) -> jax.Array:
-    """How far each next token's logit lies below the likeliest one's, by the plain forward pass, without a cache."""
+    """Return the gap between the largest logit and each next token's logit, by a forward pass without a cache."""
     axes = (Axis("batch", 1), Axis("position", size))
     positions = hax.arange(axes[1]).broadcast_axis(axes[0]).rearrange(axes)
     hidden, _ = transform(
@@ -56,7 +56,7 @@ def gaps_to_likeliest(weights: Llama, tokens: jax.Array, size: int) -> jax.Array
 
 
 def gaps_of(weights: Llama, completion: Completion) -> np.ndarray:
-    """How far each generated token's logit lies below the likeliest one's."""
+    """Return the gap between the largest logit and each generated token's logit."""
     prompt = completion.request.prompt_tokens
     tokens = np.array([*prompt, *completion.tokens], np.int32)
     size = next(size for size in (64, 256, 1024, 2560) if size >= len(tokens))
@@ -65,7 +65,7 @@ def gaps_of(weights: Llama, completion: Completion) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_a_thousand_prompts_of_all_lengths_through_a_cache_for_a_twentieth_of_them(
+def test_a_thousand_prompts_of_all_lengths_with_a_cache_for_a_twentieth_of_them(
     mesh: Mesh, weights_of: Callable[[LlamaConfig], Llama]
 ) -> None:
     weights, requests = weights_of(MODEL), mixed_requests()

@@ -3,7 +3,7 @@ import pytest
 from simpo_pipeline.inference.pages import ROOT, PagePool
 
 
-def test_pages_are_handed_out_once_and_come_back() -> None:
+def test_pages_are_allocated_once_and_released() -> None:
     pool = PagePool(3)
     first, second = pool.allocate(2), pool.allocate(1)
     assert sorted(first + second) == [0, 1, 2]
@@ -15,7 +15,7 @@ def test_pages_are_handed_out_once_and_come_back() -> None:
         pool.allocate(3)
 
 
-def test_a_page_is_found_by_its_tokens_and_all_that_came_before() -> None:
+def test_a_page_is_found_by_its_tokens_and_all_tokens_before() -> None:
     pool = PagePool(4)
     a, b, c, d = pool.allocate(4)
     after_a = pool.register(a, ROOT, (1, 2), ready=True)
@@ -28,7 +28,7 @@ def test_a_page_is_found_by_its_tokens_and_all_that_came_before() -> None:
     assert pool.find(ROOT, (3, 4)) is None
 
 
-def test_what_nobody_holds_is_kept_until_its_page_is_needed_the_longest_unused_and_the_end_of_a_prefix_first() -> None:
+def test_unheld_pages_are_evicted_only_when_needed_least_recently_used_and_prefix_ends_first() -> None:
     pool = PagePool(3)
     a, b = pool.allocate(2)
     after_a = pool.register(a, ROOT, (1,), ready=True)
@@ -43,7 +43,7 @@ def test_what_nobody_holds_is_kept_until_its_page_is_needed_the_longest_unused_a
     assert pool.num_free == 0
 
 
-def test_a_page_that_was_never_filled_is_forgotten_when_it_is_given_up() -> None:
+def test_a_page_that_was_never_filled_is_forgotten_when_it_is_released() -> None:
     pool = PagePool(1)
     (page,) = pool.allocate(1)
     pool.register(page, ROOT, (1,), ready=False)
@@ -79,7 +79,7 @@ def test_holders_are_counted() -> None:
     assert pool.num_free == 1
 
 
-def test_what_is_about_to_be_written_over_is_found_no_more() -> None:
+def test_tokens_about_to_be_overwritten_are_no_longer_found() -> None:
     pool = PagePool(1)
     (page,) = pool.allocate(1)
     prefix = pool.register(page, ROOT, (1, 2), ready=True)

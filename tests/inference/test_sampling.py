@@ -25,13 +25,13 @@ NEUTRAL = {
     "logprobs": np.int32(-1),
 }
 NUM_DRAWS = 20_000
-# A multiple neither of the bits in a word of `seen` nor of the width of the blocks that are searched.
+# Not a multiple of the bits per word of `seen`, nor of the width of the blocks that are searched.
 VOCAB = 333
 POSITION = 7
 
 
 def rows_of(num_rows: int, stop_tokens: tuple[int, ...] = (), **settings) -> SamplingRows:
-    """Rows that differ in their prompt only; each setting is one number or one a row."""
+    """Return rows that differ only in their prompt; each setting is one value, or one per row."""
     fields = {
         name: np.broadcast_to(np.asarray(settings.pop(name, value), value.dtype), num_rows)
         for name, value in NEUTRAL.items()
@@ -45,7 +45,7 @@ def rows_of(num_rows: int, stop_tokens: tuple[int, ...] = (), **settings) -> Sam
 def drawn_from(
     logits: np.ndarray, sampling: SamplingRows, step: int = 0, position: int = POSITION, seen: tuple[int, ...] = ()
 ) -> np.ndarray:
-    """The token of each row, all of whose sequences hold the tokens `seen`."""
+    """Return the token drawn for each row; all sequences already contain the tokens `seen`."""
     num_rows, vocab = logits.shape
     bits = np.broadcast_to(seen_bits(seen, vocab), (num_rows, seen_words(vocab)))
     positions = np.full(num_rows, position, np.int32)
@@ -82,7 +82,7 @@ def drawn_from(
 def test_draws_follow_the_exact_filtered_distribution(spread: float, settings: dict) -> None:
     logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32) * np.float32(spread)
     ranked = np.argsort(-logits)
-    # Likely ones too, or the penalty would change little.
+    # Include likely tokens, otherwise the penalty would change little.
     seen, banned = (0, 31, 32, 332, *ranked[:10:2].tolist()), (3, int(ranked[1]))
     tokens = drawn_from(
         np.broadcast_to(logits, (NUM_DRAWS, VOCAB)),
@@ -95,7 +95,7 @@ def test_draws_follow_the_exact_filtered_distribution(spread: float, settings: d
 
 def test_tokens_as_likely_as_the_last_one_kept_are_kept():
     logits = np.repeat([*np.log([8, 4, 2, 1]), -np.inf], [1, 3, 100, 20, VOCAB - 124])
-    # min_p lies a hair's breadth below the ratios, which are rounded.
+    # min_p is slightly below the ratios, which are rounded.
     several: list[dict] = [
         {"top_k": 2},
         {"top_k": 5},
@@ -127,7 +127,7 @@ def test_top_k_keeps_as_many_as_a_sort_would(vocab: int) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 64, 700])
-def test_top_p_keeps_the_fewest_that_suffice_of_what_top_k_keeps(vocab: int) -> None:
+def test_top_p_keeps_the_smallest_sufficient_subset_of_what_top_k_keeps(vocab: int) -> None:
     rng = np.random.default_rng(vocab)
     weights = np.exp(rng.normal(size=(500, vocab)) * rng.uniform(0.1, 4, (500, 1))).astype(np.float32)
     weights /= weights.max(axis=1, keepdims=True)
@@ -142,7 +142,7 @@ def test_top_p_keeps_the_fewest_that_suffice_of_what_top_k_keeps(vocab: int) -> 
     assert (mass - np.where(kept, weights, 2).min(axis=1) < wanted * (1 + 1e-5)).all()
 
 
-def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
+def test_temperature_zero_draws_the_first_of_the_likeliest_tokens() -> None:
     logits = np.array([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     assert drawn_from(logits, rows_of(3, temperature=0)).tolist() == [1, 0, 0]
 
@@ -160,7 +160,7 @@ def test_a_filter_that_keeps_one_token_is_greedy(settings: dict) -> None:
         pytest.param(8 * _BLOCK, id="slices_of_whole_blocks", marks=pytest.mark.slow),
     ],
 )
-def test_slices_of_the_vocabulary_draw_the_tokens_of_the_whole(vocab: int) -> None:
+def test_slices_of_the_vocabulary_draw_the_same_tokens_as_the_whole(vocab: int) -> None:
     num_rows = 1000
     logits = np.random.default_rng(0).normal(size=(num_rows, vocab)).astype(np.float32)
     sampling = rows_of(num_rows, temperature=np.where(np.arange(num_rows) % 2, 0.7, 0))
@@ -193,14 +193,14 @@ def test_stop_tokens_are_not_drawn_before_their_first_position(temperature: int)
     assert drawn_from(logits, sampling, position=9).tolist() == [3, 3, 3]
 
 
-def test_no_stop_token_bans_nothing_and_a_stop_token_past_the_vocabulary_neither():
+def test_neither_missing_stop_tokens_nor_ones_beyond_the_vocabulary_ban_anything():
     logits = np.array([[1.0, 0.0, 0.0, 5.0], [5.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     for stop_tokens in ((), (4, 50)):
         sampling = rows_of(3, stop_tokens=stop_tokens, temperature=0, first_stop=100)
         assert drawn_from(logits, sampling).tolist() == [3, 0, 0]
 
 
-def test_a_vocabulary_of_one_word_draws_it_even_where_it_is_banned():
+def test_a_vocabulary_of_one_token_draws_it_even_if_it_is_banned():
     for temperature in (0, 1):
         for first_stop in (0, 100):
             sampling = rows_of(3, (0,), temperature=temperature, first_stop=first_stop, top_k=5, top_p=0.5, min_p=0.5)
@@ -244,7 +244,7 @@ def test_no_token_depends_on_the_other_rows():
     alone = np.array([[drawn(np.array([kind]), np.array([row]))[0] for row in range(8)] for kind in range(len(KINDS))])
     assert len(np.unique(alone)) > 30
     for _ in range(100):
-        # Few kinds in some batches, all in others: which computations are skipped differs.
+        # Some batches have few kinds and others all, so different computations are skipped.
         some = rng.choice(len(KINDS), rng.integers(1, len(KINDS) + 1))
         kinds, contexts = rng.choice(some, 16), rng.integers(0, 8, 16)
         np.testing.assert_array_equal(drawn(kinds, contexts), alone[kinds, contexts])
@@ -266,14 +266,14 @@ def test_a_token_depends_on_every_part_of_its_key() -> None:
         assert np.mean(tokens == other) < 0.05
 
 
-def test_a_token_of_no_weight_is_never_drawn() -> None:
+def test_a_token_with_zero_weight_is_never_drawn() -> None:
     logits = np.full((2000, 600), -np.inf, np.float32)
     logits[:, [0, 255, 256, 511]] = 0.0
     tokens = drawn_from(logits, rows_of(2000))
     assert set(tokens.tolist()) == {0, 255, 256, 511}
 
 
-def test_rounding_at_the_borders_of_blocks_never_draws_a_token_without_weight():
+def test_rounding_at_block_boundaries_never_draws_a_token_with_zero_weight():
     rng = np.random.default_rng(0)
     weights = np.where(rng.random((256, 20 * _BLOCK)) < 0.9, 0, rng.random((256, 20 * _BLOCK))).astype(np.float32)
     ends = np.cumsum(weights.reshape(256, 20, _BLOCK).sum(axis=-1, dtype=np.float32), axis=-1, dtype=np.float32)

@@ -10,8 +10,8 @@ from simpo_pipeline.inference.sampling import SamplingRows
 compute = jax.jit(token_logprobs)
 
 
-def rows_wanting(logprobs: list[int]) -> SamplingRows:
-    """Rows of a low temperature, which log-probabilities do not see."""
+def rows_requesting(logprobs: list[int]) -> SamplingRows:
+    """Return rows with a low temperature, which must not affect log-probabilities."""
     num_rows = len(logprobs)
     ones, indices = np.ones(num_rows, np.float32), np.zeros(num_rows, np.uint32)
     integers = np.ones(num_rows, np.int32)
@@ -34,10 +34,10 @@ def rows_wanting(logprobs: list[int]) -> SamplingRows:
 def test_log_probabilities_are_those_of_the_raw_logits(vocab: int) -> None:
     rng = np.random.default_rng(vocab)
     logits = (rng.normal(size=(64, vocab)) * 3).astype(np.float32)
-    # Many are equal, so that the lower id comes first; adding 0 makes -0 a 0.
+    # Many are equal, and among those the lower id comes first; adding 0 turns -0 into 0.
     logits[:32] = np.round(logits[:32]) + 0
     tokens = rng.integers(0, vocab, 64, dtype=np.int32)
-    chosen, ids, top = map(np.asarray, compute(logits, tokens, rows_wanting([-1] * 63 + [3])))
+    chosen, ids, top = map(np.asarray, compute(logits, tokens, rows_requesting([-1] * 63 + [3])))
     exact = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(chosen, exact[np.arange(64), tokens], rtol=0, atol=1e-5)
     ranked = np.argsort(-logits, axis=-1, kind="stable")[:, :MAX_LOGPROBS]
@@ -49,11 +49,11 @@ def test_log_probabilities_are_those_of_the_raw_logits(vocab: int) -> None:
     assert (chosen.dtype, ids.dtype, top.dtype) == (np.float32, np.int32, np.float32)
 
 
-def test_what_no_row_wants_is_zero():
+def test_log_probabilities_that_no_row_requests_are_zero():
     logits = np.random.default_rng(0).normal(size=(2, 100)).astype(np.float32)
     tokens = np.array([3, 4], np.int32)
-    nothing = compute(logits, tokens, rows_wanting([-1, -1]))
+    nothing = compute(logits, tokens, rows_requesting([-1, -1]))
     assert not any(np.asarray(each).any() for each in nothing)
-    chosen, ids, top = map(np.asarray, compute(logits, tokens, rows_wanting([-1, 0])))
+    chosen, ids, top = map(np.asarray, compute(logits, tokens, rows_requesting([-1, 0])))
     assert chosen.all() and not ids.any() and not top.any()
-    np.testing.assert_array_equal(chosen, compute(logits, tokens, rows_wanting([5, 0]))[0])
+    np.testing.assert_array_equal(chosen, compute(logits, tokens, rows_requesting([5, 0]))[0])

@@ -22,7 +22,7 @@ def test_the_host_sets_the_bits_of_the_given_tokens_and_no_others(vocab: int) ->
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_the_device_marks_as_the_host_does(vocab: int) -> None:
+def test_the_device_sets_the_same_bits_as_the_host(vocab: int) -> None:
     drawn = np.random.default_rng(vocab).integers(0, vocab, (50, 8), dtype=np.int32)
     drawn[:, 0] = vocab - 1
     alive = np.random.default_rng(vocab).random((50, 8)) < 0.7

@@ -6,15 +6,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams, pages_for
 from simpo_pipeline.inference.scheduler import Round, Scheduler
-from simpo_pipeline.inference.sequence import Request, Sequence
+from simpo_pipeline.inference.sequence import Request, SequenceState
 
 STOP = 99
 
 
-def sequence(index: int, prompt: int | tuple[int, ...], max_tokens: int) -> Sequence:
-    """A request for a prompt of its own, of so many tokens, or for a given one."""
+def sequence(index: int, prompt: int | tuple[int, ...], max_tokens: int) -> SequenceState:
+    """Return a sequence for a given prompt, or for a unique prompt of that many tokens."""
     tokens = tuple(range(1000 * index, 1000 * index + prompt)) if isinstance(prompt, int) else prompt
-    return Sequence(Request(tokens, index, 0, SamplingParams(max_tokens, stop_token_ids=(STOP,))), index)
+    return SequenceState(Request(tokens, index, 0, SamplingParams(max_tokens, stop_token_ids=(STOP,))), index)
 
 
 def scheduler_of(**sizes: int) -> Scheduler:
@@ -28,7 +28,7 @@ def draws(current: Round) -> list[tuple[list[int], list]]:
 
 
 def serve(scheduler: Scheduler) -> Iterator[Round]:
-    """Runs every round to its end, drawing token 1 at each step."""
+    """Yield each round, then complete it, drawing token 1 at each step."""
     while (current := scheduler.next_round()) is not None:
         yield current
         scheduler.ran(current, draws(current))
@@ -44,7 +44,7 @@ def test_prompts_share_a_round_up_to_its_token_budget_beside_sequences_that_draw
     for index, num_prompt in enumerate((5, 25, 1)):
         scheduler.add(sequence(index, num_prompt, 2))
     rounds = list(serve(scheduler))
-    # The last token of a prompt is left to decoding, so the prompt of one token draws at once.
+    # The last token of a prompt is left to decoding, so the prompt of one token draws immediately.
     assert list(map(shape_of, rounds)) == [
         ([(0, 0, 4), (1, 0, 16)], [2]),
         ([(1, 16, 8)], [0, 2]),
@@ -53,7 +53,7 @@ def test_prompts_share_a_round_up_to_its_token_budget_beside_sequences_that_draw
     assert [current.num_steps for current in rounds] == [1, 1, 4]
 
 
-def test_the_youngest_is_preempted_and_later_computed_with_what_it_had_generated() -> None:
+def test_the_youngest_is_preempted_and_later_recomputed_with_its_generated_tokens() -> None:
     scheduler = scheduler_of(num_pages=5)  # each needs 4 pages in the end, 2 at first
     old, young = sequence(0, 5, 11), sequence(1, 5, 11)
     scheduler.add(old)
@@ -81,27 +81,27 @@ def test_samples_of_one_prompt_compute_it_once_and_copy_its_last_page_before_the
     assert scheduler.num_shared_tokens == 20
 
 
-def test_a_page_that_begins_alike_is_copied_and_only_the_rest_of_it_computed() -> None:
+def test_a_page_with_a_common_prefix_is_copied_and_only_the_rest_is_computed() -> None:
     scheduler = scheduler_of(page_size=16)
     template = tuple(range(10))
     for index, own in enumerate(((20, 21), (30, 31, 32), (40,))):
         scheduler.add(sequence(index, (*template, *own), 2))
     rounds = list(serve(scheduler))
     assert [shape_of(current)[0] for current in rounds] == [[(0, 0, 11)], [(1, 10, 2)], []]
-    # The last prompt has nothing to compute: the token after the template is the one it is to be fed.
+    # The last prompt has nothing to prefill: the token after the template is its next input to decoding.
     sources, targets = zip(*rounds[1].copies, strict=True)
     assert len(set(sources)) == 1 and len({*sources, *targets}) == 3
     assert scheduler.num_shared_tokens == 20
 
 
-def test_a_page_is_not_copied_where_there_is_no_room_for_it_beside_the_original() -> None:
+def test_a_page_is_not_copied_without_room_for_the_copy() -> None:
     scheduler = scheduler_of(num_pages=4, max_seqs=1)
     scheduler.add(sequence(0, (1, 2, 3, 4, 5), 2))
     scheduler.add(sequence(1, (1, 2, *range(20, 33)), 2))  # needs all four pages
     assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(0, 0, 4)], [(1, 0, 14)]]
 
 
-def test_a_round_computes_as_much_as_fills_a_program_by_half() -> None:
+def test_a_round_prefills_as_much_as_fills_at_least_half_of_a_program() -> None:
     scheduler = Scheduler(EngineSizes(8, 600, 4, 300, prefill_chunk_tokens=512), (32, 128, 512))
     scheduler.add(sequence(0, 151, 1))
     assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(0, 0, 128)], [(0, 128, 22)]]
@@ -109,7 +109,7 @@ def test_a_round_computes_as_much_as_fills_a_program_by_half() -> None:
     assert [shape_of(current)[0] for current in serve(scheduler) if current.chunks] == [[(1, 0, 300)]]
 
 
-def test_pages_of_a_prefix_are_found_after_its_sequence_has_ended() -> None:
+def test_pages_of_a_prefix_are_found_after_its_sequence_has_finished() -> None:
     scheduler = scheduler_of(max_seqs=1)
     prefix = tuple(range(8))
     scheduler.add(sequence(0, (*prefix, 20, 21), 2))
@@ -119,7 +119,7 @@ def test_pages_of_a_prefix_are_found_after_its_sequence_has_ended() -> None:
     assert chunks == [[(0, 0, 9)], [(1, 8, 2)]]
 
 
-def test_a_stop_token_ends_a_sequence_and_is_its_last_token() -> None:
+def test_a_stop_token_finishes_a_sequence_and_is_its_last_token() -> None:
     scheduler = scheduler_of()
     seq = sequence(0, 1, 9)
     scheduler.add(seq)
@@ -130,7 +130,7 @@ def test_a_stop_token_ends_a_sequence_and_is_its_last_token() -> None:
     assert (seq.completion().tokens, seq.completion().finish_reason) == ((1, STOP), "stop")
 
 
-def test_a_round_ends_early_when_some_have_ended_while_others_wait() -> None:
+def test_a_round_ends_early_when_sequences_finish_while_others_wait() -> None:
     scheduler = scheduler_of(max_seqs=4)
     for index in range(5):
         scheduler.add(sequence(index, 1, 9))
@@ -142,11 +142,11 @@ def test_a_round_ends_early_when_some_have_ended_while_others_wait() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests arrive at any time; rounds draw any number of tokens that the engine may draw.
+    """State machine in which requests arrive at any time and rounds draw any number of tokens the engine may draw.
 
-    Chunks of up to three prompts share a round, some of them cut; pages are too few for all that run. `memory` plays
-    the devices: each slot of each page holds the tokens up to the one that was stored there, on which its keys and
-    values depend.
+    Chunks of up to three prompts share a round, some of them partial; there are too few pages for all running
+    sequences. `memory` simulates the devices: each slot of each page contains the tokens up to the one that was stored
+    there, on which its keys and values depend.
     """
 
     most_chunks = 0
@@ -157,10 +157,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_seqs=6, max_seq_len=24, page_size=4, num_pages=12, prefill_chunk_tokens=40, decode_steps_per_call=3
         )
         self.scheduler = Scheduler(self.sizes, (4, 14, 40))
-        self.sequences: list[Sequence] = []
+        self.sequences: list[SequenceState] = []
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    # Few prompts, made of few tokens: many begin alike, and many are the same.
+    # Few prompts of few distinct tokens: many share a prefix, and many are the same.
     @rule(
         first=st.integers(0, 3),
         num_prompt=st.integers(1, 12),
@@ -213,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if seq in current.decoding or any(chunk.sequence is seq for chunk in current.chunks):
                 for position in range(seq.num_cached):
                     held = self.memory.get((seq.pages[position // size], position % size))
-                    assert held == seq.tokens(0, position + 1), f"position {position} holds another's token"
+                    assert held == seq.tokens(0, position + 1), f"position {position} contains another sequence's token"
         fed = [
             (chunk.sequence, chunk.start, chunk.sequence.tokens(0, chunk.start + chunk.num_tokens))
             for chunk in current.chunks
@@ -225,10 +225,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         written = set()
         for seq, start, tokens in fed:
             for position in range(start, len(tokens)):
-                place = seq.pages[position // size], position % size
-                assert place not in written, "two sequences write to one slot"
-                written.add(place)
-                self.memory[place] = tokens[: position + 1]
+                slot = seq.pages[position // size], position % size
+                assert slot not in written, "two sequences write to one slot"
+                written.add(slot)
+                self.memory[slot] = tokens[: position + 1]
 
     @invariant()
     def every_page_is_free_or_held_as_often_as_it_is_listed(self) -> None:
@@ -241,12 +241,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(seq in self.scheduler.running for seq in self.sequences if seq.pages)
 
     @invariant()
-    def cached_tokens_lie_in_held_pages(self) -> None:
+    def cached_tokens_fit_in_held_pages(self) -> None:
         for seq in self.sequences:
             assert seq.num_cached <= len(seq.pages) * self.sizes.page_size
 
     @invariant()
-    def the_older_go_first(self) -> None:
+    def older_sequences_run_first(self) -> None:
         running = [seq.index for seq in self.scheduler.running]
         waiting = [seq.index for seq in self.scheduler.waiting]
         assert running + waiting == sorted(running + waiting)
@@ -264,7 +264,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.pool.num_free == self.sizes.num_pages
 
 
-def test_no_page_is_lost_or_shared_by_mistake_and_every_request_ends():
+def test_no_page_is_lost_or_shared_by_mistake_and_every_request_finishes():
     run_state_machine_as_test(
         SchedulerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )

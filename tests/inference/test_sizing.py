@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from simpo_pipeline.errors import CapacityError
 from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
 from simpo_pipeline.inference.sequence import Request
-from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
+from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
 from simpo_pipeline.model.config import LlamaConfig
 
 MODEL = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True)
@@ -14,20 +14,20 @@ PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, head siz
 PLENTY = 2**32
 
 
-def work_of(*shapes: tuple[int, int]) -> Work:
-    """Prompts of so many tokens, each with so many to generate."""
-    return Work.of([Request((1,) * size, 0, 0, SamplingParams(new)) for size, new in shapes])
+def work_of(*shapes: tuple[int, int]) -> Workload:
+    """Return the totals of requests with these numbers of (prompt tokens, new tokens)."""
+    return Workload.of([Request((1,) * size, 0, 0, SamplingParams(new)) for size, new in shapes])
 
 
-def size(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int = PLENTY) -> EngineSizes:
+def size(config: EngineConfig, work: Workload, mesh: Mesh, memory_bytes: int = PLENTY) -> EngineSizes:
     return size_engine(config, MODEL, "float32", work, mesh, memory_bytes)
 
 
-def test_work_is_counted_and_merged_to_the_largest_in_each_respect() -> None:
+def test_work_is_counted_and_merged_to_the_maximum_of_each_field() -> None:
     ours, theirs = work_of((5, 7), (9, 1)), work_of((2, 30))
-    assert ours == Work(num_requests=2, longest_prompt=9, longest_total=12, total_tokens=22)
-    assert Work.merged([ours, theirs]) == Work(2, 9, 32, 32)
-    assert Work.of([]) == Work(0, 0, 0, 0)
+    assert ours == Workload(num_requests=2, longest_prompt=9, longest_total=12, total_tokens=22)
+    assert Workload.merged([ours, theirs]) == Workload(2, 9, 32, 32)
+    assert Workload.of([]) == Workload(0, 0, 0, 0)
 
 
 def test_sizes_follow_the_work(mesh: Mesh) -> None:
@@ -38,15 +38,15 @@ def test_sizes_follow_the_work(mesh: Mesh) -> None:
     assert size(EngineConfig(page_size=16), work_of((200, 30), *[(90, 30)] * 100), mesh).prefill_chunk_tokens == 2048
 
 
-def test_what_is_given_stays(mesh: Mesh) -> None:
+def test_given_sizes_are_kept(mesh: Mesh) -> None:
     given = EngineConfig(max_seqs=3, max_seq_len=100, page_size=8, num_pages=77, prefill_chunk_tokens=32)
     sizes = size(given, work_of(*[(20, 30)] * 3), mesh)
     assert sizes == EngineSizes(3, 100, 8, 77, prefill_chunk_tokens=32, decode_steps_per_call=32)
-    # But there are never more sequences than work.
+    # Except that max_seqs never exceeds the number of requests.
     assert size(given, work_of((20, 30)), mesh).max_seqs == 1
 
 
-def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:
+def test_memory_limits_the_number_of_pages(mesh: Mesh) -> None:
     work = work_of(*[(100, 100)] * 50)
     roomy = size(EngineConfig(page_size=16), work, mesh)
     thirteen = EngineConfig(page_size=16, num_pages=13)
@@ -55,7 +55,7 @@ def test_pages_are_as_many_as_memory_holds(mesh: Mesh) -> None:
     assert roomy.num_pages == 50 * 13 and 100 < tight.num_pages < 130
 
 
-def _fits(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int) -> bool:
+def _fits(config: EngineConfig, work: Workload, mesh: Mesh, memory_bytes: int) -> bool:
     try:
         size(config, work, mesh, memory_bytes)
     except CapacityError:
@@ -73,7 +73,7 @@ def _fits(config: EngineConfig, work: Work, mesh: Mesh, memory_bytes: int) -> bo
         (EngineConfig(page_size=16, memory_utilization=1e-6), r"4 pages .*the minimum for the longest sequence"),
     ],
 )
-def test_what_memory_cannot_hold_is_refused_with_what_is_needed_and_what_there_is(
+def test_sizes_beyond_memory_are_refused_with_the_needed_and_available_memory(
     config: EngineConfig, message: str, mesh: Mesh
 ) -> None:
     with pytest.raises(CapacityError, match=message) as error:
@@ -81,7 +81,7 @@ def test_what_memory_cannot_hold_is_refused_with_what_is_needed_and_what_there_i
     assert "memory_utilization" in str(error.value)
 
 
-def test_the_machines_free_memory_is_known(mesh: Mesh) -> None:
+def test_the_available_memory_of_the_machine_is_known(mesh: Mesh) -> None:
     alone = available_memory_bytes(mesh)
     assert 2**28 < alone < 2**44
     assert available_memory_bytes(mesh, 4) == pytest.approx(alone / 4, rel=0.2)

@@ -1,4 +1,4 @@
-"""A stop string is found after the very token that completes it, however tokens cut the text and arrive."""
+"""A stop string is found at exactly the token that completes it, however the text is tokenized and pushed."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from simpo_pipeline.data.chat import Tokenizer, load_tokenizer
 from simpo_pipeline.inference.stop_strings import StopMatcher, text_before_stop
 
 Decode = Callable[[Sequence[int]], str]
-# Few letters, so that strings come back; accents, CJK, an emoji of several code points, what is shown of half a letter.
+# Few letters, so that strings repeat: accents, CJK, an emoji of several code points, the text of a partial character.
 LETTERS = "ab \né日本🎉👩‍👧\ufffd"
 
 
@@ -30,8 +30,8 @@ def decode_with(tokenizer: Tokenizer) -> Decode:
     return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-# Token ids of a vocabulary like Llama 2's: 256 bytes, then pieces. Its decoder makes U+FFFD of every byte of a run of
-# bytes that is not all text, and drops the blank at the beginning.
+# Token ids of a vocabulary like Llama 2's: 256 bytes, then pieces. Its decoder replaces every byte of a run of bytes
+# that is not valid text by U+FFFD, and strips the leading space.
 PIECES = ["▁", "a", "b", "▁a", "▁b", "ab", "\n", "é"]
 VOCABULARY = [*(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
 
@@ -69,7 +69,7 @@ def first_by_matcher(decode: Decode, tokens: Sequence[int], stop: tuple[str, ...
 
 
 class Case(NamedTuple):
-    """Tokens, stop strings, and how many tokens each push has, over and over."""
+    """Tokens, stop strings, and the numbers of tokens per push, which repeat."""
 
     tokens: list[int]
     stop: tuple[str, ...]
@@ -77,10 +77,10 @@ class Case(NamedTuple):
 
 
 def make_case(rng: random.Random, decode: Decode, encode: Callable[[str], list[int]], vocabulary: int) -> Case:
-    """Long enough for many windows; the first stop string comes late, early, or never.
+    """Return a case long enough for many windows, whose first stop string comes late, early, or never.
 
-    Tokens that no text has lie among those of a text. Stop strings are the ends of what some of the tokens say, short
-    or as long as need be to come nowhere before.
+    Random tokens are inserted between those of a text. Stop strings are suffixes of the text of some first tokens,
+    either short or just long enough not to occur earlier.
     """
     letters = rng.choice((LETTERS, LETTERS, "ab", "日本🎉", "a\n"))
     tokens = encode("".join(rng.choices(letters, k=rng.randrange(1, 200))))
@@ -101,31 +101,35 @@ def check(case: Case, decode: Decode) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_with_single_bytes_it_is_the_plain_definition(byte_tokenizer: Tokenizer, seed: int) -> None:
+def test_the_matcher_equals_the_plain_definition_with_single_bytes(byte_tokenizer: Tokenizer, seed: int) -> None:
     rng, decode = random.Random(seed), decode_with(byte_tokenizer)
     for _ in range(40):
         check(make_case(rng, decode, lambda text: list(text.encode()), 261), decode)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_with_a_real_vocabulary_it_is_the_plain_definition(smollm2_tokenizer: Tokenizer, seed: int) -> None:
+def test_the_matcher_equals_the_plain_definition_with_a_real_vocabulary(
+    smollm2_tokenizer: Tokenizer, seed: int
+) -> None:
     rng, decode = random.Random(seed), decode_with(smollm2_tokenizer)
     for _ in range(40):
         check(make_case(rng, decode, lambda text: list(smollm2_tokenizer.encode(text)), 49152), decode)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_with_a_decoder_that_falls_back_to_bytes_it_is_the_plain_definition(seed: int) -> None:
+def test_the_matcher_equals_the_plain_definition_with_a_byte_fallback_decoder(seed: int) -> None:
     rng, decode = random.Random(seed), decode_with_byte_fallback()
     for _ in range(40):
         case = make_case(rng, decode, encode_with_byte_fallback, len(VOCABULARY))
-        # This decoder takes complete characters back when an incomplete one follows them, so U+FFFD comes and goes.
+        # This decoder retracts complete characters when an incomplete one follows, so U+FFFD appears and disappears.
         stop = tuple(string for string in case.stop if "\ufffd" not in string) or ("ab",)
         check(case._replace(stop=stop), decode)
 
 
 @given(data=st.data())
-def test_any_short_text_any_strings_any_pushes(byte_tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_the_matcher_equals_the_plain_definition_for_any_short_text_and_pushes(
+    byte_tokenizer: Tokenizer, data: st.DataObject
+) -> None:
     tokens = data.draw(st.lists(st.sampled_from(["a", "b", "é", "日", "🎉", "\n"]).map(str.encode), max_size=30))
     stop = data.draw(st.lists(st.text("abé日🎉\n\ufffd", min_size=1, max_size=4), min_size=1, max_size=3))
     sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
@@ -145,7 +149,7 @@ def test_any_short_text_any_strings_any_pushes(byte_tokenizer: Tokenizer, data: 
     ],
 )
 @pytest.mark.parametrize("before", ["", "A long beginning, after which the window has been cut. " * 12])
-def test_strings_of_real_text_are_found_where_they_end(
+def test_strings_of_real_text_are_found_at_their_end(
     smollm2_tokenizer: Tokenizer, text: str, stop: tuple[str, ...], before: str
 ) -> None:
     decode = decode_with(smollm2_tokenizer)
@@ -168,25 +172,25 @@ ENDLESS = {
 
 
 @pytest.fixture(scope="module", params=["bytes", "byte_fallback"])
-def decode_remembered(request: pytest.FixtureRequest, byte_tokenizer: Tokenizer) -> Decode:
-    """A decoder that remembers what it said: texts without an end repeat themselves."""
+def cached_decode(request: pytest.FixtureRequest, byte_tokenizer: Tokenizer) -> Decode:
+    """Return a decoder with a cache, because endless texts repeat themselves."""
     decode = decode_with(byte_tokenizer) if request.param == "bytes" else decode_with_byte_fallback()
-    remembered = lru_cache(maxsize=4096)(decode)
-    return lambda tokens: remembered(tuple(tokens))
+    cached = lru_cache(maxsize=4096)(decode)
+    return lambda tokens: cached(tuple(tokens))
 
 
 @pytest.mark.parametrize("stop", [("zz",), ("a string of some length",), ("\ufffd!",)])
 @pytest.mark.parametrize("kind", ENDLESS)
 @pytest.mark.parametrize("size", [1, 16])
-def test_a_token_costs_no_more_however_long_the_text_is(
-    decode_remembered: Decode, stop: tuple[str, ...], kind: str, size: int
+def test_the_cost_of_a_token_does_not_grow_with_the_text(
+    cached_decode: Decode, stop: tuple[str, ...], kind: str, size: int
 ) -> None:
     num_decoded = 0
 
     def decode(tokens: Sequence[int]) -> str:
         nonlocal num_decoded
         num_decoded += len(tokens)
-        return decode_remembered(tokens)
+        return cached_decode(tokens)
 
     matcher = StopMatcher(decode, stop)
     costs = []
@@ -199,14 +203,14 @@ def test_a_token_costs_no_more_however_long_the_text_is(
     assert sum(costs) / NUM_TOKENS < 400
 
 
-def test_a_string_that_was_there_before_these_tokens_does_not_count_again() -> None:
+def test_a_string_found_in_an_earlier_push_is_not_found_again() -> None:
     matcher = StopMatcher(lambda tokens: bytes(tokens).decode(), ("ab",))
     assert matcher.push(list(b"xaby")) == 3
     assert matcher.push(list(b"z")) is None
     assert matcher.push(list(b"zab")) == 3
 
 
-def test_all_tokens_are_taken_also_those_after_the_one_that_is_returned() -> None:
+def test_tokens_after_the_returned_one_are_consumed_too() -> None:
     matcher = StopMatcher(lambda tokens: bytes(tokens).decode(), ("ab",))
     assert matcher.push(list(b"abca")) == 2
     assert matcher.push(list(b"b")) == 1
@@ -220,12 +224,12 @@ def test_the_text_is_cut_where_the_first_of_the_stop_strings_begins(text: str, s
     assert cut == text or any(text.startswith(string, len(cut)) for string in stop)
 
 
-def test_strings_in_the_text_before_do_not_cut_it() -> None:
+def test_strings_in_the_text_already_seen_do_not_cut_it() -> None:
     assert text_before_stop("one. two.", (".",), seen="one. two") == "one. two"
     assert text_before_stop("one. two.", (".",)) == "one"
 
 
-def test_blanks_that_begin_a_text_are_seen_though_the_first_is_stripped() -> None:
+def test_leading_spaces_are_seen_although_the_first_is_stripped() -> None:
     blank = 256 + PIECES.index("▁")
     assert first_by_matcher(decode_with_byte_fallback(), [blank] * 4, ("  ",), [1]) == 3
 

@@ -17,7 +17,7 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Two logits as close as this may swap places between two correct computations in fp32.
+# Two logits this close may be swapped between two correct computations in fp32.
 TIE = 1e-4
 
 
@@ -30,7 +30,7 @@ def smollm2(mesh: Mesh, smollm2_folder: Path) -> Llama:
 def generate(
     smollm2: Llama, mesh: Mesh, prompts: Sequence[tuple[int, ...]], num_new: int, sizes: EngineSizes, copies: int = 1
 ) -> tuple[list[list[int]], GenerationStats]:
-    """Greedy tokens of each prompt, which is asked so many times; in the order of the prompts."""
+    """Return the greedy tokens of each prompt, requested `copies` times each, in the order of the prompts."""
     engine = Engine(smollm2.config, sizes, mesh, Programs())
     greedy = SamplingParams(max_tokens=num_new, temperature=0.0)
     requests = [Request(prompt, index, copy, greedy) for index, prompt in enumerate(prompts) for copy in range(copies)]
@@ -39,7 +39,7 @@ def generate(
 
 
 @pytest.mark.slow
-def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(smollm2: Llama, mesh: Mesh) -> None:
+def test_greedy_tokens_of_16_chat_prompts_equal_transformers_despite_preemptions(smollm2: Llama, mesh: Mesh) -> None:
     with np.load(GOLDEN / "transformers_smollm2.npz") as golden:
         prompts = [tuple(row[row >= 0].tolist()) for row in golden["prompt_tokens"]]
         expected = golden["generated_tokens"].tolist()
@@ -72,7 +72,7 @@ def test_greedy_tokens_of_16_chat_prompts_are_transformers_through_preemptions(s
     ],
     ids=["one_batch", "small_chunks_shared_and_preempted"],
 )
-def test_greedy_tokens_of_real_prompts_are_transformers(
+def test_greedy_tokens_of_real_prompts_equal_transformers(
     smollm2: Llama, mesh: Mesh, sizes: EngineSizes, count: int, copies: int
 ) -> None:
     with np.load(GOLDEN / "transformers_greedy.npz") as golden:
@@ -85,11 +85,11 @@ def test_greedy_tokens_of_real_prompts_are_transformers(
     for row, found in enumerate(tokens):
         prompt = row // copies
         differs = np.nonzero(np.array(found) != expected[prompt])[0]
-        # What follows a tie that fell otherwise is the answer to another text.
+        # After a tie that is resolved differently, the rest continues a different text.
         if len(differs):
             ties += 1
             assert margins[prompt, differs[0]] < TIE, f"prompt {prompt} differs at token {differs[0]}"
-    print(f"{ties} of {len(tokens)} answers part at a tie within {TIE}; {stats}")
+    print(f"{ties} of {len(tokens)} answers diverge at a tie within {TIE}; {stats}")
     assert ties <= copies * count // 64
     assert (stats.num_preemptions > 0) == (copies > 1)
     assert copies == 1 or stats.shared_tokens > sum(map(len, prompts)) / 2

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_tokens_of_one_and_share_the_cache_where_heads_divide(
+def test_two_devices_give_the_tokens_of_one_and_shard_the_cache_if_heads_divide(
     python: list[str], unoptimised: dict[str, str]
 ) -> None:
     script = Path(__file__).with_name("two_devices.py")

@@ -1,6 +1,6 @@
-"""Serves the same requests on one and on two virtual devices; prints what came of it as one line of JSON.
+"""Serve the same requests on one and on two virtual devices, and print the results as one line of JSON.
 
-A script of its own, started by test_two_devices.py: the number of CPU devices is fixed when jax starts.
+A separate script, started by test_two_devices.py: the number of CPU devices is fixed when jax starts.
 """
 
 import functools
@@ -23,7 +23,7 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 
-# Two devices share the key/value heads of the first; of the second, each keeps all three.
+# The key/value heads of the first are sharded over two devices; of the second, each device has all three.
 MODELS = [
     LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True),
     LlamaConfig(64, 96, 2, 6, 3, 16, 300, 256, initializer_range=0.2),
@@ -31,7 +31,7 @@ MODELS = [
 
 
 def tokens_by_layer(model: LlamaConfig, num_devices: int) -> dict[str, object]:
-    """With weights as an engine on GPUs lays them out."""
+    """Serve with the weight layout of an engine on GPUs, and return the results."""
     parts = num_devices if model.num_kv_heads % num_devices == 0 else None
     as_it_was = engine_programs.lay_out
     engine_programs.lay_out = functools.partial(engine_programs.lay_out_by_layer, parts=parts)
@@ -63,7 +63,7 @@ def tokens_of(model: LlamaConfig, num_devices: int) -> dict[str, object]:
 
 
 def attended_on_gpus(kv_heads: int, num_devices: int) -> list[float]:
-    """What the backend for GPUs makes of random pages over so many devices, whose kernel is interpreted here."""
+    """Return the output of the GPU backend for random pages over `num_devices` devices, with its kernel interpreted."""
     mesh = Mesh(np.array(jax.devices()[:num_devices]), (MODEL_AXIS,))
     rng, replicated = np.random.default_rng(0), NamedSharding(mesh, PartitionSpec())
     pages = [rng.normal(size=(6, 16, kv_heads, 16)).astype(np.float32) for _ in range(2)]

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launcher.application import Surroundings, main
+from launcher.application import LaunchEnvironment, main
 from launcher.console import Console
-from launcher.options import Timing
+from launcher.options import PollTiming
 
 FAKES = pathlib.Path(__file__).parent / "fakes"
 # Without any site-packages, even those of the virtual environment, a program starts twice as fast.
@@ -83,7 +83,7 @@ class Cloud:
         self.answers: list[str | type[BaseException]] = []
         self.questions: list[str] = []
         self.interrupt_when: Callable[[dict[str, Any]], bool] | None = None
-        self.timing = Timing(poll=1.0, tick=0.05, start=30.0, reach=10.0, grace=20.0, preemption_notice=5.0)
+        self.timing = PollTiming(poll=1.0, tick=0.05, start=30.0, reach=10.0, grace=20.0, preemption_notice=5.0)
         self.write(
             {"plan": {}, "calls": [], "built": [], "pushed": [], "started": [], "deleted": 0, "made": 0, "steps": []}
             | {
@@ -131,7 +131,7 @@ class Cloud:
 
     def call(self, *words: str, variables: dict[str, str] | None = None) -> Result:
         """Call the launcher once."""
-        around = Surroundings(
+        around = LaunchEnvironment(
             self.root, variables or {}, FastClock(self.is_interrupted), Console(self.ask), self.timing
         )
         try:

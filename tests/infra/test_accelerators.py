@@ -32,7 +32,7 @@ def test_chips_hosts_topology_and_image_of_a_type(name, chips, hosts, topology, 
 
 
 @pytest.mark.parametrize("name", ["v5p", "v5p-", "v5p-0", "v5p-1", "v5p-24", "v7-8", "V5P-8", "v6e-3"])
-def test_what_is_no_slice_is_refused(name):
+def test_an_invalid_type_is_refused(name):
     with pytest.raises(BadUsage):
         parse_tpu_type(name)
 

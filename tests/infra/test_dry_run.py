@@ -1,6 +1,6 @@
 """The output of `--dry_run`: it matches golden files, and a real run uses the same commands.
 
-A test whose output differs leaves it in its temporary folder, for inspection and to be moved to `golden/`.
+A test whose output differs leaves the output in its temporary folder, for inspection or to be moved to `golden/`.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_commands_are_those_of_the_golden_file(cloud, name, tmp_path):
+def test_the_commands_match_the_golden_file(cloud, name, tmp_path):
     done = cloud.call(*CASES[name])
     assert done.code == 0, done.err
     golden = GOLDEN / f"{name}.txt"
@@ -44,7 +44,7 @@ def test_the_commands_are_those_of_the_golden_file(cloud, name, tmp_path):
     assert golden.exists() and done.out == golden.read_text(), f"compare {tmp_path / golden.name} with {golden}"
 
 
-def test_a_dry_run_changes_nothing_and_asks_nobody(cloud):
+def test_a_dry_run_changes_nothing_and_asks_nothing(cloud):
     cloud.call(*CASES["tpu_vm_original"])
     assert not cloud.state["calls"]
 
@@ -55,7 +55,7 @@ def test_a_dry_run_does_not_claim_that_a_job_has_finished(cloud):
 
 
 @pytest.mark.parametrize("flags", [(), ("--no_docker",)])
-def test_a_run_is_made_of_the_commands_that_a_dry_run_prints(cloud, flags):
+def test_a_run_uses_the_commands_that_a_dry_run_prints(cloud, flags):
     flags = (*flags, "--run_id", "same")
     printed = cloud.launch("--dry_run", *flags, kind="v5p-8", job=("--", "true")).out.splitlines()
     dry = [shlex.split(line.partition("  < ")[0]) for line in printed if not line.startswith("#")]

@@ -16,7 +16,7 @@ def launch(cloud):
     return run
 
 
-def test_a_job_lives_from_the_queue_to_the_last_line_of_all_hosts(cloud, launch):
+def test_a_job_runs_from_the_queue_to_the_last_line_of_all_hosts(cloud, launch):
     cloud.plan(attempts=[{"suspended": 2, "pending": 2, "pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
     done = launch()
     assert done.code == 0, done.err
@@ -44,7 +44,7 @@ def test_the_manifest_leaves_queueing_to_kueue_and_restarts_to_jobset(cloud, lau
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_an_attempt_that_was_lost_is_followed_by_the_next_and_success_is_success(cloud, launch):
+def test_success_after_a_lost_attempt_is_success(cloud, launch):
     lost = {"pods": {"0": {"code": 143}, "1": {"code": 137}}, "end": "restart"}
     cloud.plan(attempts=[lost, {"suspended": 1, "pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
     done = launch()
@@ -53,7 +53,7 @@ def test_an_attempt_that_was_lost_is_followed_by_the_next_and_success_is_success
     assert done.last_line == cloud.finished and done.host_lines(1)[-2:] == ["step 1", "step 2"]
 
 
-def test_a_program_that_fails_ends_the_jobset_and_is_shown(cloud, launch):
+def test_a_program_that_fails_ends_the_jobset_and_is_reported(cloud, launch):
     cloud.plan(attempts=[{"pods": {"1": FAILS}, "end": "Failed", "message": "jobset failed by PodFailurePolicy"}])
     done = launch()
     assert done.code == 3
@@ -61,38 +61,38 @@ def test_a_program_that_fails_ends_the_jobset_and_is_shown(cloud, launch):
     assert cloud.finished not in done.out
 
 
-def test_a_pod_without_memory_is_told_so(cloud, launch):
+def test_a_pod_that_runs_out_of_memory_is_reported(cloud, launch):
     pod = {"code": 137, "reason": "OOMKilled"}
     cloud.plan(attempts=[{"pods": {"0": pod}, "end": "Failed", "message": "m"}])
     done = launch()
     assert done.code == 137 and "ran out of host memory" in done.err
 
 
-def test_an_image_that_cannot_be_read_is_told_while_pods_wait(cloud, launch):
+def test_an_unreadable_image_is_reported_while_pods_wait(cloud, launch):
     cloud.plan(attempts=[{"pending": 99, "waiting": "ImagePullBackOff", "end": "Completed"}])
     done = launch()
     assert done.code == 1 and "ImagePullBackOff" in done.err and "describe pod" in done.err
 
 
-def test_pods_that_never_start_are_given_up(cloud, launch):
+def test_pods_that_never_start_time_out(cloud, launch):
     cloud.plan(attempts=[{"pending": 999, "end": "Completed"}])
     done = launch("--start_timeout", "5")
     assert done.code == 1 and "5 s after Kueue admitted it" in done.err
 
 
-def test_a_wait_in_the_queue_has_no_end_of_its_own(cloud, launch):
+def test_waiting_in_the_queue_has_no_timeout(cloud, launch):
     cloud.plan(attempts=[{"suspended": 12, "end": "Completed"}])
     assert launch("--start_timeout", "5").code == 0
 
 
-def test_a_jobset_that_is_there_is_not_started_beside_itself(cloud, launch):
+def test_a_jobset_that_exists_is_not_started_twice(cloud, launch):
     cloud.plan(attempts=[{"end": "Completed"}])
     assert cloud.call(*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "true").code == 0
     done = launch()
     assert done.code == 1 and "already exists" in done.err
 
 
-def test_an_ended_jobset_is_replaced_and_its_lines_are_kept(cloud, launch):
+def test_a_finished_jobset_is_replaced_and_its_logs_are_kept(cloud, launch):
     cloud.plan(attempts=[{"pods": {"0": FAILS, "1": FAILS}, "end": "Failed"}])
     assert launch(run_id="again").code == 3
     assert launch(run_id="again").code == 3
@@ -108,20 +108,20 @@ def test_an_ended_jobset_is_replaced_and_its_lines_are_kept(cloud, launch):
         ("get jobset", "error: current-context is not set", "give --cluster NAME"),
     ],
 )
-def test_a_refusal_comes_with_what_to_do(cloud, launch, match, said, advice):
+def test_a_refusal_comes_with_advice(cloud, launch, match, said, advice):
     cloud.plan(faults=[{"match": match, "err": said}])
     done = launch()
     assert done.code == 1 and said in done.err and advice in done.err
 
 
-def test_a_jobset_whose_secret_cannot_be_made_does_not_stay(cloud, launch):
+def test_a_jobset_whose_secret_cannot_be_created_is_deleted(cloud, launch):
     cloud.plan(faults=[{"match": "create", "err": "Forbidden: secrets", "skip": 1}])
     done = launch()
     assert done.code == 1 and "Forbidden: secrets" in done.err
     assert cloud.state["jobset"] is None
 
 
-def test_the_cluster_puts_nothing_in_the_place_of_dollars(cloud):
+def test_the_cluster_does_not_expand_dollar_signs(cloud):
     script = "echo $$ $(RUN_ID) $HOME"
     words = (*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "sh", "-c", script)
     assert cloud.call(*words).code == 0
@@ -129,7 +129,7 @@ def test_the_cluster_puts_nothing_in_the_place_of_dollars(cloud):
     assert pod["containers"][0]["command"][-1] == "echo $$$$ $$(RUN_ID) $$HOME"
 
 
-def test_want_of_memory_is_no_reason_to_start_the_job_again(cloud, launch):
+def test_running_out_of_memory_does_not_restart_the_job(cloud, launch):
     launch()
     slice_job = cloud.state["jobset"]["spec"]["replicatedJobs"][0]["template"]["spec"]
     rules = {rule["action"]: rule for rule in slice_job["podFailurePolicy"]["rules"]}
@@ -137,7 +137,7 @@ def test_want_of_memory_is_no_reason_to_start_the_job_again(cloud, launch):
 
 
 @pytest.mark.parametrize(("answer", "is_there"), [("y", False), ("n", True)])
-def test_ctrl_c_asks_also_before_the_job_has_its_variables(cloud, launch, answer, is_there, monkeypatch):
+def test_ctrl_c_also_asks_before_the_job_has_its_variables(cloud, launch, answer, is_there, monkeypatch):
     def interrupted(*words):
         raise KeyboardInterrupt
 
@@ -147,12 +147,12 @@ def test_ctrl_c_asks_also_before_the_job_has_its_variables(cloud, launch, answer
     assert (cloud.state["jobset"] is not None) == is_there
 
 
-def test_passing_troubles_of_the_cluster_are_waited_out(cloud, launch):
+def test_transient_errors_of_the_cluster_are_waited_out(cloud, launch):
     cloud.plan(faults=[{"match": "get jobset", "err": "i/o timeout", "times": 2}])
     assert launch().code == 0
 
 
-def test_a_jobset_that_somebody_deletes_is_told(cloud, launch):
+def test_a_jobset_that_someone_deletes_is_reported(cloud, launch):
     cloud.plan(faults=[{"match": "get pods", "err": "ignored", "times": 0}], attempts=[{"suspended": 99}])
     cloud.interrupt_when = None
     looks = iter(range(10))
@@ -167,20 +167,20 @@ def test_a_jobset_that_somebody_deletes_is_told(cloud, launch):
     assert done.code == 1 and "there is no JobSet m11 in namespace team" in done.err
 
 
-def test_a_cluster_is_asked_for_by_name(cloud, launch):
+def test_a_named_cluster_gets_its_credentials(cloud, launch):
     done = launch("--cluster", "tpus", "--zone", "us-central1", "--project", "proj")
     assert done.code == 0, done.err
     (words,) = cloud.calls("get-credentials")
     assert words[1:] == "container clusters get-credentials tpus --location us-central1 --project proj --quiet".split()
 
 
-def test_a_cluster_that_is_not_to_be_reached_is_told(cloud, launch):
+def test_an_unreachable_cluster_is_reported(cloud, launch):
     cloud.plan(faults=[{"match": "get-credentials", "err": "not found"}])
     done = launch("--cluster", "tpus", "--zone", "us-central1", "--project", "proj")
     assert done.code == 1 and "the cluster tpus cannot be reached: not found" in done.err
 
 
-def test_secrets_are_in_a_secret_that_goes_with_the_jobset_and_nowhere_else(cloud, launch):
+def test_secrets_are_only_in_a_secret_owned_by_the_jobset(cloud, launch):
     done = launch(variables={"HF_TOKEN": "hf_verysecret"})
     assert done.code == 0
     assert cloud.state["secret"]["stringData"]["HF_TOKEN"] == "hf_verysecret"
@@ -189,7 +189,7 @@ def test_secrets_are_in_a_secret_that_goes_with_the_jobset_and_nowhere_else(clou
     assert "verysecret" not in done.out + done.err + cloud.everything_said() + str(cloud.state["jobset"])
 
 
-def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
+def test_a_detached_launch_prints_how_to_follow_and_all_commands_work_by_name(cloud):
     cloud.plan(attempts=[{"pods": {"0": SPOKEN, "1": SPOKEN}, "end": "Completed"}])
     done = cloud.call(*CLUSTER, "--tpu_type", "v5p-16", "--image", "i", "--run_id", "m11", "--", "true")
     assert done.code == 0 and "finished" not in done.out
@@ -206,7 +206,7 @@ def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
 
 
 @pytest.mark.parametrize(("answer", "is_there"), [("y", False), ("n", True)])
-def test_ctrl_c_asks_whether_the_jobset_is_to_go(cloud, launch, answer, is_there):
+def test_ctrl_c_asks_whether_to_delete_the_jobset(cloud, launch, answer, is_there):
     cloud.plan(attempts=[{"suspended": 99}])
     cloud.answers = [answer]
     cloud.interrupt_when = lambda state: state["secret"] is not None
@@ -222,6 +222,6 @@ def test_ctrl_c_asks_whether_the_jobset_is_to_go(cloud, launch, answer, is_there
         (["--tpu_type", "v5p-16", "--namespace", "No"], "--namespace 'No'"),
     ],
 )
-def test_what_gke_has_not_is_refused(cloud, flags, message):
+def test_options_that_gke_lacks_are_refused(cloud, flags, message):
     done = cloud.call("--backend", "gke", *flags, "--image", "i", "--", "true")
     assert done.code == 2 and message in done.err

@@ -39,7 +39,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_every_process_gets_its_place_in_one_job_and_its_lines_a_mark():
+def test_every_process_joins_one_job_and_its_lines_have_a_prefix():
     names = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_NUM_CPU_DEVICES", "JAX_COORDINATOR_ADDRESS", "JAX_PLATFORMS")
     done = run(3, f"import os; print('place', *(os.environ[name] for name in {names}))")
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_every_process_gets_its_place_in_one_job_and_its_lines_a_mark():
     assert {place[6] for place in places} == {"cpu"}
 
 
-def test_variables_that_are_given_reach_every_process():
+def test_given_variables_reach_every_process():
     line = [sys.executable, LAUNCHER, "--local", "2", "-e", "MINE=--as it=is", "-e", "OTHER", "it's", "--"]
     code = "import os; print(os.environ['MINE'], os.environ['OTHER'])"
     done = subprocess.run([*line, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -69,7 +69,7 @@ def test_a_dry_run_starts_nothing_and_prints_what_it_would_start():
     assert len(commands) == 2
 
 
-def test_the_exit_code_is_that_of_the_first_process_to_fail_and_its_last_lines_are_told():
+def test_the_exit_code_is_that_of_the_first_process_to_fail_and_its_last_lines_are_printed():
     code = (
         "import os, sys, time; i = int(os.environ['JAX_PROCESS_ID']); print('I am', i); time.sleep(i); sys.exit(i * 5)"
     )
@@ -80,7 +80,7 @@ def test_the_exit_code_is_that_of_the_first_process_to_fail_and_its_last_lines_a
     assert "Job finished" not in done.stdout
 
 
-def test_a_process_ended_by_a_signal_counts_as_failed():
+def test_a_process_killed_by_a_signal_counts_as_failed():
     done = run(2, "import os, signal; os.environ['JAX_PROCESS_ID'] == '1' and os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == 137
 
@@ -94,7 +94,7 @@ SIGNALS = [
 
 
 @pytest.mark.parametrize("signals", SIGNALS)
-def test_an_interrupted_job_leaves_no_process_behind_even_one_that_is_frozen_or_deaf(signals):
+def test_an_interrupted_job_leaves_no_process_behind_even_if_frozen_or_ignoring_signals(signals):
     code = (
         "import os, signal, time, subprocess, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -129,7 +129,7 @@ def test_an_interrupted_job_leaves_no_process_behind_even_one_that_is_frozen_or_
         (["--", "true"], "--local"),
     ],
 )
-def test_wrong_words_are_told_and_nothing_is_started(words, message):
+def test_invalid_arguments_are_reported_and_nothing_is_started(words, message):
     done = subprocess.run([sys.executable, LAUNCHER, *words], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert message in done.stderr

@@ -62,7 +62,7 @@ def test_defect_3_the_variables_arrive_as_they_are(cloud, flags):
 
 
 @pytest.mark.parametrize("job", [(), ("--",), ("--", "")])
-def test_defect_4_a_launch_without_a_command_is_told_what_is_missing(cloud, job):
+def test_defect_4_a_launch_without_a_command_reports_what_is_missing(cloud, job):
     done = cloud.launch_on_one_host(job=job)
     assert done.code == 2 and "the command is missing; write it after --" in done.err
 
@@ -95,14 +95,14 @@ def test_defect_8_node_count_is_refused_where_it_would_mean_four_slices(cloud):
     assert "leave it out" in done.err
 
 
-def test_row_26_a_failed_job_is_not_started_again_over_its_log(cloud):
+def test_row_26_a_failed_job_is_not_restarted_over_its_log(cloud):
     cloud.plan(containers=[FAILS])
     done = cloud.launch_on_one_host("--retries", "10")
     assert done.code == 3 and len(cloud.state["started"]) == 1
     assert container(cloud)["lines"] == ["Traceback", "ValueError: no"]
 
 
-def test_row_26_the_tpu_driver_says_why_it_halts(cloud):
+def test_row_26_the_tpu_driver_reports_why_it_halts(cloud):
     assert cloud.launch_on_one_host().code == 0
     environment = container(cloud)["environment"]
     assert environment["TPU_MIN_LOG_LEVEL"] == environment["TPU_STDERR_LOG_LEVEL"] == "0"
@@ -161,7 +161,7 @@ class TestSecrets:
             given = container(cloud)["environment"]
             assert {name: given[name] for name in SECRETS} == SECRETS
 
-    def test_whoever_looks_at_the_job_later_does_not_see_them_either(self, cloud):
+    def test_later_commands_do_not_show_them_either(self, cloud):
         cloud.plan(containers=[{"all": {"lines": ["my token is hf_verysecret"]}}])
         assert cloud.launch("--image", "i", kind="v5p-8", variables=SECRETS).code == 0
         where = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
@@ -174,23 +174,23 @@ class TestSecrets:
         done = cloud.launch("--dry_run", "--image", "i", "-e", "MY_PASSWORD", variables=SECRETS)
         assert "HF_TOKEN" in done.out and "verysecret" not in done.out + done.err
 
-    def test_one_on_the_command_line_is_warned_of(self, cloud):
+    def test_one_on_the_command_line_gives_a_warning(self, cloud):
         done = cloud.launch_on_one_host("-e", "WANDB_API_KEY", "wandb-verysecret")
         assert done.code == 0 and "export it and write `-e WANDB_API_KEY`" in done.err
         assert "verysecret" not in done.out + done.err + cloud.everything_said()
 
-    def test_the_file_that_carries_them_is_gone_when_the_start_failed(self, cloud):
+    def test_the_file_that_contains_them_is_deleted_if_the_start_fails(self, cloud):
         cloud.plan(faults=[{"match": "docker run", "at": "docker 0", "code": 125, "err": "no"}])
         assert cloud.launch_on_one_host(variables=SECRETS).code == 1
         assert not list(cloud.home(0).rglob("environment"))
 
-    def test_the_file_that_carries_them_is_for_its_owner_only(self, cloud):
+    def test_the_file_that_contains_them_is_readable_by_its_owner_only(self, cloud):
         script = "umask 077 && cat >"
         assert cloud.launch_on_one_host().code == 0
         assert any(script in word for words in cloud.calls("ssh") for word in words)
 
 
-def test_the_launcher_imports_nothing_that_is_not_in_python():
+def test_the_launcher_imports_only_the_standard_library():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import launcher.application; print(*sys.modules)"
     infra = str(pathlib.Path(__file__).resolve().parents[2] / "infra")
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, infra], capture_output=True, text=True)
@@ -198,5 +198,5 @@ def test_the_launcher_imports_nothing_that_is_not_in_python():
     assert re.search(r"\blauncher\.gke\b", done.stdout)
 
 
-def test_a_word_too_long_for_a_file_is_no_file(cloud):
+def test_a_word_too_long_for_a_file_name_is_not_a_file(cloud):
     assert cloud.launch("--run_id", "long", kind="v5p-8", job=("--", "python", "-c", "pass;" * 100)).code == 0

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.console import Console
 from launcher.host_job import HostState
-from launcher.options import Timing
+from launcher.options import PollTiming
 from launcher.outcome import Following
 
 RUNNING, DONE, FAILED = HostState("running"), HostState("exited", 0), HostState("exited", 4)
@@ -55,8 +55,8 @@ class Clock:
 @pytest.fixture
 def follow(tmp_path):
     def run(*states: list, reach: float = 50.0):
-        feeds = [PlayedFeed(host, list(told)) for host, told in enumerate(states)]
-        timing = Timing(poll=1, tick=1, reach=reach, grace=2000)
+        feeds = [PlayedFeed(host, list(reported)) for host, reported in enumerate(states)]
+        timing = PollTiming(poll=1, tick=1, reach=reach, grace=2000)
         failed = Following(feeds, timing, Clock(), Console(lambda question: None), tmp_path).first_failed()
         assert all(feed.is_closed for feed in feeds)
         return failed
@@ -64,17 +64,17 @@ def follow(tmp_path):
     return run
 
 
-def test_all_hosts_have_to_end_with_0(follow):
+def test_all_hosts_have_to_exit_with_0(follow):
     assert follow([RUNNING, DONE], [DONE]) is None
     assert follow([RUNNING, DONE], [RUNNING, FAILED]).host == 1
 
 
 @pytest.mark.parametrize("word", ["absent", "created", "lost", "evicted"])
-def test_a_job_that_is_not_there_has_not_ended_well(follow, word):
+def test_a_job_that_never_exited_has_not_succeeded(follow, word):
     assert follow([HostState(word)]).host == 0
 
 
-def test_a_short_silence_after_a_long_quiet_time_is_forgiven(follow):
+def test_a_short_silence_after_a_long_quiet_time_is_tolerated(follow):
     # Silence begins with the first query without an answer, not with the last line.
     assert follow([*[RUNNING] * 200, None, DONE], reach=5) is None
 
@@ -83,12 +83,12 @@ def test_a_long_silence_is_not(follow):
     assert follow([RUNNING, None], reach=5).state is None
 
 
-def test_a_host_that_failed_is_to_blame_before_one_that_fell_silent(follow):
+def test_a_host_that_failed_is_blamed_before_a_silent_one(follow):
     failed = follow([None], [*[RUNNING] * 100, FAILED], reach=5)
     assert (failed.host, failed.state) == (1, FAILED)
 
 
-def test_of_those_that_failed_the_first_by_their_clocks_is_named_not_the_first_heard_of(follow):
+def test_the_failure_that_is_first_by_host_clocks_is_named_not_the_first_reported(follow):
     early, late = (HostState("exited", 4, ended=f"2026-01-01T00:00:00{part}") for part in ("", ".25"))
     assert follow([late], [*[RUNNING] * 20, early]).host == 1
     assert follow([early], [*[RUNNING] * 20, late]).host == 0
@@ -100,7 +100,7 @@ def test_an_error_in_the_launcher_does_not_leave_it_waiting(follow):
     assert follow([DONE], [RuntimeError("a bug")]).host == 1
 
 
-def test_the_last_lines_are_told_and_kept(follow, tmp_path):
+def test_the_last_lines_are_reported_and_kept(follow, tmp_path):
     failed = follow([*[RUNNING] * 30, FAILED])
     assert failed.last_lines == tuple(f"line {number}" for number in range(12, 32))
     assert (tmp_path / "host_0.log").read_text().splitlines()[0] == "line 1"

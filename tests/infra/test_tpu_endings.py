@@ -30,18 +30,18 @@ class TestAutodelete:
             ({"faults": [{"match": "docker run", "at": "docker 0", "code": 125, "err": "no space left"}]}, 1),
         ],
     )
-    def test_the_tpu_goes_when_the_job_has_ended_or_could_not_start(self, cloud, plan, code):
+    def test_the_tpu_is_deleted_when_the_job_has_ended_or_could_not_start(self, cloud, plan, code):
         cloud.plan(**plan)
         assert cloud.launch_on_one_host("--autodelete").code == code
         assert cloud.state["deleted"] == 1 and cloud.state["node"] is None
 
-    def test_one_that_never_came_up_goes_too(self, cloud):
+    def test_one_that_never_became_ready_is_deleted_too(self, cloud):
         cloud.write(cloud.state | {"node": None, "request": None, "made": 0})
         cloud.plan(lives=[[["PROVISIONING", "CREATING"]]])
         done = cloud.launch_on_one_host("--autodelete", "--start_timeout", "5", "--retries", "0")
         assert done.code == 1 and cloud.state["request"] is None
 
-    def test_where_a_job_may_be_running_it_stays(self, cloud):
+    def test_it_is_kept_where_a_job_may_be_running(self, cloud):
         cloud.put_container(0, "theirs", state="running")
         assert cloud.launch_on_one_host("--autodelete").code == 1
         cloud.put_container(0, "theirs", state="exited")
@@ -51,14 +51,14 @@ class TestAutodelete:
         assert done.code == 1 and "clean --tpu_name m11" in done.err
         assert cloud.state["deleted"] == 0
 
-    def test_a_failure_is_told_also_when_the_tpu_cannot_be_deleted(self, cloud):
+    def test_a_failure_is_reported_even_if_the_tpu_cannot_be_deleted(self, cloud):
         cloud.plan(containers=[{"all": FAILS}], faults=[{"match": "queued-resources delete", "err": "503", "times": 9}])
         done = cloud.launch_on_one_host("--autodelete")
         assert done.code == 3 and "could not be deleted" in done.err and "ValueError: no" in done.err
 
 
 class TestStop:
-    def test_a_container_that_cannot_be_stopped_is_told(self, cloud):
+    def test_a_container_that_cannot_be_stopped_is_reported(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(
             containers=[{"all": HANGS}], faults=[{"match": "docker stop", "at": "docker 0", "err": "it is stuck"}]
@@ -68,7 +68,7 @@ class TestStop:
         assert done.code == 1 and "it is stuck" in done.err and "is stopped" not in done.out
 
     @pytest.mark.parametrize("word", ["stop", "status", "logs"])
-    def test_a_host_that_cannot_be_asked_is_told(self, cloud, word):
+    def test_a_host_that_cannot_be_queried_is_reported(self, cloud, word):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "current", "at": "host 0", "kind": "refuse", "times": 9}])
         done = cloud.call(word, *WHERE)
@@ -77,7 +77,7 @@ class TestStop:
 
 class TestCtrlC:
     @pytest.mark.parametrize(("answer", "state"), [("y", "exited"), ("n", "running"), (None, "running")])
-    def test_it_asks_whether_the_job_is_to_end_too(self, cloud, answer, state):
+    def test_it_asks_whether_to_stop_the_job_too(self, cloud, answer, state):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(containers=[{"all": HANGS}])
         cloud.answers = [answer]
@@ -88,7 +88,7 @@ class TestCtrlC:
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == state
         assert ("logs --foreground" in done.out) == (state == "running")
 
-    def test_asked_again_it_leaves_the_job_alone(self, cloud):
+    def test_a_second_ctrl_c_leaves_the_job_alone(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(containers=[{"all": HANGS}])
         cloud.answers = [KeyboardInterrupt]
@@ -97,7 +97,7 @@ class TestCtrlC:
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
 
     @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
-    def test_while_hosts_are_prepared_it_asks_whether_the_tpu_is_to_go(self, cloud, answer, is_there):
+    def test_while_hosts_are_prepared_it_asks_whether_to_delete_the_tpu(self, cloud, answer, is_there):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "told", "at": "host 0", "kind": "refuse", "times": 9}])
         cloud.answers = [answer]
@@ -107,7 +107,7 @@ class TestCtrlC:
         assert (cloud.state["node"] is not None) == is_there and ("remains and is billed" in done.out) == is_there
 
     @pytest.mark.parametrize(("answer", "is_there"), [("yes", False), ("", True)])
-    def test_in_the_queue_it_asks_whether_the_request_is_to_go(self, cloud, answer, is_there):
+    def test_in_the_queue_it_asks_whether_to_delete_the_request(self, cloud, answer, is_there):
         cloud.plan(lives=[[["WAITING_FOR_RESOURCES", None]]])
         cloud.answers = [answer]
         cloud.interrupt_when = lambda state: state["request"] == {"state": "WAITING_FOR_RESOURCES"}
@@ -116,8 +116,8 @@ class TestCtrlC:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_itself_ends_on_a_signal_and_leaves_the_job_where_nobody_can_be_asked(cloud, tmp_path, number):
-    # A copy, so that the lines of hosts are kept beside it.
+def test_the_program_exits_on_a_signal_and_leaves_the_job_alone_without_a_terminal(cloud, tmp_path, number):
+    # A copy, so that the logs of hosts are written beside it.
     shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
     cloud.has_tpu(kind="v5p-8")
     cloud.plan(containers=[{"all": HANGS}])

@@ -20,7 +20,7 @@ class TestTheCommandFails:
         assert "    ValueError: no" in done.err
         assert cloud.finished not in done.out
 
-    def test_of_several_hosts_the_one_is_named_that_failed_first_by_their_clocks(self, cloud):
+    def test_the_host_that_failed_first_by_host_clocks_is_named(self, cloud):
         cloud.has_tpu()
         first, later = ({"code": code, "ended": f"2026-01-01T00:00:0{code}.5Z"} for code in (3, 4))
         for hosts, code in (({"0": later, "1": first}, 3), ({"0": first, "1": later}, 3)):
@@ -33,7 +33,7 @@ class TestTheCommandFails:
         cloud.plan(containers=[{"0": created, "1": FAILS}])
         assert cloud.launch("--image", "i").code == 3
 
-    def test_it_is_told_also_when_gcloud_fails_after_it(self, cloud):
+    def test_it_is_reported_even_if_gcloud_fails_afterwards(self, cloud):
         cloud.plan(
             containers=[{"all": FAILS}],
             faults=[{"match": "queued-resources describe", "err": "Reauthentication required", "skip": 4, "times": 99}],
@@ -42,7 +42,7 @@ class TestTheCommandFails:
         assert done.code == 3 and "    ValueError: no" in done.err
         assert "Could not determine whether the TPU was lost" in done.err and "Reauthentication required" in done.err
 
-    def test_a_healthy_tpu_is_not_made_anew_for_it(self, cloud):
+    def test_a_healthy_tpu_is_not_recreated_for_it(self, cloud):
         cloud.plan(containers=[{"all": FAILS}])
         assert cloud.launch_on_one_host("--spot", "--retries", "10").code == 3
         assert cloud.state["made"] == 1 and cloud.state["deleted"] == 0
@@ -53,13 +53,13 @@ class TestTheCommandFails:
         assert cloud.launch("--image", "i").code == 3
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "exited"
 
-    def test_a_host_without_memory_is_told_so(self, cloud):
+    def test_a_host_that_runs_out_of_memory_is_reported(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(containers=[{"all": {"code": 137, "oom": True}}])
         done = cloud.launch_on_one_host()
         assert done.code == 137 and "ran out of host memory" in done.err
 
-    def test_its_container_stays_and_its_lines_are_on_this_machine(self, cloud):
+    def test_its_container_is_kept_and_its_log_is_on_this_machine(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(containers=[{"all": FAILS}])
         done = cloud.launch_on_one_host("--run_id", "kept-here")
@@ -69,23 +69,23 @@ class TestTheCommandFails:
 
 
 class TestTheRequest:
-    def test_a_failed_request_is_told_with_its_reason_when_no_retry_is_left(self, cloud):
+    def test_a_failed_request_is_reported_with_its_reason_when_no_retry_is_left(self, cloud):
         cloud.plan(lives=[[["FAILED", None, "no more capacity in the zone"]]])
         done = cloud.launch_on_one_host("--retries", "0")
         assert done.code == 1 and "no more capacity in the zone" in done.err and cloud.state["made"] == 1
 
-    def test_it_is_made_again_as_often_as_asked(self, cloud):
+    def test_it_is_retried_as_often_as_requested(self, cloud):
         cloud.plan(lives=[[["FAILED", None, "no"]]] * 5)
         done = cloud.launch_on_one_host("--retries", "2")
         assert done.code == 1 and "attempt 3, and --retries is 2" in done.err and cloud.state["made"] == 3
 
-    def test_retries_below_zero_have_no_end(self, cloud):
+    def test_negative_retries_are_unlimited(self, cloud):
         cloud.plan(lives=[[["FAILED", None, "no"]]] * 4)
         assert cloud.launch_on_one_host("--retries", "-1").code == 0
         assert cloud.state["made"] == 5
 
     @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-    def test_an_ended_one_from_before_is_replaced(self, cloud, state):
+    def test_a_finished_one_of_an_earlier_launch_is_replaced(self, cloud, state):
         cloud.write(cloud.state | {"request": {"state": state}})
         done = cloud.launch_on_one_host("--retries", "0")
         assert done.code == 0 and "left over from an earlier launch" in done.out and cloud.state["deleted"] == 1
@@ -98,24 +98,24 @@ class TestTheRequest:
         cloud.write(cloud.state | {"steps": [["DELETING", None], ["DELETING", None], [None, None]]})
         assert cloud.launch_on_one_host("--retries", "0").code == 0
 
-    def test_one_that_somebody_deletes_is_not_made_again(self, cloud):
+    def test_one_that_someone_deletes_is_not_recreated(self, cloud):
         cloud.plan(lives=[[["WAITING_FOR_RESOURCES", None], [None, None]]])
         done = cloud.launch_on_one_host()
         assert done.code == 1 and "was deleted by someone" in done.err and cloud.state["made"] == 1
 
-    def test_an_answer_that_was_lost_finds_the_request(self, cloud):
+    def test_the_request_is_found_after_a_lost_answer(self, cloud):
         cloud.has_tpu(state="CREATING", kind="v5p-8", request="PROVISIONING")
         cloud.write(cloud.state | {"steps": [["ACTIVE", "READY"]]})
         cloud.plan(faults=[{"match": "queued-resources describe", "err": "503 UNAVAILABLE", "times": 2}])
         assert cloud.launch_on_one_host().code == 0
 
-    def test_a_tpu_that_never_comes_up_is_given_up_and_tried_again(self, cloud):
+    def test_a_tpu_that_never_becomes_ready_times_out(self, cloud):
         cloud.plan(lives=[[["PROVISIONING", "CREATING"]]])
         done = cloud.launch_on_one_host("--start_timeout", "5", "--retries", "0")
         assert done.code == 1 and "was not ready 5 s after it left the queue" in done.err
 
     @pytest.mark.parametrize("life", [["PROVISIONING", "CREATING"], ["ACTIVE", "REPAIRING"]])
-    def test_a_tpu_that_is_stuck_is_deleted_before_the_next_is_asked_for(self, cloud, life):
+    def test_a_tpu_that_is_stuck_is_deleted_before_the_next_is_requested(self, cloud, life):
         cloud.plan(lives=[[life]])
         done = cloud.launch_on_one_host("--start_timeout", "5", "--retries", "1")
         assert done.code == 0, done.err
@@ -130,12 +130,12 @@ class TestTheRequest:
             ("You do not currently have an active account selected", "gcloud auth login"),
         ],
     )
-    def test_a_refusal_comes_with_what_to_do(self, cloud, said, advice):
+    def test_a_refusal_comes_with_advice(self, cloud, said, advice):
         cloud.plan(faults=[{"match": "queued-resources create", "err": said}])
         done = cloud.launch_on_one_host("--retries", "0")
         assert done.code == 1 and said in done.err and advice in done.err
 
-    def test_a_create_command_whose_answer_is_lost_is_no_failure(self, cloud):
+    def test_a_create_command_whose_answer_is_lost_is_not_a_failure(self, cloud):
         cloud.plan(faults=[{"match": "queued-resources create", "err": "ALREADY_EXISTS"}])
         cloud.write(cloud.state | {"steps": [[None, None], ["ACTIVE", "READY"]], "made": 1, "wanted": "v5p-8"})
         assert cloud.launch_on_one_host().code == 0
@@ -148,35 +148,35 @@ class TestTheTpu:
         assert done.code == 2 and "is a v5p-16, and --tpu_type requests v5p-8" in done.err
         assert cloud.state["deleted"] == 0
 
-    def test_one_that_was_taken_before_is_replaced(self, cloud):
+    def test_one_that_was_preempted_before_is_replaced(self, cloud):
         cloud.has_tpu(state="PREEMPTED", kind="v5p-8", request=None)
         assert cloud.launch_on_one_host("--retries", "0").code == 0
         assert cloud.state["deleted"] == 1
 
-    def test_one_that_somebody_stopped_is_told(self, cloud):
+    def test_one_that_someone_stopped_is_reported(self, cloud):
         cloud.has_tpu(state="STOPPED", kind="v5p-8")
         done = cloud.launch_on_one_host()
         assert done.code == 1 and "someone stopped it" in done.err
 
-    def test_one_that_is_ill_is_waited_for(self, cloud):
+    def test_one_that_is_unhealthy_is_waited_for(self, cloud):
         cloud.has_tpu(kind="v5p-8", health="UNHEALTHY_MAINTENANCE")
         cloud.write(cloud.state | {"steps": [["ACTIVE", "REPAIRING"], ["ACTIVE", "REPAIRING"], ["ACTIVE", "READY"]]})
         done = cloud.launch_on_one_host()
         assert done.code == 0 and "TPU REPAIRING" in done.out
 
-    def test_one_that_is_taken_more_often_than_retries_allow_is_given_up(self, cloud):
+    def test_one_that_is_preempted_more_often_than_retries_allow_is_given_up(self, cloud):
         cloud.plan(containers=[{"all": HANGS | {"preempts": True}}])
         done = cloud.launch_on_one_host("--spot", "--retries", "1")
         assert done.code == 1 and "TPU PREEMPTED" in done.err and "attempt 2, and --retries is 1" in done.err
         assert cloud.finished not in done.out
 
-    def test_one_that_is_deleted_while_the_job_runs_is_not_made_again(self, cloud):
+    def test_one_that_is_deleted_while_the_job_runs_is_not_recreated(self, cloud):
         fault = {"match": "docker logs --follow", "at": "host 0", "kind": "delete"}
         cloud.plan(containers=[{"all": HANGS}], faults=[fault])
         done = cloud.launch_on_one_host("--spot")
         assert done.code == 1 and "was deleted by someone" in done.err and cloud.state["made"] == 1
 
-    def test_one_that_is_taken_while_hosts_are_prepared_is_made_again(self, cloud):
+    def test_one_that_is_preempted_while_hosts_are_prepared_is_recreated(self, cloud):
         fault = {"match": "docker pull", "at": "host 0", "kind": "fail", "code": 1, "err": "connection closed"}
         cloud.plan(faults=[fault])
         cloud.has_tpu(kind="v5p-8")
@@ -199,21 +199,21 @@ class TestTheConnection:
         done = cloud.launch_on_one_host("--start_timeout", "5")
         assert done.code == 1 and "host 0 could not be reached by ssh for 5 s" in done.err
 
-    def test_lines_come_once_when_the_connection_breaks_in_the_middle_of_one(self, cloud):
+    def test_lines_are_printed_once_if_the_connection_breaks_within_a_line(self, cloud):
         lines = [f"line {number}" for number in range(9)]
         fault = {"match": "docker logs --follow", "at": "host 0", "kind": "cut", "lines": 4}
         cloud.plan(containers=[{"all": {"lines": lines}}], faults=[fault])
         done = cloud.launch_on_one_host()
         assert done.code == 0 and done.host_lines(0) == lines
 
-    def test_lines_come_once_when_gcloud_repeats_the_command_by_itself(self, cloud):
+    def test_lines_are_printed_once_if_gcloud_repeats_the_command(self, cloud):
         lines = [f"line {number}" for number in range(9)]
         fault = {"match": "docker logs --follow", "at": "host 0", "kind": "repeat", "lines": 4}
         cloud.plan(containers=[{"all": {"lines": lines}}], faults=[fault])
         done = cloud.launch_on_one_host()
         assert done.code == 0 and done.host_lines(0) == lines
 
-    def test_logs_that_are_not_followed_come_once_too_when_gcloud_repeats_the_command(self, cloud):
+    def test_logs_that_are_not_followed_are_also_printed_once_if_gcloud_repeats_the_command(self, cloud):
         lines = [f"line {number}" for number in range(9)]
         cloud.plan(containers=[{"all": {"lines": lines}}])
         cloud.launch_on_one_host()
@@ -228,14 +228,14 @@ class TestTheConnection:
         (container,) = cloud.containers(0).values()
         assert container["environment"]["MINE"] == "all of it"
 
-    def test_variables_that_did_not_arrive_whole_start_nothing(self, cloud):
+    def test_variables_that_arrive_incomplete_start_nothing(self, cloud):
         cloud.plan(faults=[{"match": "docker run", "at": "host 0", "kind": "repeat", "early": True}])
         assert cloud.launch_on_one_host("-e", "MINE", "all of it").code == 0
         assert len(cloud.state["started"]) == 1
         (container,) = cloud.containers(0).values()
         assert container["environment"]["MINE"] == "all of it"
 
-    def test_a_host_that_falls_silent_is_named_and_the_job_is_left(self, cloud):
+    def test_a_host_that_stops_responding_is_named_and_the_job_is_left_running(self, cloud):
         silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 99} for words in SILENT]
         cloud.plan(containers=[{"all": HANGS}], faults=silence)
         done = cloud.launch_on_one_host()
@@ -243,7 +243,7 @@ class TestTheConnection:
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
         assert "may still be running" in done.err
 
-    def test_a_silence_that_ends_is_no_failure(self, cloud):
+    def test_a_silence_that_ends_is_not_a_failure(self, cloud):
         silence = [{"match": words, "at": "host 0", "kind": "refuse", "times": 2} for words in SILENT]
         cloud.plan(faults=silence)
         cloud.timing = dataclasses.replace(cloud.timing, reach=1e6)
@@ -252,13 +252,13 @@ class TestTheConnection:
 
 
 class TestHostsAndImages:
-    def test_an_image_that_hosts_cannot_read_is_told(self, cloud):
+    def test_an_image_that_hosts_cannot_read_is_reported(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "docker pull", "at": "docker 0", "err": "denied: Permission artifactregistry"}])
         done = cloud.launch_on_one_host()
         assert done.code == 1 and "preparing: host 0 exited with code 1: denied" in done.err
 
-    def test_a_container_that_does_not_start_is_told(self, cloud):
+    def test_a_container_that_does_not_start_is_reported(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "docker run", "at": "docker 0", "code": 125, "err": "no space left on device"}])
         done = cloud.launch_on_one_host()
@@ -273,12 +273,12 @@ class TestHostsAndImages:
         assert done.code == 1 and "starting the job: host 1 exited with code 125" in done.err
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "exited"
 
-    def test_an_image_that_cannot_be_built_ends_the_launch_before_anything_costs(self, cloud):
+    def test_an_image_that_cannot_be_built_ends_the_launch_before_any_cost(self, cloud):
         cloud.plan(faults=[{"match": "docker build", "err": "step 3 failed"}])
         done = cloud.launch()
         assert done.code == 1 and "step 3 failed" in done.err and cloud.state["made"] == 0
 
-    def test_an_image_that_cannot_be_pushed_comes_with_the_repository_to_make(self, cloud):
+    def test_an_image_that_cannot_be_pushed_is_reported_with_the_repository_to_create(self, cloud):
         cloud.plan(faults=[{"match": "docker push", "err": 'name unknown: Repository "simpo" not found'}])
         done = cloud.launch()
         assert done.code == 1 and "gcloud artifacts repositories create simpo" in done.err
@@ -292,14 +292,14 @@ class TestOtherJobs:
         assert done.code == 1 and "the job theirs is running on host 0" in done.err
         assert cloud.containers(0)["simpo-theirs"]["state"] == "running" and not cloud.state["started"]
 
-    def test_this_job_is_not_started_beside_itself(self, cloud):
+    def test_this_job_is_not_started_twice(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.put_container(0, cloud.run_id, state="running")
         done = cloud.launch_on_one_host()
         assert done.code == 1 and "logs --foreground --tpu_name m11" in done.err
         assert cloud.containers(0)[f"simpo-{cloud.run_id}"]["state"] == "running"
 
-    def test_an_ended_container_of_this_job_goes_and_its_log_stays(self, cloud):
+    def test_a_finished_container_of_this_job_is_removed_and_its_log_is_kept(self, cloud):
         cloud.has_tpu(kind="v5p-8")
         cloud.put_container(0, "theirs", lines=["their last words"])
         cloud.put_container(0, cloud.run_id, lines=["my last words"])
@@ -340,13 +340,13 @@ class TestOtherJobs:
         ),
     ],
 )
-def test_wrong_words_are_told_and_nothing_is_made(cloud, words, message):
+def test_invalid_arguments_are_reported_and_nothing_is_created(cloud, words, message):
     done = cloud.call(*words)
     assert done.code == 2 and message in done.err, done.err
     assert cloud.state["made"] == 0 and not cloud.state["built"]
 
 
-def test_a_machine_without_gcloud_is_told_what_to_install(cloud, monkeypatch):
+def test_a_machine_without_gcloud_reports_what_to_install(cloud, monkeypatch):
     (cloud.folder / "bin" / "gcloud").unlink()
     monkeypatch.setenv("PATH", str(cloud.folder / "bin"))
     done = cloud.launch_on_one_host()

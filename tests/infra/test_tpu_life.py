@@ -7,7 +7,7 @@ import pytest
 SPOKEN = {"all": {"lines": ["step 1", "step 2"]}}
 
 
-def test_a_job_lives_from_the_queue_to_the_last_line_of_all_hosts(cloud):
+def test_a_job_runs_from_the_queue_to_the_last_line_of_all_hosts(cloud):
     cloud.plan(containers=[SPOKEN])
     done = cloud.launch()
     assert done.code == 0, done.err
@@ -22,7 +22,7 @@ def test_a_job_lives_from_the_queue_to_the_last_line_of_all_hosts(cloud):
         assert re.fullmatch(r"[0-9a-f]{40}", container["environment"]["GIT_COMMIT"])
 
 
-def test_every_state_of_the_queue_is_told_once(cloud):
+def test_every_state_of_the_queue_is_reported_once(cloud):
     waiting = [["WAITING_FOR_RESOURCES", None]] * 4
     cloud.plan(lives=[[*waiting, ["PROVISIONING", None], ["ACTIVE", "CREATING"], ["ACTIVE", "READY"]]])
     done = cloud.launch_on_one_host()
@@ -35,7 +35,7 @@ def test_every_state_of_the_queue_is_told_once(cloud):
     ]
 
 
-def test_a_wait_in_the_queue_has_no_end_of_its_own(cloud):
+def test_waiting_in_the_queue_has_no_timeout(cloud):
     cloud.plan(lives=[[["WAITING_FOR_RESOURCES", None]] * 12 + [["ACTIVE", "READY"]]])
     assert cloud.launch_on_one_host("--start_timeout", "5").code == 0
 
@@ -57,7 +57,7 @@ def test_the_same_files_are_built_into_an_image_once(cloud):
     assert "already exists" in done.out
 
 
-def test_an_image_that_exists_is_used_without_docker_here(cloud):
+def test_an_image_that_exists_is_used_without_local_docker(cloud):
     done = cloud.launch("--image", "europe-docker.pkg.dev/proj/simpo/image:tag")
     assert done.code == 0, done.err
     assert not cloud.calls("docker") and not cloud.calls("images")
@@ -106,7 +106,7 @@ def test_all_attempts_of_a_job_have_one_name(cloud):
     assert {(life, name) for life, _, name in cloud.state["started"]} == {("1", "simpo-my-run"), ("2", "simpo-my-run")}
 
 
-def test_a_host_that_fails_because_the_tpu_is_taken_is_no_failure_of_the_job(cloud):
+def test_a_host_that_fails_because_the_tpu_is_preempted_is_not_a_failure_of_the_job(cloud):
     # The container's exit is noticed before the cloud reports the reason.
     cloud.plan(containers=[{"0": {"code": 1, "preempts": True}, "1": {"hangs": True}}, {}])
     done = cloud.launch("--spot")
@@ -114,7 +114,7 @@ def test_a_host_that_fails_because_the_tpu_is_taken_is_no_failure_of_the_job(clo
     assert cloud.state["made"] == 2
 
 
-def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
+def test_a_detached_launch_prints_how_to_follow_and_all_commands_work_by_name(cloud):
     cloud.plan(containers=[{"all": {"hangs": True, "lines": ["step 1"]}}])
     done = cloud.call(*cloud.where, "--tpu_type", "v5p-16", "--", "true")
     assert done.code == 0, done.err
@@ -132,7 +132,7 @@ def test_detached_tells_how_to_follow_and_then_everything_works_by_name(cloud):
     assert "it costs nothing" in cloud.call("status", *cloud.where).out
 
 
-def test_logs_in_the_foreground_end_like_the_job(cloud):
+def test_logs_in_the_foreground_exit_like_the_job(cloud):
     cloud.plan(containers=[SPOKEN])
     cloud.call(*cloud.where, "--tpu_type", "v5p-16", "--", "true")
     done = cloud.call("logs", "--foreground", *cloud.where)
@@ -156,7 +156,7 @@ def test_zone_and_project_come_from_gcloud(cloud):
     assert create[create.index("--project") + 1] == "theirs"
 
 
-def test_without_docker_the_tracked_files_run_in_an_environment_of_their_own(cloud):
+def test_without_docker_the_tracked_files_run_in_their_own_environment(cloud):
     code = "import os; print(os.environ['JAX_COORDINATOR_PORT'], sorted(os.listdir('.')))"
     done = cloud.launch("--no_docker", job=("--", "python", "-c", code))
     assert done.code == 0, done.err
@@ -168,7 +168,7 @@ def test_without_docker_the_tracked_files_run_in_an_environment_of_their_own(clo
     assert not cloud.calls("docker")
 
 
-def test_without_docker_a_failure_is_one_and_its_log_is_kept_beside_the_next(cloud):
+def test_without_docker_a_failure_is_reported_and_its_log_is_kept(cloud):
     job = ("--", "python", "-c", "import sys; print('first'); sys.exit(7)")
     done = cloud.launch("--no_docker", "--run_id", "mine", job=job)
     assert done.code == 7 and "    first" in done.err

@@ -1,4 +1,4 @@
-"""`main`, and the experiment that the README shows, whose very text is run."""
+"""`main`, and the experiment in the README, whose exact text is run."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def test_metrics_go_where_the_experiment_says_unless_the_flag_says_otherwise(tmp
 
 @pytest.fixture(scope="module")
 def readme_experiment(tmp_path_factory) -> pathlib.Path:
-    """The file that the README shows."""
+    """Return a file with the experiment in the README."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (text,) = (block for block in blocks if "main(steps=" in block)
     assert len(text.splitlines()) <= 40

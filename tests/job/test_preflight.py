@@ -1,4 +1,4 @@
-"""The flag `--preflight` where it must not work, and the plan that it makes from a preset."""
+"""The flag `--preflight` where it must be refused, and the plan that it makes from a preset."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ def run_m11(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_an_unknown_topology_is_bad_usage_and_told_before_anything_runs(tmp_path):
+def test_an_unknown_topology_is_a_usage_error_before_anything_runs(tmp_path):
     done = run_m11("--preflight", "v5p-33", "--prefix", str(tmp_path))
     assert done.returncode == 2
     assert "error: --preflight 'v5p-33' is not a known topology; give one of v5p-16, v5p-32" in done.stderr
@@ -47,20 +47,20 @@ def test_without_the_compiler_the_extra_is_named(tmp_path):
     assert "the extra `tpu`: uv run --isolated --extra tpu python ..." in done.stderr
 
 
-def test_the_flags_take_each_topology_that_is_known():
+def test_the_flags_accept_every_known_topology():
     assert PreflightFlags(preflight="v6e-16").preflight == "v6e-16"
     with pytest.raises(ConfigError):
         PreflightFlags(preflight="v6e-17")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"model": None}, "give the preset its `llama`"),
+        ({"model": None}, "set `llama` in the preset"),
         ({"trainer": dataclasses.replace(JOB.trainer, packing=True)}, "with packing off"),
     ],
     ids=["no shape", "packed rows"],
 )
-def test_a_job_whose_shapes_are_not_known_ahead_is_refused(changes, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_job_whose_shapes_are_not_known_in_advance_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
         Plan(dataclasses.replace(JOB, **changes), find_topology("v5p-32"), [])

@@ -9,7 +9,7 @@ from simpo_pipeline.model.transformer import init_llama
 
 @pytest.fixture(scope="session")
 def small_config() -> LlamaConfig:
-    """Grouped heads, a head_dim that is not hidden_size / num_heads, an untied head, weights that attention feels."""
+    """Return a config with grouped heads, head_dim != hidden_size / num_heads, an untied head and large weights."""
     return LlamaConfig(
         hidden_size=24,
         intermediate_size=40,
@@ -25,7 +25,7 @@ def small_config() -> LlamaConfig:
 
 @pytest.fixture(scope="session")
 def random_model():
-    """`init_llama`, compiled: op by op it takes seconds."""
+    """Return `init_llama`, compiled: op by op it takes seconds."""
     return jax.jit(init_llama, static_argnums=0)
 
 

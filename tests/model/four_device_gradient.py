@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process with four virtual devices: one loss and gradient, on one device and on four."""
+"""Script that test_sharding.py runs with four virtual devices: one loss and gradient, on one device and on four."""
 
 import json
 import re
@@ -18,14 +18,14 @@ from simpo_pipeline.model.transformer import (
     transform,
     unembedding,
 )
-from simpo_pipeline.ops.linear import scattered_product
+from simpo_pipeline.ops.linear import scattered_matmul
 from simpo_pipeline.ops.logprobs import token_logprobs
 
 SEQUENCES, POSITIONS = 8, 16
 
 
 def compiled_gradient(config, mesh):
-    """The program, and its arguments placed for it."""
+    """Return the compiled program and its placed arguments."""
     placement = fsdp_placement(mesh, jnp.float32)
     axes = (Axis("sequence", SEQUENCES), Axis("position", POSITIONS))
 
@@ -59,8 +59,8 @@ def bytes_on_first_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def products():
-    """How far each `scattered_product` is from numpy's, by what is split how, and the places of its result."""
+def matmuls():
+    """Return, for each sharding, the error of `scattered_matmul` against numpy and the spec of its result."""
     rng = np.random.default_rng(0)
     found = {}
     for case in (
@@ -74,7 +74,7 @@ def products():
         left, right = rng.normal(size=(num_rows, out_len)), rng.normal(size=(num_rows, in_len))
         for dtype in (jnp.float32, jnp.bfloat16):
             given = [jnp.asarray(x, dtype) for x in (left, right)]
-            got = jax.jit(scattered_product(mesh, rows_axes, scatters_in=scatters_in, other_axis=other))(*given)
+            got = jax.jit(scattered_matmul(mesh, rows_axes, scatters_in=scatters_in, other_axis=other))(*given)
             expected = np.asarray(given[0], np.float64).T @ np.asarray(given[1], np.float64)
             difference = float(np.abs(np.asarray(got) - expected).max())
             found[str((*case, dtype.__name__))] = [difference, str(getattr(got.sharding, "spec", None))]
@@ -97,7 +97,7 @@ def main():
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(split_arguments[0])),
         "parameter_bytes_per_device": bytes_on_first_device(split_arguments[0]),
         "gradient_bytes_per_device": bytes_on_first_device(gradient),
-        "products": products(),
+        "products": matmuls(),
         "shapes": sorted(set(re.findall(r"f32\[[\d,]*\]", split.as_text() or ""))),
     }
     print(json.dumps(found))

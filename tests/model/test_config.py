@@ -7,7 +7,7 @@ import pytest
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
 
-# As published with Llama-3.1-8B-Instruct (transformers 4 spelling), without keys that do not touch the computation.
+# As published with Llama-3.1-8B-Instruct (transformers 4 spelling), without keys that do not affect the computation.
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -48,7 +48,7 @@ def test_llama_3_1_8b_is_read_with_its_rope_scaling_and_parameter_count():
     assert config.num_parameters == 8_030_261_248
 
 
-def test_the_spelling_of_transformers_5_means_the_same():
+def test_the_spelling_of_transformers_5_is_equivalent():
     old = {key: value for key, value in LLAMA_3_1_8B.items() if key not in ("rope_scaling", "rope_theta")}
     new = old | {"rope_parameters": LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}}
     assert LlamaConfig.from_hf(new) == LlamaConfig.from_hf(LLAMA_3_1_8B)
@@ -84,7 +84,7 @@ def test_old_configs_without_kv_heads_head_dim_or_rope_get_hugging_faces_default
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no 'low_freq_factor'"),
     ],
 )
-def test_what_this_model_does_not_compute_is_refused_by_name(changes, words):
+def test_unsupported_options_are_refused_by_name(changes, words):
     with pytest.raises(ModelError, match=words):
         LlamaConfig.from_hf(LLAMA_3_1_8B | changes)
 

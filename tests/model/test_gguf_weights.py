@@ -1,4 +1,4 @@
-"""The conversion of SmolLM2's GGUF file, and of small ones made here, whose every number is known."""
+"""The conversion of SmolLM2's GGUF file, and of small ones made here, in which every value is known."""
 
 import json
 import zlib
@@ -20,7 +20,7 @@ PROMPT = "<|im_start|>user\nHi there, it's 2024!<|im_end|>\n"
 
 
 def _write_gguf(path, **changes):
-    """A GGUF file of one layer: 2 heads on 1, head_dim 4, embed 8, mlp 4, vocabulary of 5."""
+    """Write a GGUF file of one layer: 2 query heads, 1 key/value head, head_dim 4, embed 8, mlp 4, vocabulary of 5."""
     writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -94,7 +94,7 @@ def test_the_tokenizer_encodes_as_smollm2_does(smollm2_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(PROMPT))
     assert tokens[:4] == ["<|im_start|>", "user", "Ċ", "Hi"]
-    # Digits one by one, and the special token whole.
+    # Each digit is one token, and so is the special token.
     assert tokens[-8:] == ["Ġ", "2", "0", "2", "4", "!", "<|im_end|>", "Ċ"]
     assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
@@ -113,10 +113,10 @@ def test_the_chat_template_opens_the_assistants_turn(smollm2_folder):
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_only_query_and_key_rows_change_places(tmp_path):
+def test_only_query_and_key_rows_are_permuted(tmp_path):
     convert_gguf(_write_gguf(tmp_path / "small.gguf"), tmp_path)
     converted, original = load_file(tmp_path / "model.safetensors"), _tensors()
-    # llama.cpp turns rows (0, 1) and (2, 3) of a head together, Hugging Face rows (0, 2) and (1, 3).
+    # llama.cpp rotates rows (0, 1) and (2, 3) of a head as pairs, Hugging Face rows (0, 2) and (1, 3).
     head = np.asarray([0, 2, 1, 3])
     queries, keys = (original[f"blk.0.attn_{x}.weight"] for x in "qk")
     layer = "model.layers.0.self_attn"
@@ -142,7 +142,7 @@ def test_an_output_tensor_unties_the_head(tmp_path):
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(8, np.float32)}}, "'blk.0.attn_q.bias'"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name(tmp_path, changes, words):
+def test_unsupported_files_are_refused_by_name(tmp_path, changes, words):
     path = _write_gguf(tmp_path / "small.gguf", **changes)
     with pytest.raises(ModelError, match=words):
         convert_gguf(path, tmp_path / "out")

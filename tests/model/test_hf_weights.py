@@ -1,4 +1,4 @@
-"""Hugging Face files: what is saved comes back to the bit, sharded or not, and what does not fit is refused by name."""
+"""Hugging Face files: a saved model loads bit for bit, sharded or not, and mismatches are refused by name."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def _assert_equal(one, other):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_comes_back_to_the_bit(small_config, random_llama, tmp_path, tied):
+def test_a_saved_model_loads_bit_for_bit(small_config, random_llama, tmp_path, tied):
     config = dataclasses.replace(small_config, tie_word_embeddings=tied)
     model = random_llama(config, seed=1)
     save_weights(str(tmp_path), model)
@@ -54,7 +54,7 @@ def test_tensors_have_hugging_faces_names_and_shapes(small_model, tmp_path):
     )
 
 
-def test_shards_hold_no_more_than_allowed_and_load_as_one_model(small_config, small_model, tmp_path):
+def test_shards_respect_the_size_limit_and_load_as_one_model(small_config, small_model, tmp_path):
     save_weights(str(tmp_path), small_model, max_shard_bytes=20_000)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert names == [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
@@ -66,7 +66,7 @@ def test_shards_hold_no_more_than_allowed_and_load_as_one_model(small_config, sm
     _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), small_model)
 
 
-def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own(small_config, small_model, tmp_path):
+def test_a_tensor_larger_than_a_shard_gets_its_own_file(small_config, small_model, tmp_path):
     save_weights(str(tmp_path), small_model, max_shard_bytes=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3 + 9 * 3
     _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), small_model)
@@ -80,12 +80,12 @@ def test_dtypes_are_cast_both_ways(small_config, small_model, tmp_path):
     _assert_equal(load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32)), widened)
 
 
-def test_any_filesystem_serves(small_config, small_model):
+def test_any_filesystem_works(small_config, small_model):
     save_weights("memory://models/small", small_model, max_shard_bytes=20_000)
     _assert_equal(load_weights("memory://models/small", abstract_llama(small_config, jnp.float32)), small_model)
 
 
-def test_arrays_land_with_the_shardings_asked_for(small_config, small_model, tmp_path):
+def test_arrays_load_with_the_requested_shardings(small_config, small_model, tmp_path):
     save_weights(str(tmp_path), small_model)
     mesh = jax.make_mesh((1, 1), ("data", "model"))
     abstract = with_shardings(abstract_llama(small_config, jnp.float32), mesh, TRAINING_RULES)
@@ -131,6 +131,6 @@ def test_leftovers_of_old_exports_are_not_parameters(small_config, random_llama,
     _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
 
 
-def test_a_folder_without_weights_is_refused_naming_the_files_looked_for(small_config, tmp_path):
+def test_a_folder_without_weights_is_refused_naming_the_expected_files(small_config, tmp_path):
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         load_weights(str(tmp_path), abstract_llama(small_config, jnp.float32))

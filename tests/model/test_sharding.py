@@ -1,4 +1,4 @@
-"""Placement rules on abstract meshes, and the FSDP forward and backward on four virtual devices."""
+"""Sharding rules on abstract meshes, and the FSDP forward and backward passes on four virtual devices."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def _specs(config, mesh, rules):
     return {jax.tree_util.keystr(path[-1:]).lstrip("."): leaf.array.sharding.spec for path, leaf in paths}
 
 
-def test_training_splits_every_parameter_along_embed(small_config):
+def test_training_shards_every_parameter_along_embed(small_config):
     specs = _specs(small_config, DATA_4, TRAINING_RULES)
     assert specs["wq"] == PartitionSpec(None, "model", None, "data")
     assert specs["wo"] == PartitionSpec(None, "data", "model", None)
@@ -39,7 +39,7 @@ def test_training_splits_every_parameter_along_embed(small_config):
     assert all("data" in spec for spec in specs.values())
 
 
-def test_generation_splits_heads_mlp_and_vocabulary_and_keeps_norms_whole(small_config):
+def test_generation_shards_heads_mlp_and_vocabulary_and_replicates_norms(small_config):
     assert _specs(small_config, MODEL_2, TENSOR_PARALLEL_RULES) == {
         "embedding": PartitionSpec("model", None),
         "head": PartitionSpec("model", None),
@@ -56,7 +56,7 @@ def test_generation_splits_heads_mlp_and_vocabulary_and_keeps_norms_whole(small_
     }
 
 
-def test_an_axis_that_does_not_divide_stays_whole_on_every_device(small_config):
+def test_an_axis_that_does_not_divide_is_replicated(small_config):
     # 6 heads and 2 key/value heads on 4 devices.
     specs = _specs(small_config, MODEL_4, TENSOR_PARALLEL_RULES)
     assert specs["wq"] == specs["wk"] == PartitionSpec(None, None, None, None)
@@ -68,20 +68,20 @@ def test_a_mesh_axis_is_used_once_in_an_array():
     assert partition_spec(leaf, MODEL_4, TENSOR_PARALLEL_RULES) == PartitionSpec("model", None)
 
 
-def test_shapes_and_dtypes_stay_as_they_are(small_config):
+def test_shapes_and_dtypes_do_not_change(small_config):
     before = abstract_llama(small_config, jnp.bfloat16)
     after = with_shardings(before, DATA_4, TRAINING_RULES)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(before)] == [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
 
 
-def test_on_one_device_nothing_is_placed():
+def test_on_one_device_placement_does_nothing():
     assert fsdp_placement(jax.make_mesh((1, 1), ("data", "model")), jnp.bfloat16) == ANYWHERE
 
 
 @pytest.fixture(scope="module")
 def four_devices(small_config, python) -> dict:
-    """What `four_device_gradient.py` found out on four virtual CPU devices."""
+    """Return the results of `four_device_gradient.py` on four virtual CPU devices."""
     config = dataclasses.replace(small_config, tie_word_embeddings=True)
     done = subprocess.run(
         [*python, str(Path(__file__).with_name("four_device_gradient.py")), json.dumps(config.to_hf())],
@@ -104,15 +104,15 @@ def test_each_of_four_devices_keeps_a_quarter_of_the_parameters_and_of_the_gradi
     assert four_devices["gradient_bytes_per_device"] * 4 == four_devices["parameter_bytes"]
 
 
-def test_scattered_products_are_those_of_one_device_and_lie_in_parts(four_devices):
-    products = four_devices["products"]
-    assert len(products) == 14
-    assert max(difference for difference, _ in products.values()) < 2e-5
-    in_parts = [place for name, (_, place) in products.items() if "64, 8, 24" in name]
-    assert len(in_parts) == 10 and all("data" in place for place in in_parts), products
+def test_scattered_matmuls_equal_those_of_one_device_and_are_sharded(four_devices):
+    matmuls = four_devices["products"]
+    assert len(matmuls) == 14
+    assert max(difference for difference, _ in matmuls.values()) < 2e-5
+    specs = [spec for name, (_, spec) in matmuls.items() if "64, 8, 24" in name]
+    assert len(specs) == 10 and all("data" in spec for spec in specs), matmuls
 
 
-def test_hidden_states_are_split_over_sequences_and_never_summed_over_devices(four_devices):
-    # [8 sequences, 16 positions, 24] is split 2 to a device; the whole of it must occur nowhere.
+def test_hidden_states_are_sharded_over_sequences_and_never_summed_over_devices(four_devices):
+    # [8 sequences, 16 positions, 24] is sharded, 2 sequences per device; the whole array must occur nowhere.
     assert "f32[2,16,24]" in four_devices["shapes"]
     assert "f32[8,16,24]" not in four_devices["shapes"]

@@ -1,4 +1,4 @@
-"""The forward pass: shapes, the laws of causality, and what each switch may and may not change."""
+"""The forward pass: shapes, the laws of causality, and what each option may and may not change."""
 
 import dataclasses
 from functools import partial
@@ -47,7 +47,7 @@ def _logits(model, tokens, positions, *, segments=None, dtype=jnp.float32, remat
     return logits(model, hidden)
 
 
-# Enough entries for their spread to be measured.
+# Enough values to measure their spread.
 LARGER = {"hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.3}
 
 
@@ -114,7 +114,7 @@ def test_changing_a_later_token_never_changes_earlier_logits(small_config, small
     assert (before[:, 6:] != after[:, 6:]).any(axis=-1).all()
 
 
-def test_padding_behind_a_sequence_changes_nothing_in_it(small_config, small_model):
+def test_padding_after_a_sequence_changes_nothing_in_it(small_config, small_model):
     tokens, positions = _tokens(small_config)
     padded = np.concatenate([tokens, np.zeros((2, 6), np.int32)], axis=1)
     wide = np.broadcast_to(np.arange(16, dtype=np.int32), padded.shape)
@@ -148,7 +148,7 @@ def test_rope_scaling_of_the_config_reaches_the_model(small_config):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
-def test_computing_layers_again_changes_no_gradient(small_config, small_model, dtype):
+def test_rematerialisation_changes_no_gradient(small_config, small_model, dtype):
     tokens, positions = _tokens(small_config)
 
     def gradient(remat):
@@ -165,7 +165,7 @@ def test_computing_layers_again_changes_no_gradient(small_config, small_model, d
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * float(np.abs(one).max()))
 
 
-def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, small_model):
+def test_heads_that_stay_an_axis_of_matmuls_change_no_gradient(small_config, small_model):
     tokens, positions = _tokens(small_config)
 
     def loss(model, placement):
@@ -182,8 +182,8 @@ def test_heads_that_stay_an_axis_of_products_change_no_gradient(small_config, sm
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, random_llama, parts):
-    # 128 rows of queries, 64 of keys, 256 merged: XLA's kernels sum all of these in one order, but not those of 48,
-    # 16 and 80 rows.
+    # 128 query rows, 64 key rows, 256 merged rows: XLA's kernels sum all of these in the same order, unlike 48, 16 and
+    # 80 rows.
     config = dataclasses.replace(small_config, num_heads=8, num_kv_heads=4, head_dim=16)
     model = random_llama(config)
     merged = jax.jit(lambda layers: unstacked(merged_layers(layers, parts)))(model.layers)
@@ -192,13 +192,13 @@ def test_layers_merged_by_part_and_unstacked_give_the_same_logits(small_config, 
     np.testing.assert_allclose(_logits(by_layer, *_tokens(config)).array, expected, atol=2e-6)
 
 
-def test_bfloat16_logits_are_near_the_fp32_ones(small_config, small_model):
+def test_bfloat16_logits_are_close_to_the_fp32_ones(small_config, small_model):
     batch = _tokens(small_config)
     exact, rounded = (_logits(small_model, *batch, dtype=dtype).array for dtype in (jnp.float32, jnp.bfloat16))
     np.testing.assert_allclose(rounded, exact, atol=0.03 * float(np.abs(exact).max()))
 
 
-def test_each_layer_sees_its_index_and_the_state_the_layer_before_left(small_config, small_model):
+def test_each_layer_gets_its_index_and_the_state_of_the_previous_layer(small_config, small_model):
     tokens, positions = (array[0] for array in _tokens(small_config))
     token = Axis("token", tokens.size)
 

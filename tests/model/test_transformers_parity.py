@@ -26,7 +26,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def sequences(golden):
-    """(tokens [16, longest] with each prompt's generated tokens behind it, length of each prompt)."""
+    """Return (tokens [16, longest], each prompt followed by its generated tokens; length of each prompt)."""
     lengths = (golden["prompt_tokens"] >= 0).sum(axis=1)
     tokens = np.zeros((16, lengths.max() + 32), np.int32)
     for row, prompt, length, generated in zip(
@@ -38,7 +38,7 @@ def sequences(golden):
 
 @pytest.fixture(scope="module")
 def ours(smollm2_folder, golden, sequences):
-    """Of every position: logits at the golden vocabulary ids, log-sum-exp, the best token; and one whole row."""
+    """Return logits at the golden vocabulary ids, log-sum-exp and best token of every position, and one whole row."""
     tokens, lengths = sequences
     config = load_config(str(smollm2_folder))
     model = load_weights(str(smollm2_folder), abstract_llama(config, jnp.float32))
@@ -66,17 +66,17 @@ def ours(smollm2_folder, golden, sequences):
 
 
 @pytest.mark.parametrize("name", ["logits", "logsumexp"])
-def test_logits_at_every_prompt_position_are_transformers(ours, golden, sequences, name):
+def test_logits_at_every_prompt_position_equal_transformers(ours, golden, sequences, name):
     _, lengths = sequences
     got = np.concatenate([row[:length] for row, length in zip(ours[name], lengths, strict=True)])
     np.testing.assert_allclose(got, golden[name], rtol=0, atol=TOLERANCE)
 
 
-def test_a_whole_row_of_logits_is_transformers(ours, golden):
+def test_a_whole_row_of_logits_equals_transformers(ours, golden):
     np.testing.assert_allclose(ours["last_row"], golden["last_row"], rtol=0, atol=TOLERANCE)
 
 
-def test_the_best_token_at_every_generated_position_is_transformers_greedy_choice(ours, golden, sequences):
+def test_the_best_token_at_every_generated_position_equals_transformers_greedy_choice(ours, golden, sequences):
     _, lengths = sequences
     got = [row[length - 1 : length + 31] for row, length in zip(ours["best"], lengths, strict=True)]
     np.testing.assert_array_equal(got, golden["generated_tokens"])

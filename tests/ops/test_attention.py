@@ -1,4 +1,4 @@
-"""Both attention bodies against a loop in numpy, and against each other, forward and backward."""
+"""Both attention implementations against a loop in numpy, and against each other, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention, causal_attention_reference
 from simpo_pipeline.ops.packed_attention import packed_attention
 
-BODIES = [causal_attention_reference, causal_attention]
+IMPLEMENTATIONS = [causal_attention_reference, causal_attention]
 
 
 def _inputs(seq, heads, kv_heads, dtype=jnp.float32, batch=2, head_size=8):
@@ -19,7 +19,7 @@ def _inputs(seq, heads, kv_heads, dtype=jnp.float32, batch=2, head_size=8):
 
 
 def _by_loops(q, k, v, segment_ids=None):
-    """The definition, one query at a time, in float64."""
+    """Compute attention by its definition, one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, s, h in np.ndindex(*q.shape[:3]):
@@ -31,14 +31,14 @@ def _by_loops(q, k, v, segment_ids=None):
     return out
 
 
-@pytest.mark.parametrize("attend", BODIES)
+@pytest.mark.parametrize("attend", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("seq", "heads", "kv_heads"), [(1, 2, 2), (3, 4, 1), (7, 6, 2), (16, 9, 3)])
 def test_attention_equals_its_definition(attend, seq, heads, kv_heads):
     q, k, v = _inputs(seq, heads, kv_heads)
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), _by_loops(q, k, v), atol=2e-6)
 
 
-@pytest.mark.parametrize("attend", BODIES)
+@pytest.mark.parametrize("attend", IMPLEMENTATIONS)
 def test_a_position_reads_only_its_own_segment(attend):
     q, k, v = _inputs(9, 4, 2)
     segment_ids = np.asarray([[0] * 4 + [1] * 5, [3] * 2 + [1] * 6 + [0]], np.int32)
@@ -46,7 +46,7 @@ def test_a_position_reads_only_its_own_segment(attend):
     np.testing.assert_allclose(got, _by_loops(q, k, v, segment_ids), atol=2e-6)
 
 
-@pytest.mark.parametrize("attend", BODIES)
+@pytest.mark.parametrize("attend", IMPLEMENTATIONS)
 def test_changing_a_later_position_never_changes_an_earlier_one(attend):
     q, k, v = _inputs(10, 4, 2)
     before = jax.jit(attend)(q, k, v)
@@ -56,15 +56,15 @@ def test_changing_a_later_position_never_changes_an_earlier_one(attend):
 
 
 @pytest.mark.parametrize("seq", [3, 10, 16])
-def test_gradients_of_both_bodies_agree(seq):
+def test_gradients_of_both_implementations_agree(seq):
     q, k, v = _inputs(seq, 6, 2)
     cotangent = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
-    expected, got = (jax.jit(lambda *x, f=f: jax.vjp(f, *x)[1](cotangent))(q, k, v) for f in BODIES)
+    expected, got = (jax.jit(lambda *x, f=f: jax.vjp(f, *x)[1](cotangent))(q, k, v) for f in IMPLEMENTATIONS)
     for one, other in zip(expected, got, strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
-@pytest.mark.parametrize("attend", BODIES)
+@pytest.mark.parametrize("attend", IMPLEMENTATIONS)
 def test_bfloat16_inputs_give_bfloat16_within_its_rounding(attend):
     q, k, v = _inputs(12, 4, 2, dtype=jnp.bfloat16)
     got = jax.jit(attend)(q, k, v)
@@ -72,7 +72,7 @@ def test_bfloat16_inputs_give_bfloat16_within_its_rounding(attend):
     np.testing.assert_allclose(np.asarray(got, np.float64), _by_loops(q, k, v), atol=0.03)
 
 
-# Pairs of a row by their slots: all tokens of a branch 0, then of two branches; what is left of a row is nobody's.
+# Per row, its pairs as (all tokens, end of branch 0, end of branch 1); the rest of a row is padding.
 PACKED_ROWS = [[(70, 10, 25), (64, 64, 64), (9, 0, 4)], [(100, 1, 99), (3, 2, 3)]]
 SLOT_LENS = (128, 64, 64)
 
@@ -92,9 +92,9 @@ def _packed_inputs(row_len: int) -> tuple[tuple[jax.Array, ...], Segments]:
     return tuple(inputs), Segments(jnp.asarray(ids), jnp.asarray(branches), jnp.asarray(slots))
 
 
-# In rows of 144 the last window would run over the end, and begins earlier; in those of 256 none does.
+# In rows of 144, the last window would exceed the row and therefore starts earlier; in rows of 256, none does.
 @pytest.mark.parametrize("row_len", [144, 256])
-def test_attention_by_slots_equals_that_over_the_whole_row_and_so_do_its_gradients(row_len):
+def test_attention_by_slots_and_its_gradients_equal_attention_over_the_whole_row(row_len):
     (q, k, v), segments = _packed_inputs(row_len)
     held = segments.ids[:, :, None, None] >= 0
     cotangent = jnp.where(held, jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape), 0)

@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted, against the definition; on TPUs it is only compiled (`tests/preflight`)."""
+"""The splash kernel, interpreted, against the definition; for TPUs it is only compiled (`tests/preflight`)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simpo_pipeline.ops.attention import Segments, causal_attention_reference
-from simpo_pipeline.ops.attention_tpu import kernel_takes, splash_attention
+from simpo_pipeline.ops.attention_tpu import kernel_supports, splash_attention
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def qkv():
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def test_it_attends_as_the_reference_does_and_its_gradients_are_the_reference_s(qkv):
+def test_its_outputs_and_gradients_equal_the_reference(qkv):
     def loss(attend):
         return lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v)))
 
@@ -40,5 +40,5 @@ def test_it_attends_as_the_reference_does_and_its_gradients_are_the_reference_s(
     ],
     ids=["an 8B model", "a length that blocks do not divide", "half a vector a head", "packed rows"],
 )
-def test_what_the_kernel_does_not_know_takes_the_plain_body(seq, head_size, segments, taken):
-    assert kernel_takes(seq, head_size, segments) == taken
+def test_unsupported_shapes_use_the_plain_implementation(seq, head_size, segments, taken):
+    assert kernel_supports(seq, head_size, segments) == taken

@@ -14,7 +14,7 @@ def _inputs(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((TOKENS, EMBED)) * 3, dtype)
     unembedding = jnp.asarray(rng.standard_normal((VOCAB, EMBED)), jnp.float32)
-    # The first and the last entry of the vocabulary, and both sides of a chunk's border.
+    # The first and the last token of the vocabulary, and both sides of chunk boundaries.
     targets = jnp.asarray([0, VOCAB - 1, 15, 16, 31, 32, 47, 48, *rng.integers(0, VOCAB, TOKENS - 8)], jnp.int32)
     return hidden, unembedding, targets
 
@@ -73,6 +73,6 @@ def test_the_full_logits_never_exist_forward_or_backward():
     assert memory.temp_size_in_bytes < tokens * vocab * 4
 
 
-def test_a_chunk_of_no_entries_is_refused():
+def test_an_empty_chunk_is_refused():
     with pytest.raises(ValueError, match="at least 1 vocabulary entry, got 0"):
         token_logprobs(*_inputs(), chunk_size=0)

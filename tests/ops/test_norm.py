@@ -31,5 +31,5 @@ def test_bfloat16_rows_are_normed_in_fp32_and_rounded_once():
     got = rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.float32), 1e-5)
     expected = rounded / np.sqrt((rounded**2).mean() + 1e-5) * scale
     assert got.dtype == jnp.bfloat16
-    # Half a unit in the last of bfloat16's 8 bits: one rounding, not two.
+    # Half a unit in the last place of bfloat16's 8 bits: one rounding, not two.
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=2**-8 * 1.001)

@@ -18,7 +18,7 @@ from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
 
-# The TPU's kernel does not know 3 key/value heads: its backend then is plain XLA, which runs here.
+# The TPU kernel does not support 3 key/value heads, so its backend falls back to plain XLA, which runs here.
 KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 16
 CPU_MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("model",))
 REFERENCE = ReferencePagedAttention()
@@ -31,7 +31,7 @@ fast_backends = pytest.mark.parametrize("backend", FAST, ids=lambda backend: bac
 all_backends = pytest.mark.parametrize("backend", ALL, ids=lambda backend: backend.name)
 
 
-# Of all tests, so that equal shapes are traced once.
+# Shared by all tests, so that equal shapes are traced once.
 @functools.partial(jax.jit, static_argnums=0)
 def write(backend: PagedAttention, *arguments):
     return backend.write(*arguments)
@@ -47,18 +47,18 @@ def attend(backend: PagedAttention, *arguments, num_single: int):
     return backend.attend(*arguments, num_single=num_single)
 
 
-def traced_anew() -> Callable[..., jax.Array]:
-    """`attend` for a test that replaced what it calls."""
+def freshly_traced() -> Callable[..., jax.Array]:
+    """Return a fresh `attend` for a test that replaced a function it calls."""
 
-    def attend_anew(backend: PagedAttention, *arguments, num_single: int):
+    def attend_freshly_traced(backend: PagedAttention, *arguments, num_single: int):
         return backend.attend(*arguments, num_single=num_single)
 
-    return jax.jit(attend_anew, static_argnums=0, static_argnames="num_single")
+    return jax.jit(attend_freshly_traced, static_argnums=0, static_argnames="num_single")
 
 
 @dataclasses.dataclass
 class Batch:
-    """Random sequences in scattered pages: `num_single` of one query each, then chunks, then tokens of nobody."""
+    """Random sequences in scattered pages: `num_single` of one query each, then chunks, then padding tokens."""
 
     q: np.ndarray
     k: list[np.ndarray]
@@ -70,7 +70,7 @@ class Batch:
     page_size: int
 
     def pages(self, backend: PagedAttention) -> tuple[jax.Array, ...]:
-        """The keys and values; every other slot holds NaN as its key and a huge value."""
+        """Return the keys and values; every other slot contains NaN as its key and a huge value."""
         num_pages = self.table.size + 3
         num_missing = num_pages * self.page_size - sum(map(len, self.k))
         every_slot = np.arange(num_pages * self.page_size, dtype=np.int32)
@@ -81,7 +81,7 @@ class Batch:
         positions = [np.arange(len(keys)) for keys in self.k]
         page = np.concatenate([row[at // self.page_size] for row, at in zip(self.table, positions, strict=True)])
         slot = np.concatenate([at % self.page_size for at in positions]).astype(np.int32)
-        # The rest, of no page, lets both writes be one program.
+        # Padding without a page gives both writes the same shapes, so that they are one program.
         page = np.pad(page, (0, num_missing), constant_values=num_pages)
         slot = np.pad(slot, (0, num_missing))
         k, v = (np.concatenate([*rows, np.ones_like(k[:num_missing])]) for rows in (self.k, self.v))
@@ -124,7 +124,7 @@ def random_batch(
 
 
 def described_gpu() -> AbstractContextManager[object]:
-    """What versions of jax later than 0.10 lower for where no GPU is."""
+    """Return a context in which jax later than 0.10 lowers for a GPU where there is none."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return nullcontext()
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
@@ -151,7 +151,7 @@ def single_queries(page_size: int) -> Batch:
 
 @functools.cache
 def mixed_batch(page_size: int) -> Batch:
-    """3 sequences of one query, 5 of any number, and 11 tokens of nobody. Tests do not change it."""
+    """Return 3 sequences of one query, 5 of any number, and 11 padding tokens. Tests must not change it."""
     rng = np.random.default_rng(page_size)
     num_queries = np.concatenate([np.ones(3, int), rng.integers(1, 40, size=5)])
     num_queries[[4, 5]] = 0, 2
@@ -177,17 +177,17 @@ def test_a_mixed_batch_equals_the_reference(backend: PagedAttention, page_size: 
 
 
 @pytest.mark.parametrize(("ranges_of_a_length", "group"), [(1, 2), (8, 3)])
-def test_on_gpus_keys_fall_into_ranges_without_a_seam(
+def test_on_gpus_splitting_keys_into_ranges_does_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, ranges_of_a_length: int, group: int
 ) -> None:
     monkeypatch.setattr(paged_gpu_kernel, "_RANGES_OF_A_LENGTH", ranges_of_a_length)
     monkeypatch.setitem(globals(), "HEADS", group * KV_HEADS)
     lengths = [1, 511, 512, 513, 1023, 2100, 600]
     batch = random_batch(np.random.default_rng(0), lengths, [1] * 6 + [20], page_size=64, num_single=6)
-    np.testing.assert_allclose(batch.attend(GPU, traced_anew()), batch.expected, atol=2e-6)
+    np.testing.assert_allclose(batch.attend(GPU, freshly_traced()), batch.expected, atol=2e-6)
 
 
-def test_on_gpus_neither_the_width_of_the_page_table_nor_the_size_of_a_page_changes_a_bit() -> None:
+def test_on_gpus_neither_the_width_of_the_page_table_nor_the_page_size_changes_a_bit() -> None:
     narrow = random_batch(np.random.default_rng(0), [30, 1500], [1, 1], page_size=64, num_single=2)
     wide = dataclasses.replace(narrow, table=np.pad(narrow.table, ((0, 0), (0, 120))))
     expected = narrow.attend(GPU)
@@ -197,7 +197,7 @@ def test_on_gpus_neither_the_width_of_the_page_table_nor_the_size_of_a_page_chan
     np.testing.assert_array_equal(same.attend(GPU), expected)
 
 
-def test_ranges_of_keys_follow_each_other_and_get_longer() -> None:
+def test_ranges_of_keys_are_contiguous_and_get_longer() -> None:
     starts = [int(paged_gpu_kernel._range_start(part)) for part in range(42)]
     assert starts[:10] == [512 * part for part in range(9)] + [5120]
     lengths = np.diff(starts)
@@ -205,22 +205,20 @@ def test_ranges_of_keys_follow_each_other_and_get_longer() -> None:
     assert starts[-1] > 131072
 
 
-def test_on_gpus_what_the_kernel_does_not_take_is_read_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_gpus_unsupported_shapes_do_not_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [size for size in (8, 16, 48, 64, 80, 128, 256) if paged_gpu_kernel.takes(64, size, 2)] == [16, 64, 128, 256]
     assert not paged_gpu_kernel.takes(64, 256, 4)
     assert not paged_gpu_kernel.takes(256, 64, 2)
     monkeypatch.setattr(paged_gpu_kernel, "takes", lambda rows, head_size, itemsize: False)
     monkeypatch.setattr(paged_gpu_kernel, "attend_in_ranges", None)
     batch = mixed_batch(16)
-    np.testing.assert_allclose(batch.attend(GPU, traced_anew()), batch.expected, atol=2e-6)
+    np.testing.assert_allclose(batch.attend(GPU, freshly_traced()), batch.expected, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(9, 3, 64), (32, 8, 128), (64, 8, 128)])
-def test_the_kernel_is_lowered_for_gpus_that_are_not_here(
-    dtype: str, heads: int, kv_heads: int, head_size: int
-) -> None:
+def test_the_kernel_can_be_lowered_without_a_gpu(dtype: str, heads: int, kv_heads: int, head_size: int) -> None:
     def run(q, positions, table, keys, values):
         return paged_gpu_kernel.attend_in_ranges(q, positions, table, keys, values, splits=q.shape[2] < 16)
 
@@ -235,7 +233,7 @@ def test_the_kernel_is_lowered_for_gpus_that_are_not_here(
 
 
 @all_backends
-def test_queries_of_no_sequence_give_zeros(backend: PagedAttention) -> None:
+def test_padding_queries_give_zeros(backend: PagedAttention) -> None:
     batch = mixed_batch(16)
     kv_lens = np.where(np.isin(np.arange(8), [0, 4]), 0, batch.kv_lens)
     out = dataclasses.replace(batch, kv_lens=kv_lens).attend(backend)
@@ -257,9 +255,7 @@ def test_a_batch_without_any_query_gives_zeros(backend: PagedAttention) -> None:
 
 @fast_backends
 @pytest.mark.parametrize("num_queries", [1, 20])
-def test_a_sequence_gets_the_same_bits_whatever_the_lengths_of_the_others(
-    backend: PagedAttention, num_queries: int
-) -> None:
+def test_a_sequence_gets_the_same_bits_for_any_lengths_of_the_others(backend: PagedAttention, num_queries: int) -> None:
     num_single = 3 if num_queries == 1 else 0
     rng = np.random.default_rng(0)
     batch = random_batch(rng, [30, 2000, 50], [num_queries] * 3, page_size=16, num_single=num_single)
@@ -302,7 +298,7 @@ def test_copies_read_all_pages_before_they_write_any(backend: PagedAttention) ->
 
 @fast_backends
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_a_value_that_is_no_number_stays_with_its_sequence(backend: PagedAttention, value: float) -> None:
+def test_a_non_finite_or_huge_value_affects_only_its_own_sequence(backend: PagedAttention, value: float) -> None:
     batch = random_batch(np.random.default_rng(0), [5, 40], [1, 1], page_size=64, num_single=2)
     expected = batch.attend(backend)[0]
     batch.v[1][:] = value
@@ -315,7 +311,7 @@ def test_a_value_that_is_no_number_stays_with_its_sequence(backend: PagedAttenti
 
 
 @all_backends
-def test_bfloat16_stays_near_float32(backend: PagedAttention) -> None:
+def test_bfloat16_stays_close_to_float32(backend: PagedAttention) -> None:
     exact = mixed_batch(16)
     q, k, v = jax.tree.map(lambda array: array.astype(jnp.bfloat16), (exact.q, exact.k, exact.v))
     rounded = dataclasses.replace(exact, q=q, k=k, v=v).attend(backend)
@@ -339,7 +335,7 @@ def test_on_cpu_pages_are_read_and_written_in_place(dtype: str) -> None:
 
 
 @all_backends
-def test_backends_are_interchangeable_values(backend: PagedAttention) -> None:
+def test_backends_compare_and_hash_by_value(backend: PagedAttention) -> None:
     assert isinstance(backend, PagedAttention)
     assert backend == dataclasses.replace(backend)  # pyright: ignore[reportArgumentType]
     assert hash(backend) == hash(dataclasses.replace(backend))  # pyright: ignore[reportArgumentType]

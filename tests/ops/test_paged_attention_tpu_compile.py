@@ -1,4 +1,4 @@
-"""The TPU backend compiled for a v5p by a machine without one: settings of which other engines failed on TPUs."""
+"""The TPU backend compiled for a v5p on a machine without one, in settings where other engines failed on TPUs."""
 
 import functools
 from typing import Any
@@ -25,10 +25,10 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 @pytest.fixture(scope="module")
 def v5p_host():
-    """The four chips of one host, as a description."""
-    # jax writes entries for devices that are not here, and cannot read them again.
+    """Return descriptions of the four chips of one host."""
+    # jax writes cache entries for absent devices but cannot read them back.
     with pytest.MonkeyPatch.context() as patch, opened_cache(None):
-        # Else libtpu looks for the machine's metadata, and for other processes that hold a TPU.
+        # Otherwise libtpu looks for the machine's metadata and for other processes that use a TPU.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield topologies.get_topology_desc(topology_name="v5p:2x2x1", platform="tpu").devices
@@ -48,7 +48,7 @@ def compile_one_layer(
     head_size: int = 128,
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Compiled:
-    """What a layer does with its pages, split over `devices` as the engine splits it."""
+    """Compile what a layer does with its pages, sharded over `devices` as in the engine."""
     mesh = Mesh(np.array(devices), ("model",))
     backend = TpuPagedAttention(mesh, "model")
     axis = "model" if kv_heads % len(devices) == 0 else None
@@ -73,7 +73,7 @@ def compile_one_layer(
     return jax.jit(layer, donate_argnums=5).lower(*arguments).compile()
 
 
-def assert_pages_stay_in_place_and_at_home(compiled: Compiled, pages_bytes: int) -> None:
+def assert_pages_are_updated_in_place_without_collectives(compiled: Compiled, pages_bytes: int) -> None:
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= pages_bytes
@@ -100,7 +100,9 @@ def test_a_quarter_of_an_8b_model_compiles(v5p_host, sizes: dict[str, Any]) -> N
     layers = 32
     sizes = {**sizes, "num_pages": layers * sizes["num_pages"], "pages_per_seq": -(-2560 // sizes["page_size"])}
     compiled = compile_one_layer(v5p_host, **sizes)
-    assert_pages_stay_in_place_and_at_home(compiled, sizes["num_pages"] * sizes["page_size"] * 4 * 128 * 2)
+    assert_pages_are_updated_in_place_without_collectives(
+        compiled, sizes["num_pages"] * sizes["page_size"] * 4 * 128 * 2
+    )
     assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == bool(sizes["num_single"]) + bool(
         sizes["num_chunks"]
     )
@@ -124,7 +126,7 @@ def test_other_models_compile(v5p_host, model: dict) -> None:
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
 @pytest.mark.parametrize("max_queries", [8, 32])
-def test_the_compiler_takes_no_more_vector_memory_than_computed(
+def test_the_compiler_uses_no_more_vector_memory_than_computed(
     v5p_host, max_queries: int, tensor_parallel: int, page_size: int, dtype: str
 ) -> None:
     heads, kv_heads, seqs, pages_per_seq = 32 // tensor_parallel, 8 // tensor_parallel, 128, 40

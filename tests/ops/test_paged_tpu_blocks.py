@@ -23,16 +23,16 @@ def test_blocks_fit_in_vector_memory_and_in_the_page_table(tensor_parallel: int,
             assert 1 <= blocks.queries <= max_queries
 
 
-def test_the_blocks_of_a_quarter_of_an_8b_model_are_the_wanted_ones() -> None:
+def test_the_blocks_of_a_quarter_of_an_8b_model_are_as_intended() -> None:
     assert blocks_for(share_of_llama_8b(4, 128, 32), 32) == Blocks(kv_pages=4, queries=32)
     assert blocks_for(share_of_llama_8b(4, 64, 40), 8) == Blocks(kv_pages=8, queries=8)
     assert blocks_for(share_of_llama_8b(4, 128, 1), 8) == Blocks(kv_pages=1, queries=8)
 
 
-def test_where_memory_is_short_queries_give_way_before_pages() -> None:
+def test_if_memory_is_short_queries_are_reduced_before_pages() -> None:
     assert blocks_for(share_of_llama_8b(1, 128, 32), 32) == Blocks(kv_pages=4, queries=16)
 
 
-def test_a_page_that_does_not_fit_is_refused_with_what_to_do() -> None:
+def test_a_page_that_does_not_fit_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match="Decrease page_size"):
         blocks_for(share_of_llama_8b(1, 4096, 2), 8)

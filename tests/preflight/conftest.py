@@ -1,4 +1,4 @@
-"""A program as XLA's TPU backend writes it down, in small."""
+"""A small program in the text format of XLA's TPU backend."""
 
 import pytest
 
@@ -32,23 +32,23 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %less = pred[]{:T(512)} compare(%at, %bound), direction=LT
 }
 
-%cheap (p: f32[4]) -> f32[4] {
-  ROOT %cheap.1 = f32[4]{0} negate(%p), backend_config={"estimated_cycles":"1"}
+%fast (p: f32[4]) -> f32[4] {
+  ROOT %fast.1 = f32[4]{0} negate(%p), backend_config={"estimated_cycles":"1"}
 }
 
-%dear (p: f32[4]) -> f32[4] {
-  ROOT %dear.1 = f32[4]{0} negate(%p), backend_config={"estimated_cycles":"1000"}
+%slow (p: f32[4]) -> f32[4] {
+  ROOT %slow.1 = f32[4]{0} negate(%p), backend_config={"estimated_cycles":"1000"}
 }
 
 %token (s: (s32[], f32[4])) -> (s32[], f32[4]) {
   %s = (s32[]{:T(128)}, f32[4]{0}) parameter(0)
   %layers = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%s), condition=%more_layers, body=%layer
-  %choice = f32[4]{0} conditional(%s), branch_computations={%cheap, %dear}, metadata={op_name="step/body/draw/cond"}
+  %choice = f32[4]{0} conditional(%s), branch_computations={%fast, %slow}, metadata={op_name="step/body/draw/cond"}
   %gathered = f32[16]{0} all-gather(%choice), replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
   ROOT %state = (s32[]{:T(128)}, f32[4]{0}) tuple(%s, %choice)
 }
 
-%goes_on (s: (s32[], f32[4])) -> pred[] {
+%continues (s: (s32[], f32[4])) -> pred[] {
   ROOT %s.1 = pred[] custom-call(%s), custom_call_target="any"
 }
 
@@ -57,7 +57,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %unknown = f32[4]{0} negate(%x), backend_config={"estimated_cycles":"9223372036854775807"}
   %before = f32[4]{0} negate(%x), backend_config={"estimated_cycles":"50"}
   %moved = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%before), source_target_pairs={{0,1}}
-  %loop = (s32[]{:T(128)}, f32[4]{0}) while(%moved), condition=%goes_on, body=%token
+  %loop = (s32[]{:T(128)}, f32[4]{0}) while(%moved), condition=%continues, body=%token
   ROOT %out = f32[4]{0} get-tuple-element(%loop), index=1
 }
 """

@@ -1,4 +1,4 @@
-"""What is read out of the compiler's text, on a text in its manner."""
+"""Parsing of the compiler's text, on a text in the same format."""
 
 import pytest
 
@@ -15,14 +15,14 @@ def names(instructions, **which):
     return {e.instruction.name for e in instructions if all(getattr(e, key) == value for key, value in which.items())}
 
 
-def test_a_loop_of_known_length_counts_its_body_so_often_and_others_once_a_turn(module):
+def test_a_loop_of_known_length_multiplies_its_body_and_other_loops_count_one_iteration(module):
     found = executed(module)
     assert {e.times for e in found if e.instruction.name == "product"} == {32}
     assert {"product", "gathered"} <= names(found, each_turn=True)
     assert {"before", "loop"} <= names(found, each_turn=False)
 
 
-def test_cycles_are_those_of_what_runs_without_the_parts_of_fusions_and_what_the_compiler_has_no_idea_of(module):
+def test_cycles_exclude_the_parts_of_fusions_and_unknown_estimates(module):
     found = executed(module)
     assert total_cycles([e for e in found if not e.each_turn]) == 50
     assert total_cycles([e for e in found if e.each_turn]) == 32 * 100 + 1
@@ -30,7 +30,7 @@ def test_cycles_are_those_of_what_runs_without_the_parts_of_fusions_and_what_the
     assert total_cycles([e for e in executed(module, ("body",)) if e.each_turn]) == 32 * 100 + 1
 
 
-def test_what_follows_a_kernel_that_tells_of_itself_in_several_lines_is_read(module):
+def test_instructions_after_a_kernel_of_several_lines_are_parsed(module):
     assert [instruction.name for instruction in module.computations["layer"]] == [
         *("c", "kernel", "product", "reduced", "next")
     ]
@@ -61,7 +61,7 @@ ENTRY %main (gradient: f32[8,16]) -> f32[8,4] {
 """
 
 
-def test_a_sum_of_which_only_a_slice_is_made_is_a_reduce_scatter():
+def test_an_all_reduce_that_keeps_only_a_slice_is_a_reduce_scatter():
     (scattered,) = traffic_of(executed(parse_module(SCATTERED)), 4)
     assert (scattered.kind, scattered.moved_bytes) == ("reduce-scatter", 8 * 16 * 4)
     assert scattered.received_bytes == 8 * 16 * 4 * 3 / 4
@@ -76,13 +76,13 @@ def test_a_sum_of_which_only_a_slice_is_made_is_a_reduce_scatter():
         ("replica_groups={}", 16),
     ],
 )
-def test_the_groups_of_a_collective_are_read_in_each_spelling(hlo_text, groups, size):
+def test_the_groups_of_a_collective_are_parsed_in_each_spelling(hlo_text, groups, size):
     text = hlo_text.replace("replica_groups={{0,1,2,3}}", groups)
     (reduced,) = (each for each in traffic_of(executed(parse_module(text)), 16) if each.kind == "all-reduce")
     assert reduced.received_bytes == pytest.approx(reduced.moved_bytes * 2 * (size - 1) / size)
 
 
-def test_bytes_of_types_leave_layouts_out():
+def test_the_bytes_of_types_ignore_layouts():
     assert array_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, u32[], pred[4]{0:T(512)(128)(4,1)}, s8[2])") == [12, 4, 4, 2]
 
 

@@ -1,4 +1,4 @@
-"""Names of slices, and what follows from where their chips lie."""
+"""Names of slices, and what follows from the coordinates of their chips."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ class Described:
 
 
 def v5p_32() -> list[Described]:
-    places = [(x, y, z) for z in range(4) for y in range(2) for x in range(2)]
-    return [Described(number, place[2], place) for number, place in enumerate(places)]
+    coordinates = [(x, y, z) for z in range(4) for y in range(2) for x in range(2)]
+    return [Described(number, coords[2], coords) for number, coords in enumerate(coordinates)]
 
 
 @pytest.mark.parametrize(
@@ -44,24 +44,24 @@ def test_a_name_gives_its_chips_and_hosts(name, chips, hosts, compiler_name):
 @pytest.mark.parametrize(
     ("name", "ends"), [("v5p-16", (0, 1)), ("v5p-64", (0, 7)), ("v5e-16", (1, 3)), ("v6e-16", (1, 3))]
 )
-def test_both_ends_are_hosts_that_the_compiler_takes(name, ends):
+def test_both_ends_are_hosts_that_the_compiler_accepts(name, ends):
     assert find_topology(name).end_hosts == ends
 
 
 @pytest.mark.parametrize("name", ["v5p-31", "V5P-32", "v4-8", ""])
-def test_an_unknown_name_is_told_with_those_that_are_known(name):
-    with pytest.raises(ConfigError) as told:
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
+    with pytest.raises(ConfigError) as refused:
         find_topology(name)
-    assert repr(name) in str(told.value)
-    assert all(known in str(told.value) for known in TOPOLOGIES)
+    assert repr(name) in str(refused.value)
+    assert all(known in str(refused.value) for known in TOPOLOGIES)
 
 
-def test_devices_fall_to_their_hosts_by_id():
+def test_devices_are_assigned_to_their_hosts_by_id():
     hosts = devices_by_host(v5p_32()[::-1])
     assert [[device.id for device in host] for host in hosts] == [list(range(n, n + 4)) for n in range(0, 16, 4)]
 
 
-def test_links_and_hops_are_those_within_the_devices_given():
+def test_links_and_hops_are_counted_within_the_given_devices():
     assert (fewest_links(v5p_32()), farthest_hops(v5p_32())) == (3, 5)
     host = devices_by_host(v5p_32())[0]
     assert (fewest_links(host), farthest_hops(host)) == (2, 2)

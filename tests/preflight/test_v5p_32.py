@@ -1,9 +1,9 @@
-"""The M11 of record on the slice of record, by the compiler for it: what it needs and costs must not get worse.
+"""The M11 of record compiled for the slice of record: its memory and estimated cost must not get worse.
 
     uv run --isolated --extra tpu pytest -m slow tests/preflight/test_v5p_32.py
 
-Minutes of compiling on an idle machine, unless the same programs were compiled before (`preflight.cache`). The figures
-are those of benchmarks/RESULTS.md with a twentieth on top.
+It compiles for minutes on an idle machine, unless the same programs were compiled before (`preflight.cache`). The
+figures are those of benchmarks/RESULTS.md plus a twentieth.
 """
 
 import json
@@ -19,15 +19,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GB = 10**9
-# Of the smallest matrix of a layer, that of keys or of values, in float32.
+# The gradient of the smallest matrix of a layer, that of keys or of values, in float32.
 SMALLEST_GRADIENT_BYTES = 1024 * 4096 * 4
-# In the dtype in which it travels; the hidden states of a batch are 8.6 GB.
+# In the dtype in which it is transferred; the hidden states of a batch are 8.6 GB.
 EMBEDDING_BYTES = 128256 * 4096 * 2
 # 1,088 pages of 128 tokens, keys and values of 2 heads of 128 on each chip, in bfloat16.
 CACHE_OF_A_LAYER_BYTES = 1088 * 128 * 2 * 2 * 128 * 2
 LAYERS = 32
 MOST_BYTES = {"start": 7 * GB, "train": 54 * GB, "hand over": 11 * GB, "empty cache": 16 * GB, "generate": 17 * GB}
-# What the job is held to, whatever a change makes of it.
+# Limits that hold for every change.
 MOST_RATIO = {"train_step": 1.3, "engine_decode_32": 2.5}
 EXPECTED_RATIO = {"train_step": 1.29, "engine_decode_32": 2.49}
 
@@ -49,7 +49,7 @@ def compiled(report, name: str) -> list[dict]:
     return found
 
 
-def test_all_of_it_fits_with_the_trainer_resident(report):
+def test_the_whole_job_fits_with_the_trainer_resident(report):
     assert report["fits"] and not report["failures"]
     totals = {phase["name"]: phase["total_bytes"] for phase in report["phases"]}
     assert set(totals) == set(MOST_BYTES)
@@ -67,19 +67,19 @@ def test_every_host_has_the_same_programs(report):
     assert hosts == {0, 1, 2, 3}
 
 
-def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(report):
+def test_no_weight_gradient_is_all_reduced_in_full(report):
     (train,) = compiled(report, "train_step")
     reduced = [each for each in train["traffic"] if each["kind"] == "all-reduce"]
     assert all(each["largest_bytes"] < SMALLEST_GRADIENT_BYTES for each in reduced), reduced
 
 
-def test_what_is_gathered_in_an_update_are_weights_and_no_hidden_states(report):
+def test_an_update_gathers_weights_and_no_hidden_states(report):
     (train,) = compiled(report, "train_step")
     gathered = [each for each in train["traffic"] if each["kind"] == "all-gather"]
     assert all(each["largest_bytes"] <= EMBEDDING_BYTES for each in gathered), gathered
 
 
-def test_the_handoff_moves_bfloat16_alone(report):
+def test_the_handoff_transfers_only_bfloat16(report):
     (handoff,) = compiled(report, "handoff")
     assert {each["dtype"] for each in handoff["traffic"]} == {"bf16"}
 
@@ -93,6 +93,6 @@ def test_the_cache_is_updated_in_place(report):
 
 
 @pytest.mark.parametrize("name", ["train_step", "engine_decode_32"])
-def test_the_compiler_expects_no_more_over_the_roofline_than_it_did(report, name):
+def test_the_estimate_over_the_roofline_does_not_get_worse(report, name):
     for program in compiled(report, name):
         assert program["estimate_over_roofline"] <= min(1.05 * EXPECTED_RATIO[name], MOST_RATIO[name])

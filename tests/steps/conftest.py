@@ -59,7 +59,7 @@ def pairs_path(tmp_path_factory, model_path):
 
 @pytest.fixture(scope="module")
 def session():
-    """One session for the tests of a file: what one of them compiles, the next need not."""
+    """Return one session for the tests of a file, so that each program is compiled once."""
     session = JobSession()
     yield session
     session.close(None)
@@ -67,7 +67,7 @@ def session():
 
 @pytest.fixture
 def step_run(session, tmp_path):
-    """What the executor hands to a step function, in a job of one process."""
+    """Return the run that the executor hands to a step function, in a job of one process."""
     return StepRun("step", str(tmp_path), Processes(), session, plan=(), replaying=False)
 
 

@@ -1,4 +1,4 @@
-"""A training step that was stopped goes on from its newest checkpoint, to the state of one that never stopped."""
+"""A stopped training step resumes from its newest checkpoint and reaches the state of one that never stopped."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ ON_FAILURE = CheckpointConfig("on_failure")
 
 
 class Killed(BaseException):
-    """What a test stops a step with; like a kill, nothing may handle it."""
+    """Error with which a test stops a step; like a kill, nothing may handle it."""
 
 
 @pytest.fixture
 def run_train(model_path, pairs_path, trainer_config, session, tmp_path):
-    """Runs the step in a folder of `tmp_path`; a trainer that keeps a moving average."""
+    """Return a function that runs the step in a folder of `tmp_path`, with a trainer that keeps a moving average."""
 
     def run(name, checkpoint=NEVER, *, stop_step=3, live=None, version="v", is_used_live=False, **changes):
         path = str(tmp_path / name)
@@ -54,7 +54,7 @@ def run_train(model_path, pairs_path, trainer_config, session, tmp_path):
 
 @pytest.fixture
 def stop_in_update(monkeypatch):
-    """Lets the training of a test end in this update, in the way of the error given."""
+    """Return a function that stops training in a given update with a given error."""
 
     def stop(number, error):
         update = Trainer._update
@@ -71,7 +71,7 @@ def stop_in_update(monkeypatch):
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The finished ones: update -> the folder that orbax wrote."""
+    """Return the finished checkpoints: update -> the folder that orbax wrote."""
     records = [json.loads(path.read_text()) for path in (folder / ".checkpoints").glob("*.json")]
     return {record["step"]: folder / ".checkpoints" / record["name"] for record in records}
 
@@ -80,17 +80,17 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_jsonl(str(folder / "metrics.jsonl"))]
 
 
-def test_a_step_killed_in_its_third_update_goes_on_from_the_second(run_train, stop_in_update, tmp_path):
+def test_a_step_killed_in_its_third_update_resumes_from_the_second(run_train, stop_in_update, tmp_path):
     whole = run_train("whole")
-    let_go = stop_in_update(3, Killed())
+    restore = stop_in_update(3, Killed())
     with pytest.raises(Killed):
         run_train("again", EVERY)
-    let_go()
-    # A killed job records no checkpoint that was still being written; that of the first update is there.
+    restore()
+    # A killed job records no checkpoint that was still being written; that of the first update exists.
     assert set(checkpoints(tmp_path / "again")) <= {1, 2} and checkpoints(tmp_path / "again")
-    let_go = stop_in_update(1, AssertionError("it began again"))
+    restore = stop_in_update(1, AssertionError("training started over"))
     resumed = run_train("again", EVERY)
-    let_go()
+    restore()
     assert resumed.digest == whole.digest
     assert resumed.value.state.ema is not None
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
@@ -101,11 +101,11 @@ def test_a_step_killed_in_its_third_update_goes_on_from_the_second(run_train, st
 
 def test_a_failed_step_leaves_the_state_before_the_update_that_failed(run_train, stop_in_update, tmp_path):
     whole = run_train("whole")
-    let_go = stop_in_update(3, ValueError("the third batch"))
+    restore = stop_in_update(3, ValueError("the third batch"))
     with pytest.raises(ValueError, match="the third batch"):
         run_train("again", ON_FAILURE)
     assert set(checkpoints(tmp_path / "again")) == {2}
-    let_go()
+    restore()
     assert run_train("again", ON_FAILURE).digest == whole.digest
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
 
@@ -118,7 +118,7 @@ def test_a_signal_in_an_update_stops_the_step_after_it_with_a_checkpoint(run_tra
     def terminate(number, frame):
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)  # by default the test itself would end
+    before = signal.signal(signal.SIGTERM, terminate)  # by default the signal would kill the test itself
     update = Trainer._update
 
     def signalled(self, loader, program):
@@ -136,7 +136,7 @@ def test_a_signal_in_an_update_stops_the_step_after_it_with_a_checkpoint(run_tra
     assert set(checkpoints(tmp_path / "stopped")) == {2}
 
 
-def test_a_failure_without_a_whole_state_leaves_no_checkpoint(run_train, monkeypatch, tmp_path):
+def test_a_failure_without_a_complete_state_leaves_no_checkpoint(run_train, monkeypatch, tmp_path):
     def losing(self, batch, program):
         self._lose_state("the device failed")
         raise RuntimeError("the device failed")
@@ -147,41 +147,41 @@ def test_a_failure_without_a_whole_state_leaves_no_checkpoint(run_train, monkeyp
     assert checkpoints(tmp_path / "lost") == {}
 
 
-def test_as_many_are_kept_as_asked_for_and_torn_ones_go(run_train, tmp_path):
+def test_the_requested_number_is_kept_and_incomplete_ones_are_removed(run_train, tmp_path):
     torn = tmp_path / "two" / ".checkpoints" / "00000002-torn"
     torn.mkdir(parents=True)
     (torn / "manifest.ocdbt").write_text("half of it")
     run_train("two", CheckpointConfig("every", 1, keep=2), is_used_live=True)
     found = checkpoints(tmp_path / "two")
-    assert set(found) == {2, 3}  # the last is the one that a replay for the next phase starts from
+    assert set(found) == {2, 3}  # a replay for the next phase starts from the last one
     assert not torn.exists()
     names = {path.name for path in (tmp_path / "two" / ".checkpoints").iterdir()}
     assert names == {path.name for path in found.values()} | {f"{path.name}.json" for path in found.values()}
 
 
-def test_one_is_written_after_every_so_many_updates(run_train, tmp_path):
+def test_one_is_written_at_the_requested_interval(run_train, tmp_path):
     run_train("every_2", CheckpointConfig("every", 2, keep=3), is_used_live=True)
     assert set(checkpoints(tmp_path / "every_2")) == {2, 3}
 
 
-def test_a_replay_takes_the_last_state_and_writes_none(run_train, stop_in_update, tmp_path):
+def test_a_replay_loads_the_last_state_and_writes_none(run_train, stop_in_update, tmp_path):
     first = run_train("first", EVERY, stop_step=2, is_used_live=True)
     before = sorted(path.name for path in (tmp_path / "first" / ".checkpoints").iterdir())
-    let_go = stop_in_update(1, AssertionError("it was computed again"))
+    restore = stop_in_update(1, AssertionError("the phase was computed again"))
     again = run_train("aside", EVERY, stop_step=2, is_used_live=True, replaying=True, recorded="first")
     assert again.digest == first.digest
     assert again.value.step == 2
     assert sorted(path.name for path in (tmp_path / "first" / ".checkpoints").iterdir()) == before
     assert not (tmp_path / "aside" / ".checkpoints").exists()
-    let_go()
+    restore()
     assert run_train("second", live=again.value).digest == run_train("whole").digest
 
 
-def test_a_phase_that_takes_its_trainer_goes_on_from_its_own(run_train, stop_in_update, tmp_path):
-    let_go = stop_in_update(3, ValueError("stopped"))
+def test_a_phase_with_a_live_trainer_resumes_from_its_own_checkpoint(run_train, stop_in_update, tmp_path):
+    restore = stop_in_update(3, ValueError("stopped"))
     with pytest.raises(ValueError, match="stopped"):
         run_train("second", ON_FAILURE, live=run_train("first", stop_step=1).value)
-    let_go()
+    restore()
     live = run_train("first", stop_step=1).value
     resumed = run_train("second", ON_FAILURE, live=live)
     assert resumed.value is live
@@ -189,7 +189,7 @@ def test_a_phase_that_takes_its_trainer_goes_on_from_its_own(run_train, stop_in_
     assert json.loads((tmp_path / "second" / "summary.json").read_text())["first_step"] == 2
 
 
-def test_another_version_s_checkpoint_is_not_used(run_train, tmp_path):
+def test_a_checkpoint_of_another_version_is_not_used(run_train, tmp_path):
     run_train("here", EVERY, stop_step=2, is_used_live=True, version="old")
     found = checkpoints(tmp_path / "here")
     assert run_train("here", EVERY, stop_step=2, is_used_live=True, version="new").value.step == 2
@@ -206,7 +206,7 @@ def test_a_changed_state_is_refused_by_its_digest(run_train, tmp_path):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
 
-def test_files_that_are_gone_are_told_with_what_to_delete(run_train, tmp_path):
+def test_missing_files_are_reported_with_what_to_delete(run_train, tmp_path):
     run_train("here", EVERY, stop_step=2, is_used_live=True)
     ((_, folder),) = checkpoints(tmp_path / "here").items()
     for path in folder.rglob("*"):
@@ -228,14 +228,14 @@ def test_a_checkpoint_of_other_devices_is_refused(run_train, tmp_path):
         run_train("here", EVERY, stop_step=2, is_used_live=True)
 
 
-def test_on_failure_is_refused_in_a_job_of_many_before_any_device_is_touched(run_train):
+def test_on_failure_is_refused_with_many_processes_before_any_device_is_touched(run_train):
     with pytest.raises(ConfigError, match=r"'on_failure' in a job of 2 processes.*Use 'every'"):
         run_train(
             "here", ON_FAILURE, processes=Processes(0, 2, agree=lambda value: value, gather=lambda value: [value])
         )
 
 
-def test_never_writes_nothing(run_train, tmp_path):
+def test_when_never_no_checkpoint_is_written(run_train, tmp_path):
     run_train("here", stop_step=1, is_used_live=True)
     assert not (tmp_path / "here" / ".checkpoints").exists()
 
@@ -250,6 +250,6 @@ def test_never_writes_nothing(run_train, tmp_path):
         (("every", 1, 0), r"checkpoint\.keep is 0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, words):
+def test_invalid_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         CheckpointConfig(*settings)

@@ -1,4 +1,4 @@
-"""export writes a model folder that others read back to the bit, and leaves the trainer as it was."""
+"""export writes a model folder that others read bit for bit, and leaves the trainer unchanged."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from steps.train import TrainConfig, train
 
 @pytest.fixture
 def trainer(model_path, pairs_path, trainer_config, step_run, tmp_path):
-    """A live trainer after two updates, which keeps a moving average."""
+    """Return a live trainer after two updates that keeps a moving average."""
     config = TrainConfig(
         trainer=dataclasses.replace(trainer_config, ema_decay=0.5),
         model_path=model_path,
@@ -53,13 +53,13 @@ def assert_same_bits(got, wanted):
         assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
-def test_float32_comes_back_to_the_bit_and_the_trainer_stays_as_it_was(trainer, run_export, session, model_path):
+def test_float32_is_exported_bit_for_bit_and_the_trainer_is_unchanged(trainer, run_export, session, model_path):
     before, num_launches = trainer.digest(), len(session.programs.ledger.launches)
     path = run_export(trainer)
     assert trainer.digest() == before
     assert load_config(path) == trainer.model_config
     assert_same_bits(read_back(path, jnp.float32), on_host(trainer.params))
-    # Two layers; the embedding and the last norm.
+    # Two layers, the embedding and the final norm.
     assert len(session.programs.ledger.launches) - num_launches == 4
     start = on_host(load_weights(model_path, abstract_llama(trainer.model_config, jnp.float32)))
     assert any((one != other).any() for one, other in zip(read_back(path, jnp.float32), start, strict=True))
@@ -81,7 +81,7 @@ def test_the_average_is_exported_instead_of_the_weights_on_request(trainer, run_
     assert not np.array_equal(on_host(trainer.state.ema)[0], on_host(trainer.params)[0])
 
 
-def test_files_hold_no_more_than_allowed_and_an_attempt_with_other_sizes_leaves_none(trainer, run_export):
+def test_files_respect_the_size_limit_and_an_attempt_with_other_sizes_leaves_none(trainer, run_export):
     path = run_export(trainer)
     assert run_export(trainer, max_shard_bytes=9_000) == path
     names = [entry.relative_path for entry in list_files(path) if entry.relative_path.endswith(".safetensors")]
@@ -93,12 +93,12 @@ def test_files_hold_no_more_than_allowed_and_an_attempt_with_other_sizes_leaves_
     assert_same_bits(read_back(path, jnp.float32), on_host(trainer.params))
 
 
-def test_any_filesystem_serves(trainer, run_export):
+def test_any_filesystem_works(trainer, run_export):
     path = run_export(trainer, output_path="memory://exported/here", max_shard_bytes=9_000)
     assert_same_bits(read_back(path, jnp.float32), on_host(trainer.params))
 
 
-def test_a_bucket_serves(trainer, run_export, gcs_here):
+def test_a_bucket_works(trainer, run_export, gcs_here):
     path = run_export(trainer, output_path=f"{gcs_here}/exported", max_shard_bytes=9_000)
     assert_same_bits(read_back(path, jnp.float32), on_host(trainer.params))
 
@@ -126,7 +126,7 @@ def test_transformers_reads_the_weights(trainer, run_export, dtype):
     names = [entry.relative_path for entry in list_files(path) if entry.relative_path.endswith(".safetensors")]
     stored = {name: tensor for file in names for name, tensor in load_file(f"{path}/{file}").items()}
     read = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    # The tied head has a name of its own there.
+    # The tied head has its own name there.
     assert read.keys() - {"lm_head.weight"} == stored.keys()
     for name, tensor in stored.items():
         np.testing.assert_array_equal(read[name], tensor.astype(np.float32))
@@ -141,18 +141,18 @@ def test_an_average_that_the_run_does_not_keep_is_refused(trainer, run_export):
 def test_the_folder_of_another_model_is_refused(trainer, step_run, tmp_path):
     other = dataclasses.replace(trainer.model_config, num_layers=3)
     (tmp_path / "config.json").write_text(json.dumps(other.to_hf()))
-    with pytest.raises(ConfigError, match="holds a model of another shape"):
+    with pytest.raises(ConfigError, match="contains a model whose shape differs"):
         export(ExportConfig(trainer, str(tmp_path), output_path=str(tmp_path / "out")), step_run)
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"dtype": "float16"}, "dtype of the export is 'float16': give one of float32, bfloat16"),
-        ({"weights": "grads"}, "weights of the export is 'grads': give one of params, ema"),
-        ({"max_shard_bytes": 0}, "max_shard_bytes of the export is 0"),
+        ({"dtype": "float16"}, "export dtype is 'float16'; expected one of float32, bfloat16"),
+        ({"weights": "grads"}, "export weights is 'grads'; expected one of params, ema"),
+        ({"max_shard_bytes": 0}, "export max_shard_bytes is 0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_when_the_step_is_written(setting, words):
+def test_invalid_settings_are_refused_when_the_step_is_defined(setting, words):
     with pytest.raises(ConfigError, match=words):
         ExportConfig(None, "model", **setting)

@@ -1,4 +1,4 @@
-"""fetch_model fills a folder in Hugging Face layout, wherever the model comes from, and says what is missing."""
+"""fetch_model fills a folder in Hugging Face layout from any source, and reports what is missing."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def model_folder(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_a_local_folder_is_copied_without_what_no_step_reads(model_folder, tmp_path):
+def test_a_local_folder_is_copied_without_files_that_no_step_reads(model_folder, tmp_path):
     fetch_model(FetchModelConfig(source=model_folder, output_path=str(tmp_path / "out")))
     assert names(tmp_path / "out") == sorted([*MODEL, "summary.json"])
     assert read_json(str(tmp_path / "out" / "summary.json"))["source"] == model_folder
@@ -55,7 +55,7 @@ def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
     assert "chat_template.jinja" in names(tmp_path / "out")
 
 
-def test_a_folder_that_is_no_model_is_refused_naming_what_is_missing(tmp_path):
+def test_a_folder_without_a_model_is_refused_naming_what_is_missing(tmp_path):
     write_bytes(str(tmp_path / "half" / "config.json"), b"{}")
     with pytest.raises(ModelError, match=r"half.*\*\.safetensors, tokenizer\.json, tokenizer_config\.json missing"):
         fetch_model(FetchModelConfig(source=str(tmp_path / "half"), output_path=str(tmp_path / "out")))
@@ -80,7 +80,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(ModelError, match=r"'owner/model' is no folder that exists.*no route to host.*hf auth login"):
+    with pytest.raises(ModelError, match=r"'owner/model' is not an existing folder.*no route to host.*hf auth login"):
         fetch_model(FetchModelConfig(source="owner/model", output_path=str(tmp_path / "out")))
 
 
@@ -104,7 +104,7 @@ def test_a_wheel_that_is_not_installed_is_downloaded_without_its_dependencies(tm
     assert commands[0][:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
 
 
-def test_an_installed_wheel_of_another_version_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_an_installed_wheel_of_another_version_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", "not found")
     )
@@ -116,10 +116,10 @@ def test_an_installed_wheel_of_another_version_is_not_taken_for_it(tmp_path, mon
     ("fields", "message"),
     [
         ({"source": ""}, "source is empty"),
-        ({"source": "pypi:"}, "names no wheel; write pypi:NAME==VERSION"),
-        ({"source": "pypi:--version"}, "names no wheel; write pypi:NAME==VERSION"),
-        ({"source": SMOLLM2_WHEEL, "revision": "main"}, "revision='main' belongs to hub ids only"),
-        ({"source": "gs://bucket/model", "revision": "main"}, "belongs to hub ids only"),
+        ({"source": "pypi:"}, "does not name a wheel; write pypi:NAME==VERSION"),
+        ({"source": "pypi:--version"}, "does not name a wheel; write pypi:NAME==VERSION"),
+        ({"source": SMOLLM2_WHEEL, "revision": "main"}, "revision='main' is only allowed for hub ids"),
+        ({"source": "gs://bucket/model", "revision": "main"}, "is only allowed for hub ids"),
     ],
 )
 def test_a_wrong_config_is_refused(fields, message):

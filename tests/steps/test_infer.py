@@ -1,4 +1,4 @@
-"""infer writes one row per sample, from a live trainer or from a model folder, and leaves both as they were."""
+"""infer writes one row per sample, from a live trainer or from a model folder, and leaves both unchanged."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from steps.infer import InferConfig, check_same_tokens, infer
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")
-# Where its size is not what is tested, all tests have the same engine, whose programs are compiled once.
+# Tests that do not vary the engine's sizes share this one, so that its programs are compiled once.
 ENGINE = EngineConfig(max_seqs=3, max_seq_len=128, page_size=16, num_pages=24, prefill_chunk_tokens=128)
 
 
@@ -49,7 +49,7 @@ def test_every_prompt_has_a_row_with_all_its_fields(model_path, step_run, tmp_pa
     assert list(read_jsonl(f"{tmp_path}/all_hosts_merged_of_0001.jsonl")) == rows
 
 
-def test_the_summary_counts_what_the_rows_hold(model_path, step_run, tmp_path):
+def test_the_summary_matches_the_rows(model_path, step_run, tmp_path):
     infer(config_for(model_path, tmp_path), step_run)
     rows, summary = rows_of(tmp_path), read_json(f"{tmp_path}/summary.json")
     assert (summary["prompts"], summary["rows"]) == (3, 3)
@@ -58,7 +58,7 @@ def test_the_summary_counts_what_the_rows_hold(model_path, step_run, tmp_path):
     assert min(summary["prefill_seconds"], summary["decode_seconds"], summary["tokens_per_second"]) > 0
 
 
-def test_samples_of_one_prompt_differ_and_the_seed_repeats_them(model_path, step_run, tmp_path):
+def test_samples_of_one_prompt_differ_and_are_reproducible_by_seed(model_path, step_run, tmp_path):
     for name in ("a", "b"):
         sampling = SamplingParams(max_tokens=6, n=2)
         infer(config_for(model_path, tmp_path / name, sampling=sampling), step_run)
@@ -68,10 +68,8 @@ def test_samples_of_one_prompt_differ_and_the_seed_repeats_them(model_path, step
     assert [row["generated_tokens"] for row in rows] == [row["generated_tokens"] for row in rows_of(tmp_path / "b")]
 
 
-def test_a_borrowed_trainer_is_generated_from_and_left_as_it_was(
-    model_path, pairs_path, trainer_config, step_run, tmp_path
-):
-    # Updates this large leave no doubt whose parameters answer.
+def test_a_borrowed_trainer_generates_and_is_left_unchanged(model_path, pairs_path, trainer_config, step_run, tmp_path):
+    # Updates this large leave no doubt whose parameters generate.
     large = dataclasses.replace(trainer_config, optimizer=OptimizerConfig(learning_rate=0.1))
     phase = TrainConfig(
         trainer=large,
@@ -96,18 +94,18 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model_
     assert list_files(str(tmp_path)) == []
 
 
-def test_an_engine_for_longer_sequences_than_the_models_is_refused(model_path, step_run, tmp_path):
+def test_a_max_seq_len_beyond_the_models_is_refused(model_path, step_run, tmp_path):
     with pytest.raises(CapacityError, match=r"engine.max_seq_len is 129.*up to 128 tokens"):
         infer(config_for(model_path, tmp_path, engine=EngineConfig(max_seqs=4, max_seq_len=129)), step_run)
 
 
-def test_in_one_process_one_engine_over_all_devices_is_the_same(model_path, step_run, tmp_path):
+def test_in_one_process_both_modes_give_the_same_rows(model_path, step_run, tmp_path):
     for mode in ("host_data_parallel", "global_mesh"):
         infer(config_for(model_path, tmp_path / mode, mode=mode), step_run)
     assert rows_of(tmp_path / "global_mesh") == rows_of(tmp_path / "host_data_parallel")
 
 
-def test_hosts_that_drew_other_tokens_from_one_engine_are_told():
+def test_hosts_that_drew_different_tokens_from_one_engine_are_reported():
     def check_both(*drawn):
         said = []
         completed = [
@@ -118,7 +116,7 @@ def test_hosts_that_drew_other_tokens_from_one_engine_are_told():
         check_same_tokens(Processes(process_index=0, process_count=2, gather=lambda digest: said), completed[0])
 
     check_both((5, 6, 7), (5, 6, 7))
-    with pytest.raises(CoordinationError, match="gave process 1 other tokens than process 0"):
+    with pytest.raises(CoordinationError, match="returned different tokens to process 1 than to process 0"):
         check_both((5, 6, 7), (5, 6, 8))
 
 
@@ -143,7 +141,7 @@ def test_rows_of_uneven_and_empty_shards_are_merged_in_order(tmp_path, shards):
         ([[0, 2], [1, 3]], r"host_0000_of_0002.jsonl: row 1 is .* \(0, 2, 0\), expected \(0, 1, 0\)"),
     ],
 )
-def test_rows_that_are_not_those_of_their_shard_are_refused(tmp_path, shards, message):
+def test_rows_that_do_not_belong_to_their_shard_are_refused(tmp_path, shards, message):
     write_shards(tmp_path, shards)
     with pytest.raises(DataError, match=message):
         list(merge_rows(str(tmp_path), 4, 1, 2))
@@ -164,7 +162,7 @@ def test_a_wrong_mode_is_refused():
 
 
 def test_rows_are_readable_while_others_are_still_generated(model_path, step_run, tmp_path, monkeypatch):
-    """Every row is aside, whole, when its step fails; the next run starts anew and leaves the final files only."""
+    """Every finished row is in the temporary file when the step fails; the next run leaves only the final files."""
     unfinished, seen = f"{tmp_path}/{unfinished_file(0, 1)}", []
 
     def fail_at_the_fifth_row(self, ended):
@@ -182,18 +180,18 @@ def test_rows_are_readable_while_others_are_still_generated(model_path, step_run
     )
     with pytest.raises(RuntimeError, match="a planted error"):
         infer(config, step_run)
-    assert 0 < len(seen[0]) < 12, "nothing was streamed while others went on"
-    aside = [(row["global_prompt_index"], row["generated_tokens"]) for row in read_finished_rows(unfinished)]
-    assert aside == seen[-1]
+    assert 0 < len(seen[0]) < 12, "no row was streamed while others were still generated"
+    streamed = [(row["global_prompt_index"], row["generated_tokens"]) for row in read_finished_rows(unfinished)]
+    assert streamed == seen[-1]
     monkeypatch.undo()
     infer(config, step_run)
     final = [(row["global_prompt_index"], row["generated_tokens"]) for row in rows_of(tmp_path)]
-    assert len(final) == 12 and set(map(repr, aside)) <= set(map(repr, final))
+    assert len(final) == 12 and set(map(repr, streamed)) <= set(map(repr, final))
     names = {entry.relative_path for entry in list_files(str(tmp_path))}
     assert names == {host_file(0, 1), merged_file(1), "summary.json"}
 
 
-def test_a_stop_string_ends_a_sample_and_is_left_out_of_its_text(model_path, step_run, tmp_path):
+def test_a_stop_string_stops_a_sample_and_is_excluded_from_its_text(model_path, step_run, tmp_path):
     sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     infer(config_for(model_path, tmp_path / "whole", sampling=sampling), step_run)
     whole = rows_of(tmp_path / "whole")[0]["generated_text"]
@@ -207,7 +205,7 @@ def test_a_stop_string_ends_a_sample_and_is_left_out_of_its_text(model_path, ste
 
 
 @pytest.mark.parametrize(("ignore_eos", "reasons"), [(True, {"length"}), (False, {"length", "stop"})])
-def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
+def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(
     model_path, step_run, tmp_path, ignore_eos, reasons
 ):
     sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
@@ -217,14 +215,14 @@ def test_the_tokenizers_end_tokens_end_a_sample_unless_they_are_ignored(
     assert {row["generated_tokens"][-1] for row in rows if row["finish_reason"] == "stop"} <= {257, 260}
 
 
-def test_own_stop_tokens_come_on_top_of_the_tokenizers(model_path, step_run, tmp_path):
+def test_custom_stop_tokens_are_added_to_those_of_the_tokenizer(model_path, step_run, tmp_path):
     sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
     infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
     ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
     assert ends == {100, 101, 257, 260}
 
 
-def test_rows_have_log_probabilities_when_they_are_asked_for_and_only_then(model_path, step_run, tmp_path):
+def test_rows_have_log_probabilities_only_when_requested(model_path, step_run, tmp_path):
     for asked in (None, 0, 3):
         infer(config_for(model_path, tmp_path / str(asked), sampling=SamplingParams(6, logprobs=asked)), step_run)
     without, chosen, top = (rows_of(tmp_path / name)[0] for name in ("None", "0", "3"))
@@ -239,7 +237,7 @@ def test_rows_have_log_probabilities_when_they_are_asked_for_and_only_then(model
 
 
 MANY = PromptsConfig(synthetic_prompt_count=1024, synthetic_prompt_template="{index}")
-# Room for one more token after the longest prompt, so that whatever is cut off would show.
+# Every sample has exactly 20 tokens, so that a truncated one would show.
 FEW = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
@@ -252,7 +250,7 @@ def tokens_of_every_row(output_path, num_prompts):
 
 
 @pytest.mark.slow
-def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, step_run, tmp_path):
+def test_1024_prompts_need_no_setting_and_none_is_dropped_or_truncated(model_path, step_run, tmp_path):
     config = config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, engine=EngineConfig(), chat=False)
     infer(config, step_run)
     tokens_of_every_row(tmp_path, 1024)
@@ -260,12 +258,12 @@ def test_1024_prompts_need_no_setting_and_none_is_dropped_or_cut(model_path, ste
 
 
 @pytest.mark.slow
-def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path, step_run, tmp_path):
+def test_engines_too_small_for_all_work_at_once_give_the_same_rows(model_path, step_run, tmp_path):
     prompts = PromptsConfig(synthetic_prompt_count=40, synthetic_prompt_template="prompt {index} of many")
     sizes = {
         "derived": EngineConfig(),
-        # Few sequences, pages for two whole ones, a prefill smaller than a prompt, calls that end at no multiple of
-        # anything.
+        # Few sequences, pages for two complete ones, a prefill smaller than a prompt, and a number of steps per call
+        # that divides no length.
         "narrow": EngineConfig(max_seqs=3, page_size=8, num_pages=12, prefill_chunk_tokens=8, decode_steps_per_call=7),
     }
     found = {}
@@ -278,11 +276,11 @@ def test_engines_too_small_for_the_work_at_once_serve_all_of_it_alike(model_path
 
 
 def beside_a_host(step_run, work, memory_bytes):
-    """A run in which another host tells its work and memory."""
+    """Return a run in which another host reports its work and memory."""
 
     def gather(value):
-        told_sizes = isinstance(value, dict) and "memory_bytes" in value
-        return [value, {"work": work or value["work"], "memory_bytes": memory_bytes}] if told_sizes else [value]
+        reports_sizes = isinstance(value, dict) and "memory_bytes" in value
+        return [value, {"work": work or value["work"], "memory_bytes": memory_bytes}] if reports_sizes else [value]
 
     return dataclasses.replace(step_run, processes=Processes(gather=gather))
 

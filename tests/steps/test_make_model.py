@@ -1,4 +1,4 @@
-"""make_model writes a model that every later step can read, and the same one for the same seed."""
+"""make_model writes a model that every later step can read, and the same model for the same seed."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""prepare_pairs turns records into a tokenised output and counts what did not fit."""
+"""prepare_pairs turns records into a tokenised output and counts the pairs that did not fit."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_too_long_pairs_are_an_error_by_default(prepare):
         prepare(max_length=60)
 
 
-def test_held_out_pairs_lie_in_a_file_of_their_own_and_are_not_trained_on(prepare, tmp_path):
+def test_held_out_pairs_are_in_a_separate_file_and_not_trained_on(prepare, tmp_path):
     everything, _ = prepare()
     training, summary = prepare(validation_fraction=0.5)
     held_out = read_pairs(str(tmp_path / "out" / "validation.parquet"))

@@ -1,4 +1,4 @@
-"""The report shows what was in its inputs, all of it as text, on a page that needs nothing else."""
+"""The report shows the content of its inputs, all of it as text, on a self-contained page."""
 
 import dataclasses
 import html.parser
@@ -89,7 +89,7 @@ def make_run(folder: Path, *outputs: str, processes: Processes | None = None) ->
 
 @pytest.fixture
 def m11(tmp_path: Path) -> tuple[ReportConfig, StepRun]:
-    """Inputs of the shape the main job has: 2 updates, generation, 5 updates."""
+    """Return inputs of the same shape as in the main job: 2 updates, generation, 5 updates."""
     train_2 = write_train_output(tmp_path, "train-2", range(1, 3))
     train_5 = write_train_output(tmp_path, "train-5", range(3, 8))
     infer = write_infer_output(tmp_path, [HOSTILE, "plain", "words", "more"])
@@ -104,7 +104,7 @@ def m11(tmp_path: Path) -> tuple[ReportConfig, StepRun]:
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see: elements with their attributes, and text by table cell or block."""
+    """Page as a browser would see it: elements with their attributes, and text by table cell or block."""
 
     VOID = ("meta",)
 
@@ -146,12 +146,12 @@ def test_the_page_shows_plan_metrics_generation_samples_timings_and_digests(m11:
     for expected in (
         *("train-2", "infer-128", "train-5", "RUN", "never ran <before>", "123abc", config.train_outputs[0]),
         *DIGESTS.values(),
-        *("margin", "0.1429", "-0.7", "34.5", "12.5", "8,192", "21.5", "ended by length"),
+        *("margin", "0.1429", "-0.7", "34.5", "12.5", "8,192", "21.5", "finish reason: length"),
         *("Question 0?", "Question 2?", "words"),
         *("7 updates", "loss 1 to 0.1429", "8,192 tokens generated at 400 tok/s"),
     ):
         assert expected in texts, expected
-    assert "plain" not in texts, "two of the four samples were asked for: the first and the third"
+    assert "plain" not in texts, "two of the four samples were requested: the first and the third"
 
 
 def test_hostile_text_stays_text_in_html(m11: tuple[ReportConfig, StepRun]):
@@ -229,7 +229,7 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     for expected in (
         *("Held-out pairs", "Accuracy on held-out pairs", "held-out accuracy 0.4 to 1"),
         *("0.400 (0.168 to 0.687)", "1.000 (0.722 to 1.000)", "accuracy at update 7: 1"),
-        # 6 of 10 gained, none lost.
+        # 6 of 10 pairs gained, none lost.
         "0.600 (0.173 to 0.827)",
     ):
         assert expected in page.texts, (expected, [text for text in page.texts if "0.6" in text])
@@ -241,11 +241,11 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     assert summary["held_out_margin_gain"] is None, "10 pairs are too few"
 
 
-def test_what_the_margin_gained_is_shown_with_its_interval(m11: tuple[ReportConfig, StepRun]):
+def test_the_margin_gain_is_shown_with_its_interval(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     write_evaluations(config.train_outputs[0], {0: [-1.0] * 18 + [1.0] * 12, 2: [1.0] * 30})
     report(config, run)
-    # By 2 in 18 of 30 pairs: by 1.2, give or take 1.96 * 0.9965 / sqrt(30).
+    # A gain of 2 in 18 of 30 pairs: 1.2 on average, plus or minus 1.96 * 0.9965 / sqrt(30).
     assert "1.200 (0.843 to 1.557)" in Page(written(config, "report.html")).texts
     assert json.loads(written(config, "summary.json"))["held_out_margin_gain"]["value"] == pytest.approx(1.2)
 
@@ -296,7 +296,7 @@ def test_a_train_output_without_rows_is_refused(tmp_path: Path):
         report(config, make_run(tmp_path, output))
 
 
-def test_a_train_output_that_is_not_there_is_named(tmp_path: Path):
+def test_a_missing_train_output_is_named(tmp_path: Path):
     config = ReportConfig(title="t", train_outputs=(str(tmp_path / "gone"),), output_path=str(tmp_path / "out"))
     with pytest.raises(StorageError, match="gone"):
         report(config, make_run(tmp_path))
@@ -328,7 +328,7 @@ def test_a_negative_number_of_samples_is_refused():
         (math.inf, "inf"),
     ],
 )
-def test_numbers_are_shown_for_people(value: float | None, shown: str):
+def test_numbers_are_formatted_for_people(value: float | None, shown: str):
     assert show_number(value) == shown
 
 
@@ -339,7 +339,7 @@ def test_samples_are_spread_evenly_and_never_more_than_there_are():
     assert spread([], 3) == ()
 
 
-def test_markdown_cells_hold_one_line_that_cannot_end_them():
+def test_markdown_cells_contain_one_line_that_cannot_end_them():
     assert markdown_cell("a|b\nc <i>*d*</i>") == r"a\|b c \<i\>\*d\*\</i\>"
 
 

@@ -1,4 +1,4 @@
-"""train runs its phase of the run, writes a row per update, and hands on a live trainer it can go on with."""
+"""train runs its phase of the run, writes a row per update, and hands on a live trainer that it can resume from."""
 
 import dataclasses
 import shutil
@@ -57,25 +57,25 @@ def test_the_summary_adds_up_the_rows(run_phase):
 
 def test_a_trainer_of_another_run_is_refused(run_phase, trainer_config):
     first, _, _ = run_phase(1)
-    with pytest.raises(ConfigError, match="live trainer is of another run"):
+    with pytest.raises(ConfigError, match="live trainer belongs to another run"):
         run_phase(2, live=first.value, trainer=dataclasses.replace(trainer_config, seed=1))
 
 
 @pytest.mark.parametrize("stop_step", [0, 4])
 def test_a_stop_outside_the_run_is_refused_before_anything_runs(run_phase, stop_step):
-    with pytest.raises(ConfigError, match=f"stop_step is {stop_step}, and the run has updates 1 to 3"):
+    with pytest.raises(ConfigError, match=f"stop_step is {stop_step}; expected 1 to 3, the updates of the run"):
         run_phase(stop_step)
 
 
-def test_held_out_pairs_are_evaluated_before_the_first_update_every_so_many_and_after_the_last(
+def test_held_out_pairs_are_evaluated_before_the_first_update_periodically_and_after_the_last(
     run_phase, tmp_path, pairs_path
 ):
     plain, _, _ = run_phase(3)
     first, _, _ = run_phase(1, eval_every=2)
     assert evaluated_after(tmp_path / "to-1") == [0]
     second, _, _ = run_phase(3, live=first.value, eval_every=2)
-    assert evaluated_after(tmp_path / "to-3") == [2, 3], "not again what the phase before evaluated"
-    assert second.digest == plain.digest, "an evaluation leaves no trace"
+    assert evaluated_after(tmp_path / "to-3") == [2, 3], "the evaluation of the previous phase must not be repeated"
+    assert second.digest == plain.digest, "an evaluation must not change the state"
     row = next(read_jsonl(str(tmp_path / "to-3" / "evaluations.jsonl")))
     held_out = len(read_pairs(f"{pairs_path}/validation.parquet"))
     assert row["pairs"] == len(row["margins"]) == held_out
@@ -104,7 +104,7 @@ def test_an_evaluation_without_held_out_pairs_is_refused_before_a_device_is_touc
         run_phase(1, pairs_path=str(copied), eval_every=1)
 
 
-def test_a_token_that_the_model_does_not_know_is_refused_before_a_device_is_touched(
+def test_a_token_outside_the_vocabulary_is_refused_before_a_device_is_touched(
     run_phase, pairs_path, tmp_path, monkeypatch
 ):
     pairs = read_pairs(pairs_file(pairs_path))
@@ -151,7 +151,7 @@ def test_several_datasets_are_read_by_weight(run_phase, pairs_path, tmp_path, tr
 
 
 @pytest.mark.slow
-def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_phase, session, monkeypatch, tmp_path):
+def test_the_profiled_update_writes_a_trace_and_changes_no_result(run_phase, session, monkeypatch, tmp_path):
     plain, _, _ = run_phase(3)
     monkeypatch.setattr(session, "profile", 2)
     traced, _, _ = run_phase(3)
@@ -162,10 +162,12 @@ def test_the_profiled_update_leaves_a_trace_and_the_numbers_alone(run_phase, ses
     assert len([name for name in names if name.startswith("$trainer.py") and name.endswith(" _update")]) == 1
 
 
-def test_a_profile_of_an_update_that_does_not_run_is_refused_or_told(run_phase, session, step_run, monkeypatch, caplog):
+def test_a_profile_of_an_update_that_does_not_run_is_refused_or_reported(
+    run_phase, session, step_run, monkeypatch, caplog
+):
     monkeypatch.setattr(session, "profile", 4)
     monkeypatch.setattr("steps.train._start", None)
-    with pytest.raises(ConfigError, match="--profile 4: the run has updates 1 to 3"):
+    with pytest.raises(ConfigError, match="--profile is 4; expected 1 to 3, the updates of the run"):
         run_phase(3)
     skipped = JobSession(profile=2)
     skipped.close(None)

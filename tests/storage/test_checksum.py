@@ -17,7 +17,7 @@ def test_the_empty_file_has_the_zero_checksum_with_all_its_digits(folder):
 
 
 @pytest.mark.parametrize("position", [0, 1_500_000, 3_000_000])
-def test_a_file_of_several_pieces_differs_when_one_byte_differs(folder, position):
+def test_the_checksum_of_a_file_of_several_chunks_depends_on_every_byte(folder, position):
     data = bytearray(3_000_001)
     write_bytes(join(folder, "zeros"), bytes(data))
     data[position] = 1
@@ -25,6 +25,6 @@ def test_a_file_of_several_pieces_differs_when_one_byte_differs(folder, position
     assert crc32c_of(join(folder, "zeros")) != crc32c_of(join(folder, "one"))
 
 
-def test_the_checksum_of_nothing_is_an_error(folder):
+def test_the_checksum_of_a_missing_file_is_an_error(folder):
     with pytest.raises(PathNotFoundError):
         crc32c_of(join(folder, "nothing"))

@@ -18,19 +18,19 @@ from simpo_pipeline.storage.paths import join
 FILES = ConditionalFiles()
 
 
-def test_only_the_first_creation_succeeds(any_folder):
-    path = join(any_folder, "deep/x")
+def test_only_the_first_creation_succeeds(folder):
+    path = join(folder, "deep/x")
     assert FILES.create(path, b"first") is not None
     assert FILES.create(path, b"second") is None
     assert read_bytes(path) == b"first"
-    assert [entry.relative_path for entry in list_files(any_folder)] == ["deep/x"]
+    assert [entry.relative_path for entry in list_files(folder)] == ["deep/x"]
 
 
-def test_a_file_is_replaced_only_while_it_is_as_expected(any_folder):
-    path = join(any_folder, "x")
+def test_a_file_is_replaced_only_at_the_expected_version(folder):
+    path = join(folder, "x")
     assert FILES.replace(path, "123", b"b") is None
     first = FILES.create(path, b"a")
-    second = FILES.replace(path, first, b"a")  # the same content is another version
+    second = FILES.replace(path, first, b"a")  # the same content makes a new version
     assert second is not None
     assert second != first
     assert FILES.replace(path, first, b"c") is None
@@ -39,15 +39,15 @@ def test_a_file_is_replaced_only_while_it_is_as_expected(any_folder):
     assert FILES.read(path) == (b"c", third)
 
 
-def test_a_write_without_conditions_makes_another_version(any_folder):
-    path = join(any_folder, "x")
+def test_an_unconditional_write_makes_a_new_version(folder):
+    path = join(folder, "x")
     first = FILES.create(path, b"a")
     write_bytes(path, b"a")
     assert FILES.replace(path, first, b"c") is None
 
 
-def test_a_file_is_removed_only_while_it_is_as_expected(any_folder):
-    path = join(any_folder, "x")
+def test_a_file_is_removed_only_at_the_expected_version(folder):
+    path = join(folder, "x")
     first = FILES.create(path, b"a")
     assert first is not None
     second = FILES.replace(path, first, b"b")
@@ -56,21 +56,21 @@ def test_a_file_is_removed_only_while_it_is_as_expected(any_folder):
     assert exists(path)
     assert FILES.remove(path, second)
     assert not exists(path)
-    assert FILES.remove(path, second)  # gone is gone, whoever did it
+    assert FILES.remove(path, second)  # removing a missing file succeeds, whoever removed it
 
 
-def test_a_listing_tells_the_versions(any_folder):
-    version = FILES.create(join(any_folder, "x"), b"a")
-    assert [entry.version for entry in list_files(any_folder)] == [version]
-    assert FILES.version_of(join(any_folder, "x")) == version
-    assert FILES.version_of(join(any_folder, "y")) is None
+def test_a_listing_contains_the_versions(folder):
+    version = FILES.create(join(folder, "x"), b"a")
+    assert [entry.version for entry in list_files(folder)] == [version]
+    assert FILES.version_of(join(folder, "x")) == version
+    assert FILES.version_of(join(folder, "y")) is None
     with pytest.raises(PathNotFoundError):
-        FILES.read(join(any_folder, "y"))
+        FILES.read(join(folder, "y"))
 
 
 @pytest.mark.parametrize("expected_is_there", [False, True])
-def test_of_many_threads_at_one_version_exactly_one_wins(any_folder, expected_is_there):
-    path = join(any_folder, "x")
+def test_exactly_one_of_many_concurrent_writers_wins(folder, expected_is_there):
+    path = join(folder, "x")
     expected = FILES.create(path, b"old") if expected_is_there else None
     start = threading.Barrier(8)
     winners: list[int] = []
@@ -100,7 +100,7 @@ def test_creation_is_exclusive_where_there_are_no_hard_links(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_lock_that_is_never_given_up_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_that_is_never_released_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = str(tmp_path / "x")
     version = FILES.create(path, b"old")
     monkeypatch.setattr(local_versions, "_LOCK_WAIT_SECONDS", 0.05)
@@ -109,19 +109,19 @@ def test_a_lock_that_is_never_given_up_is_an_error_that_says_so(tmp_path: Path, 
     assert FILES.replace(path, version, b"new") is not None
 
 
-def test_a_file_system_without_conditional_writes_is_refused_unless_told_otherwise():
+def test_a_file_system_without_conditional_writes_is_refused_without_unsafe_locks():
     with pytest.raises(StorageError, match="pass --unsafe_locks"):
         FILES.create("ftp://host/x", b"")
     ConditionalFiles(unsafe_locks=True).check("ftp://host/x")
 
 
 class Plain(MemoryFileSystem):
-    """A file system that offers nothing but reading and writing."""
+    """File system that only supports reading and writing."""
 
     protocol = "plain"
 
 
-def test_without_locks_it_still_compares():
+def test_versions_are_still_compared_with_unsafe_locks():
     fsspec.register_implementation("plain", Plain, clobber=True)
     files = ConditionalFiles(unsafe_locks=True)
     first = files.create("plain://x", b"a")

@@ -1,4 +1,4 @@
-"""No writer of this room changes anything behind a fence that refuses."""
+"""No writer of the storage package changes anything behind a closed fence."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from simpo_pipeline.storage.staging import staged_folder
 
 
 class Closed:
-    """A fence that lets nothing through, from some moment on."""
+    """Fence that refuses every write after the first `passes` checks."""
 
     def __init__(self, passes: int = 0):
         self.passes = passes
@@ -45,7 +45,7 @@ def open_rows(path: str) -> None:
 
 
 @pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), stream, upload_file, remove_tree, open_rows])
-def test_what_lies_behind_a_closed_fence_stays(folder, write: Callable[[str], None]):
+def test_files_behind_a_closed_fence_are_unchanged(folder, write: Callable[[str], None]):
     path = join(folder, "step/x")
     write_text(path, "old")
     with fenced(join(folder, "step"), Closed()), pytest.raises(LeaseLostError):
@@ -54,7 +54,7 @@ def test_what_lies_behind_a_closed_fence_stays(folder, write: Callable[[str], No
     assert [entry.relative_path for entry in list_files(folder)] == ["step/x"]
 
 
-def test_a_fence_that_closes_while_a_file_is_written_keeps_it_from_its_place(tmp_path: Path):
+def test_a_file_does_not_appear_if_the_fence_closes_while_it_is_written(tmp_path: Path):
     path = str(tmp_path / "step/x")
     write_text(path, "old")
     with fenced(str(tmp_path / "step"), Closed(passes=1)), pytest.raises(LeaseLostError):
@@ -80,7 +80,7 @@ def test_a_staged_folder_is_not_uploaded_behind_a_closed_fence():
     assert list_files("memory://staged") == []
 
 
-def test_other_places_are_written_all_the_same(folder):
+def test_paths_outside_the_fence_can_be_written(folder):
     with fenced(join(folder, "step"), Closed()), fenced(join(folder, "step"), Closed()):
         write_text(join(folder, "step-2/x"), "new")
         write_text(join(folder, "y"), "new")

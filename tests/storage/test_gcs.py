@@ -1,4 +1,4 @@
-"""Google Cloud Storage over HTTP: listings in pages, and writes whose answers are lost."""
+"""Google Cloud Storage over HTTP: paged listings, and writes whose responses are lost."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from simpo_pipeline.storage.paths import join
 FILES = ConditionalFiles()
 
 
-def test_a_listing_of_many_pages_is_whole_and_tells_checksums(gcs, gcs_here):
+def test_a_listing_of_many_pages_is_complete_and_has_checksums(gcs, gcs_here):
     names = [f"{number // 100}/{number}" for number in range(1_010)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: write_bytes(join(gcs_here, name), b"123456789"), names))
@@ -27,7 +27,7 @@ def test_a_listing_of_many_pages_is_whole_and_tells_checksums(gcs, gcs_here):
 
 
 @pytest.mark.parametrize("fault", ["cut_after", "cut_before"])
-def test_a_conditional_write_whose_answer_was_lost_knows_that_it_was_done(gcs, gcs_here, fault):
+def test_a_conditional_write_whose_response_was_lost_reports_success(gcs, gcs_here, fault):
     path = join(gcs_here, "lock")
     gcs.faults(kinds=[fault], times=1, methods=["POST"])
     first = FILES.create(path, b"one")
@@ -38,7 +38,7 @@ def test_a_conditional_write_whose_answer_was_lost_knows_that_it_was_done(gcs, g
     assert FILES.read(path) == (b"one", second)
 
 
-def test_a_removal_whose_answer_was_lost_is_a_removal(gcs, gcs_here):
+def test_a_removal_whose_response_was_lost_reports_success(gcs, gcs_here):
     path = join(gcs_here, "lock")
     version = FILES.create(path, b"one")
     assert version is not None
@@ -47,15 +47,15 @@ def test_a_removal_whose_answer_was_lost_is_a_removal(gcs, gcs_here):
     assert list_files(gcs_here) == []
 
 
-def test_a_write_that_another_one_followed_is_not_taken_for_the_last(gcs, gcs_here):
+def test_an_outdated_write_fails_even_if_the_content_is_the_same(gcs, gcs_here):
     path = join(gcs_here, "lock")
     first = FILES.create(path, b"one")
     assert FILES.replace(path, first, b"two") is not None
-    assert FILES.replace(path, first, b"two") is None  # the same content, by someone else
+    assert FILES.replace(path, first, b"two") is None  # the same content, but written by another writer
     assert read_bytes(path) == b"two"
 
 
-def test_a_bucket_that_is_not_there_is_an_error_that_names_the_path(gcs_here):
+def test_a_missing_bucket_is_an_error_that_names_the_path(gcs_here):
     path = "gs://no-such-bucket/lock"
     with pytest.raises(PathNotFoundError, match="no-such-bucket"):
         FILES.create(path, b"one")

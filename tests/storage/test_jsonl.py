@@ -34,7 +34,7 @@ def test_flushed_rows_can_be_read_while_the_writer_is_open(folder):
     assert list(read_jsonl(join(folder, "x"))) == [{"n": 1}, {"n": 2}]
 
 
-def test_a_step_that_runs_again_starts_its_log_again(folder):
+def test_a_step_that_runs_again_starts_a_new_log(folder):
     for number in (1, 2):
         with JsonlWriter(join(folder, "x")) as writer:
             writer.write({"n": number})
@@ -48,7 +48,7 @@ def test_rows_written_before_an_error_are_kept(folder):
     assert list(read_jsonl(join(folder, "x"))) == [{"n": 1}]
 
 
-def test_a_full_disk_is_a_storage_error_also_where_the_rest_cannot_be_written_at_the_end(tmp_path: Path):
+def test_a_full_disk_is_a_storage_error_even_if_the_last_flush_fails(tmp_path: Path):
     program = (
         "import resource, signal, sys\n"
         "from simpo_pipeline.errors import StorageError\n"
@@ -80,7 +80,7 @@ def test_rows_written_before_a_kill_are_kept(tmp_path: Path):
     assert list(read_jsonl(str(path))) == [{"n": 1}]
 
 
-def test_a_row_that_is_not_json_is_refused_and_leaves_no_half_line(folder):
+def test_a_row_that_is_not_json_is_refused_and_leaves_no_partial_line(folder):
     with JsonlWriter(join(folder, "x")) as writer:
         with pytest.raises(DataError, match="not JSON"):
             writer.write({"n": object()})

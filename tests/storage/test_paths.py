@@ -24,12 +24,12 @@ def test_joined_paths_have_one_slash_between_neighbours(base, parts, joined):
 
 
 @pytest.mark.parametrize("part", ["/etc", "gs://other/x"])
-def test_a_part_that_would_leave_the_base_is_refused(part):
+def test_a_part_that_would_escape_the_base_is_refused(part):
     with pytest.raises(StorageError, match="must be relative"):
         paths.join("/a", part)
 
 
-def test_local_paths_are_told_from_urls():
+def test_local_paths_are_distinguished_from_urls():
     assert [paths.is_local(path) for path in ("/a", "a/b", "file:///a", "gs://b/a", "memory://a", "hf://x")] == [
         True,
         True,
@@ -40,7 +40,7 @@ def test_local_paths_are_told_from_urls():
     ]
 
 
-def test_a_url_that_lost_a_slash_is_refused_with_its_repair():
+def test_a_url_that_lost_a_slash_is_refused_with_the_corrected_url():
     with pytest.raises(ConfigError, match="gs://bucket/x"):
         paths.absolute("gs:/bucket/x")
 
@@ -52,7 +52,7 @@ def test_absolute_paths_do_not_depend_on_the_working_directory():
     assert paths.absolute("gs://bucket/a/") == "gs://bucket/a"
 
 
-def test_parent_and_base_name_take_a_path_apart():
+def test_parent_and_base_name_split_a_path():
     assert paths.parent("gs://bucket/a/b") == "gs://bucket/a"
     assert paths.base_name("gs://bucket/a/b/") == "b"
     assert paths.is_relative("a") and not paths.is_relative("/a") and not paths.is_relative("gs://a")

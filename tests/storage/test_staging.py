@@ -1,4 +1,4 @@
-"""A staged folder is filled locally and ends up at its path, whole or not at all."""
+"""A staged folder is filled locally and then uploaded to its path, completely or not at all."""
 
 import uuid
 
@@ -14,7 +14,7 @@ def target(request, tmp_path):
     return str(tmp_path / "a" / "b") if request.param == "local" else f"memory://{uuid.uuid4().hex}/b"
 
 
-def test_files_of_all_depths_arrive(target):
+def test_files_at_all_depths_are_uploaded(target):
     with staged_folder(target) as folder:
         (folder / "x.txt").write_text("one")
         (folder / "sub").mkdir()

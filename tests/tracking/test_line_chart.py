@@ -1,4 +1,4 @@
-"""A chart's geometry: points inside the box, round ticks, gaps where there is no number."""
+"""The geometry of a chart: points inside the box, round ticks, gaps where a value is not finite."""
 
 import math
 
@@ -12,7 +12,7 @@ from simpo_pipeline.tracking.line_chart import Series, layout_chart, ticks
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50),
 )
-def test_all_points_lie_inside_the_box(ys: list[float]):
+def test_all_points_are_inside_the_box(ys: list[float]):
     chart = layout_chart("any", [Series("y", tuple((float(x), y) for x, y in enumerate(ys)))])
     assert chart is not None
     [line] = chart.lines
@@ -20,7 +20,7 @@ def test_all_points_lie_inside_the_box(ys: list[float]):
     assert all(chart.left <= dot.x <= chart.right and chart.top <= dot.y <= chart.bottom for dot in line.dots)
 
 
-def test_larger_values_lie_higher_and_later_updates_further_right():
+def test_larger_values_are_higher_and_later_updates_further_right():
     chart = layout_chart("loss", [Series("loss", ((1, 2.0), (2, 1.0)))])
     assert chart is not None
     first, second = chart.lines[0].dots
@@ -34,7 +34,7 @@ def test_a_value_that_is_not_finite_leaves_a_gap():
     assert [piece.count(",") for piece in chart.lines[0].pieces] == [2, 1]
 
 
-def test_nothing_finite_is_no_chart():
+def test_without_finite_values_there_is_no_chart():
     assert layout_chart("loss", [Series("loss", ((1, math.nan),)), Series("empty", ())]) is None
 
 

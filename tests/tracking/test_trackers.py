@@ -1,4 +1,4 @@
-"""Every tracker keeps the same promises; each is read back from what it wrote."""
+"""Every tracker fulfills the same contract, which is checked by reading back what it wrote."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ from simpo_pipeline.tracking.wandb import WandbTracker
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """wandb as on a machine without network or account, with all it writes below tmp_path."""
+    """Run wandb as on a machine without network or account, with all its files below tmp_path."""
     for name, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -36,12 +36,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     yield
-    wandb.teardown()  # it reads the environment once a process otherwise
+    wandb.teardown()  # otherwise it reads the environment only once per process
 
 
 @pytest.fixture(params=["wandb", "jsonl", "none"])
 def open_tracker(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Tracker]:
-    """A function that opens one tracker of each kind through the front door."""
+    """Return a function that opens one tracker of each kind through the public API."""
 
     def open_it() -> Tracker:
         return make_tracker(
@@ -52,10 +52,10 @@ def open_tracker(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[],
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """All records of the one offline run below `folder`.
+    """Return all records of the only offline run below `folder`.
 
-    A .wandb file is a 7-byte header and then a LevelDB log: blocks of 32 KiB with chunks of checksum, size and kind
-    (1 whole, 2 first, 3 middle, 4 last), as wandb documents it; wandb ships no reader for it any more.
+    A .wandb file is a 7-byte header followed by a LevelDB log: blocks of 32 KiB with chunks of checksum, size and kind
+    (1 whole, 2 first, 3 middle, 4 last), as documented by wandb, which no longer ships a reader for it.
     """
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     data = path.read_bytes()
@@ -225,7 +225,7 @@ def test_an_unknown_tracker_is_refused_naming_the_known_ones():
         make_tracker("tensorboard", jsonl_path="x", project="p", run_name="r")
 
 
-def test_no_tracker_is_what_none_means():
+def test_none_means_no_tracker():
     assert isinstance(make_tracker("none", jsonl_path="x", project="p", run_name="r"), NoTracker)
 
 

@@ -1,4 +1,4 @@
-"""A toy run: a model of a few thousand parameters, a handful of pairs of unequal lengths, one device."""
+"""A toy run: a model of a few thousand parameters, a few pairs of different lengths, one device."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,10 @@ from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 
 @pytest.fixture
 def tiny_model() -> LlamaConfig:
-    """Grouped heads, tied embeddings, two layers: every kind of leaf; weights large enough for answers to differ."""
+    """Return a model with grouped heads, tied embeddings and two layers: every kind of leaf.
+
+    The weights are large enough for answers to differ.
+    """
     return LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -34,7 +37,7 @@ def tiny_model() -> LlamaConfig:
 
 @pytest.fixture
 def tiny_run() -> TrainerConfig:
-    """Seven updates of two pairs; the vocabulary of 40 goes through in chunks of 16, 16 and 8."""
+    """Return a run of seven updates of two pairs, with the vocabulary of 40 processed in chunks of 16, 16 and 8."""
     return TrainerConfig(
         num_train_steps=7,
         train_batch_size=2,
@@ -46,7 +49,7 @@ def tiny_run() -> TrainerConfig:
 
 @pytest.fixture(scope="session")
 def programs() -> Programs:
-    """One for all tests: equal programs are compiled once."""
+    """Return one instance for all tests, so that equal programs are compiled once."""
     return Programs()
 
 
@@ -57,7 +60,7 @@ def one_device() -> Mesh:
 
 @pytest.fixture
 def five_pairs() -> list[TokenizedPair]:
-    """Random tokens below 40, sequences of 5 to 15; the two answers of a pair share its prompt."""
+    """Return pairs of random tokens below 40 in sequences of 5 to 15; the two answers of a pair share its prompt."""
     rng = np.random.default_rng(0)
 
     def make_pair(prompt_id: str) -> TokenizedPair:
@@ -76,7 +79,7 @@ def five_pairs() -> list[TokenizedPair]:
 
 @pytest.fixture
 def make_loader() -> Callable[..., PairLoader]:
-    """Makes the loader that belongs to a config."""
+    """Return a function that makes the loader for a config."""
 
     def make(pairs: list[TokenizedPair], config: TrainerConfig, pad_id: int = 0) -> PairLoader:
         return PairLoader(

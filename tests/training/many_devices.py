@@ -1,6 +1,6 @@
-"""Trains the same toy run on one virtual device and on meshes of several; prints what came out as one line of JSON.
+"""Train the same toy run on one virtual device and on meshes of several, and print the results as one line of JSON.
 
-A script of its own, started by test_many_devices.py: the number of CPU devices is fixed when jax starts.
+A separate script, started by test_many_devices.py: the number of CPU devices is fixed when jax starts.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ VARIANTS = {
     "all layers again": {"packing": True, "remat": "full"},
     "no layer again": {"packing": True, "remat": "none"},
 }
-# (devices that split the batch, devices that split each layer), and what is tried there.
+# (devices that shard the batch, devices that shard each layer) -> the variants tested on this mesh.
 MESHES = {
     (2, 1): ("packed",),
     (1, 2): ("packed",),
@@ -100,7 +100,7 @@ def main() -> None:
         save_weights(folder, one.params)
 
         def start(config: TrainerConfig, *mesh: int) -> Trainer:
-            # To compile the program of random weights takes as long, for each mesh, as to compile an update.
+            # For each mesh, compiling the program of random weights takes as long as compiling an update.
             return Trainer.start(config, folder, programs=programs, mesh=mesh_of(*mesh))
 
         one_rows = train(one, RUN)

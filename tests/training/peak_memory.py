@@ -1,8 +1,8 @@
-"""Makes updates, and prints the bytes that the compiler announced and the most that they took, as one line of JSON.
+"""Run updates, and print the memory that the compiler announced and their peak memory, in bytes, as one line of JSON.
 
     python tests/training/peak_memory.py packed|padded none|products|full small|smollm2
 
-A script of its own, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
+A separate script, started by test_peak_memory.py: a process has one peak, which the compiler must not raise.
 """
 
 import json
@@ -30,12 +30,12 @@ NUM_PAIRS, PROMPT, ANSWER = 4, 128, 128
 
 
 def resident_bytes() -> int:
-    """What the process holds now."""
+    """Return the resident memory of this process, in bytes."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes() -> int:
-    """The most that it held since the peak was last forgotten."""
+    """Return the peak resident memory since the last reset, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
@@ -69,11 +69,11 @@ def main() -> None:
         packing=config.packing,
         num_groups=trainer.num_groups,
     )
-    # The same text is compiled once: the trainer will be given this very program.
+    # Equal programs are compiled once, so the trainer gets exactly this one.
     program = build_train_step(programs, model, config, mesh, loader.shape)
     stated = program.memory_bytes
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    # The state lies there already, and is among what the compiler counts.
+    # The state is resident already, and the compiler counts it too.
     before = resident_bytes() - stated.aliased
     trainer.train_until(3, loader, lambda step, metrics: None)
     print(json.dumps({"announced": stated.peak, "taken": peak_bytes() - before}))

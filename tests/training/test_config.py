@@ -1,4 +1,4 @@
-"""What a run's config refuses, and what it counts as warm-up."""
+"""Values that a run's config refuses, and its interpretation of warm-up."""
 
 import math
 

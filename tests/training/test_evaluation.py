@@ -1,4 +1,4 @@
-"""Intervals against worked examples, and how often they hold what they are to hold."""
+"""Intervals against worked examples, and their coverage."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ def test_an_accuracy_of_one_has_no_interval_of_width_zero():
     assert found.low < 0.75 and found.high == pytest.approx(1.0)
 
 
-def test_a_gain_is_that_of_the_same_pairs():
+def test_a_gain_is_computed_over_the_same_pairs():
     before, after = [-1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0]
     assert accuracy_gain(before, after).value == 0.25
     same = accuracy_gain(before, before)
     assert same.low < 0 < same.high and same.low == pytest.approx(-same.high)
 
 
-def test_the_interval_of_a_gain_holds_the_true_one_about_19_times_in_20():
+def test_the_interval_of_a_gain_contains_the_true_gain_about_19_times_in_20():
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(1000):
@@ -38,13 +38,13 @@ def test_the_interval_of_a_gain_holds_the_true_one_about_19_times_in_20():
 
 def test_a_margin_gain_is_the_mean_rise_of_the_same_pairs():
     found = margin_gain([0.0, 1.0, -1.0, 2.0] * 10, [1.0, 1.0, 1.0, 3.0] * 10)
-    # Rises of 1, 0, 2 and 1: a standard deviation of 0.7161, of 0.1132 for their mean.
+    # Rises of 1, 0, 2 and 1: a standard deviation of 0.7161, and of 0.1132 for their mean.
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.7781, 1.2219), abs=1e-4)
     assert margin_gain([0.0] * 29, [1.0] * 29) is None
 
 
-def test_the_interval_of_a_margin_gain_holds_the_true_one_about_19_times_in_20():
+def test_the_interval_of_a_margin_gain_contains_the_true_gain_about_19_times_in_20():
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""The same run on one device and on many, FSDP and tensor parallel, whole and in parts: the same numbers, one law."""
+"""The same run on one device and on many (FSDP, tensor parallel, gradient accumulation): equal results, one law."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def found(python, unoptimised) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_layouts_parts_remat_and_meshes_change_no_loss(found):
+def test_row_layouts_accumulation_remat_and_meshes_change_no_loss(found):
     assert len(found["curves"]) == 8 + 7
     for name, curve in found["curves"].items():
         for one, other in zip(found["one"], curve, strict=True):
@@ -28,7 +28,7 @@ def test_layouts_parts_remat_and_meshes_change_no_loss(found):
     assert found["largest_weight_difference"] < 1e-4
 
 
-def test_each_device_holds_its_share_of_the_weights(found):
+def test_each_device_has_its_shard_of_the_weights(found):
     assert found["embedding_per_device"] == {"(4, 1)": [40, 4], "(2, 2)": [20, 8]}
 
 
@@ -37,5 +37,5 @@ def test_interleaving_changes_nothing_on_four_devices(found):
     assert first == second
 
 
-def test_a_batch_that_the_devices_cannot_share_is_refused(found):
+def test_a_batch_that_cannot_be_sharded_is_refused(found):
     assert found["refusal"].startswith("train_batch_size is 6 pairs, but the mesh has 4 devices on its axis 'data'")

@@ -16,9 +16,9 @@ from simpo_pipeline.training.config import OptimizerConfig
 from simpo_pipeline.training.optimizer import (
     apply_gradient,
     build_optimizer,
-    decayed,
     learning_rate_at,
     learning_rate_schedule,
+    weight_decay_mask,
 )
 
 NUM_TRAIN_STEPS = 10
@@ -49,7 +49,7 @@ def test_wsd_stays_at_the_peak_until_its_last_updates():
 
 
 def one_update(config: OptimizerConfig, params: dict, gradient: dict) -> dict[str, np.ndarray]:
-    """What the first update adds to each parameter."""
+    """Return the change of each parameter in the first update."""
     optimizer = build_optimizer(config, NUM_TRAIN_STEPS)
     updated, _ = apply_gradient(optimizer, gradient, optimizer.init(params), params)
     return {name: np.asarray(updated[name].array) - np.asarray(params[name].array) for name in params}
@@ -77,9 +77,9 @@ def test_a_gradient_below_the_limit_is_not_clipped():
     np.testing.assert_allclose(updates["w"], [[-3.0 / 4.0]], rtol=1e-6)
 
 
-def test_only_norm_weights_are_spared_from_decay(tiny_model):
+def test_only_norm_weights_are_exempt_from_decay(tiny_model):
     untied = dataclasses.replace(tiny_model, tie_word_embeddings=False)
-    mask = decayed(abstract_llama(untied, jnp.float32))
+    mask = weight_decay_mask(abstract_llama(untied, jnp.float32))
     assert (mask.embedding, mask.head, mask.final_norm) == (True, True, False)
     assert {name for name, decays in vars(mask.layers).items() if not decays} == {"attn_norm", "mlp_norm"}
 
@@ -93,7 +93,7 @@ def test_moments_are_float32_and_shaped_as_the_parameters(tiny_model: LlamaConfi
         assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {jnp.dtype(jnp.float32)}
 
 
-def test_the_first_moment_alone_is_bfloat16_where_that_is_asked_for(tiny_model: LlamaConfig):
+def test_only_the_first_moment_is_bfloat16_if_requested(tiny_model: LlamaConfig):
     optimizer = build_optimizer(OptimizerConfig(moment_dtype="bfloat16"), NUM_TRAIN_STEPS)
     state = jax.eval_shape(optimizer.init, abstract_llama(tiny_model, jnp.float32))
     (adam,) = (part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "remat"), [("packed", "products"), ("padded", "full")])
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget peaks")
-def test_an_update_takes_as_much_memory_as_the_compiler_announced(
+def test_an_update_uses_the_memory_that_the_compiler_announced(
     rows: str, remat: str, unoptimised: dict[str, str]
 ) -> None:
     script = Path(__file__).parent / "peak_memory.py"

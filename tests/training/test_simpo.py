@@ -1,4 +1,4 @@
-"""The loss against numpy, and against TRL's own code on the same numbers (golden/make_trl.py)."""
+"""The loss against numpy, and against TRL's own code on the same inputs (golden/make_trl.py)."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def token_logps_and_mask(case: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Of each position's next token, float64 [rows, seq]; the last position predicts nothing."""
+    """Return log-probs and mask of each position's next token, float64 [rows, seq]; the last one predicts nothing."""
     logits, tokens = np.array(case["logits"]), np.array(case["tokens"])
     targets = np.roll(tokens, -1, axis=1)
     logps = np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]
@@ -116,7 +116,7 @@ def test_huge_margins_stay_finite_with_their_gradient():
     assert float(gradient[0]) == pytest.approx(-10.0)
 
 
-def test_smoothing_takes_that_share_of_pairs_to_be_the_wrong_way_round():
+def test_smoothing_treats_that_fraction_of_pairs_as_swapped():
     chosen, rejected = np.array([-1.0, -2.0]), np.array([-1.5, -0.5])
     right, wrong = (
         ours(*sides, SimpoConfig(gamma_beta_ratio=0.0))["loss"] for sides in ((chosen, rejected), (rejected, chosen))
@@ -125,13 +125,13 @@ def test_smoothing_takes_that_share_of_pairs_to_be_the_wrong_way_round():
     assert smoothed == pytest.approx(0.8 * right + 0.2 * wrong, rel=1e-6)
 
 
-def test_the_hinge_costs_nothing_beyond_its_margin():
+def test_the_hinge_loss_is_zero_beyond_its_margin():
     config = SimpoConfig(beta=2.0, gamma_beta_ratio=0.5, loss_type="hinge")
     assert ours(np.array([0.0]), np.array([-1.5]), config)["loss"] == 0.0
     assert ours(np.array([0.0]), np.array([-0.75]), config)["loss"] == pytest.approx(0.5)
 
 
-def test_pairs_without_weight_count_for_nothing():
+def test_pairs_with_zero_weight_are_ignored():
     chosen, rejected = jnp.asarray([-1.0, -7.0], jnp.float32), jnp.asarray([-2.0, -3.0], jnp.float32)
     loss, metrics = simpo_loss(chosen, rejected, SimpoConfig(), jnp.asarray([1.0, 0.0], jnp.float32))
     alone = mean_of(chosen[:1], rejected[:1], SimpoConfig())

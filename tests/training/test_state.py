@@ -41,7 +41,7 @@ def test_the_digest_depends_on_values_not_on_buffers(state):
     assert state_digest(copied, step=1, data_position=2) == state_digest(state, step=1, data_position=2)
 
 
-def test_two_leaves_that_swap_places_change_the_digest(state):
+def test_swapping_two_leaves_changes_the_digest(state):
     swapped = TrainState(state.params, state.opt_state, state.rng)
     leaves, tree = jax.tree.flatten(swapped)
     shapes = [leaf.shape for leaf in leaves]

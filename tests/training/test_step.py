@@ -1,4 +1,4 @@
-"""The compiled update against a plain reference, and what must not change its result."""
+"""The compiled update against a plain reference, and options that must not change its result."""
 
 import dataclasses
 import functools
@@ -23,12 +23,12 @@ from simpo_pipeline.training.trainer import Trainer
 
 
 def plain_logits(model: Llama, config: LlamaConfig, tokens: jax.Array) -> jax.Array:
-    """Llama written out on raw arrays, layer by layer: [sequences, seq, vocab]."""
+    """Return the logits [sequences, seq, vocab] of a Llama written out on raw arrays, layer by layer."""
 
     def normed(x: jax.Array, scale: jax.Array) -> jax.Array:
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * scale[None, None]
 
-    def turned(x: jax.Array) -> jax.Array:
+    def rotated(x: jax.Array) -> jax.Array:
         half = config.head_dim // 2
         frequency = config.rope_theta ** (-np.arange(half, dtype=np.float32) / np.float32(half))
         angle = jnp.asarray(np.outer(np.arange(seq, dtype=np.float32), frequency))[None, :, None, :]
@@ -44,8 +44,8 @@ def plain_logits(model: Llama, config: LlamaConfig, tokens: jax.Array) -> jax.Ar
     for layer in range(config.num_layers):
         h = normed(x, weights.attn_norm.array[layer])
         q, k, v = (jnp.einsum("bse,hde->bshd", h, w.array[layer]) for w in (weights.wq, weights.wk, weights.wv))
-        k, v = (jnp.repeat(heads, group, axis=2) for heads in (turned(k), v))
-        scores = jnp.einsum("bshd,bthd->bhst", turned(q), k) / np.sqrt(np.float32(config.head_dim)) + future
+        k, v = (jnp.repeat(heads, group, axis=2) for heads in (rotated(k), v))
+        scores = jnp.einsum("bshd,bthd->bhst", rotated(q), k) / np.sqrt(np.float32(config.head_dim)) + future
         attended = jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(scores, axis=-1), v)
         x = x + jnp.einsum("bshd,ehd->bse", attended, weights.wo.array[layer])
         h = normed(x, weights.mlp_norm.array[layer])
@@ -55,10 +55,10 @@ def plain_logits(model: Llama, config: LlamaConfig, tokens: jax.Array) -> jax.Ar
 
 
 class PlainPairs(NamedTuple):
-    """Pairs as most trainers have them; on the middle axis, 0 is the chosen answer and 1 the rejected one."""
+    """Pairs in the layout of most trainers; on the middle axis, 0 is the chosen answer and 1 the rejected one."""
 
-    tokens: np.ndarray  # pairs 2 seq
-    is_answer: np.ndarray  # pairs 2 seq
+    tokens: np.ndarray  # [pairs, 2, seq]
+    is_answer: np.ndarray  # [pairs, 2, seq]
 
 
 def plain_pairs(pairs: list[TokenizedPair]) -> PlainPairs:
@@ -73,7 +73,7 @@ def plain_pairs(pairs: list[TokenizedPair]) -> PlainPairs:
 
 
 def plain_loss(model: Llama, config: LlamaConfig, pairs: PlainPairs, simpo: SimpoConfig) -> jax.Array:
-    """The loss with two separate forward passes over full logits."""
+    """Return the loss, computed with two separate forward passes over full logits."""
 
     def answers(side: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         tokens, mask = pairs.tokens[:, side], jnp.asarray(pairs.is_answer[:, side, 1:])
@@ -95,7 +95,7 @@ def plain_loss(model: Llama, config: LlamaConfig, pairs: PlainPairs, simpo: Simp
     return losses.mean() + simpo.sft_weight * sft + simpo.z_loss_weight * z
 
 
-# Compiled once for all tests, by config: on a busy machine compiling is what these tests cost.
+# Compiled once per config for all tests: on a busy machine, compiling dominates the time of these tests.
 @functools.partial(jax.jit, static_argnames=("config", "simpo"))
 def plain_loss_and_gradient(
     params: Llama, config: LlamaConfig, pairs: PlainPairs, simpo: SimpoConfig
@@ -113,7 +113,7 @@ def _ours(
 
 @pytest.fixture
 def ours(params: Llama, five_pairs: list[TokenizedPair], one_device: Mesh, make_loader):
-    """Loss and gradient of the first update of a run."""
+    """Return a function that computes loss and gradient of the first update of a run."""
 
     def compute(config: TrainerConfig, pad_id: int = 0) -> tuple[jax.Array, Llama]:
         loader = make_loader(five_pairs, config, pad_id=pad_id)
@@ -130,7 +130,7 @@ def params(tiny_model: LlamaConfig, random_llama) -> Llama:
 
 @pytest.fixture
 def pairs(loader: PairLoader) -> PlainPairs:
-    """The pairs of the first update."""
+    """Return the pairs of the first update."""
     return plain_pairs([loader.pairs[index] for index in loader.indices(0)])
 
 
@@ -140,7 +140,7 @@ def assert_equal_up_to_rounding(got: tuple[jax.Array, Llama], expected: tuple[ja
 
 
 def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
-    """Equal up to `rtol` of each leaf's largest entry."""
+    """Check equality up to `rtol` of each leaf's largest value."""
     for (path, expected_leaf), leaf in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True):
         atol = rtol * float(np.abs(expected_leaf).max())
         np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
@@ -165,7 +165,7 @@ def test_loss_and_gradient_equal_a_plain_reference(packing, simpo, params, tiny_
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_parts_of_a_batch_add_up_to_the_whole(packing, tiny_run, ours):
+def test_gradient_accumulation_equals_the_whole_batch(packing, tiny_run, ours):
     whole = dataclasses.replace(tiny_run, train_batch_size=4, packing=packing, simpo=WITH_SFT)
     assert_equal_up_to_rounding(ours(dataclasses.replace(whole, grad_accumulation=4)), ours(whole))
 
@@ -231,7 +231,7 @@ def test_bfloat16_compute_comes_close_and_keeps_a_float32_gradient(tiny_run, our
     assert_trees_close(half_gradient, gradient, rtol=0.1)
 
 
-def test_an_update_consumes_the_state_it_was_given(tiny_model, tiny_run, loader, programs, one_device):
+def test_an_update_donates_its_input_state(tiny_model, tiny_run, loader, programs, one_device):
     trainer = Trainer.start_random(tiny_run, tiny_model, programs=programs, mesh=one_device)
     before = jax.tree.leaves(trainer.params)
     trainer.train_until(1, loader, lambda step, metrics: None)

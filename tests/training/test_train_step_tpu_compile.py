@@ -1,4 +1,4 @@
-"""The update compiled for four chips of a v5p by a machine without one: what travels between them."""
+"""The update compiled for four chips of a v5p on a machine without one: the traffic between them."""
 
 import math
 import re
@@ -32,38 +32,38 @@ MODEL = LlamaConfig(
 RUN = TrainerConfig(
     num_train_steps=2, train_batch_size=8, train_seq_len=512, compute_dtype="bfloat16", remat="full", packing=True
 )
-# Parts of gradients that are exchanged, to be summed where they arrive.
+# Exchanges of gradient shards, which are summed at their destination.
 EXCHANGED = re.compile(r" all-to-all(?:-start)?\(")
-# `name = type all-reduce(...)`, the type perhaps a tuple.
+# `name = type all-reduce(...)`, where the type may be a tuple.
 ALL_REDUCE = re.compile(r"= (.+?) all-reduce(?:-start)?\(")
 SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 @pytest.fixture(scope="module")
 def v5p_devices():
-    # jax writes entries for devices that are not here, and cannot read them again.
+    # jax writes cache entries for absent devices but cannot read them back.
     with pytest.MonkeyPatch.context() as patch, opened_cache(None):
-        # Else libtpu looks for the machine's metadata, and for other processes that hold a TPU.
+        # Otherwise libtpu looks for the machine's metadata and for other processes that use a TPU.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield topologies.get_topology_desc(topology_name="v5p:2x2x1", platform="tpu").devices
 
 
 def shape_on(num_groups):
-    """One row of three pairs a device: no array has as many rows as the model has layers."""
+    """Return a shape of one row of three pairs per device: no array has as many rows as the model has layers."""
     return RowShape(num_groups, 1536, num_groups, 512, slot_lens=(512, 512, 384))
 
 
 def compiled(devices, tensor_parallel):
-    """The update's text, and how many exchanges there are in it; those of the loop over layers are there once."""
+    """Return the text of the update and its number of exchanges; those in the loop over layers count once."""
     mesh = Mesh(np.array(devices).reshape(-1, tensor_parallel), (DATA_AXIS, MODEL_AXIS))
     program = build_train_step(Programs(), MODEL, RUN, mesh, shape_on(mesh.shape[DATA_AXIS]))
     text = program.as_text()
     return text, len(EXCHANGED.findall(text))
 
 
-def summed_shapes(text):
-    """The shapes of all that is summed whole."""
+def all_reduced_shapes(text):
+    """Return the shapes of all arrays that are all-reduced."""
     return [
         tuple(int(part) for part in shape.split(",") if part)
         for types in ALL_REDUCE.findall(text)
@@ -72,21 +72,21 @@ def summed_shapes(text):
 
 
 @pytest.mark.slow
-def test_no_gradient_of_a_weight_is_summed_whole_on_every_chip(v5p_devices):
+def test_no_weight_gradient_is_all_reduced_in_full(v5p_devices):
     text, num_exchanged = compiled(v5p_devices, 1)
-    sizes = [math.prod(shape) for shape in summed_shapes(text)]
+    sizes = [math.prod(shape) for shape in all_reduced_shapes(text)]
     # The gradients of a layer's 7 matrices and of the unembedding.
     assert num_exchanged >= 8
-    # Norms' scales and scalars are; the smallest matrix has ten times as many numbers.
-    assert max(sizes) < 100_000, f"all-reduces of {sorted(sizes)[-5:]} numbers"
+    # Scales of norms and scalars are all-reduced; the smallest matrix has ten times as many elements.
+    assert max(sizes) < 100_000, f"all-reduces of {sorted(sizes)[-5:]} elements"
 
 
 @pytest.mark.slow
-def test_nor_with_matrices_split_over_two_chips(v5p_devices):
+def test_no_weight_gradient_is_all_reduced_in_full_with_matrices_sharded_over_two_chips(v5p_devices):
     text, num_exchanged = compiled(v5p_devices, 2)
     assert num_exchanged >= 8
-    # By shape: hidden states, which the two chips do sum, may have as many numbers as a matrix.
-    shapes = {tuple(sorted(shape)) for shape in summed_shapes(text)}
+    # Compared by shape: hidden states, which the two chips do sum, may have as many elements as a matrix.
+    shapes = {tuple(sorted(shape)) for shape in all_reduced_shapes(text)}
     attention = {(512, 1024), (1024, 1024), (4, 128, 1024), (8, 128, 1024)}
     of_a_table = {(4096, 512), (512, 4096), (8192, 512), (1024, 8192), (1024, 4096)}
     of_a_layer = attention | {(1024, 2048), (1024, 4096), (1024, 8192)}

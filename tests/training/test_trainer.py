@@ -1,4 +1,4 @@
-"""The trainer's law, its ownership of the state, and what it refuses."""
+"""The trainer's law, its ownership of the state, and the calls it refuses."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from simpo_pipeline.training.trainer import Trainer
 
 
 def ignore(step: int, metrics: dict[str, float]) -> None:
-    """An `on_step` for tests that look at the trainer alone."""
+    """Ignore an update: an `on_step` for tests that only look at the trainer."""
 
 
 @pytest.fixture
 def start(tiny_model, tiny_run, programs, one_device):
-    """Starts a run at update 0; keyword arguments change its config."""
+    """Return a function that starts a run at update 0; keyword arguments change its config."""
 
     def start_run(**changes) -> Trainer:
         config = dataclasses.replace(tiny_run, **changes)
@@ -39,14 +39,14 @@ def test_interleaving_changes_nothing(changes, start, tiny_run, five_pairs, make
     whole.train_until(7, loader, ignore)
     interleaved.train_until(2, loader, ignore)
     after_two = interleaved.digest()
-    np.asarray(interleaved.params.embedding.array)  # whoever borrows may read
+    np.asarray(interleaved.params.embedding.array)  # a borrower may read
     assert interleaved.digest() == after_two
     interleaved.train_until(7, loader, ignore)
     assert interleaved.digest() == whole.digest()
     assert (whole.step, whole.data_position) == (7, 14)
 
 
-def test_a_replay_from_the_start_meets_every_digest_again(start, loader):
+def test_a_replay_from_the_start_reproduces_every_digest(start, loader):
     def digests() -> list[str]:
         trainer = start()
         found = [trainer.digest()]
@@ -77,7 +77,7 @@ def test_the_loss_falls_on_pairs_that_can_be_memorised(start, tiny_run, five_pai
     assert np.mean(accuracies[-5:]) == 1.0
 
 
-def test_every_update_reports_host_numbers_under_its_own_step(start, loader, tiny_run):
+def test_every_update_reports_host_values_under_its_own_step(start, loader, tiny_run):
     trainer = start()
     seen: dict[int, dict[str, float]] = {}
     trainer.train_until(2, loader, lambda step, metrics: seen.update({step: metrics}))
@@ -92,7 +92,7 @@ def test_every_update_reports_host_numbers_under_its_own_step(start, loader, tin
         assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["step_seconds"])
 
 
-def test_packed_rows_train_as_padded_ones_do(start, tiny_run, five_pairs, make_loader):
+def test_packed_rows_train_like_padded_rows(start, tiny_run, five_pairs, make_loader):
     def train(**changes) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
         config = dataclasses.replace(tiny_run, **changes)
@@ -106,7 +106,7 @@ def test_packed_rows_train_as_padded_ones_do(start, tiny_run, five_pairs, make_l
     assert all(0 < row["padding_share"] < 1 for row in (*padded, *packed))
 
 
-def test_the_average_of_the_weights_follows_them(start, tiny_run, five_pairs, make_loader):
+def test_the_moving_average_follows_the_weights(start, tiny_run, five_pairs, make_loader):
     trainer = start(**AVERAGED)
     loader = make_loader(five_pairs, dataclasses.replace(tiny_run, **AVERAGED))
     weights = [np.asarray(trainer.params.embedding.array)]
@@ -128,7 +128,7 @@ def test_an_evaluation_is_the_mean_over_all_pairs_and_changes_nothing(
     sweep = PairSweep(five_pairs, batch_size=2, seq_len=16, pad_id=0, packing=packing)
     evaluation = trainer.evaluate(sweep)
     assert trainer.digest() == before
-    # The first update of a run over all five pairs at once computes the same before it changes the weights.
+    # The first update of a run over all five pairs at once computes the same values before it changes the weights.
     whole = start(packing=packing, simpo=simpo, train_batch_size=5)
     config = dataclasses.replace(tiny_run, packing=packing, simpo=simpo, train_batch_size=5)
     rows: list[dict[str, float]] = []
@@ -167,7 +167,7 @@ def test_a_loader_of_another_shape_is_refused(changes, start, tiny_run, five_pai
         start().train_until(1, other, ignore)
 
 
-def test_a_loader_of_another_runs_length_is_refused(start, tiny_run, five_pairs, make_loader):
+def test_a_loader_for_another_run_length_is_refused(start, tiny_run, five_pairs, make_loader):
     other = make_loader(five_pairs, dataclasses.replace(tiny_run, num_train_steps=8))
     with pytest.raises(ConfigError, match="the loader serves 8 updates, but the run has 7"):
         start().train_until(1, other, ignore)
@@ -217,7 +217,7 @@ def test_an_update_that_fails_leaves_no_state_in_use(start, loader):
         trainer.train_until(2, loader, ignore)
 
 
-def test_a_failing_listener_leaves_the_finished_update_to_go_on_from(start, loader):
+def test_after_a_failing_listener_training_resumes_from_the_finished_update(start, loader):
     whole, interrupted = start(), start()
     whole.train_until(3, loader, ignore)
 

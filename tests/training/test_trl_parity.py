@@ -1,4 +1,4 @@
-"""SimPO on SmolLM2 against TRL's own, on 32 of the shipped pairs (golden/make_trl_smollm2.py): slow, a real model."""
+"""SimPO on SmolLM2 against TRL's own, on 32 of the shipped pairs (golden/make_trl_smollm2.py); slow, a real model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +29,10 @@ RUN = TrainerConfig(
     train_seq_len=128,
     optimizer=OptimizerConfig(learning_rate=1e-5, warmup=0.0, lr_schedule="constant"),
 )
-# The error of an entry of a gradient over the sum of its size and its leaf's usual size.
+# The error of a gradient value, relative to the sum of its size and its leaf's typical size.
 LARGEST_ERROR = 1e-4
-# One entry of 4,352 is a sum that nearly cancels, so its rounding depends on the CPU: against the gradient in float64
-# it is off by 7.1e-5 (padded) and 1.27e-4 (packed) on AMD Zen 4, where the next largest error of any is 4.3e-5.
+# One value of 4,352 is a sum that nearly cancels, so its rounding depends on the CPU: compared with the gradient in
+# float64, its error is 7.1e-5 (padded) and 1.27e-4 (packed) on AMD Zen 4, where the next largest error is 4.3e-5.
 NEARLY_CANCELS = ("model.layers.24.mlp.up_proj.weight", 11)
 LARGEST_ERROR_OF_IT = 1.25e-4
 LAYOUTS = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -60,7 +60,7 @@ def smollm2(smollm2_folder: Path) -> str:
 
 
 class InOrder(PairLoader):
-    """The pairs as they come, again and again."""
+    """Loader of the pairs in their given order, repeatedly."""
 
     def indices(self, step: int) -> list[int]:
         first = step * self.batch_size
@@ -74,7 +74,7 @@ def loader_of(pairs: list[TokenizedPair], config: TrainerConfig) -> InOrder:
 
 
 def by_tensor(gradient: Llama) -> dict[str, np.ndarray]:
-    """Flat arrays by the names that transformers gives to parameters."""
+    """Return flat arrays by the parameter names of transformers."""
     found = {
         name: np.asarray(getattr(gradient, field).array).reshape(-1)
         for field, name in TOP_TENSORS.items()
@@ -87,7 +87,7 @@ def by_tensor(gradient: Llama) -> dict[str, np.ndarray]:
 
 
 @LAYOUTS
-def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm2, one_device: Mesh):
+def test_loss_metrics_and_every_gradient_equal_trl(packing, golden, pairs, smollm2, one_device: Mesh):
     config = replace(RUN, train_batch_size=len(pairs), packing=packing)
     params = load_weights(smollm2, abstract_llama(load_config(smollm2), jnp.float32))
     loader = loader_of(pairs, config)
@@ -106,19 +106,19 @@ def test_loss_metrics_and_every_gradient_are_trls(packing, golden, pairs, smollm
         leaf = ours[name]
         assert np.linalg.norm(leaf.astype(np.float64)) == pytest.approx(norm, rel=1e-4), name
         got = leaf[np.arange(1, len(entries) + 1) * LEAST_COMMON % leaf.size]
-        # Entries far below the leaf's usual size are differences of large numbers.
+        # Values far below the leaf's typical size are differences of large numbers.
         scale = np.abs(entries) + norm / np.sqrt(leaf.size)
         errors.append(np.abs(got - entries) / scale)
         bounds = [
             LARGEST_ERROR_OF_IT if (name, entry) == NEARLY_CANCELS else LARGEST_ERROR for entry in range(len(entries))
         ]
         assert (errors[-1] <= bounds).all(), f"{name}: {errors[-1]}"
-    # A fault shows in many entries; rounding is large in few.
+    # A bug shows in many values; rounding errors are large in few.
     assert np.sqrt(np.mean(np.square(errors))) < 1e-5
 
 
-def test_the_losses_of_20_updates_are_trls(golden, pairs, smollm2, one_device: Mesh):
-    # Packed, for padded rows take twice as long; that both have one gradient is said above.
+def test_the_losses_of_20_updates_equal_trl(golden, pairs, smollm2, one_device: Mesh):
+    # Packed, because padded rows take twice as long; the test above shows that both have the same gradient.
     config = replace(RUN, packing=True)
     trainer = Trainer.start(config, smollm2, programs=Programs(), mesh=one_device)
     losses: list[float] = []

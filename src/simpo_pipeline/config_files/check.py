@@ -78,7 +78,7 @@ class _Checker:
         return f"the settings {f'of {key}' if key else 'here'} are {', '.join(hints)}"
 
 
-def find_misfits(kind: type, raw: Mapping[str, Any], source: str, retired: Mapping[str, str]) -> list[str]:
+def find_type_errors(kind: type, raw: Mapping[str, Any], source: str, retired: Mapping[str, str]) -> list[str]:
     """Return one sentence for each key of `raw` that is unknown, retired or of the wrong type; keys may be missing.
 
     Args:

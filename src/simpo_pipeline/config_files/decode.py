@@ -10,7 +10,7 @@ from typing import TypeVar
 import draccus
 from draccus.utils import DraccusException
 
-from simpo_pipeline.config_files.check import find_misfits, find_missing
+from simpo_pipeline.config_files.check import find_missing, find_type_errors
 from simpo_pipeline.config_files.parse import merge, parse_flags, parse_yaml
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
 
@@ -37,7 +37,7 @@ def decode_yaml(
     """
     in_file = parse_yaml(text, source)
     in_flags = parse_flags(flags, COMMAND_LINE)
-    misfits = find_misfits(cls, in_file, source, retired or {}) + find_misfits(
+    misfits = find_type_errors(cls, in_file, source, retired or {}) + find_type_errors(
         cls, in_flags, COMMAND_LINE, retired or {}
     )
     if misfits:

@@ -9,9 +9,9 @@ from typing import Literal
 from simpo_pipeline.errors import ConfigError
 
 PAIRS_FILE = "pairs.parquet"
-"""Tokenised pairs to train on, in the outputs of the step `prepare_pairs`."""
+"""File of tokenized pairs to train on, in the outputs of the step `prepare_pairs`."""
 VALIDATION_FILE = "validation.parquet"
-"""Tokenised pairs that are held out for evaluation."""
+"""File of tokenized pairs that are held out for evaluation, in the same folder."""
 
 TooLong = Literal["raise", "truncate", "drop"]
 """Treatment of a pair longer than the maximum: raise an error, truncate its answers, or drop the pair (counted)."""

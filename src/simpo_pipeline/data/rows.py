@@ -32,7 +32,7 @@ _SLOT_STEP = 32
 _PREDICTIONS_STEP = 8
 # Attention handles the slots of one length together, and each distinct length adds code to the program.
 _MOST_SLOT_LENS = 6
-NOBODY = -1
+PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class RowBatch:
 
     Attributes:
         positions: Position of each token in its sequence.
-        segments: Id of each token's segment, the tokens that belong together; `NOBODY` for padding.
+        segments: Id of each token's segment, the tokens that belong together; `PADDING` for padding.
         branches: 0 for tokens that the whole segment may attend to; otherwise the only branch that may.
         slots: Position in the row of the first token, and number of tokens, of the pair in each slot of a packed row;
             (0, 0) for an empty slot.
         predict_at: Index of the token before each predicted token of an answer, counted from the first token of the
             group's first row.
         targets: The predicted tokens.
-        sequences: Sequence of each target: 2 * pair for the chosen answer, 2 * pair + 1 for the rejected one, `NOBODY`
+        sequences: Sequence of each target: 2 * pair for the chosen answer, 2 * pair + 1 for the rejected one, `PADDING`
             for padding.
         answer_lens: Number of tokens in the two answers of each pair.
         pair_rows: Index of a row that contains the pair. If its two answers have rows of their own, these are adjacent.
@@ -131,7 +131,7 @@ def padded_shape(
     return RowShape(2 * batch_size, seq_len, num_groups, _rounded_up(most, _PREDICTIONS_STEP))
 
 
-def widest_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
+def max_padded_shape(batch_size: int, seq_len: int, num_groups: int) -> RowShape:
     """Return a `padded_shape` that fits any batch: every token of a sequence but the first may belong to an answer."""
     num_rows = 2 * batch_size
     num_predictions = _rounded_up(num_rows // num_groups * (seq_len - 1), _PREDICTIONS_STEP)
@@ -194,7 +194,7 @@ def _packed_pieces(pair: TokenizedPair, index: int) -> list[_Piece]:
     if start == rejected_start and np.array_equal(chosen[:start], rejected[:start]):
         shared = start - 1
         segments, branches = (2 * index, 2 * index), (1, 2)
-        pieces = [_Piece(chosen[:shared], 0, 2 * index, 0, chosen[:0], NOBODY)] if shared else []
+        pieces = [_Piece(chosen[:shared], 0, 2 * index, 0, chosen[:0], PADDING)] if shared else []
     else:  # a chat template may render the two prompts differently
         shared, segments, branches, pieces = 0, (2 * index, 2 * index + 1), (0, 0), []
     for side, (tokens, first) in enumerate(_sides(pair)):
@@ -212,10 +212,10 @@ def _build_batch(
     pad_id: int,
 ) -> RowBatch:
     by_token, by_prediction = (shape.num_rows, shape.row_len), (shape.num_groups, shape.num_predictions)
-    tokens, segments = np.full(by_token, pad_id, np.int32), np.full(by_token, NOBODY, np.int32)
+    tokens, segments = np.full(by_token, pad_id, np.int32), np.full(by_token, PADDING, np.int32)
     positions, branches = np.zeros(by_token, np.int32), np.zeros(by_token, np.int32)
     predict_at, targets = np.zeros(by_prediction, np.int32), np.zeros(by_prediction, np.int32)
-    sequences = np.full(by_prediction, NOBODY, np.int32)
+    sequences = np.full(by_prediction, PADDING, np.int32)
     num_predicted = [0] * shape.num_groups
     for row, pieces in sorted(rows.items()):
         group, row_in_group = divmod(row, shape.num_rows // shape.num_groups)

@@ -13,9 +13,10 @@ from typing import Any
 
 from simpo_pipeline.distributed.config import WatchConfig
 from simpo_pipeline.distributed.coordination import Coordination
-from simpo_pipeline.distributed.ledger import Event, Ledger, call_site, end_of_shortest, first_parting
-from simpo_pipeline.distributed.standing import Failure, OnAbort, Phase, Standing
+from simpo_pipeline.distributed.ledger import Event, Ledger, call_site, end_of_shortest, first_divergence
+from simpo_pipeline.distributed.standing import OnAbort, ProcessStatus, WatchedPhase
 from simpo_pipeline.errors import CoordinationError, PeerFailedError, ProgramError
+from simpo_pipeline.processes import Failure
 
 # Number of keys that a process leaves in the store before all processes meet to delete them. A job that waits for a
 # step of another job calls `agree` every few seconds, for hours.
@@ -44,7 +45,7 @@ class ProcessGroup:
         self.ledger = Ledger()
         self._coordination = coordination
         self._watch = watch or WatchConfig()
-        self.standing = Standing(self._watch.file_stall_seconds)
+        self.standing = ProcessStatus(self._watch.file_stall_seconds)
         self._num_meetings = 0
         self._own_keys: list[str] = []
 
@@ -87,7 +88,7 @@ class ProcessGroup:
         """Set the phase that the monitor sees for this process inside the `with` block."""
         seconds = self._watch.file_stall_seconds if files_only else self._watch.stall_seconds
         before = self.standing.phase
-        self.standing.enter(Phase(name, seconds, on_abort))
+        self.standing.enter(WatchedPhase(name, seconds, on_abort))
         try:
             yield
         finally:
@@ -131,8 +132,8 @@ class ProcessGroup:
     def _describe_divergence(self, name: str) -> str:
         gathered = self.gather([[event.identity, event.text] for event in self.ledger.page.events])
         pages = [[Event(identity, text) for identity, text in events] for events in gathered]
-        position, events = first_parting(pages) or end_of_shortest(pages)
-        return describe_parting(name, position, events)
+        position, events = first_divergence(pages) or end_of_shortest(pages)
+        return describe_divergence(name, position, events)
 
     def _meet(self, kind: str, value: Any, indices: Sequence[int]) -> list[_Contribution]:
         """Contribute `value` to the next meeting and return the contributions of the processes in `indices`."""
@@ -177,7 +178,7 @@ class ProcessGroup:
         )
 
 
-def describe_parting(step_name: str, position: int, events: Sequence[Event | None]) -> str:
+def describe_divergence(step_name: str, position: int, events: Sequence[Event | None]) -> str:
     """Describe what each process did at the first position at which the processes diverge."""
     did = "; ".join(
         f"process {index} {event if event is not None else 'did nothing more'}" for index, event in enumerate(events)

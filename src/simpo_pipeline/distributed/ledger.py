@@ -132,7 +132,7 @@ class Ledger:
         return _digest(f"{launch.program} {launch.fingerprint}" for launch in self.multi_process_launches)
 
 
-def first_parting(pages: Sequence[Sequence[Event]]) -> tuple[int, list[Event | None]] | None:
+def first_divergence(pages: Sequence[Sequence[Event]]) -> tuple[int, list[Event | None]] | None:
     """Return the first position at which the processes' events differ, and each process's event at that position.
 
     The event is None for a process whose record ends earlier. A record that is a prefix of another does not diverge

@@ -21,8 +21,8 @@ from simpo_pipeline.distributed.config import WatchConfig
 from simpo_pipeline.distributed.coordination import Coordination
 from simpo_pipeline.distributed.group import ProcessGroup
 from simpo_pipeline.distributed.ledger import Event
-from simpo_pipeline.distributed.standing import Report
-from simpo_pipeline.distributed.verdict import Known, Verdict, judge
+from simpo_pipeline.distributed.standing import StatusReport
+from simpo_pipeline.distributed.verdict import ProcessState, Verdict, judge
 from simpo_pipeline.errors import CoordinationError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _RECORD_SECONDS = 10.0
 class _Peer:
     """The leader's state for one process."""
 
-    report: Report | None = None
+    report: StatusReport | None = None
     heard_at: float = 0.0
     failed_at: float | None = None
     page: int = -1
@@ -139,10 +139,10 @@ class Monitor:
 
     def _judge_job(self) -> None:
         for key, data in self._coordination.list("standing/").items():
-            self._read_report(int(key.rsplit("/", 1)[-1]), Report(**json.loads(data)))
+            self._read_report(int(key.rsplit("/", 1)[-1]), StatusReport(**json.loads(data)))
         now = time.monotonic()
         known = [
-            Known(
+            ProcessState(
                 report=peer.report,
                 silent_seconds=now - peer.heard_at,
                 failed_seconds=None if peer.failed_at is None else now - peer.failed_at,
@@ -159,7 +159,7 @@ class Monitor:
             self._coordination.put(_VERDICT_KEY, json.dumps(dataclasses.asdict(verdict)).encode())
             self._abort(verdict)
 
-    def _read_report(self, index: int, report: Report) -> None:
+    def _read_report(self, index: int, report: StatusReport) -> None:
         peer, now = self._peers[index], time.monotonic()
         if peer.report is not None and peer.report.beat == report.beat:
             return

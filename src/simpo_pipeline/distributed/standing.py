@@ -7,15 +7,15 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-Failure = Mapping[str, Any]
+from simpo_pipeline.processes import Failure
+
 OnAbort = Callable[[Failure], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class WatchedPhase:
     """A named part of a process's work.
 
     Attributes:
@@ -30,7 +30,7 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class StatusReport:
     """A snapshot of the standing of one process, as its peers see it."""
 
     host: str
@@ -50,13 +50,13 @@ class Report:
         return f"host {self.host} (process {index} of {count}, pid {self.pid})"
 
 
-class Standing:
+class ProcessStatus:
     """The current standing of this process. It is in one phase at a time."""
 
     def __init__(self, deadline_seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_progress = clock()
-        self.phase = Phase("between steps", deadline_seconds)
+        self.phase = WatchedPhase("between steps", deadline_seconds)
         self.waiting: str | None = None
         # The ledger page on which this process failed, and its failure.
         self.failure: tuple[int, Failure] | None = None
@@ -68,16 +68,16 @@ class Standing:
         """Record that the process makes progress."""
         self._last_progress = self._clock()
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: WatchedPhase) -> None:
         """Start another phase."""
         self.progress()
         self.phase = phase
 
-    def report(self, beat: int, page: int, num_events: int) -> Report:
+    def report(self, beat: int, page: int, num_events: int) -> StatusReport:
         """Return a snapshot for the peers."""
         idle_seconds = self._clock() - self._last_progress
         deadline = self.phase.deadline_seconds
-        return Report(
+        return StatusReport(
             host=socket.gethostname(),
             pid=os.getpid(),
             beat=beat,

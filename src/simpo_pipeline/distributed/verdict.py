@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from simpo_pipeline.distributed.config import WatchConfig
-from simpo_pipeline.distributed.group import describe_parting
-from simpo_pipeline.distributed.ledger import Event, first_parting
-from simpo_pipeline.distributed.standing import Failure, Report
+from simpo_pipeline.distributed.group import describe_divergence
+from simpo_pipeline.distributed.ledger import Event, first_divergence
+from simpo_pipeline.distributed.standing import StatusReport
+from simpo_pipeline.processes import Failure
 
 # A process whose last report came less than this after another's failure is considered to have gone first.
 _SAME_MOMENT_SECONDS = 1.0
@@ -38,7 +39,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class ProcessState:
     """The leader's knowledge of one process.
 
     Attributes:
@@ -49,14 +50,14 @@ class Known:
         num_equal: Number of events that were compared before.
     """
 
-    report: Report | None
+    report: StatusReport | None
     silent_seconds: float
     failed_seconds: float | None
     events: Sequence[Event]
     num_equal: int = 0
 
 
-def judge(known: Sequence[Known], config: WatchConfig) -> Verdict | None:
+def judge(known: Sequence[ProcessState], config: WatchConfig) -> Verdict | None:
     """Return the verdict if the job has to be stopped, otherwise None."""
     count = len(known)
     reports = {index: process.report for index, process in enumerate(known) if process.report is not None}
@@ -67,7 +68,9 @@ def judge(known: Sequence[Known], config: WatchConfig) -> Verdict | None:
     return None
 
 
-def _left(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+def _left(
+    known: Sequence[ProcessState], reports: Mapping[int, StatusReport], config: WatchConfig, count: int
+) -> Verdict | None:
     del known, config
     for index, report in reports.items():
         if report.leaving:
@@ -75,7 +78,9 @@ def _left(known: Sequence[Known], reports: Mapping[int, Report], config: WatchCo
     return None
 
 
-def _silent(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+def _silent(
+    known: Sequence[ProcessState], reports: Mapping[int, StatusReport], config: WatchConfig, count: int
+) -> Verdict | None:
     longest_failed = max((process.failed_seconds or 0.0 for process in known), default=0.0)
     for index, process in enumerate(known):
         silent, report = process.silent_seconds, reports.get(index)
@@ -90,7 +95,9 @@ def _silent(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     return None
 
 
-def _failed(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+def _failed(
+    known: Sequence[ProcessState], reports: Mapping[int, StatusReport], config: WatchConfig, count: int
+) -> Verdict | None:
     failed = [
         (-process.failed_seconds, index) for index, process in enumerate(known) if process.failed_seconds is not None
     ]
@@ -109,26 +116,30 @@ def _failed(known: Sequence[Known], reports: Mapping[int, Report], config: Watch
     )
 
 
-def _diverged(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+def _diverged(
+    known: Sequence[ProcessState], reports: Mapping[int, StatusReport], config: WatchConfig, count: int
+) -> Verdict | None:
     del config
     pages = {report.page for report in reports.values()}
     if len(reports) < count or len(pages) > 1 or any(report.failure for report in reports.values()):
         return None
-    divergence = first_parting([process.events for process in known])
+    divergence = first_divergence([process.events for process in known])
     if divergence is None:
         return None
     position, events = divergence
     identities = [event.identity for event in events if event is not None]
     rarest = min(identities, key=identities.count)
     culprit = next(index for index, event in enumerate(events) if event is not None and event.identity == rarest)
-    message = describe_parting(reports[culprit].phase, known[0].num_equal + position, events)
+    message = describe_divergence(reports[culprit].phase, known[0].num_equal + position, events)
     # If the processes split into two halves, neither can be called wrong.
     if identities.count(rarest) * 2 < len(identities):
         message = f"{reports[culprit].describe(culprit, count)} differs from most processes: {message}"
     return Verdict(culprit, message, True)
 
 
-def _stalled(known: Sequence[Known], reports: Mapping[int, Report], config: WatchConfig, count: int) -> Verdict | None:
+def _stalled(
+    known: Sequence[ProcessState], reports: Mapping[int, StatusReport], config: WatchConfig, count: int
+) -> Verdict | None:
     del known, config
     stalled = [index for index, report in reports.items() if report.stalled]
     if not stalled:

@@ -1,4 +1,4 @@
-"""A DAG of steps with live values between them. The names, and what they do, are Marin's where Marin has them."""
+"""A DAG of steps that pass live values to each other. Names and semantics follow Marin where Marin has them."""
 
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main

@@ -1,11 +1,11 @@
-"""Looks after what the executor left below a prefix.
+"""Commands that inspect and clean up the files that the executor left below a prefix.
 
-    python -m simpo_pipeline.executor status PREFIX [--json]           every step with its status, holder and size
-    python -m simpo_pipeline.executor gc PREFIX [--delete] [--json]    what no manifest names and nobody uses
+    python -m simpo_pipeline.executor status PREFIX [--json]           list every step with its status, holder and size
+    python -m simpo_pipeline.executor gc PREFIX [--delete] [--json]    list files that no manifest names and no job uses
 
-exit 0   done
-exit 1   storage failed while something was removed; the rest is removed
-exit 2   bad usage, or a prefix that cannot be read or holds nothing; nothing was removed
+exit 0   success
+exit 1   storage failed during a removal; the other items were removed
+exit 2   bad usage, or a prefix that is empty or cannot be read; nothing was removed
 """
 
 import argparse
@@ -22,14 +22,14 @@ _PROGRAM = "python -m simpo_pipeline.executor"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print with its usage."""
+    """Parser that raises a ConfigError where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"Bad arguments: {message}. Run {_PROGRAM} --help to see them all.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; the exit code."""
+    """Run the command line and return the exit code."""
     try:
         options = _parser().parse_args(arguments)
         if options.command == "status":
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=_PROGRAM, description="Looks after what the executor left below a prefix.")
+    parser = _Parser(prog=_PROGRAM, description="Inspect and clean up the files that the executor left below a prefix.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     status = commands.add_parser("status", help="list every step with its status, age, holder and size")
-    gc = commands.add_parser("gc", help="list, and with --delete remove, what no manifest names and nobody uses")
-    gc.add_argument("--delete", action="store_true", help="remove what is listed")
+    gc = commands.add_parser("gc", help="list, and with --delete remove, files that no manifest names and no job uses")
+    gc.add_argument("--delete", action="store_true", help="remove the listed files")
     for command in (status, gc):
-        command.add_argument("prefix", metavar="PREFIX", help="a folder or URL that experiments ran with as --prefix")
+        command.add_argument("prefix", metavar="PREFIX", help="a folder or URL that experiments used as --prefix")
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

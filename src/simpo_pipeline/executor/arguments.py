@@ -1,7 +1,7 @@
-"""Flags to a config dataclass, by draccus, with two liberties: a bare `--dry_run` is true, and lists need no brackets.
+"""Parser of command-line flags into a config dataclass: draccus with bare `--dry_run` flags and lists without brackets.
 
---dry_run                    as --dry_run true
---run_only train-.* report   as --run_only '["train-.*", "report"]'
+--dry_run                    same as --dry_run true
+--run_only train-.* report   same as --run_only '["train-.*", "report"]'
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ _HELP_FLAGS = ("-h", "--help")
 
 
 def parse_arguments(config_class: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
-    """The config that the flags describe; `--help` prints them and exits.
+    """Return the config that the flags describe. `--help` prints the flags and exits.
 
     Raises:
-        ConfigError: an unknown flag or a bad value, in one sentence.
+        ConfigError: a flag is unknown or a value is invalid. The message is one sentence.
     """
-    import draccus  # 0.1 s, and only a command line needs it
+    import draccus  # the import takes 0.1 s, and only command lines need it
 
     kinds = dict(_flag_types(config_class, ""))
     if not any(flag in arguments for flag in _HELP_FLAGS):
@@ -50,7 +50,7 @@ def _flag_types(config_class: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`; other unions stay."""
+    """Return `X` for `X | None`, and any other type unchanged."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
         if len(members) == 1:
@@ -68,7 +68,7 @@ def _check_flags(arguments: Sequence[str], known: list[str]) -> None:
 
 
 def _completed(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
-    """The arguments as draccus wants them: one value after each flag."""
+    """Return the arguments in the form that draccus expects: one value after each flag."""
     completed: list[str] = []
     position = 0
     while position < len(arguments):

@@ -1,11 +1,11 @@
-"""The executor: plans a DAG of steps and follows the plan, in one process or in step with the others of its job.
+"""Executor of a DAG of steps: makes a plan and carries it out, in one process or together with the others of its job.
 
     prefix/<name>-<hash>/           outputs and records of a step (status.py)
     prefix/experiments/<script>-<hash>.json   the record of an experiment
-    prefix/.replay/<run id>/        scratch of replays
+    prefix/.replay/<run id>/        scratch folder of replays
 
-Work goes in rounds, because other jobs may hold steps: plan, attempt all that need not wait, and plan again when
-something was postponed. The leader alone reads and writes storage; every process follows its decisions.
+A run has rounds, because other jobs may hold steps: it makes a plan, attempts every step that need not wait, and plans
+again if a step was postponed. Only the leader reads and writes storage. Every process follows the leader's decisions.
 """
 
 import logging
@@ -41,7 +41,7 @@ _logger = logging.getLogger("simpo_pipeline.executor")
 
 
 class Executor:
-    """Runs steps below a prefix; the attributes in the first part are Marin's and are filled by `run`."""
+    """Executor of steps below a prefix. The first group of attributes is Marin's, and `run` fills them."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Executor:
         self.dependencies: dict[Step, list[Step]] = {}
         self.executor_info_path: str | None = None
         self.plan: tuple[PlanRow, ...] = ()
-        """The steps with their latest action, in the order they run."""
+        """Steps with their latest action, in the order in which they run."""
         self.results: tuple[StepResult, ...] = ()
-        """What became of each step of the plan, also when `run` raises."""
+        """Outcome of each step of the plan, also if `run` raises."""
         self._session = session
         self._processes = processes or Processes()
         self._lease = lease or LeaseConfig()
@@ -86,26 +86,30 @@ class Executor:
         until: Sequence[str] | None = None,
         force: Sequence[str] | None = None,
     ) -> tuple[StepResult, ...]:
-        """Bring the steps, and all they need, to SUCCESS.
+        """Run the steps, and all steps they need, until each has SUCCESS.
 
-        A step that failed before runs again, other than in Marin: its users nearly always start again because they
-        repaired the cause. `force_run_failed=False` blocks it instead.
+        A step that failed before runs again. This differs from Marin, because users nearly always restart after they
+        have fixed the cause. `force_run_failed=False` blocks such a step instead.
 
         Args:
-            dry_run: only make the plan; nothing is written, no lease is taken, the session is not touched.
-            run_only: regular expressions searched in step names; only matching steps and what they need are run.
-            until: names of steps; only they and what comes before them are run.
-            force: names of steps to run also if they are done. Steps that used them keep their version and stay done.
-            max_concurrent: how many steps that use neither live values nor the session may run at once; 1 runs every
-                step in the caller's thread, None sets no limit.
+            steps: the steps to run.
+            dry_run: only make the plan. Nothing is written, no lease is acquired, and the session is not used.
+            run_only: regular expressions that are searched in step names. Only matching steps, and the steps they need,
+                are run.
+            force_run_failed: whether to run steps again that failed before.
+            max_concurrent: the maximum number of steps without live values or session that run at the same time. 1 runs
+                every step in the caller's thread. None sets no limit.
+            until: names of steps. Only these steps, and the steps before them, are run.
+            force: names of steps to run even if they are done. Steps that used them keep their version and stay done.
 
         Raises:
-            PlanError: the DAG, or a name in `run_only`, `until` or `force`, is wrong; nothing has run.
-            StepFailedError: a step failed; the first is named and its own error chained. Independent steps have run.
-            StepError, StorageError: what else went wrong at the first step that did not succeed.
+            PlanError: the DAG, or a name in `run_only`, `until` or `force`, is invalid. Nothing has run.
+            StepFailedError: a step failed. The message names the first one, and its own error is chained. Independent
+                steps have run.
+            StepError, StorageError: another failure of the first step that did not succeed.
         """
         if max_concurrent is not None and max_concurrent < 1:
-            raise ConfigError(f"max_concurrent is {max_concurrent}; it must be at least 1, or left out for no limit.")
+            raise ConfigError(f"max_concurrent is {max_concurrent}. Set it to at least 1, or omit it for no limit.")
         graph = build_graph(steps, self.prefix)
         order = live_order(graph)
         self._publish(graph)
@@ -144,10 +148,10 @@ class Executor:
         )
 
     def explain(self, name: str) -> list[Explanation]:
-        """All that is known about the steps of a name, after `run` made a plan.
+        """Return all that is known about the steps with a name, after `run` made a plan.
 
         Raises:
-            PlanError: there is no step of that name.
+            PlanError: no step has that name.
         """
         assert self._graph is not None and self._order is not None, "run() makes the plan"
         graph, order = self._graph, self._order
@@ -173,29 +177,29 @@ class Executor:
                 self._end_run_record(job, started)
 
     def _end_run_record(self, job: Job, started: str) -> None:
-        """Not worth failing for: by now every step has recorded its own end."""
+        """Record the end of the run. An error only logs a warning, because each step has already recorded its end."""
         try:
             self._write_run_record(job, started, utc_now())
         except StorageError as error:
-            _logger.warning("the record of this run lacks its end: %s", error)
+            _logger.warning("could not record the end of this run: %s", error)
 
     def _check_prefix(self, run_id: str) -> None:
-        """Make sure that the leader can write below the prefix, and that every process sees what it writes there.
+        """Check that the leader can write below the prefix, and that every process sees what it writes there.
 
         Raises:
             StorageError: the leader cannot write.
-            PlanError: in every process, naming those that do not see it.
+            PlanError: some processes do not see it. Every process raises this error, which names them.
         """
         probe = join(self.prefix, f"{PROBE_PREFIX}{run_id}")
         version: str | None = self._processes.leader_decides(lambda: self._files.create(probe, run_id.encode()))
-        told: list[list[Any]] = self._processes.gather([self.prefix, _sees(probe)])
+        views: list[list[Any]] = self._processes.gather([self.prefix, _sees(probe)])
         self._processes.leader_decides(lambda: self._files.remove(probe, version or ""))
-        blind = [str(index) for index, (prefix, sees) in enumerate(told) if prefix != told[0][0] or not sees]
+        blind = [str(index) for index, (prefix, sees) in enumerate(views) if prefix != views[0][0] or not sees]
         if blind:
             raise PlanError(
-                f"The leader wrote a file below {told[0][0]!r}, and process {', '.join(blind)} does not see it, or has "
-                "another prefix. All hosts of a job write below one prefix: give --prefix the absolute path of a "
-                "folder that they share, or gs://bucket/path."
+                f"The leader wrote a file below {views[0][0]!r}, but process {', '.join(blind)} does not see it, or "
+                "has a different prefix. All hosts of a job must use the same prefix: set --prefix to the absolute "
+                "path of a folder that they share, or to gs://bucket/path."
             )
 
     def _publish(self, graph: Graph) -> None:

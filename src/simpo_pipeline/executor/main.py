@@ -1,8 +1,10 @@
-"""`executor_main`: what an experiment's script calls. Flags, log lines, tables and exit codes live here and only here.
+"""Entry point of an experiment's script: `executor_main`.
 
-exit 0   done; the last line is "Job finished with no error."
+Only this module handles the flags, log lines, tables and exit codes of an experiment.
+
+exit 0   success; the last line is "Job finished with no error."
 exit 1   something failed while the DAG ran
-exit 2   a flag, the config or the DAG is wrong, or the prefix cannot be used; nothing has run
+exit 2   a flag, the config or the DAG is invalid, or the prefix cannot be used; nothing has run
 exit 3   --dry_run --exit_code: the plan has work to do
 """
 
@@ -32,54 +34,54 @@ _STDOUT, _STDERR = 1, 2
 
 @dataclass(frozen=True)
 class ExecutorMainConfig:
-    """The flags every experiment has; an experiment adds its own by inheriting."""
+    """Flags that every experiment has. An experiment adds its own flags in a subclass."""
 
     prefix: str | None = None
-    """Folder or URL that all outputs go below; else MARIN_PREFIX, else ./runs."""
+    """Folder or URL below which all outputs are written; by default MARIN_PREFIX if set, otherwise ./runs."""
     executor_info_base_path: str | None = None
-    """Where the record of the experiment goes; else {prefix}/experiments."""
+    """Folder or URL for the record of the experiment; by default {prefix}/experiments."""
     dry_run: bool = False
-    """Print the plan and exit; nothing is written."""
+    """Print the plan and exit. Nothing is written."""
     force_run_failed: bool = True
-    """Run steps again that failed before; false blocks them."""
+    """Run steps again that failed before; false blocks these steps."""
     run_only: list[str] | None = None
-    """Run only the steps whose names match these regular expressions, and what they need."""
+    """Run only the steps whose names match these regular expressions, and the steps they need."""
     until: list[str] | None = None
-    """Run only these steps, by name, and what comes before them."""
+    """Run only the steps with these names, and the steps before them."""
     force: list[str] | None = None
-    """Run these steps, by name, also if they are done."""
+    """Run the steps with these names even if they are done."""
     explain: list[str] | None = None
-    """Print what these steps, by name, are made of and why they are new, and exit; nothing is written."""
+    """Print what the steps with these names consist of and why they are new, and exit. Nothing is written."""
     max_concurrent: int | None = None
-    """How many steps without live values may run at once."""
+    """Maximum number of steps without live values that run at the same time."""
     json: bool = False
-    """Print the plan, or what came of it, as one JSON object on standard output; log lines go to standard error."""
+    """Print the plan, or the results, as one JSON object to standard output. Log lines go to standard error."""
     exit_code: bool = False
-    """With --dry_run: exit with 3 if the plan has work to do, with 0 if all is done."""
+    """With --dry_run: exit with 3 if the plan has work to do, with 0 if everything is done."""
     unsafe_locks: bool = False
-    """Use a prefix whose file system has no conditional writes, where two jobs may run one step at once."""
+    """Allow a prefix on a file system without conditional writes, where two jobs may run the same step at once."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)
-    """How this job claims the steps it runs."""
+    """Settings of the leases with which this job claims the steps that it runs."""
 
     def __post_init__(self) -> None:
         if self.exit_code and not self.dry_run:
-            raise ConfigError("--exit_code tells whether a plan has work to do. Give it together with --dry_run.")
+            raise ConfigError("--exit_code reports whether a plan has work to do. Use it together with --dry_run.")
 
     @property
     def effective_prefix(self) -> str:
-        """`prefix`, else MARIN_PREFIX, else ./runs."""
+        """`prefix` if set, otherwise MARIN_PREFIX if set, otherwise ./runs."""
         return self.prefix or os.environ.get("MARIN_PREFIX") or "runs"
 
 
 def parse_main_config(config_class: type[ConfigT]) -> ConfigT:
-    """The config in the command line; a bad one is told in one sentence, and the script exits with 2."""
-    with usage_errors_told():
+    """Return the config from the command line. If it is invalid, print one sentence and exit with 2."""
+    with usage_errors_reported():
         return parse_arguments(config_class, sys.argv[1:])
 
 
 @contextmanager
-def usage_errors_told() -> Generator[None]:
-    """Around what a script makes of its command line: a ConfigError is one sentence, and the script exits with 2."""
+def usage_errors_reported() -> Generator[None]:
+    """Report a ConfigError raised in the block as one sentence, and exit with 2. Use it to evaluate a command line."""
     try:
         yield
     except ConfigError as error:
@@ -95,10 +97,16 @@ def executor_main(
     processes: Processes | None = None,
     summary_columns: SummaryColumns = (("tokens", "tokens"), ("tok/s", "tokens_per_second"), ("loss", "loss")),
 ) -> None:
-    """Plan and run the steps as the flags say; leaves the script with exit code 1 or 2 when that does not go well.
+    """Plan and run the steps according to the flags. Exit with code 1 or 2 if that fails.
 
-    `config` is read from the command line when it is None. `session` is handed to every step that asks for its run; at
-    the end its `close(error)` is called if it has one, unless this was a dry run.
+    Args:
+        config: the flags. If None, they are read from the command line.
+        steps: the steps to run. All steps that they need are included.
+        description: the description of the experiment, for its record.
+        session: an object that is passed to every step that takes its `StepRun`. At the end its `close(error)` is
+            called if it has one, unless this was a dry run.
+        processes: the processes of this job. By default, there is only this one.
+        summary_columns: the columns of the final table that show values of each step's summary.json.
     """
     config = config if config is not None else parse_main_config(ExecutorMainConfig)
     processes = processes or Processes()
@@ -188,17 +196,17 @@ def _run_and_close(
     except BaseException as error:
         try:
             close(error)
-        except Exception as close_error:  # must not hide what ended the job
+        except Exception as close_error:  # must not hide the error that ended the job
             _logger.error("The session could not be closed either.", exc_info=close_error)
         raise
     try:
         close(None)
-    except Exception as error:  # a tracker's own; the outputs are committed, but the job is not done well
-        raise StepError(f"All steps ended well, but the session could not be closed: {error!r}") from error
+    except Exception as error:  # a tracker's own error; the outputs are committed, but the job did not succeed
+        raise StepError(f"All steps succeeded, but the session could not be closed: {error!r}") from error
 
 
 def _close_nothing(error: BaseException | None) -> None:
-    """For sessions without a `close`."""
+    """Do nothing, for sessions without a `close` method."""
 
 
 def _exit_with_usage_error(error: Exception) -> NoReturn:
@@ -207,7 +215,7 @@ def _exit_with_usage_error(error: Exception) -> NoReturn:
 
 
 def _show_any_text() -> None:
-    """A character that the terminal cannot show must not end a job."""
+    """Escape characters that the terminal cannot show, so that they do not end a job."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -215,7 +223,7 @@ def _show_any_text() -> None:
 
 @contextmanager
 def _results_alone_on_stdout() -> Generator[None]:
-    """What steps and the programs they start print goes to standard error while the block runs."""
+    """Redirect the output of steps and of the programs they start to standard error while the block runs."""
     sys.stdout.flush()
     kept = os.dup(_STDOUT)
     os.dup2(_STDERR, _STDOUT)
@@ -229,15 +237,15 @@ def _results_alone_on_stdout() -> Generator[None]:
 
 @contextmanager
 def log_lines(*, to_stderr: bool) -> Generator[None]:
-    """Show INFO and above with the time, while the block runs."""
+    """Show log lines of level INFO and above, with the time, while the block runs."""
     handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     level, propagate = _logger.level, _logger.propagate
     _logger.addHandler(handler)
-    # Libraries that a step imports may give the root logger a handler, and each line would be shown twice.
+    # Libraries that a step imports may add a handler to the root logger, which would show each line twice.
     _logger.propagate = False
     _logger.setLevel(logging.INFO)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks; what it raises is told as a StorageError
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # hides its tracebacks; its errors become StorageErrors
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""What goes between the executor and a step function: the run it is given, and the live value it returns.
+"""Interface between the executor and a step function: the run it receives, and the live value it returns.
 
-A step function is given its `StepRun` when it names a second parameter `run`.
+A step function receives its `StepRun` if it has a second parameter named `run`.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from simpo_pipeline.processes import Processes
 
 
 class Action(StrEnum):
-    """What the plan does with a step."""
+    """The action of a plan for a step."""
 
     RUN = "RUN"
     """Call its function and record its outputs."""
     SKIP = "SKIP"
-    """Its outputs are recorded and nobody needs its live value."""
+    """Its outputs are recorded, and no step needs its live value."""
     REPLAY = "REPLAY"
-    """Its outputs are recorded; call its function again, aside, for the live value alone."""
+    """Its outputs are recorded. Call its function again with a scratch output path, only for the live value."""
     WAIT = "WAIT"
     """Another job is running it."""
     BLOCKED = "BLOCKED"
@@ -44,15 +44,15 @@ class StepRun:
 
     name: str
     output_path: str
-    """Where this call writes; a scratch path while replaying."""
+    """Where this call writes. A scratch path in a replay."""
     processes: Processes
     session: Any
-    """What the experiment gave the executor for its steps to share; the executor never looks inside."""
+    """The object that the experiment passed to the executor for its steps to share. The executor never inspects it."""
     plan: tuple[PlanRow, ...]
     replaying: bool
-    """Whether only the live value of this call counts; its outputs will be thrown away."""
+    """Whether only the live value of this call is used. Its outputs are discarded."""
     recorded_path: str = ""
-    """The step's own output path: `output_path`, but of a replay."""
+    """The step's own output path. The same as `output_path`, except in a replay."""
     version: str = ""
     """Hash of the step's identity."""
     is_used_live: bool = False
@@ -61,11 +61,13 @@ class StepRun:
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """What a step function returns to publish a live value."""
+    """The return value of a step function that publishes a live value."""
 
     value: Any
     digest: str | None = None
-    """Names the value's content; recorded at the first run and compared at every replay."""
+    """Digest of the value's content. Recorded in the first run and compared in every replay."""
     free: Callable[[], None] | None = None
-    """Releases what the value holds (device buffers) when no step will use it again. Not called once it is taken,
-    because the taker owns it then, unless the taker fails."""
+    """Frees the resources of the value (device buffers) when no step will use it again.
+
+    Not called for a value that was taken, because the taker owns it then, unless the taker fails.
+    """

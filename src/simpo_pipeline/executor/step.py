@@ -1,15 +1,15 @@
-"""What an experiment is written with: steps, and the markers its configs may hold. Names follow Marin.
+"""Building blocks of experiments: steps, and the markers that their configs may contain. Names follow Marin.
 
 A step is inert: it knows its name, function and config, but not its version, its output path or whether it has run.
-In a config, anywhere inside dataclasses, lists, tuples and dicts,
+These markers may appear in a config, at any depth of dataclasses, lists, tuples and dicts:
 
     step, step / "sub"        becomes the output path of another step, or a path below it
     this_output_path("sub")   becomes the step's own output path, or a path below it
     versioned(x)              becomes x, and makes x part of the step's identity
     borrow(step), take(step)  becomes the live value that the other step published, in this process
 
-Functions that make markers return `Any` to the type checker: a field is annotated with what the step function will
-read (`str`, `float`), not with what an experiment may write there.
+Functions that make markers are annotated to return `Any`, so that a config field can be annotated with the type that
+the step function reads (`str`, `float`), not with the marker that an experiment may write there.
 """
 
 import dataclasses
@@ -28,82 +28,84 @@ StepFunction = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExecutorStep(Generic[ConfigT]):
-    """One step of a DAG; two step objects are never equal, however alike, until the executor compares identities.
+    """One step of a DAG.
+
+    Two step objects are never equal, even if all their fields are; only the executor compares identities.
 
     Raises:
-        PlanError: the name cannot be part of a path.
+        PlanError: The name cannot be part of a path.
     """
 
     name: str
-    """Begins the output path, so slashes make folders; the other half of the identity of what `fn` does."""
+    """Beginning of the output path, where slashes create folders. It stands for `fn` in the identity of the step."""
     fn: StepFunction | None
     config: ConfigT
     description: str | None = None
     override_output_path: str | None = None
-    """Used in place of `{prefix}/{name}-{hash}`; relative paths are below the prefix."""
+    """Used instead of `{prefix}/{name}-{hash}`. Relative paths are below the prefix."""
     pip_dependency_groups: list[str] | None = None
-    """Marin's, for jobs of their own; recorded, and without effect here: all steps run in this one job."""
+    """From Marin, which runs steps as separate jobs. Recorded, but unused here because all steps run in this job."""
     resources: Any = None
-    """Marin's, as `pip_dependency_groups`."""
+    """From Marin, like `pip_dependency_groups`."""
 
     def __post_init__(self) -> None:
         if any(part in ("", ".", "..") or part.startswith(".") for part in self.name.split("/")):
             raise PlanError(
-                f"A step is named {self.name!r}. A name is one or more parts joined by '/', none of them empty or "
-                "beginning with a dot. Rename the step."
+                f"A step is named {self.name!r}. A name is one or more parts joined by '/'; no part may be empty "
+                "or begin with a dot. Rename the step."
             )
 
     def __repr__(self) -> str:
         return f"ExecutorStep(name={self.name!r})"
 
     def cd(self, name: str) -> Any:
-        """The path `name` below this step's output path."""
+        """Return the path `name` below this step's output path."""
         return InputName(self, name)
 
     def __truediv__(self, name: str) -> Any:
         return self.cd(name)
 
     def as_input_name(self) -> "InputName":
-        """This step's output path."""
+        """Return this step's output path."""
         return InputName(self, None)
 
     def nonblocking(self) -> Any:
-        """This step's output path, part of the identity but neither waited for nor run for its sake."""
+        """Return this step's output path for the identity alone. It neither runs the step nor waits for it."""
         return self.as_input_name().nonblocking()
 
     def with_output_path(self, output_path: str) -> "ExecutorStep[ConfigT]":
-        """The same step with its outputs elsewhere."""
+        """Return the same step with a different output path."""
         return dataclasses.replace(self, override_output_path=output_path)
 
 
 @dataclass(frozen=True)
 class InputName:
-    """A path below another step's output path; below the prefix when `step` is None."""
+    """A path below another step's output path, or below the prefix if `step` is None."""
 
     step: "ExecutorStep[Any] | None"
     name: str | None
     block_on_step: bool = True
 
     def cd(self, name: str) -> Any:
-        """The path `name` below this one."""
+        """Return the path `name` below this one."""
         return dataclasses.replace(self, name=f"{self.name.rstrip('/')}/{name}" if self.name else name)
 
     def __truediv__(self, name: str) -> Any:
         return self.cd(name)
 
     def nonblocking(self) -> Any:
-        """The same path, part of the identity but neither waited for nor run for its sake."""
+        """Return the same path for the identity alone. It neither runs the step nor waits for it."""
         return dataclasses.replace(self, block_on_step=False)
 
     @staticmethod
     def hardcoded(path: str) -> Any:
-        """A path that no step makes: absolute, a URL, or relative to the prefix."""
+        """Return a path that no step produces: absolute, a URL, or relative to the prefix."""
         return InputName(None, path)
 
 
 @dataclass(frozen=True)
 class OutputName:
-    """A path below the output path of the step whose config holds it."""
+    """The output path of the step whose config contains this marker, or a path below it."""
 
     name: str | None
 
@@ -112,12 +114,12 @@ THIS_OUTPUT_PATH: Any = OutputName(None)
 
 
 def this_output_path(name: str | None = None) -> Any:
-    """The output path of the step whose config holds this, or a path below it."""
+    """Return the output path of the step whose config contains this marker, or a path below it."""
     return OutputName(name)
 
 
 def output_path_of(step: "ExecutorStep[Any]", name: str | None = None) -> Any:
-    """The output path of another step, or a path below it."""
+    """Return the output path of another step, or a path below it."""
     return InputName(step, name)
 
 
@@ -129,10 +131,10 @@ class VersionedValue:
 
 
 def versioned(value: Any) -> Any:
-    """Make a value part of the identity of the step whose config holds it.
+    """Make a value part of the identity of the step whose config contains it.
 
     Raises:
-        IdentityError: the value is a marker, or is already versioned; those bear identity by themselves.
+        IdentityError: The value is a marker or is already versioned, so it needs no `versioned`.
     """
     if isinstance(value, VersionedValue | InputName | ExecutorStep | OutputName | LiveInput):
         kind = type(cast(object, value)).__name__
@@ -141,12 +143,12 @@ def versioned(value: Any) -> Any:
 
 
 def ensure_versioned(value: Any) -> Any:
-    """The value versioned, once."""
+    """Return the value as a versioned value, without versioning it twice."""
     return cast(Any, value) if isinstance(value, VersionedValue) else versioned(value)
 
 
 def unwrap_versioned_value(value: Any) -> Any:
-    """The value with nothing versioned in it, however deep in dataclasses, dicts, lists and tuples."""
+    """Remove `versioned` from the value, at any depth of dataclasses, dicts, lists and tuples."""
     if isinstance(value, VersionedValue):
         return unwrap_versioned_value(cast(Any, value).value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -164,24 +166,24 @@ def unwrap_versioned_value(value: Any) -> Any:
 
 
 def get_executor_step(run: "ExecutorStep[Any] | InputName") -> "ExecutorStep[Any]":
-    """The step behind a step or a path of it.
+    """Return the step that `run` is, or that produces the path `run`.
 
     Raises:
-        PlanError: no step makes that path, or what was passed is neither.
+        PlanError: No step produces the path, or `run` is neither a step nor a path.
     """
     step = run.step if isinstance(run, InputName) else run
     if not isinstance(cast(object, step), ExecutorStep):
-        raise PlanError(f"No step makes {run!r}. Pass an ExecutorStep or a path of one.")
+        raise PlanError(f"No step produces {run!r}. Pass an ExecutorStep or a path of one.")
     return cast(ExecutorStep[Any], step)
 
 
 class LiveUse(StrEnum):
-    """What a consumer may do with a live value."""
+    """How a consumer may use a live value."""
 
     BORROW = "borrow"
-    """Read it; neither change nor keep it."""
+    """Read the value, without changing or keeping it."""
     TAKE = "take"
-    """Become its owner: change it, donate its buffers, publish it again."""
+    """Become the owner of the value: change it, donate its buffers, publish it again."""
 
 
 @dataclass(frozen=True)
@@ -193,19 +195,19 @@ class LiveInput:
 
 
 def borrow(step: object) -> Any:
-    """The live value of another step, to be read only and given back when this step ends.
+    """Return a marker for the live value of another step, which is read-only and released when this step ends.
 
     Raises:
-        LiveEdgeError: what was passed is no step.
+        LiveEdgeError: `step` is not a step.
     """
     return LiveInput(_producer(step, LiveUse.BORROW), LiveUse.BORROW)
 
 
 def take(step: object) -> Any:
-    """The live value of another step, to be owned from now on; every borrower has ended before.
+    """Return a marker for the live value of another step, which this step then owns. All borrowers finish first.
 
     Raises:
-        LiveEdgeError: what was passed is no step.
+        LiveEdgeError: `step` is not a step.
     """
     return LiveInput(_producer(step, LiveUse.TAKE), LiveUse.TAKE)
 

@@ -1,4 +1,4 @@
-"""Plain text tables for a terminal."""
+"""Plain-text tables for a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,7 @@ from simpo_pipeline.executor.run import PlanRow
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns under a header; columns whose cells are all numbers or empty are aligned to the right."""
+    """Format aligned columns under a header. Columns that contain only numbers and empty cells are right-aligned."""
     body = [list(row) for row in rows]
     columns = list(zip(header, *body, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
@@ -26,6 +26,6 @@ def _is_number(cell: str) -> bool:
 
 
 def plan_table(rows: Iterable[PlanRow]) -> str:
-    """A plan, one step a line."""
+    """Format a plan with one step per line."""
     header = ("step", "action", "reason", "version", "output path")
     return format_table(header, ((row.step_name, row.action, row.reason, row.version, row.output_path) for row in rows))

@@ -1,6 +1,6 @@
 """Batches of fixed shapes, built in NumPy from scheduler rounds as inputs of the device programs."""
 
-from collections.abc import Sequence as Sized
+from collections.abc import Sequence
 
 import equinox as eqx
 import numpy as np
@@ -10,7 +10,7 @@ from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineSizes
 from simpo_pipeline.inference.sampling import SamplingRows
 from simpo_pipeline.inference.scheduler import PrefillChunk, Round
 from simpo_pipeline.inference.seen_tokens import seen_bits, seen_words
-from simpo_pipeline.inference.sequence import Sequence
+from simpo_pipeline.inference.sequence import SequenceState
 
 
 class PrefillBatch(eqx.Module):
@@ -36,7 +36,7 @@ class DecodeBatch(eqx.Module):
     seen: UInt32[Array | np.ndarray, "rows words"]  # bit set of the sequence's tokens, for the repetition penalty
 
 
-def prefill_batch(chunks: Sized[PrefillChunk], sizes: EngineSizes, num_tokens: int) -> PrefillBatch:
+def prefill_batch(chunks: Sequence[PrefillChunk], sizes: EngineSizes, num_tokens: int) -> PrefillBatch:
     """Return the chunks of a round, padded to `num_tokens` tokens and `max_prefill_seqs` sequences."""
     num_seqs = sizes.max_prefill_seqs
     tokens, seqs = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
@@ -82,7 +82,7 @@ def decode_batch(current: Round, sizes: EngineSizes, num_rows: int, vocab_size: 
     )
 
 
-def _sampling_rows(rows: Sized[Sequence], num_rows: int) -> SamplingRows:
+def _sampling_rows(rows: Sequence[SequenceState], num_rows: int) -> SamplingRows:
     temperature, top_p, penalty = (
         np.zeros(num_rows, np.float32),
         np.ones(num_rows, np.float32),
@@ -121,7 +121,7 @@ def _sampling_rows(rows: Sized[Sequence], num_rows: int) -> SamplingRows:
     )
 
 
-def _seen_rows(rows: Sized[Sequence], num_rows: int, vocab_size: int) -> UInt32[np.ndarray, "rows words"]:
+def _seen_rows(rows: Sequence[SequenceState], num_rows: int, vocab_size: int) -> UInt32[np.ndarray, "rows words"]:
     seen = np.zeros((num_rows, seen_words(vocab_size)), np.uint32)
     for row, sequence in enumerate(rows):
         if sequence.request.sampling.repetition_penalty != 1:

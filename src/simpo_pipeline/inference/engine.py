@@ -5,12 +5,11 @@ passes the weights to each call; the engine keeps neither the weights nor the ca
 text only to find stop strings.
 """
 
-import collections.abc
 import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -24,24 +23,23 @@ from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.errors import CapacityError, ConfigError
 from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.engine_programs import EnginePrograms, EngineWeights
-from simpo_pipeline.inference.forward import Drawn
+from simpo_pipeline.inference.forward import SampledTokens
 from simpo_pipeline.inference.scheduler import Round, Scheduler
-from simpo_pipeline.inference.sequence import Completion, Request, Sequence, TokenLogprobs
+from simpo_pipeline.inference.sequence import Completion, Request, SequenceState, TokenLogprobs
 from simpo_pipeline.inference.stop_strings import StopMatcher
+from simpo_pipeline.inference.text import Decode
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama
 from simpo_pipeline.ops.paged_attention import backend_for
 
 logger = logging.getLogger(__name__)
 
-Requests = collections.abc.Sequence[Request]
+Requests = Sequence[Request]
 # (generated tokens so far, finished requests, all requests, seconds since the start)
 OnProgress = Callable[[int, int, int, float], None]
 # Requests that finished in one round.
 OnFinished = Callable[[list[Completion]], None]
 Decided = TypeVar("Decided")
-# Decodes token ids to text.
-Decode = Callable[[collections.abc.Sequence[int]], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +179,14 @@ class Engine:
         if not requests:
             return [], GenerationStats()
         scheduler = Scheduler(self.sizes, self._programs.chunk_sizes)
-        work = [Sequence(request, index, self._matcher(request)) for index, request in enumerate(requests)]
+        work = [SequenceState(request, index, self._matcher(request)) for index, request in enumerate(requests)]
         for sequence in work:
             scheduler.add(sequence)
         tally = _Tally()
         laid_out = weights if isinstance(weights, EngineWeights) else self.lay_out(weights)
         laid_out, cache = jax.block_until_ready((laid_out, self._programs.empty_cache()))
         tally.set_up()
-        ended: list[Sequence] = []
+        ended: list[SequenceState] = []
 
         def report() -> None:
             finished = [sequence.completion() for sequence in ended]
@@ -252,7 +250,7 @@ def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> N
             )
 
 
-def _fetch_drawn(current: Round, drawn: Drawn | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
+def _fetch_drawn(current: Round, drawn: SampledTokens | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
     """Wait for a round and return each decoding sequence's sampled tokens, with log-probabilities if requested."""
     if drawn is None:
         return []

@@ -13,7 +13,14 @@ from simpo_pipeline.distributed.mesh import MODEL_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.inference.batches import DecodeBatch, decode_batch, prefill_batch
 from simpo_pipeline.inference.config import EngineSizes, pages_for
-from simpo_pipeline.inference.forward import Drawn, decode, lay_out, lay_out_by_layer, prefill, prefill_and_decode
+from simpo_pipeline.inference.forward import (
+    SampledTokens,
+    decode,
+    lay_out,
+    lay_out_by_layer,
+    prefill,
+    prefill_and_decode,
+)
 from simpo_pipeline.inference.kv_cache import KVCache, abstract_cache, bytes_per_device, empty_cache
 from simpo_pipeline.inference.packing import pack, unpack
 from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit
@@ -114,7 +121,7 @@ class EnginePrograms:
 
     def run(
         self, weights: EngineWeights, cache: KVCache, current: Round, step: np.uint32
-    ) -> tuple[KVCache, Drawn | None]:
+    ) -> tuple[KVCache, SampledTokens | None]:
         """Launch a round and return immediately; the devices fill the returned arrays asynchronously."""
         cache = self._copied(cache, current)
         chunks, rows = current.chunks, current.decoding

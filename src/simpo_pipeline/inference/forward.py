@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from simpo_pipeline.inference.batches import DecodeBatch, PrefillBatch
 from simpo_pipeline.inference.config import MAX_LOGPROBS
-from simpo_pipeline.inference.kv_cache import KVCache, TokenPlaces
+from simpo_pipeline.inference.kv_cache import KVCache, TokenLocations
 from simpo_pipeline.inference.logprobs import token_logprobs
 from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit, draw_tokens
 from simpo_pipeline.inference.seen_tokens import mark_seen
@@ -34,7 +34,7 @@ from simpo_pipeline.model.transformer import (
 )
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Tokens that the rows of a decode round sampled at each step, including stop tokens; -1 after a row has finished.
 
     Log-probabilities are zeros if no row requests them.
@@ -86,7 +86,7 @@ def prefill_and_decode(
     *,
     dtype: DTypeLike,
     split: VocabSplit = UNSPLIT,
-) -> tuple[KVCache, Drawn]:
+) -> tuple[KVCache, SampledTokens]:
     """Add the keys and values of `chunks` to the cache and sample one token per row of `batch`, in one forward pass."""
     num_rows = batch.tokens.shape[0]
     state = _first_state(cache, batch, max_steps=1)
@@ -108,7 +108,7 @@ def decode(
     dtype: DTypeLike,
     split: VocabSplit = UNSPLIT,
     head_parts: int = 1,
-) -> tuple[KVCache, Drawn]:
+) -> tuple[KVCache, SampledTokens]:
     """Sample up to `num_steps` tokens per row; a row finishes early at a stop token.
 
     The loop ends when `num_ended` rows have finished, or when every row has. `head_parts` is `parts` of
@@ -136,7 +136,7 @@ class _Decoding(NamedTuple):
     tokens: Int[Array, " rows"]  # the next input tokens
     alive: Bool[Array, " rows"]
     seen: UInt32[Array, "rows words"]
-    drawn: Drawn
+    drawn: SampledTokens
     num_done: Int[Array, ""]
 
 
@@ -147,7 +147,7 @@ def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decodin
         tokens=jnp.asarray(batch.tokens),
         alive=jnp.asarray(batch.num_steps) > 0,
         seen=jnp.asarray(batch.seen),
-        drawn=Drawn(
+        drawn=SampledTokens(
             tokens=jnp.full((num_rows, max_steps), -1, jnp.int32),
             chosen=jnp.zeros((num_rows, max_steps), jnp.float32),
             top_ids=jnp.zeros((num_rows, max_steps, MAX_LOGPROBS), jnp.int32),
@@ -177,7 +177,7 @@ def _after_draw(
         tokens=tokens,
         alive=state.alive & ~stopped & (at + 1 < batch.num_steps),
         seen=mark_seen(state.seen, tokens, state.alive),
-        drawn=Drawn(
+        drawn=SampledTokens(
             tokens=state.drawn.tokens.at[:, at].set(jnp.where(state.alive, tokens, -1)),
             chosen=state.drawn.chosen.at[:, at].set(chosen),
             top_ids=state.drawn.top_ids.at[:, at].set(top_ids),
@@ -191,11 +191,11 @@ def _positions(batch: DecodeBatch, state: _Decoding) -> Int[Array, " rows"]:
     return jnp.where(state.alive, batch.positions + state.num_done, -1)
 
 
-def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenPlaces:
+def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenLocations:
     num_rows = batch.tokens.shape[0]
     positions = _positions(batch, state)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    return TokenPlaces(
+    return TokenLocations(
         page_table=batch.page_table,
         query_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
         kv_lens=positions + 1,
@@ -205,8 +205,8 @@ def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenPlaces:
     )
 
 
-def _prefill_places(batch: PrefillBatch, cache: KVCache) -> TokenPlaces:
-    return TokenPlaces(
+def _prefill_places(batch: PrefillBatch, cache: KVCache) -> TokenLocations:
+    return TokenLocations(
         page_table=batch.page_table,
         query_starts=batch.query_starts,
         kv_lens=batch.kv_lens,
@@ -221,9 +221,9 @@ def _pages(page_table: Any, seqs: Any, positions: Any, cache: KVCache) -> Int[Ar
     return jnp.asarray(page_table)[jnp.asarray(seqs), jnp.asarray(positions) // cache.page_size]
 
 
-def _joined(single: TokenPlaces, chunks: TokenPlaces) -> TokenPlaces:
+def _joined(single: TokenLocations, chunks: TokenLocations) -> TokenLocations:
     num_single = single.num_single
-    return TokenPlaces(
+    return TokenLocations(
         page_table=jnp.concatenate([single.page_table, chunks.page_table]),
         query_starts=jnp.concatenate([single.query_starts[:-1], num_single + jnp.asarray(chunks.query_starts)]),
         kv_lens=jnp.concatenate([single.kv_lens, chunks.kv_lens]),
@@ -237,7 +237,7 @@ def _hidden(
     weights: AnyLlama,
     cache: KVCache,
     tokens: Int[Array, " tokens"],
-    places: TokenPlaces,
+    places: TokenLocations,
     dtype: DTypeLike,
 ) -> tuple[NamedArray, KVCache]:
     """Return the hidden states [token, embed] of a batch and the cache with its keys and values added."""

@@ -1,4 +1,4 @@
-"""The rows of one host in step `infer`: aside as they end, in the order of the prompts at the end."""
+"""Rows of one host in step `infer`: written as they finish, and in the order of the prompts at the end."""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HostRows:
-    """Takes the completions of a host's shard while the block runs; those of other hosts' prompts are passed over."""
+    """Writer of the rows of a host's shard. It ignores completions of prompts outside the shard."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class HostRows:
         if self._stream is not None:
             self._stream.__exit__(kind, error, trace)
 
-    def add(self, ended: "Sequence[Completion]") -> None:
-        """Writes the rows of samples that have ended aside."""
+    def add(self, finished: "Sequence[Completion]") -> None:
+        """Write the rows of finished samples to the unfinished file."""
         assert self._stream is not None, "inside the block only"
-        rows = [self._make_row(each) for each in ended if each.request.global_prompt_index in self._shard]
+        rows = [self._make_row(each) for each in finished if each.request.global_prompt_index in self._shard]
         self._stream.write(rows)
         self._rows += rows
 
     def write_in_order(self) -> None:
-        """Writes this host's own file; what was aside is not needed any more."""
+        """Write this host's file in the order of the prompts, and remove the unfinished file."""
         write_rows(self._path, sorted(self._rows, key=lambda row: (row["global_prompt_index"], row["sample_index"])))
         remove_tree(self._unfinished_path)

@@ -23,7 +23,7 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES
 from simpo_pipeline.ops.paged_attention import PagedAttention
 
 
-class TokenPlaces(eqx.Module):
+class TokenLocations(eqx.Module):
     """Cache locations of a batch's tokens: one token each of `num_single` sequences, then the chunks of the others."""
 
     page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]  # pages of each sequence, in order; then padding
@@ -48,7 +48,7 @@ class KVCache(eqx.Module):
         q: Float[Array, "tokens heads head_size"],
         k: Float[Array, "tokens kv_heads head_size"],
         v: Float[Array, "tokens kv_heads head_size"],
-        places: TokenPlaces,
+        places: TokenLocations,
     ) -> tuple[Float[Array, "tokens heads head_size"], "KVCache"]:
         """Write one layer's keys and values, then attend to all cached tokens of each token's sequence."""
         page_table = layer * self.num_pages + jnp.asarray(places.page_table)

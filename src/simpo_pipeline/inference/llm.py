@@ -14,8 +14,8 @@ from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.generated_rows import RowStream, generated_row
 from simpo_pipeline.inference.outputs import RequestOutput, request_outputs
 from simpo_pipeline.inference.sequence import Completion, Request
-from simpo_pipeline.inference.sizing import Work, available_memory_bytes, size_engine
-from simpo_pipeline.inference.text import decoder_of, with_end_tokens
+from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
+from simpo_pipeline.inference.text import make_decoder, with_end_tokens
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
@@ -74,14 +74,14 @@ class LLM:
             DataError, ModelError, StorageError: The folder cannot be read or has invalid contents.
         """
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; allowed is one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         mesh = local_mesh()
         if memory_utilization is None:
             memory_utilization = _CPU_MEMORY_SHARE if mesh.devices.flat[0].platform == "cpu" else _MEMORY_SHARE
         config = EngineConfig(max_seqs, max_seq_len, page_size, num_pages, memory_utilization=memory_utilization)
         model = load_config(model_path)
         self._tokenizer = load_tokenizer(model_path)
-        self._decode = decoder_of(self._tokenizer)
+        self._decode = make_decoder(self._tokenizer)
         self._end_tokens = stop_token_ids(self._tokenizer)
         sizes = size_engine(config, model, dtype, _max_work(config, model), mesh, available_memory_bytes(mesh))
         self._engine = Engine(model, sizes, mesh, Programs(), dtype, decode=self._decode)
@@ -185,10 +185,10 @@ class LLM:
         return [with_end_tokens(each, self._end_tokens, vocab_size) for each in sampling_params]
 
 
-def _max_work(config: EngineConfig, model: LlamaConfig) -> Work:
+def _max_work(config: EngineConfig, model: LlamaConfig) -> Workload:
     """Return the largest workload that the engine may get, because the requests are not known yet."""
     num_seqs, length = config.max_seqs or _MAX_SEQS, config.max_seq_len or model.max_seq_len
-    return Work(num_requests=num_seqs, longest_prompt=length, longest_total=length, total_tokens=num_seqs * length)
+    return Workload(num_requests=num_seqs, longest_prompt=length, longest_total=length, total_tokens=num_seqs * length)
 
 
 def _listed(prompts: Any) -> list[tuple[int, Any]]:

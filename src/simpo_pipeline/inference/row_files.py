@@ -1,7 +1,7 @@
-"""The files of generated rows: one a host, and one of all hosts, merged in the order of the prompts.
+"""Files of generated rows: one per host, and one of all hosts, merged in the order of the prompts.
 
-While a host generates, its rows lie in a file of their own, in the order in which they end; whoever kills the step
-keeps them there until it runs again.
+While a host generates, its rows are in a separate file, in the order in which they finish. If the step is killed, that
+file is kept until the step runs again.
 """
 
 import re
@@ -18,41 +18,42 @@ _ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_\d{4}(\.unfinished)?\
 
 
 def host_file(process_index: int, process_count: int) -> str:
-    """The name of the file with one host's rows."""
+    """Return the name of the file with the rows of one host."""
     return f"host_{process_index:04d}_of_{process_count:04d}.jsonl"
 
 
 def unfinished_file(process_index: int, process_count: int) -> str:
-    """The name of the file with the rows of one host that have ended, while others have not."""
+    """Return the name of the file with the finished rows of one host, while it is still generating others."""
     return f"host_{process_index:04d}_of_{process_count:04d}.unfinished.jsonl"
 
 
 def merged_file(process_count: int) -> str:
-    """The name of the file with the rows of all hosts."""
+    """Return the name of the file with the rows of all hosts."""
     return f"all_hosts_merged_of_{process_count:04d}.jsonl"
 
 
 def remove_rows(output_path: str) -> None:
-    """Removes the rows of an earlier attempt, by however many hosts."""
+    """Remove the row files of an earlier attempt with any number of hosts."""
     for entry in list_files(output_path):
         if _ROWS_FILE.fullmatch(entry.relative_path):
             remove_tree(join(output_path, entry.relative_path))
 
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes the rows as JSON lines, in order."""
+    """Write the rows as JSON lines, in order."""
     with JsonlWriter(path) as writer:
         for row in rows:
             writer.write(row)
 
 
 def merge_rows(output_path: str, num_prompts: int, num_samples: int, process_count: int) -> Iterator[dict[str, Any]]:
-    """The rows in the files of all hosts, by prompt and sample: hosts serve contiguous shards, each in order.
+    """Yield the rows of all hosts, ordered by prompt and sample. Each host's file has a contiguous shard in order.
 
-    `num_samples` of each prompt.
+    Args:
+        num_samples: Number of samples per prompt.
 
     Raises:
-        DataError: a host's rows are not those of its shard, each once.
+        DataError: A host's file does not have each row of its shard exactly once.
     """
     for host in range(process_count):
         shard = prompt_shard(num_prompts, host, process_count)
@@ -60,10 +61,10 @@ def merge_rows(output_path: str, num_prompts: int, num_samples: int, process_cou
         path = join(output_path, host_file(host, process_count))
         count = 0
         for row in read_jsonl(path):
-            place = (row["process_index"], row["global_prompt_index"], row["sample_index"])
-            if count >= len(wanted) or place != wanted[count]:
+            found = (row["process_index"], row["global_prompt_index"], row["sample_index"])
+            if count >= len(wanted) or found != wanted[count]:
                 expected = wanted[count] if count < len(wanted) else "no more"
-                raise DataError(f"{path}: row {count} is (process, prompt, sample) {place}, expected {expected}")
+                raise DataError(f"{path}: row {count} is (process, prompt, sample) {found}, expected {expected}")
             count += 1
             yield row
         if count < len(wanted):

@@ -8,11 +8,11 @@ reports what it has run.
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence as Sized
+from collections.abc import Sequence
 
 from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.pages import ROOT, PagePool
-from simpo_pipeline.inference.sequence import Sequence, TokenLogprobs
+from simpo_pipeline.inference.sequence import SequenceState, TokenLogprobs
 
 # While sequences wait, a round ends early when one in `_ENDED_SHARE` of its sequences has finished. An idle row costs
 # as much as an active row, but each round also costs host time.
@@ -26,7 +26,7 @@ _COPIED_SHARE = 8
 class PrefillChunk:
     """`num_tokens` tokens of one sequence, starting at position `start`."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     num_tokens: int
 
@@ -45,7 +45,7 @@ class Round:
     """
 
     chunks: tuple[PrefillChunk, ...]
-    decoding: tuple[Sequence, ...]
+    decoding: tuple[SequenceState, ...]
     num_steps: int
     num_ended: int
     copies: tuple[tuple[int, int], ...]
@@ -54,18 +54,18 @@ class Round:
 class Scheduler:
     """Waiting and running sequences, and the pages they hold."""
 
-    def __init__(self, config: EngineSizes, chunk_sizes: Sized[int]) -> None:
+    def __init__(self, config: EngineSizes, chunk_sizes: Sequence[int]) -> None:
         """Create a scheduler; `chunk_sizes` are the prefill sizes that programs are compiled for, smallest first."""
         self.pool = PagePool(config.num_pages)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []  # oldest first
         self.num_preemptions = 0
         self.num_shared_tokens = 0
         self._config = config
         self._chunk_sizes = chunk_sizes
         self._copies: list[tuple[int, int]] = []
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Append a sequence to the queue; the caller ensures that it fits in an empty cache."""
         self.waiting.append(sequence)
 
@@ -82,7 +82,7 @@ class Scheduler:
         num_ended = max(1, len(decoding) // _ENDED_SHARE) if self.waiting else max(1, len(decoding))
         return Round(chunks, tuple(decoding), num_steps, num_ended, tuple(self._copies))
 
-    def ran(self, done: Round, drawn: Sized[tuple[Sized[int], Sized[TokenLogprobs]]]) -> list[Sequence]:
+    def ran(self, done: Round, drawn: Sequence[tuple[Sequence[int], Sequence[TokenLogprobs]]]) -> list[SequenceState]:
         """Record a round that has run and return the sequences that finished in it.
 
         Args:
@@ -122,14 +122,14 @@ class Scheduler:
             self._start(sequence, found)
             self.running.append(self.waiting.popleft())
 
-    def _has_room(self, sequence: Sequence, found: "_Shared", reserved: int) -> bool:
+    def _has_room(self, sequence: SequenceState, found: "_Shared", reserved: int) -> bool:
         kept = found.pages if found.source is None else [*found.pages, found.source[0]]
         unheld = sum(not self.pool.is_held(page) for page in kept)
         copies = found.has_tail and self.pool.is_held(found.pages[-1])
         missing = self._missing_pages(sequence) - len(found.pages) + copies
         return missing + unheld + reserved <= self.pool.num_free
 
-    def _find_shared(self, sequence: Sequence) -> "_Shared":
+    def _find_shared(self, sequence: SequenceState) -> "_Shared":
         """Find pages with the sequence's first tokens, except its last token; the last page may match partially."""
         size, end = self._config.page_size, sequence.num_tokens - 1
         found = _Shared([], [], 0)
@@ -148,7 +148,7 @@ class Scheduler:
                 found.prefixes.append(prefix)
         return found
 
-    def _find_partial(self, prefix: int, tokens: Sized[int]) -> tuple[int, int] | None:
+    def _find_partial(self, prefix: int, tokens: Sequence[int]) -> tuple[int, int] | None:
         """Return (page, number of tokens) of the page with most of the first `tokens` after `prefix`; None if none."""
         for num_tokens in reversed(self._partial_lengths(len(tokens))):
             known = self.pool.find(prefix, tokens[:num_tokens])
@@ -161,7 +161,7 @@ class Scheduler:
         least = max(1, self._config.page_size // _COPIED_SHARE)
         return range(least, num_tokens, least)
 
-    def _start(self, sequence: Sequence, found: "_Shared") -> None:
+    def _start(self, sequence: SequenceState, found: "_Shared") -> None:
         for page in found.pages:
             self.pool.hold(page)
         sequence.pages = list(found.pages)
@@ -179,7 +179,7 @@ class Scheduler:
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence)))
         self._announce(sequence)
 
-    def _announce(self, sequence: Sequence) -> None:
+    def _announce(self, sequence: SequenceState) -> None:
         """Register the pages that the sequence is about to fill, so that later sequences can share them."""
         size, end = self._config.page_size, sequence.num_tokens - 1
         prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT
@@ -195,10 +195,10 @@ class Scheduler:
             if len(tokens) == size:
                 sequence.prefixes.append(prefix)
 
-    def _can_prefill(self, sequence: Sequence) -> bool:
+    def _can_prefill(self, sequence: SequenceState) -> bool:
         return bool(sequence.num_uncached) and self._has_its_prefix(sequence)
 
-    def _has_its_prefix(self, sequence: Sequence) -> bool:
+    def _has_its_prefix(self, sequence: SequenceState) -> bool:
         if sequence.awaited:
             sequence.awaited = [page for page in sequence.awaited if not self.pool.is_ready(page)]
         return not sequence.awaited
@@ -221,7 +221,7 @@ class Scheduler:
         filled = [size for size in self._chunk_sizes if 2 * num_tokens > size]
         return min(filled[-1] if filled else num_tokens, self._config.prefill_chunk_tokens)
 
-    def _copy_partial(self, sequence: Sequence) -> None:
+    def _copy_partial(self, sequence: SequenceState) -> None:
         """Copy the partially shared page before the sequence's first chunk."""
         if sequence.copied_from is None:
             return
@@ -229,7 +229,7 @@ class Scheduler:
         self.pool.release([sequence.copied_from])
         sequence.copied_from = None
 
-    def _grow_or_preempt(self, num_steps: int) -> list[Sequence]:
+    def _grow_or_preempt(self, num_steps: int) -> list[SequenceState]:
         """Allocate pages for the sequences that decode now and return these; preempt the youngest if pages run out."""
         decoding = []
         index = 0
@@ -251,19 +251,19 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _missing_pages(self, sequence: Sequence, num_steps: int | None = None) -> int:
+    def _missing_pages(self, sequence: SequenceState, num_steps: int | None = None) -> int:
         """Return the number of missing pages for all tokens and the next steps (the last sampled one is not cached)."""
         most = self._config.decode_steps_per_call if num_steps is None else num_steps
         num_tokens = sequence.num_tokens - 1 + min(most, sequence.num_remaining)
         return max(0, pages_for(num_tokens, self._config.page_size) - len(sequence.pages))
 
-    def _must_copy(self, sequence: Sequence) -> bool:
+    def _must_copy(self, sequence: SequenceState) -> bool:
         """Return whether the next token would be written to a shared page."""
         if not sequence.borrowed_tail:
             return False
         return self.pool.is_shared(sequence.pages[sequence.num_cached // self._config.page_size])
 
-    def _grow(self, sequence: Sequence, num_steps: int) -> None:
+    def _grow(self, sequence: SequenceState, num_steps: int) -> None:
         if sequence.borrowed_tail:
             at, num_held = divmod(sequence.num_cached, self._config.page_size)
             if self._must_copy(sequence):
@@ -276,7 +276,7 @@ class Scheduler:
         sequence.borrowed_tail = False
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence, num_steps)))
 
-    def _register_filled(self, sequence: Sequence) -> None:
+    def _register_filled(self, sequence: SequenceState) -> None:
         """Mark the sequence's pages as readable that are now full, or filled as far as announced."""
         size = self._config.page_size
         for index in range(len(sequence.prefixes), sequence.num_cached // size):
@@ -287,7 +287,7 @@ class Scheduler:
             _, page = sequence.announced.popleft()
             self.pool.set_ready(page)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         self.pool.release(sequence.pages)
         if sequence.copied_from is not None:
             self.pool.release([sequence.copied_from])

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence as Sized
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from simpo_pipeline.inference.config import SamplingParams
@@ -59,12 +59,12 @@ class Completion:
 class Matcher(Protocol):
     """Incremental search for stop strings in the text of tokens (`stop_strings.StopMatcher`)."""
 
-    def push(self, tokens: Sized[int]) -> int | None:
+    def push(self, tokens: Sequence[int]) -> int | None:
         """Add tokens and return after how many of them the text contains a stop string, counted from 1, or None."""
         ...
 
 
-class Sequence:
+class SequenceState:
     """State of a request during generation: its tokens so far and the pages with their keys and values.
 
     The last token is never cached: it is the next input token.
@@ -114,7 +114,7 @@ class Sequence:
         generated = self.generated[max(start - num_prompt, 0) : end - num_prompt]
         return (*self.request.prompt_tokens[start:num_prompt], *generated)
 
-    def append(self, tokens: Sized[int], logprobs: Sized[TokenLogprobs] = ()) -> None:
+    def append(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Append sampled tokens, up to the one that ends the sequence; drop the tokens after it.
 
         Only the last of `tokens` can be a stop token that ends the sequence: the device samples no tokens after it.
@@ -143,7 +143,7 @@ class Sequence:
         has_logprobs = self.request.sampling.logprobs is not None
         return Completion(self.request, tuple(self.generated), reason, tuple(self.logprobs) if has_logprobs else None)
 
-    def _first_stop_string(self, tokens: Sized[int], num_before: int) -> int | None:
+    def _first_stop_string(self, tokens: Sequence[int], num_before: int) -> int | None:
         """Return after how many of the tokens a stop string ends the sequence; it must not end before `min_tokens`."""
         if self._matcher is None:
             return None

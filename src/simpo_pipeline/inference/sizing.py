@@ -34,7 +34,7 @@ _CHUNK_STEP = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Workload:
     """Workload of an engine, as far as the engine sizes depend on it.
 
     Attributes:
@@ -50,14 +50,14 @@ class Work:
     total_tokens: int
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> "Work":
+    def of(cls, requests: Sequence[Request]) -> "Workload":
         """Return the workload of these requests."""
         totals = [len(request.prompt_tokens) + request.sampling.max_tokens for request in requests]
         longest_prompt = max((len(request.prompt_tokens) for request in requests), default=0)
         return cls(len(requests), longest_prompt, max(totals, default=0), sum(totals))
 
     @classmethod
-    def merged(cls, works: "Sequence[Work]") -> "Work":
+    def merged(cls, works: "Sequence[Workload]") -> "Workload":
         """Return the maximum of each field over `works`."""
         return cls(*map(max, zip(*map(dataclasses.astuple, works), strict=True)))
 
@@ -76,7 +76,7 @@ def available_memory_bytes(mesh: Mesh, num_processes_here: int = 1) -> int:
 
 
 def size_engine(
-    config: EngineConfig, model: LlamaConfig, dtype: DTypeLike, work: Work, mesh: Mesh, memory_bytes: int
+    config: EngineConfig, model: LlamaConfig, dtype: DTypeLike, work: Workload, mesh: Mesh, memory_bytes: int
 ) -> EngineSizes:
     """Return engine sizes for `work` on devices with `memory_bytes` free on each.
 
@@ -112,7 +112,7 @@ def size_engine(
     return dataclasses.replace(sizes, num_pages=max(min_pages, min(max_pages, affordable_pages)))
 
 
-def _chunk_for(work: Work) -> int:
+def _chunk_for(work: Workload) -> int:
     num_tokens = pages_for(max(1, work.total_tokens), _CHUNK_STEP) * _CHUNK_STEP
     return min(num_tokens, _MAX_CHUNK_TOKENS)
 

@@ -13,7 +13,7 @@ from simpo_pipeline.inference.stop_strings import text_before_stop
 Decode = Callable[[Sequence[int]], str]
 
 
-def decoder_of(tokenizer: Tokenizer) -> Decode:
+def make_decoder(tokenizer: Tokenizer) -> Decode:
     """Return a decoder of generated tokens that skips special tokens and does not clean up spaces."""
 
     def decode(tokens: Sequence[int]) -> str:

@@ -1,1 +1,1 @@
-"""What every experiment runs inside: its flags, the processes of the job, the session and `main`."""
+"""The job that an experiment runs in: its flags, its processes, its session, and `main`."""

@@ -1,4 +1,4 @@
-"""The flags of every experiment: those of the executor, and those of a job."""
+"""Flags of every experiment: those of the executor and those of a job."""
 
 import dataclasses
 import os
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class JobFlags(ExecutorMainConfig):
-    """The executor's flags, and those of a job of many processes."""
+    """Flags of the executor and of a job with any number of processes."""
 
     tracker: TrackerKind | None = None
-    """Where metrics go besides the step outputs: wandb, jsonl or none. The default is the experiment's choice."""
+    """Where metrics go in addition to the step outputs: wandb, jsonl or none. The experiment sets the default."""
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
-    """When the processes of a job give it up."""
+    """Timeouts after which the processes of a job end it."""
     check_launches: bool = False
-    """Compare every launch across processes before it is made, instead of soon after."""
+    """Compare every launch across processes before it happens, instead of shortly after."""
     profile: int | None = None
-    """Trace this update, counted over the whole run, into `profile` below its training step's outputs."""
+    """Trace this update, counted over the whole run. The trace is written to `profile` in its step's outputs."""
     compilation_cache: str | None = None
-    """Where compiled programs are kept for later jobs: a folder, gs://bucket/path, or off. Default:
+    """Where compiled programs are cached for later jobs: a folder, gs://bucket/path, or off. Default:
     JAX_COMPILATION_CACHE_DIR, or ~/.cache/simpo_pipeline/compiled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.profile is not None and self.profile < 1:
-            raise ConfigError(f"--profile {self.profile}: updates are counted from 1")
+            raise ConfigError(f"--profile is {self.profile}; expected at least 1")
         compilation_cache_path(self.compilation_cache, os.environ)
 
     def job_session(self, open_tracker: Callable[[], Tracker], group: "ProcessGroup | None") -> JobSession:
-        """The session of a job with these flags."""
+        """Return the session of a job with these flags."""
         return JobSession(
             open_tracker,
             group,

@@ -1,4 +1,4 @@
-"""Joining the other processes of the job, and leaving them, well or not."""
+"""Joining the other processes of the job, and leaving them after success or failure."""
 
 import contextlib
 import dataclasses
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from simpo_pipeline.distributed.group import ProcessGroup
     from simpo_pipeline.distributed.monitor import Monitor
 
-# How long a process that fails by itself waits for the others to fail alike before it accuses itself.
+# How long a failed process waits for the others to fail too, before it reports that it failed alone.
 _COMMON_EXIT_SECONDS = 3.0
-# The executor ends all processes alike; the leader then closes its tracker, which may have much to upload.
+# The executor exits in all processes alike. The leader then closes its tracker, which may have much to upload.
 _ORDERLY_EXIT_SECONDS = 120.0
-# The leader's process is the coordination service, so it outlives the others a little.
+# The leader's process runs the coordination service, so it exits a little later than the others.
 _FAREWELL_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinedJob:
-    """This process's place in the job; without a group it is the whole job."""
+    """The job as seen by this process. Without a group, this process is the whole job."""
 
     processes: Processes
     group: "ProcessGroup | None" = None
@@ -36,11 +36,11 @@ class JoinedJob:
 
 @contextlib.contextmanager
 def joined_job(flags: JobFlags) -> Generator[JoinedJob]:
-    """Joins the job that the environment names, for as long as the block runs.
+    """Join the job that the environment describes, until the end of the `with` block.
 
-    From then on a process of many may only launch `Program`s, and all of them end together: when the block raises, or
-    a process is killed, frozen or stuck, the job is ended in every process, past jax's shutdown barrier. A dry run on
-    one machine of a cluster does not wait for the others.
+    In a job with several processes, a process may then only launch `Program`s, and all processes end together. If the
+    block raises, or a process is killed, frozen or stuck, every process is ended, bypassing jax's shutdown barrier. A
+    dry run on one machine of a cluster does not wait for the others.
     """
     try:
         membership = find_membership(os.environ)
@@ -73,7 +73,7 @@ def joined_job(flags: JobFlags) -> Generator[JoinedJob]:
 
 
 def _leave_with(error: BaseException, group: "ProcessGroup", monitor: "Monitor") -> NoReturn:
-    """Ends this process with the others if they end alike, else tells them of it first."""
+    """End this process together with the others if they fail too; otherwise report the failure to them first."""
     from simpo_pipeline.distributed.monitor import end_process
 
     orderly = isinstance(error, SystemExit)
@@ -90,7 +90,7 @@ def _leave_with(error: BaseException, group: "ProcessGroup", monitor: "Monitor")
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What Python would exit with after this error."""
+    """Return the exit code that Python would use for this error."""
     match error:
         case SystemExit(code=None):
             return 0

@@ -1,4 +1,4 @@
-"""`main`: one call runs an experiment."""
+"""`main`, which runs an experiment in one call."""
 
 import dataclasses
 import time
@@ -18,12 +18,12 @@ from simpo_pipeline.tracking.tracker import Tracker
 
 @dataclasses.dataclass(frozen=True)
 class TrackerChoice:
-    """Where an experiment's metrics go besides the step outputs; `--tracker` overrides the kind.
+    """Where an experiment's metrics go in addition to the step outputs; `--tracker` overrides the kind.
 
     Attributes:
         kind: `wandb`, `jsonl` or `none`.
-        name: Name of the run, to which the time of its start is added. Default: the name of the script.
-        project: wandb's project.
+        name: Name of the run; its start time is appended. Default: the name of the script.
+        project: The wandb project.
     """
 
     kind: TrackerKind = "jsonl"
@@ -44,10 +44,10 @@ def main(
     `executor_main`.
 
     Args:
-        flags: The flags, for an experiment that has its own; by default they are read from the command line.
-        steps: The DAG. Steps that others depend on are found by themselves.
+        flags: Flags of an experiment that parses its own. None: parse them from the command line.
+        steps: The DAG. Steps that these depend on are included automatically.
         description: One line for the records.
-        tracker: Where metrics go if `--tracker` is not given; by default a JSONL file.
+        tracker: Where metrics go if `--tracker` is not given; None: to a JSONL file.
     """
     flags = flags if flags is not None else parse_main_config(JobFlags)
     open_tracker = _tracker_opener(flags, tracker or TrackerChoice())
@@ -62,13 +62,13 @@ def main(
 
 
 def _tracker_opener(flags: JobFlags, choice: TrackerChoice) -> Callable[[], Tracker]:
-    """Return what opens the job's tracker; its files go below `{prefix}/tracking/`."""
+    """Return a function that opens the job's tracker, with its files below `{prefix}/tracking/`."""
     kind = flags.tracker or choice.kind
 
     def open_tracker() -> Tracker:
         run_name = f"{choice.name or script_name()}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = join(flags.effective_prefix, "tracking")
-        # wandb writes local files only; beside a remote prefix it uses its own default.
+        # wandb only writes local files; with a remote prefix, it uses its own default folder.
         wandb_dir = None
         if kind == "wandb" and is_local(folder):
             make_parent(join(folder, run_name))

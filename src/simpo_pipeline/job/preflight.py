@@ -1,6 +1,6 @@
-"""`--preflight TOPOLOGY`: the programs that a job would launch, compiled for a slice that this machine does not have.
+"""`--preflight TOPOLOGY`: compile the programs of a job for a slice that this machine does not have.
 
-Nothing is launched, fetched or paid for; exit code 0 says that all of it compiles and fits.
+Nothing is launched, fetched or paid for. Exit code 0 means that all programs compile and fit.
 """
 
 import sys
@@ -15,7 +15,7 @@ from simpo_pipeline.storage.paths import join
 
 
 def preflight_main(job: PreflightJob, flags: PreflightFlags) -> NoReturn:
-    """Prints the report, writes it to `{prefix}/preflight-{topology}.json`, and leaves the script with its verdict."""
+    """Print the report, write it to `{prefix}/preflight-{topology}.json`, and exit with its verdict."""
     try:
         fits = preflight(job, flags.preflight or "", flags.effective_prefix)
     except ConfigError as error:
@@ -28,10 +28,10 @@ def preflight_main(job: PreflightJob, flags: PreflightFlags) -> NoReturn:
 
 
 def preflight(job: PreflightJob, topology_name: str, prefix: str) -> bool:
-    """Prints and writes the report; whether the job can run on the topology.
+    """Print and write the report, and return whether the job can run on the topology.
 
     Raises:
-        ConfigError: the compiler is not there, or the job's shapes are not known ahead.
+        ConfigError: The compiler is not installed, or the job's shapes are not known in advance.
     """
     topology = find_topology(topology_name)
     devices = describe_devices(topology)

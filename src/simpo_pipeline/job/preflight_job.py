@@ -1,4 +1,4 @@
-"""Which job `--preflight` compiles ahead, and for which slice."""
+"""The job that `--preflight` compiles, and the slice to compile it for."""
 
 import dataclasses
 
@@ -12,11 +12,11 @@ from simpo_pipeline.training.config import TrainerConfig
 
 @dataclasses.dataclass(frozen=True)
 class PreflightFlags(JobFlags):
-    """The flags of an experiment whose programs can be compiled ahead."""
+    """Flags of an experiment whose programs can be compiled in advance."""
 
     preflight: str | None = None
-    """Compile all that the job would launch for this slice (v5p-16, v5p-32, v5p-64, v5e-16 or v6e-16), say whether it
-    fits, and exit with 0 if it does, with 1 if not. Needs no accelerator, but the extra `tpu`."""
+    """Compile all programs of the job for this slice (v5p-16, v5p-32, v5p-64, v5e-16 or v6e-16), report whether they
+    fit, and exit with 0 if they do, otherwise with 1. Needs the extra `tpu`, but no accelerator."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -26,11 +26,11 @@ class PreflightFlags(JobFlags):
 
 @dataclasses.dataclass(frozen=True)
 class PreflightJob:
-    """What decides which programs an interleaved job launches; each host generates on its own devices.
+    """Configs that determine the programs of an interleaved job, in which each host generates on its own devices.
 
     Attributes:
-        model: The model's shape; None where only the model's files say it.
-        engine_dtype: Of the weights that are generated from.
+        model: Shape of the model; None if it is unknown until the model's files are read.
+        engine_dtype: Data type of the engine's weights.
     """
 
     model: LlamaConfig | None

@@ -1,7 +1,7 @@
-"""Which programs a job launches on a topology, what each has to do, and what lives beside it while it runs.
+"""Plan of a job on a topology: its programs, their work, and what else is in memory while they run.
 
-The programs are built by the functions that the job builds them with, for descriptions of devices and abstract arrays.
-What only the job knows (its data, its prompts' tokens) is assumed at its largest, and said in the report.
+The programs are built by the same functions as in the job, for device descriptions and abstract arrays. Quantities that
+only the job knows (its data, the tokens of its prompts) are assumed to have their maximum, and the report lists them.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from simpo_pipeline.data.prompts import load_prompts
-from simpo_pipeline.data.rows import RowShape, widest_shape
+from simpo_pipeline.data.rows import RowShape, max_padded_shape
 from simpo_pipeline.distributed.mesh import DATA_AXIS, local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import LoweredProgram
 from simpo_pipeline.errors import CapacityError, ConfigError
@@ -19,39 +19,38 @@ from simpo_pipeline.handoff.handoff import build_handoff
 from simpo_pipeline.inference.config import EngineSizes
 from simpo_pipeline.inference.engine_programs import EnginePrograms
 from simpo_pipeline.inference.kv_cache import bytes_per_device
-from simpo_pipeline.inference.sizing import Work as EngineWork
-from simpo_pipeline.inference.sizing import size_engine
+from simpo_pipeline.inference.sizing import Workload, size_engine
 from simpo_pipeline.job.preflight_job import PreflightJob
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
-from simpo_pipeline.ops.attention_tpu import kernel_takes
+from simpo_pipeline.ops.attention_tpu import kernel_supports
 from simpo_pipeline.preflight.cache import ResultCache, default_folder
 from simpo_pipeline.preflight.compiled import PlannedPrograms, compile_ahead
-from simpo_pipeline.preflight.examine import Examined, Planned, examine
-from simpo_pipeline.preflight.memory import Phase, phase
+from simpo_pipeline.preflight.examine import PlannedLaunch, ProgramFigures, examine
+from simpo_pipeline.preflight.memory import MemoryPhase, phase
 from simpo_pipeline.preflight.report import Report
-from simpo_pipeline.preflight.roofline import Work, generation_work, train_work
+from simpo_pipeline.preflight.roofline import ProgramWork, generation_work, train_work
 from simpo_pipeline.preflight.topology import Topology, devices_by_host
 from simpo_pipeline.training.state import abstract_state
 from simpo_pipeline.training.step import build_init_moments, build_train_step
 
 _ROUND = re.compile(r"engine_(?:prefill_(\d+))?_?(?:decode_(\d+))?")
-# Conditionals that a job takes for true: its rows draw at random, and its chunks hold tokens.
+# Scopes whose conditionals are assumed to be true: rows are sampled, and chunks contain tokens.
 _TAKEN = ("draw", "chunks")
 
 
 def examine_job(job: PreflightJob, topology: Topology, devices: Sequence[Any]) -> Report:
-    """What the compiler and arithmetic say of every program of the job.
+    """Return the report on all programs of the job, from compiler results and arithmetic.
 
     Raises:
-        ConfigError: the job's shapes are not known ahead.
+        ConfigError: The job's shapes are not known in advance.
     """
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
     cache = ResultCache(default_folder(), topology.name, versions["libtpu"])
     plan = Plan(job, topology, devices)
-    # Hosts' chips lie alike and their programs are the same; where in the slice they lie changes the ways that messages
-    # take. Both ends of it stand for the hosts between.
+    # All hosts have the same arrangement of chips and the same programs, but their position in the slice determines the
+    # routes of messages. The hosts at both ends represent those in between.
     ends = (None, *topology.end_hosts)
     examined = [
         examine(each, compile_ahead(each.lowered, cache) if each.host in ends else None, topology.chip)
@@ -61,20 +60,21 @@ def examine_job(job: PreflightJob, topology: Topology, devices: Sequence[Any]) -
 
 
 class Plan:
-    """A job on a topology."""
+    """Plan of a job on a topology."""
 
     def __init__(self, job: PreflightJob, topology: Topology, devices: Sequence[Any]) -> None:
-        """`devices` describe the topology.
+        """Create a plan; `devices` are the devices of the topology.
 
-        Raises: ConfigError if the job's shapes are not known ahead.
+        Raises:
+            ConfigError: The job's shapes are not known in advance.
         """
         self._job, self._model, self._topology = job, _shape_of(job), topology
         self._hosts = devices_by_host(devices)
         self._mesh = training_mesh(devices=devices)
         self._state = abstract_state(self._model, job.trainer, self._mesh)
         self._itemsize = 2 if job.engine_dtype == "bfloat16" else 4
-        self._requests = requests = _largest_work(job, topology.num_hosts)
-        # As in the job, whose trainer holds its state when the engine is sized.
+        self._requests = requests = _largest_workload(job, topology.num_hosts)
+        # As in the job, where the trainer's state is in memory when the engine is sized.
         free = topology.chip.hbm_bytes - bytes_per_device(self._state)
         mesh = local_mesh(self._hosts[0])
         self._sizes: EngineSizes | None = None
@@ -83,24 +83,24 @@ class Plan:
             self._sizes = size_engine(job.engine, self._model, job.engine_dtype, requests, mesh, free)
         except CapacityError as error:
             self.refusals = (str(error),)
-        # Tokens that one token attends to on average, in a generation that runs to its end.
+        # Mean number of tokens that a token attends to, if all generations reach `max_tokens`.
         self._context = requests.longest_prompt + job.sampling.max_tokens / 2
         self.assumptions = {
-            "answers": f"fill all {job.trainer.train_seq_len} places of each row but the first",
-            "prompts": f"have a token for each byte, {requests.longest_prompt} in the longest",
-            "generations": f"run to their end, so the mean token attends to {self._context:.0f}",
-            "engine": f"serves {requests.num_requests} requests on each host with {self._sizes or 'what it asks for'}",
+            "answers": f"fill all {job.trainer.train_seq_len} positions of each row except the first",
+            "prompts": f"have one token per byte, {requests.longest_prompt} in the longest",
+            "generations": f"reach max_tokens, so a token attends to {self._context:.0f} tokens on average",
+            "engine": f"serves {requests.num_requests} requests per host with {self._sizes or 'the configured sizes'}",
         }
 
-    def programs(self) -> Iterator[Planned]:
-        """Lowers each program; none of an engine that is refused."""
-        yield from self._of_training()
+    def programs(self) -> Iterator[PlannedLaunch]:
+        """Yield the lowered programs, without those of the engine if it does not fit."""
+        yield from self._training_programs()
         if self._sizes is not None:
             for host in range(len(self._hosts)):
-                yield from self._of_generation(host, self._sizes)
+                yield from self._generation_programs(host, self._sizes)
 
-    def phases(self, examined: Sequence[Examined]) -> list[Phase]:
-        """What is live in each phase of the job; nothing is known if a program did not compile."""
+    def phases(self, examined: Sequence[ProgramFigures]) -> list[MemoryPhase]:
+        """Return the memory in use in each phase of the job; empty if a program did not compile."""
         memory = {each.name: each.memory for each in examined if each.memory is not None}
         if len(memory) < len({each.name for each in examined}):
             return []
@@ -113,24 +113,24 @@ class Plan:
         def running(*names: str) -> dict[str, Any]:
             return {name: memory[name] for name in names}
 
-        of_training = [
-            # Moments depend on the parameters' shapes alone, so these are no arguments of the program.
+        training_phases = [
+            # The program that initializes moments only needs shapes, so the parameters are not its arguments.
             phase("start", {"parameters": params}, running("init_moments"), code),
             phase("train", {}, running("train_step"), code),
             phase("hand over", {"moments of the trainer": state - params}, running("handoff"), code),
         ]
         if self._sizes is None:
-            return of_training
+            return training_phases
         return [
-            *of_training,
+            *training_phases,
             phase("empty cache", {"trainer": state, "weights": weights}, running("engine_empty_cache"), code),
-            # Weights and cache are arguments of each round; the program that copies pages needs next to nothing.
+            # Weights and cache are arguments of each round. The program that copies pages needs little memory.
             phase("generate", {"trainer": state}, rounds, code),
         ]
 
-    def _of_training(self) -> Iterator[Planned]:
+    def _training_programs(self) -> Iterator[PlannedLaunch]:
         model, trainer, mesh = self._model, self._job.trainer, self._mesh
-        shape = widest_shape(
+        shape = max_padded_shape(
             trainer.train_batch_size, trainer.train_seq_len, trainer.grad_accumulation * mesh.shape[DATA_AXIS]
         )
         wanted = with_shardings(
@@ -142,35 +142,35 @@ class Plan:
         build_handoff(programs, self._state.params, wanted)
         moments = model.num_parameters * 8
         moved = model.num_parameters * (4 + self._itemsize * len(self._hosts))
-        works = (Work(0, hbm_bytes=moments), self._train_work(shape), Work(0, hbm_bytes=moved))
+        works = (ProgramWork(0, hbm_bytes=moments), self._train_work(shape), ProgramWork(0, hbm_bytes=moved))
         for lowered, work in zip(programs.lowered, works, strict=True):
-            yield Planned(lowered, work, host=None)
+            yield PlannedLaunch(lowered, work, host=None)
 
-    def _train_work(self, shape: RowShape) -> Work:
+    def _train_work(self, shape: RowShape) -> ProgramWork:
         return train_work(
             self._model,
             num_rows=shape.num_rows,
             row_len=shape.row_len,
             num_predictions=shape.num_groups * shape.num_predictions,
             remat=self._job.trainer.remat,
-            kernel=kernel_takes(shape.row_len, self._model.head_dim, None),
+            kernel=kernel_supports(shape.row_len, self._model.head_dim, None),
         )
 
-    def _of_generation(self, host: int, sizes: EngineSizes) -> Iterator[Planned]:
+    def _generation_programs(self, host: int, sizes: EngineSizes) -> Iterator[PlannedLaunch]:
         programs = PlannedPrograms()
         EnginePrograms(self._model, sizes, local_mesh(self._hosts[host]), programs, self._job.engine_dtype)
         for lowered in programs.lowered:
             turns = sizes.decode_steps_per_call if lowered.name.startswith("engine_decode") else 1
-            yield Planned(lowered, self._generation_work(lowered), host, turns)
+            yield PlannedLaunch(lowered, self._generation_work(lowered), host, turns)
 
-    def _generation_work(self, lowered: LoweredProgram) -> Work:
-        """Of one turn of the program: a token of each sequence that it can have, and the chunks that it is for."""
+    def _generation_work(self, lowered: LoweredProgram) -> ProgramWork:
+        """Return the work of one iteration of the program: one token of each sequence, and its prefill chunk."""
         found = _ROUND.fullmatch(lowered.name)
         if found is None:
-            return Work(0)
+            return ProgramWork(0)
         chunk, rows = (int(group or 0) for group in found.groups())
         rows = min(rows, self._requests.num_requests)
-        # Chunks hold whole prompts, which attend to themselves and read back nothing else.
+        # Chunks contain whole prompts, which only attend to themselves and read nothing else from the cache.
         in_chunk = self._requests.longest_prompt / 2
         tokens = rows + chunk
         mean = (rows * self._context + chunk * in_chunk) / tokens
@@ -180,20 +180,20 @@ class Plan:
 
 def _shape_of(job: PreflightJob) -> LlamaConfig:
     if job.model is None:
-        raise ConfigError("--preflight needs the model's shape before the model is there; give the preset its `llama`")
+        raise ConfigError("--preflight needs the model's shape before the model is fetched; set `llama` in the preset")
     if job.trainer.packing:
         raise ConfigError(
-            "--preflight cannot know the shape of packed rows, which depends on the data; check the same run with "
+            "--preflight cannot predict the shape of packed rows, which depends on the data; check the same run with "
             "packing off"
         )
     return job.model
 
 
-def _largest_work(job: PreflightJob, num_hosts: int) -> EngineWork:
-    """The work of the host with the most prompts, each of them as long as the longest may be."""
+def _largest_workload(job: PreflightJob, num_hosts: int) -> Workload:
+    """Return the workload of the host with the most prompts, if each has the maximum length of the longest prompt."""
     prompts = load_prompts(job.prompts)
-    # A tokenizer that works on bytes makes at most one token of each, and one to begin with.
+    # A byte-level tokenizer produces at most one token per byte, and a beginning-of-sequence token.
     longest = max(len(prompt.encode()) + 1 for prompt in prompts)
     num_requests = math.ceil(len(prompts) / num_hosts) * job.sampling.n
     total = longest + job.sampling.max_tokens
-    return EngineWork(num_requests, longest, total, num_requests * total)
+    return Workload(num_requests, longest, total, num_requests * total)

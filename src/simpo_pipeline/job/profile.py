@@ -1,4 +1,4 @@
-"""A profiler trace of one update, on request: `--profile STEP`."""
+"""Profiler trace of one update: `--profile STEP`."""
 
 import contextlib
 import pathlib
@@ -11,7 +11,7 @@ from simpo_pipeline.storage.paths import join
 
 @contextlib.contextmanager
 def profiled(output_path: str, process_index: int) -> Generator[None]:
-    """Traces what runs in the block, for TensorBoard or Perfetto, into `profile/process-N` of a step's outputs."""
+    """Trace the `with` block into `profile/process-N` of a step's outputs, for TensorBoard or Perfetto."""
     import jax  # here, because planning must not import it
 
     with tempfile.TemporaryDirectory() as folder:

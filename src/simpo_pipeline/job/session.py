@@ -1,6 +1,6 @@
-"""What the steps of one job share in their process besides live values: compiled programs and the tracker.
+"""State that the steps of a job share in their process, besides live values: compiled programs and the tracker.
 
-Both are made at first use, so a job in which every step is skipped touches no device and opens no run.
+Both are created at first use, so a job that skips every step touches no device and opens no tracker run.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class JobSession:
-    """The per-job object that the executor passes through to every step as `run.session`."""
+    """Session of a job, which the executor passes to every step as `run.session`."""
 
     def __init__(
         self,
@@ -34,10 +34,15 @@ class JobSession:
         profile: int | None = None,
         compilation_cache: str | None = None,
     ) -> None:
-        """`group` is None in a job of one process; for `check_launches` see `Programs`, for `profile` `JobFlags`.
+        """Create a session.
 
-        `compilation_cache` is a folder, a URL or `off`; None leaves jax as it is configured, but for
-        programs that span processes, which are not cached then.
+        Args:
+            open_tracker: Opens the tracker at its first use.
+            group: The process group; None in a job of one process.
+            check_launches: See `Programs`.
+            profile: See `JobFlags`.
+            compilation_cache: A folder, a URL or `off`. None keeps jax's own configuration, except that programs that
+                span processes are not cached.
         """
         self._open_tracker = open_tracker
         self._group = group
@@ -47,12 +52,12 @@ class JobSession:
         self._closing = contextlib.ExitStack()
         self.profile = profile
         self.has_profiled = False
-        """Whether the update to be profiled has run."""
+        """Whether the update to profile has run."""
 
     @functools.cached_property
     def programs(self) -> "Programs":
-        """The device programs of this process and their ledger; from the first use on, strays are forbidden."""
-        # Imported here because planning, which makes a session too, must not import jax.
+        """The device programs of this process and their ledger. The first use forbids stray executions."""
+        # Imported here because planning, which also creates a session, must not import jax.
         from simpo_pipeline.distributed.compilation_cache import opened_cache
         from simpo_pipeline.distributed.programs import Programs, forbid_strays
 
@@ -64,16 +69,18 @@ class JobSession:
 
     @functools.cached_property
     def tracker(self) -> Tracker:
-        """Where metrics go besides the step outputs; one run per job."""
+        """The tracker of the job, which gets metrics in addition to the step outputs; one run per job."""
         return self._open_tracker()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends what was begun: tracker, compilation cache, ban on strays. `error` is what ended the job, if any did.
+        """Close the tracker and the compilation cache, and allow stray executions again.
 
-        Says so when the update to be profiled did not run, for its step was done already.
+        In a job of several processes, strays stay forbidden, as they were before the session, and the launches are
+        counted and logged: they must be the same in all processes. A warning is logged if the update to profile did not
+        run because its step was already done.
 
-        A process of many stays under the ban, which it joined the job with, and says what it launched: its peers must
-        have launched the same.
+        Args:
+            error: The exception that ended the job; None if it succeeded.
         """
         if "programs" in self.__dict__ and self._group is not None:
             ledger = self._group.ledger
@@ -87,7 +94,7 @@ class JobSession:
         if self._cache is not None and self._cache.counts.requests > 0 and is_leader:
             logger.info("%s", self._cache.summary())
         if "programs" in self.__dict__ and self._group is None:
-            # Imported already, by `programs`.
+            # Already imported by `programs`.
             from simpo_pipeline.distributed.programs import allow_strays
 
             allow_strays()
@@ -98,14 +105,14 @@ class JobSession:
 
 
 def session_of(run: StepRun) -> JobSession:
-    """The session of a step run.
+    """Return the session of a step run.
 
     Raises:
-        ConfigError: the job was started without one.
+        ConfigError: The job was started without a session.
     """
     if not isinstance(run.session, JobSession):
         raise ConfigError(
-            f"step {run.name!r} needs a job around it, and its session is {type(run.session).__name__}. "
+            f"step {run.name!r} must run in a job, but its session is {type(run.session).__name__}. "
             "Run the steps with `main(steps=...)` of simpo_pipeline.job.main."
         )
     return run.session

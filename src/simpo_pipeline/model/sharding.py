@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from simpo_pipeline.model.transformer import ANYWHERE, Attend, Placement, attend_whole_sequences
 from simpo_pipeline.ops.attention_tpu import causal_attention_on
-from simpo_pipeline.ops.linear import TransposedProduct, scattered_product, transposed_product
+from simpo_pipeline.ops.linear import TransposedMatmul, scattered_matmul, transposed_matmul
 from simpo_pipeline.ops.packed_attention import packed_attention_on
 
 # Name of a parameter axis -> name of the mesh axis that it is sharded over.
@@ -97,15 +97,15 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
         gather.defvjp(forward, backward)
         return gather
 
-    def scatter_gradient(out_axes: Sequence[Axis], in_axes: Sequence[Axis]) -> TransposedProduct:
+    def scatter_gradient(out_axes: Sequence[Axis], in_axes: Sequence[Axis]) -> TransposedMatmul:
         mesh_axes = _mesh_axes((*out_axes, *in_axes), mesh, TRAINING_RULES)
         # Of several axes that form one axis of the matrix, only the first may be sharded.
         out_mesh_axis, in_mesh_axis = mesh_axes[0], mesh_axes[len(out_axes)]
         if "data" not in mesh_axes:
-            return transposed_product
+            return transposed_matmul
         scatters_in = in_mesh_axis == "data"
         other = out_mesh_axis if scatters_in else in_mesh_axis
-        return scattered_product(mesh, ("data",), scatters_in=scatters_in, other_axis=other)
+        return scattered_matmul(mesh, ("data",), scatters_in=scatters_in, other_axis=other)
 
     # Slices of a table that is sharded over devices would be gathered chunk by chunk. Shard the tokens instead.
     by_token = NamedSharding(mesh, PartitionSpec(("data", "model")))
@@ -117,7 +117,7 @@ def fsdp_placement(mesh: Mesh, dtype: DTypeLike, slot_lens: tuple[int, ...] = ()
         predicting=lambda hidden: jax.lax.with_sharding_constraint(hidden, by_token),
         attend=attend,
         gradient=scatter_gradient,
-        unembedding_gradient=scattered_product(mesh, ("data", "model"), scatters_in=True),
+        unembedding_gradient=scattered_matmul(mesh, ("data", "model"), scatters_in=True),
         keeps_heads=on_tpu,
     )
 

@@ -23,19 +23,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.ops.attention import ATTENDED, Segments, causal_attention
-from simpo_pipeline.ops.linear import TransposedProduct, linear, product, transposed_product
+from simpo_pipeline.ops.linear import TransposedMatmul, linear, matmul, transposed_matmul
 from simpo_pipeline.ops.norm import rms_norm
 from simpo_pipeline.ops.rope import (
     Rotation,
     apply_rope,
-    apply_rope_by_product,
+    apply_rope_by_matmul,
     llama3_scaled_frequencies,
     rope_frequencies,
     rotation,
 )
 
 # The `jax.checkpoint` name of the matmul results that remat="products" keeps for the backward pass.
-_MATMUL = "product"
+_MATMUL = "matmul"
 
 # (layer, q [*lead, heads, head_size], k and v [*lead, kv_heads, head_size], state) -> (out like q, state).
 # Rope has been applied. `state` is any pytree, carried from layer to layer.
@@ -77,9 +77,9 @@ class Placement(NamedTuple):
     # The attention over whole sequences, for this sharding.
     attend: Attend = attend_whole_sequences
     # Returns the matmul that computes a weight's gradient, from the out axes and the in axes of the weight.
-    gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedProduct] = lambda _out, _in: transposed_product
+    gradient: Callable[[Sequence[Axis], Sequence[Axis]], TransposedMatmul] = lambda _out, _in: transposed_matmul
     # The matmul that computes the gradient of a chunk of the unembedding, for `predicting` hidden states.
-    unembedding_gradient: TransposedProduct = transposed_product
+    unembedding_gradient: TransposedMatmul = transposed_matmul
     # Whether heads stay a separate axis of the matmuls before and after attention. TPUs then write and read arrays with
     # the heads first, as their kernel requires.
     keeps_heads: bool = False
@@ -306,7 +306,7 @@ def logits(model: AnyLlama, hidden: NamedArray) -> NamedArray:
     The matmul runs in hidden's dtype with fp32 accumulation.
     """
     matrix = unembedding(model)
-    out = product(hidden.array, matrix.array.astype(hidden.dtype), hidden.ndim - 1, 1)
+    out = matmul(hidden.array, matrix.array.astype(hidden.dtype), hidden.ndim - 1, 1)
     return NamedArray(out, (*hidden.axes[:-1], matrix.axes[0]))
 
 
@@ -372,7 +372,7 @@ def _attention(
         ]
     sizes = tuple(axis.size for axis in lead)
     q, k, v = (x.reshape(*sizes, count, head_size.size) for x, count in zip(projected, counts, strict=True))
-    turned = apply_rope_by_product if placement.keeps_heads else apply_rope
+    turned = apply_rope_by_matmul if placement.keeps_heads else apply_rope
     out, state = attend(index, turned(q, turn), turned(k, turn), v, state)
     out = NamedArray(out, (*lead, Axis("heads", config.num_heads), head_size))
     return _project(placement, out, weights.wo, "heads", "head_size"), state

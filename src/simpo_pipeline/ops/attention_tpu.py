@@ -35,7 +35,7 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_size"]:
-    """Compute `attention.causal_attention` on one device for rows of one segment each; see `kernel_takes`.
+    """Compute `attention.causal_attention` on one device for rows of one segment each; see `kernel_supports`.
 
     `interpret` runs the kernel on any device, for tests.
     """
@@ -63,7 +63,7 @@ def splash_attention(
     return jax.lax.optimization_barrier(out_BHSD).swapaxes(1, 2)
 
 
-def kernel_takes(seq: int, head_size: int, segments: Segments | None) -> bool:
+def kernel_supports(seq: int, head_size: int, segments: Segments | None) -> bool:
     """Return whether the kernel supports rows of this shape."""
     return segments is None and seq % _LANES == 0 and head_size % _LANES == 0
 
@@ -76,7 +76,7 @@ def causal_attention_on(mesh: Mesh, rows_axis: str, heads_axis: str) -> CausalAt
     """
 
     def attend(q: Array, k: Array, v: Array, segments: Segments | None) -> Array:
-        if not kernel_takes(q.shape[1], q.shape[3], segments):
+        if not kernel_supports(q.shape[1], q.shape[3], segments):
             return causal_attention(q, k, v, segments)
         splits = k.shape[2] % mesh.shape[heads_axis] == 0
         placed = PartitionSpec(rows_axis, None, heads_axis if splits else None)

@@ -23,36 +23,36 @@ from jaxtyping import Array, Float
 _TILE_ROWS = 64
 
 
-def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "..."]:
+def matmul(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "..."]:
     """Contract one axis of each side, with fp32 accumulation and an fp32 result."""
     dimensions = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def transposed_product(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
+def transposed_matmul(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
     """Return `left.T @ right` with fp32 accumulation and an fp32 result."""
     if left.dtype != jnp.bfloat16:
-        return product(left, right, 0, 0)
+        return matmul(left, right, 0, 0)
     return jax.lax.platform_dependent(
-        left, right, cpu=_transposed_matmul_on_amx, default=lambda left, right: product(left, right, 0, 0)
+        left, right, cpu=_transposed_matmul_on_amx, default=lambda left, right: matmul(left, right, 0, 0)
     )
 
 
 # ([rows, out], [rows, in]) -> [out, in]: their matmul, summed over the rows in fp32.
-TransposedProduct = Callable[[Array, Array], Array]
+TransposedMatmul = Callable[[Array, Array], Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear(
     x: Float[Array, "*rows_and_in"],
     weight: Float[Array, "*out_and_in"],
-    transposed: TransposedProduct = transposed_product,
+    transposed: TransposedMatmul = transposed_matmul,
     num_in: int = 1,
 ) -> Float[Array, "*rows_and_out"]:
     """Return `x @ weight.T`, computed in x's dtype with fp32 accumulation and returned in x's dtype.
 
     The last `num_in` axes of both are contracted. The weight may have another float dtype, which its gradient then has
-    too. `transposed` computes that gradient: it is `transposed_product`, or a variant that shards its result. The
+    too. `transposed` computes that gradient: it is `transposed_matmul`, or a variant that shards its result. The
     gradient is summed in fp32 and rounded once.
     """
     return _contracted(x, weight, range(x.ndim - num_in, x.ndim), range(weight.ndim - num_in, weight.ndim))
@@ -65,13 +65,13 @@ def _contracted(x: Array, weight: Array, x_axes: range, weight_axes: range) -> A
 
 
 def _linear_forward(
-    x: Array, weight: Array, transposed: TransposedProduct, num_in: int
+    x: Array, weight: Array, transposed: TransposedMatmul, num_in: int
 ) -> tuple[Array, tuple[Array, Array]]:
     return linear(x, weight, transposed, num_in), (x, weight)
 
 
 def _linear_backward(
-    transposed: TransposedProduct, num_in: int, saved: tuple[Array, Array], d_out: Array
+    transposed: TransposedMatmul, num_in: int, saved: tuple[Array, Array], d_out: Array
 ) -> tuple[Array, Array]:
     x, weight = saved
     num_rows_axes, num_out = x.ndim - num_in, weight.ndim - num_in
@@ -84,10 +84,10 @@ def _linear_backward(
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def scattered_product(
+def scattered_matmul(
     mesh: Mesh, rows_axes: tuple[str, ...], *, scatters_in: bool, other_axis: str | None = None
-) -> TransposedProduct:
-    """Return a `transposed_product` of rows sharded over `rows_axes` of the mesh, with the sum scattered over devices.
+) -> TransposedMatmul:
+    """Return a `transposed_matmul` of rows sharded over `rows_axes` of the mesh, with the sum scattered over devices.
 
     One axis of the result [out, in] is sharded over `rows_axes`: in if `scatters_in`, out otherwise. The other axis is
     sharded over `other_axis`, as it is in its operand. Shapes that do not divide into equal parts are left to XLA.
@@ -101,8 +101,8 @@ def scattered_product(
     def scattered(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out_part in_part"]:
         # Parts are taken along the first axis: along the last one they would be strided.
         if scatters_in:
-            return sum_of(transposed_product(right, left)).T
-        return sum_of(transposed_product(left, right))
+            return sum_of(transposed_matmul(right, left)).T
+        return sum_of(transposed_matmul(left, right))
 
     def sum_of(whole: Float[Array, "scattered other"]) -> Float[Array, "part other"]:
         by_part = whole.reshape(num_parts, -1, whole.shape[1])
@@ -119,7 +119,7 @@ def scattered_product(
 
     def multiply(left: Float[Array, "rows out"], right: Float[Array, "rows in"]) -> Float[Array, "out in"]:
         divided = left.shape[0], (right if scatters_in else left).shape[1]
-        return (transposed_product if any(size % num_parts for size in divided) else on_each)(left, right)
+        return (transposed_matmul if any(size % num_parts for size in divided) else on_each)(left, right)
 
     return multiply
 
@@ -128,7 +128,7 @@ def _transposed_matmul_on_amx(left: Float[Array, "rows out"], right: Float[Array
     # XLA fuses the transpose with the producer of the operand, and then reads it in strides: transpose the narrow side.
     if left.shape[1] > right.shape[1]:
         return _transposed(_transposed_matmul_on_amx(right, left))
-    return product(_transposed(left), right, 1, 0)
+    return matmul(_transposed(left), right, 1, 0)
 
 
 def _transposed(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:

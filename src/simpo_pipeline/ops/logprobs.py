@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from simpo_pipeline.ops.linear import TransposedProduct, product, transposed_product
+from simpo_pipeline.ops.linear import TransposedMatmul, matmul, transposed_matmul
 
 Carry = TypeVar("Carry")
 
@@ -33,7 +33,7 @@ def token_logprobs_reference(
 
     This is the definition, and the reference for the tests.
     """
-    logits_TV = product(hidden, unembedding.astype(hidden.dtype), 1, 1)
+    logits_TV = matmul(hidden, unembedding.astype(hidden.dtype), 1, 1)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits_TV, axis=-1), targets[:, None], axis=-1)[:, 0]
     return logps, jax.nn.logsumexp(logits_TV, axis=-1)
 
@@ -43,12 +43,12 @@ def token_logprobs(
     unembedding: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
     chunk_size: int,
-    transposed: TransposedProduct = transposed_product,
+    transposed: TransposedMatmul = transposed_matmul,
 ) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]]:
     """Compute the same function as `token_logprobs_reference`, over `chunk_size` vocabulary entries at a time.
 
     Matmuls run in hidden's dtype with fp32 accumulation. The results are fp32; gradients have the dtypes of their
-    arguments. `transposed` computes the gradient of each chunk of the unembedding: it is `transposed_product`, or a
+    arguments. `transposed` computes the gradient of each chunk of the unembedding: it is `transposed_matmul`, or a
     variant that shards its result. Targets must be in [0, vocab). Any vocabulary size is supported: the last chunk may
     be shorter.
 
@@ -62,13 +62,13 @@ def token_logprobs(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _token_logprobs(
-    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedProduct
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedMatmul
 ) -> tuple[Array, Array]:
     return _forward(hidden, unembedding, targets, chunk_size, transposed)[0]
 
 
 def _forward(
-    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedProduct
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int, transposed: TransposedMatmul
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     """Return the results and the residuals for the backward pass: the arguments and each token's log-sum-exp."""
     del transposed
@@ -89,7 +89,7 @@ def _forward(
 
 
 def _backward(
-    chunk_size: int, transposed: TransposedProduct, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+    chunk_size: int, transposed: TransposedMatmul, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
     """Return the gradients, from `d logit = d_logp * (one_hot(target) - softmax) + d_log_sum * softmax`.
 
@@ -110,7 +110,7 @@ def _backward(
         rows_CE = jax.lax.dynamic_slice_in_dim(matrix, start, size)
         d_rows_CE = transposed(d_logits_TC, hidden).astype(unembedding.dtype)
         return (
-            d_hidden_TE + product(d_logits_TC, rows_CE, 1, 0),
+            d_hidden_TE + matmul(d_logits_TC, rows_CE, 1, 0),
             jax.lax.dynamic_update_slice_in_dim(d_unembedding_VE, d_rows_CE, start, axis=0),
         )
 
@@ -132,4 +132,4 @@ def _fold_chunks(
 
 
 def _chunk_logits(hidden: Array, matrix: Array, start: Array | int, size: int) -> Array:
-    return product(hidden, jax.lax.dynamic_slice_in_dim(matrix, start, size), 1, 1)
+    return matmul(hidden, jax.lax.dynamic_slice_in_dim(matrix, start, size), 1, 1)

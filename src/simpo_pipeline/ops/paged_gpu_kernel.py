@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from simpo_pipeline.ops.linear import product
-from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, LEAST_TOTAL, MASKED
+from simpo_pipeline.ops.linear import matmul
+from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, MASKED, MIN_TOTAL
 
 # The minimum number of rows of a GPU's matrix units.
 _MIN_ROWS = 16
@@ -87,7 +87,7 @@ def attend_in_ranges(
     )(q_NKRD, positions_NR, jnp.max(positions_NR, axis=1) + 1, page_table, keys_POKD, values_POKD)
     scale = jnp.exp2(peak - jnp.max(peak, axis=0, keepdims=True))
     whole = functools.reduce(operator.add, total * scale)
-    return functools.reduce(operator.add, weighted * scale[..., None]) / jnp.maximum(whole, LEAST_TOTAL)[..., None]
+    return functools.reduce(operator.add, weighted * scale[..., None]) / jnp.maximum(whole, MIN_TOTAL)[..., None]
 
 
 def _range_start(part: int | Int[Array, ""]) -> int | Int[Array, ""]:
@@ -133,13 +133,13 @@ def _add_keys(
         page = table_ref[tile, jnp.minimum(key // page_size, table_ref.shape[1] - 1)]
         page = jnp.clip(page, 0, keys_ref.shape[0] - 1)
         keys, values = (ref[page, key % page_size, head, :] for ref in (keys_ref, values_ref))
-        scores = product(q, keys, 1, 1) * _LOG2_E
+        scores = matmul(q, keys, 1, 1) * _LOG2_E
         sees = key[None] <= positions[:, None]
         new_peak = jnp.maximum(peak, jnp.max(jnp.where(sees, scores, MASKED), axis=1))
         exponentials = jnp.where(sees, jnp.exp2(scores - new_peak[:, None]), 0.0)
         kept = jnp.exp2(peak - new_peak)
         return (
-            weighted * kept[:, None] + product(exponentials.astype(values.dtype), values, 1, 0),
+            weighted * kept[:, None] + matmul(exponentials.astype(values.dtype), values, 1, 0),
             total * kept + jnp.sum(exponentials, axis=1),
             new_peak,
         )

@@ -24,7 +24,7 @@ QUERIES_PER_TILE = 16
 # Value of a masked score: far below any real score, and finite so that a fully masked block gives no NaN.
 MASKED = -1e30
 # Lower bound of a denominator: below any non-empty sum of exponentials, so it only takes effect if the sum is empty.
-LEAST_TOTAL = 1e-30
+MIN_TOTAL = 1e-30
 # Largest value that is stored. Masked slots have weight 0, and a sum over many values of this size times 0 is still 0.
 _LARGEST_VALUE = 1e30
 
@@ -108,7 +108,7 @@ def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
 
         num_blocks = (jnp.max(positions_NR) + keys_per_block) // keys_per_block
         sums = lax.fori_loop(0, num_blocks, add_block, _no_sums(q_NKRD))
-        return sums.weighted / jnp.maximum(sums.total, LEAST_TOTAL)[..., None]
+        return sums.weighted / jnp.maximum(sums.total, MIN_TOTAL)[..., None]
 
     return attend
 

@@ -61,7 +61,7 @@ def apply_rope(x: Float[Array, "*lead heads head_size"], turn: Rotation) -> Floa
 
 
 @jax.custom_vjp
-def apply_rope_by_product(
+def apply_rope_by_matmul(
     x: Float[Array, "*lead heads head_size"], turn: Rotation
 ) -> Float[Array, "*lead heads head_size"]:
     """Compute `apply_rope` for TPUs: a matmul with a matrix of 0, 1 and -1 swaps the components of each pair.
@@ -91,7 +91,7 @@ def _turned(
 
 
 def _turned_forward(x: Array, turn: Rotation) -> tuple[Array, Rotation]:
-    return apply_rope_by_product(x, turn), turn
+    return apply_rope_by_matmul(x, turn), turn
 
 
 def _turned_backward(turn: Rotation, d_out: Array) -> tuple[Array, None]:
@@ -99,4 +99,4 @@ def _turned_backward(turn: Rotation, d_out: Array) -> tuple[Array, None]:
     return _turned(d_out, turn.cos, -turn.sin), None
 
 
-apply_rope_by_product.defvjp(_turned_forward, _turned_backward)
+apply_rope_by_matmul.defvjp(_turned_forward, _turned_backward)

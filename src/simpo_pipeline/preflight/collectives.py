@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from simpo_pipeline.preflight.hlo import Executed, array_bytes, array_types
+from simpo_pipeline.preflight.hlo import ExecutedInstruction, array_bytes, array_types
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Name prefix of the fused computation that implements a reduce-scatter on TPUs. It consists of an all-reduce and a
@@ -45,7 +45,7 @@ class Traffic:
     largest_type: str
 
 
-def traffic_of(instructions: Iterable[Executed], num_devices: int) -> list[Traffic]:
+def traffic_of(instructions: Iterable[ExecutedInstruction], num_devices: int) -> list[Traffic]:
     """Return the collectives among the instructions, by kind and type, with the most received bytes first."""
     groups: dict[tuple[str, str], list[tuple[int, int, float, str]]] = collections.defaultdict(list)
     for each in instructions:

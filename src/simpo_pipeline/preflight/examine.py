@@ -7,9 +7,9 @@ from typing import Any
 from simpo_pipeline.distributed.programs import LoweredProgram
 from simpo_pipeline.preflight.collectives import KINDS, Traffic, traffic_of
 from simpo_pipeline.preflight.compiled import CompilerResult
-from simpo_pipeline.preflight.hlo import Executed, array_bytes, executed, parse_module, total_cycles
+from simpo_pipeline.preflight.hlo import ExecutedInstruction, array_bytes, executed, parse_module, total_cycles
 from simpo_pipeline.preflight.memory import ProgramMemory
-from simpo_pipeline.preflight.roofline import Roofline, Work, kernel_seconds, roofline
+from simpo_pipeline.preflight.roofline import ProgramWork, Roofline, kernel_seconds, roofline
 from simpo_pipeline.preflight.topology import Chip, farthest_hops, fewest_links
 
 # Latency of one link for a message of any size; "about 1 us a hop", How to Scale Your Model (jax-ml).
@@ -17,7 +17,7 @@ HOP_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedLaunch:
     """A program of the job, and its work.
 
     Attributes:
@@ -27,7 +27,7 @@ class Planned:
     """
 
     lowered: LoweredProgram
-    work: Work
+    work: ProgramWork
     host: int | None
     turns: int = 1
 
@@ -53,7 +53,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examined:
+class ProgramFigures:
     """Figures of one program. `memory`, `roofline` and `estimate` are None without a successful compilation."""
 
     name: str
@@ -61,7 +61,7 @@ class Examined:
     num_chips: int
     turns: int
     stablehlo: str
-    work: Work
+    work: ProgramWork
     compile_seconds: float = 0.0
     error: str = ""
     memory: ProgramMemory | None = None
@@ -79,7 +79,7 @@ class Examined:
         return self.estimate.seconds / self.roofline.seconds
 
 
-def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Examined:
+def examine(planned: PlannedLaunch, result: CompilerResult | None, chip: Chip) -> ProgramFigures:
     """Return the figures of a program. Without a compiler result, only those known before compilation are set."""
     devices = list(planned.lowered.devices)
     known: dict[str, Any] = {
@@ -91,15 +91,15 @@ def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Exam
         "work": planned.work,
     }
     if result is None:
-        return Examined(**known)
+        return ProgramFigures(**known)
     known["compile_seconds"] = result.seconds
     if result.error:
-        return Examined(**known, error=result.error)
+        return ProgramFigures(**known, error=result.error)
     instructions = executed(parse_module(result.hlo), planned.work.scopes)
     traffic = _each_turn(instructions, planned.turns, len(devices))
     received = sum(each.received_bytes for each in traffic)
     links = fewest_links(devices)
-    return Examined(
+    return ProgramFigures(
         **known,
         memory=ProgramMemory(
             arguments=result.memory["argument"],
@@ -115,20 +115,22 @@ def examine(planned: Planned, result: CompilerResult | None, chip: Chip) -> Exam
     )
 
 
-def largest_copy(instructions: Sequence[Executed]) -> int:
+def largest_copy(instructions: Sequence[ExecutedInstruction]) -> int:
     """Return the bytes of the largest copy within a loop. A move to another memory has a different opcode."""
     in_loops = (each for each in instructions if each.each_turn or each.times > 1)
     sizes = [sum(array_bytes(each.instruction.result)) for each in in_loops if each.instruction.opcode == "copy"]
     return max(sizes, default=0)
 
 
-def _each_turn(instructions: Sequence[Executed], turns: int, num_devices: int) -> list[Traffic]:
+def _each_turn(instructions: Sequence[ExecutedInstruction], turns: int, num_devices: int) -> list[Traffic]:
     """Return the collectives of the loop if there is one. Those before and after it are few and small."""
     looped = [each for each in instructions if each.each_turn]
     return traffic_of(looped if turns > 1 else instructions, num_devices)
 
 
-def _estimate(planned: Planned, instructions: Sequence[Executed], chip: Chip, devices: Sequence[Any]) -> Estimate:
+def _estimate(
+    planned: PlannedLaunch, instructions: Sequence[ExecutedInstruction], chip: Chip, devices: Sequence[Any]
+) -> Estimate:
     once = total_cycles([each for each in instructions if not each.each_turn])
     each_turn = total_cycles([each for each in instructions if each.each_turn])
     waited = [each for each in instructions if each.instruction.opcode in KINDS]

@@ -56,7 +56,7 @@ class Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class Executed:
+class ExecutedInstruction:
     """An instruction, and how often one run of the program executes it.
 
     Attributes:
@@ -102,17 +102,17 @@ def parse_module(text: str) -> Module:
     return Module(parsed, entry)
 
 
-def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
+def executed(module: Module, taken: Collection[str] = ()) -> list[ExecutedInstruction]:
     """Return every instruction that runs, including those within fusions, loops and branches.
 
     A conditional is assumed to run its false branch. If it is directly within a scope that is named in `taken`, it is
     assumed to run its true branch.
     """
-    found: list[Executed] = []
+    found: list[ExecutedInstruction] = []
 
     def visit(computation: str, times: int, each_turn: bool, fused: bool) -> None:
         for instruction in module.computations.get(computation, ()):
-            found.append(Executed(instruction, times, each_turn, fused, computation))
+            found.append(ExecutedInstruction(instruction, times, each_turn, fused, computation))
             is_loop, is_fusion = instruction.opcode == "while", instruction.opcode == "fusion"
             turns = 1 if not is_loop or instruction.trips is None else instruction.trips
             unknown = is_loop and instruction.trips is None
@@ -123,7 +123,7 @@ def executed(module: Module, taken: Collection[str] = ()) -> list[Executed]:
     return found
 
 
-def total_cycles(instructions: Collection[Executed]) -> int:
+def total_cycles(instructions: Collection[ExecutedInstruction]) -> int:
     """Return the cycles that the compiler expects for all instructions, run one after the other."""
     return sum(each.times * each.instruction.cycles for each in instructions if not each.fused)
 

@@ -22,7 +22,7 @@ class ProgramMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class MemoryPhase:
     """One phase of the job: what is live throughout, and the program with the highest peak.
 
     Attributes:
@@ -42,11 +42,11 @@ class Phase:
         return sum(self.beside.values()) + self.needs
 
 
-def phase(name: str, beside: Mapping[str, int], programs: Mapping[str, ProgramMemory], all_code: int) -> Phase:
+def phase(name: str, beside: Mapping[str, int], programs: Mapping[str, ProgramMemory], all_code: int) -> MemoryPhase:
     """Return the phase in which `programs` run one after the other while `beside` is live.
 
     The code of all programs of the job stays loaded. The code of the running program is part of its own peak.
     """
     largest = max(programs, key=lambda program: programs[program].peak)
     needs = programs[largest]
-    return Phase(name, {**beside, "code of the other programs": all_code - needs.code}, largest, needs.peak)
+    return MemoryPhase(name, {**beside, "code of the other programs": all_code - needs.code}, largest, needs.peak)

@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from simpo_pipeline.preflight.examine import Examined
-from simpo_pipeline.preflight.memory import Phase
+from simpo_pipeline.preflight.examine import ProgramFigures
+from simpo_pipeline.preflight.memory import MemoryPhase
 from simpo_pipeline.preflight.topology import Topology
 
 
@@ -21,8 +21,8 @@ class Report:
     """
 
     topology: Topology
-    programs: Sequence[Examined]
-    phases: Sequence[Phase]
+    programs: Sequence[ProgramFigures]
+    phases: Sequence[MemoryPhase]
     assumptions: Mapping[str, Any]
     versions: Mapping[str, str]
     refusals: Sequence[str] = ()
@@ -83,7 +83,7 @@ def as_text(report: Report) -> str:
     return "\n\n".join(["\n".join(head), *blocks, _phases_text(report), _verdict(report)])
 
 
-def _program_text(same: Sequence[Examined], capacity: int) -> str:
+def _program_text(same: Sequence[ProgramFigures], capacity: int) -> str:
     # The slowest host represents all hosts. Their programs differ only in how collectives are routed.
     each = max(same, key=lambda one: one.estimate.seconds if one.estimate else 0.0)
     compiled_on = [str(one.host) for one in same if one.memory is not None]
@@ -141,14 +141,14 @@ def _verdict(report: Report) -> str:
     return "\n".join([f"Verdict: this job cannot run on {report.topology.name}.", *(f"  {f}" for f in report.failures)])
 
 
-def _by_name(programs: Iterable[Examined]) -> list[list[Examined]]:
-    by_name: dict[str, list[Examined]] = {}
+def _by_name(programs: Iterable[ProgramFigures]) -> list[list[ProgramFigures]]:
+    by_name: dict[str, list[ProgramFigures]] = {}
     for each in programs:
         by_name.setdefault(each.name, []).append(each)
     return list(by_name.values())
 
 
-def _where(each: Examined) -> str:
+def _where(each: ProgramFigures) -> str:
     return each.name if each.host is None else f"{each.name} on host {each.host}"
 
 

@@ -14,7 +14,7 @@ Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ProgramWork:
     """The work of a program.
 
     Attributes:
@@ -48,7 +48,7 @@ class Roofline:
         return max(self.compute_seconds, self.hbm_seconds, self.link_seconds)
 
 
-def roofline(work: Work, chip: Chip, num_chips: int, received_bytes: Number, num_links: int) -> Roofline:
+def roofline(work: ProgramWork, chip: Chip, num_chips: int, received_bytes: Number, num_links: int) -> Roofline:
     """Return the bound of `work` over `num_chips`, each receiving `received_bytes` over `num_links` links."""
     return Roofline(
         compute_seconds=(work.flops + work.repeated_flops) / num_chips / chip.peak_flops,
@@ -57,7 +57,7 @@ def roofline(work: Work, chip: Chip, num_chips: int, received_bytes: Number, num
     )
 
 
-def kernel_seconds(work: Work, chip: Chip, num_chips: int) -> float:
+def kernel_seconds(work: ProgramWork, chip: Chip, num_chips: int) -> float:
     """Return a lower bound on the time of Pallas kernels: the slower of matmuls and HBM traffic."""
     compute = work.kernel_flops / num_chips / chip.peak_flops
     return max(compute, work.kernel_hbm_bytes / num_chips / chip.hbm_bytes_per_second)
@@ -76,7 +76,7 @@ def kv_bytes_per_token(model: LlamaConfig, itemsize: int) -> int:
 
 def train_work(
     model: LlamaConfig, num_rows: int, row_len: int, num_predictions: int, remat: str, *, kernel: bool
-) -> Work:
+) -> ProgramWork:
     """Return the work of one update: forward and backward over rows with causal attention, and Adam with fp32 states.
 
     `kernel` is whether attention is a Pallas kernel. HBM traffic consists of the bfloat16 weights of each pass, 28
@@ -94,7 +94,7 @@ def train_work(
     # The backward kernels, one for queries and one for keys and values, have 7 matmuls; the forward kernel has 2.
     kernel_flops = attention * (passes - 2 + 3.5) if kernel else 0.0
     qkvo = tokens * model.head_dim * 2 * (2 * model.num_heads + 2 * model.num_kv_heads) * model.num_layers
-    return Work(
+    return ProgramWork(
         flops=3 * (linear + attention + head),
         repeated_flops=(linear + attention) if remat == "full" else 0.0,
         kernel_flops=kernel_flops,
@@ -112,7 +112,7 @@ def generation_work(
     itemsize: int,
     *,
     scopes: Iterable[str] = (),
-) -> Work:
+) -> ProgramWork:
     """Return the work of one pass over `num_tokens` tokens.
 
     Only the `num_drawn` tokens that sample a next token need logits. The pass reads the keys and values of
@@ -122,7 +122,7 @@ def generation_work(
     table = model.vocab_size * model.hidden_size
     attention = 4 * model.num_heads * model.head_dim * num_tokens * context * model.num_layers
     kv = kv_bytes_per_token(model, itemsize)
-    return Work(
+    return ProgramWork(
         flops=2 * matrices * num_tokens + 2 * table * num_drawn + attention,
         kernel_flops=attention,
         hbm_bytes=itemsize * (matrices + (table if num_drawn else 0)) + kv * (read_tokens + num_tokens),

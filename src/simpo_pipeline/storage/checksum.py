@@ -1,4 +1,4 @@
-"""CRC32C, the checksum Google Cloud Storage keeps for every object."""
+"""CRC32C, the checksum that Google Cloud Storage stores for every object."""
 
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def crc32c_of(path: str) -> str:
-    """The CRC32C of a file as 8 hex digits, read in pieces of 1 MiB.
+    """Return the CRC32C of a file as 8 hex digits. The file is read in chunks of 1 MiB.
 
     Raises:
-        PathNotFoundError: there is no such file.
+        PathNotFoundError: The file does not exist.
     """
     extend = cast(Any, google_crc32c).extend
     checksum = 0
@@ -25,5 +25,5 @@ def crc32c_of(path: str) -> str:
 
 
 def crc32c_of_bytes(data: bytes) -> str:
-    """The CRC32C of a file's content as 8 hex digits."""
+    """Return the CRC32C of `data` as 8 hex digits."""
     return f"{cast(Any, google_crc32c).value(data):08x}"

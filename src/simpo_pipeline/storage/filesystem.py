@@ -1,6 +1,6 @@
-"""The one border to fsspec: which file system serves a path, and what its failures become.
+"""The only module that imports fsspec: it finds the file system of a path and translates failures.
 
-Beyond this file nobody sees fsspec, gcsfs or a raw OSError from them; they see `StorageError`.
+Code outside this package sees no exception of fsspec or gcsfs and no raw OSError, only `StorageError`.
 """
 
 import io
@@ -15,7 +15,7 @@ from simpo_pipeline.errors import PathNotFoundError, SimpoPipelineError, Storage
 
 @runtime_checkable
 class FileSystem(Protocol):
-    """What this room asks of an fsspec file system (fsspec ships no types)."""
+    """The methods of an fsspec file system that this package uses (fsspec has no type annotations)."""
 
     def cat_file(self, path: str) -> bytes: ...
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None: ...
@@ -31,11 +31,11 @@ class FileSystem(Protocol):
 
 @contextmanager
 def storage_border(action: str, path: str) -> Generator[None]:
-    """Turn any failure inside into a StorageError that says what was done to which path.
+    """Turn any failure in the block into a StorageError that names the action and the path.
 
     Raises:
-        PathNotFoundError: nothing is stored there.
-        StorageError: everything else.
+        PathNotFoundError: Nothing is stored there.
+        StorageError: Any other failure.
     """
     try:
         yield
@@ -43,18 +43,18 @@ def storage_border(action: str, path: str) -> Generator[None]:
         raise
     except FileNotFoundError as error:
         raise PathNotFoundError(f"Cannot {action} {path!r}: nothing is stored there.") from error
-    except Exception as error:  # fsspec back ends raise their own types; all of them mean that storage failed
+    except Exception as error:  # fsspec back ends raise their own types, which all mean that storage failed
         detail = f"{type(error).__name__}: {error}"
         raise StorageError(f"Cannot {action} {path!r}: {detail}. Check the path and your permissions.") from error
 
 
 def filesystem_of(path: str, **options: Any) -> tuple[FileSystem, str]:
-    """The file system that serves `path`, and the path as that file system spells it.
+    """Return the fsspec file system of `path`, and the path in the form that this file system uses.
 
-    Listings are never cached: other hosts write to the same place. `options` are the file system's own.
+    Listings are not cached, because other hosts write to the same folders. `options` are those of the file system.
 
     Raises:
-        StorageError: no file system of that scheme is installed.
+        StorageError: No file system for the scheme is installed.
     """
     with storage_border("reach", path):
         url_to_fs = cast(Any, fsspec.core).url_to_fs

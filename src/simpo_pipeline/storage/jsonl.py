@@ -1,43 +1,37 @@
-"""JSON lines: one row a line, kept even when the process dies after the row was written.
+"""JSON lines: one row per line.
 
-Locally each row reaches the operating system before `write` returns. An object store cannot append, so there the rows
-are held and the whole object is written at `flush()` and at the end.
+On a local disk each row has reached the operating system when `write` returns, so it survives if the process dies. An
+object store cannot append: rows stay in memory, and `flush()` and `close()` write the whole object.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from simpo_pipeline.errors import DataError, SimpoPipelineError
 from simpo_pipeline.storage.fence import held_fences
-from simpo_pipeline.storage.files import make_parent, open_read, write_bytes
+from simpo_pipeline.storage.files import open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
-from simpo_pipeline.storage.paths import is_local, strip_file_scheme
+from simpo_pipeline.storage.stores import store_of
 
 
 class JsonlWriter:
-    """Writes a new file of rows, over any earlier one: a step that runs again starts its log again."""
+    """Writes a new file of rows and replaces an earlier file, so a step that runs again starts its log again."""
 
     def __init__(self, path: str):
         self.path = path
         self._lines: list[bytes] = []
-        self._file: BinaryIO | None = None
         self._closed = False
-        if is_local(path):
-            make_parent(path)
-            with storage_border("write", path), held_fences(path):
-                # A new file, not the old one emptied: whoever still has that open writes into nothing.
-                Path(strip_file_scheme(path)).unlink(missing_ok=True)
-                self._file = open(strip_file_scheme(path), "xb")
+        with storage_border("write", path):
+            self._file = store_of(path).open_append(path, held_fences(path))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row.
 
         Raises:
-            DataError: the row is not made of JSON values.
-            StorageError: the writer is closed or the line could not be written.
+            DataError: The row contains values that JSON does not have.
+            StorageError: The writer is closed, or the line could not be written.
         """
         try:
             line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
@@ -55,15 +49,15 @@ class JsonlWriter:
                 self._file.flush()
 
     def flush(self) -> None:
-        """Make every row so far readable by others."""
+        """Make all rows so far readable by others."""
         if self._file is None:
             write_bytes(self.path, b"".join(self._lines))
 
     def close(self) -> None:
-        """Write what is left; a second close does nothing.
+        """Write the remaining rows. A second call does nothing.
 
         Raises:
-            StorageError: it could not be written.
+            StorageError: They could not be written.
         """
         if self._closed:
             return
@@ -86,15 +80,15 @@ class JsonlWriter:
         except SimpoPipelineError:
             if error is None:
                 raise
-            # What ended the block goes on; that the rest could not be written either must not take its place.
+            # The error of the block propagates. A failure to write the remaining rows must not replace it.
 
 
 def read_jsonl(path: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file in order; blank lines are left out.
+    """Yield the rows of a file in order. Blank lines are skipped.
 
     Raises:
-        PathNotFoundError: there is no such file.
-        DataError: a line is not a JSON object; file and line are named.
+        PathNotFoundError: The file does not exist.
+        DataError: A line is not a JSON object. The message names the file and the line.
     """
     with open_read(path) as file:
         for number, line in enumerate(file, start=1):

@@ -1,6 +1,6 @@
-"""Versions of local files: which inode lies at a path, and when it was written. See conditional.py.
+"""Versions of local files: the inode, the time of the last write and the size. Paths here have no scheme.
 
-Every write makes a new file and moves it into place, so a version is never seen twice.
+Every write creates a new file and renames it, so no version occurs twice. See conditional.py.
 """
 
 import errno
@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from simpo_pipeline.errors import FileLockedError
-from simpo_pipeline.storage.filesystem import storage_border
-from simpo_pipeline.storage.paths import base_name, strip_file_scheme
+from simpo_pipeline.storage.paths import base_name
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOCK_WAIT_SECONDS = 10.0
@@ -22,85 +22,90 @@ _LOCK_POLL_SECONDS = 0.002
 
 
 def version_of_stat(found: os.stat_result) -> str:
-    """The version of a file that was looked up."""
+    """Return the version of a file from its `os.stat`."""
     return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
 
 
 def read_version(path: str) -> tuple[bytes, str]:
-    """The content of a file and its version."""
-    with storage_border("read", path), open(strip_file_scheme(path), "rb") as file:
+    """Return the content of a file and its version."""
+    with open(path, "rb") as file:
         return file.read(), version_of_stat(os.fstat(file.fileno()))
 
 
 def write_version(path: str, data: bytes, expected: str | None) -> str | None:
-    """Put `data` over the version `expected` (None: nothing); the version made, or None when it is not there."""
-    place = strip_file_scheme(path)
-    with storage_border("write", path), _written_aside(place, data) as aside:
-        made = version_of_stat(os.stat(aside))
+    """Replace the version `expected` (None: no file). Return the new version, or None if the file differs."""
+    with temporary_beside(path) as file:
+        file.write(data)
+        close_on_disk(file)
+        version = version_of_stat(os.stat(file.name))
         if expected is None:
-            return made if _link(aside, place) else None
-        with held_still(place) as current:
+            return version if _link(file.name, path) else None
+        with held_still(path) as current:
             if current != expected:
                 return None
-            os.replace(aside, place)
-    return made
+            os.replace(file.name, path)
+    return version
 
 
 def remove_version(path: str, expected: str) -> bool:
-    """Remove the version `expected`; False when another one is there."""
-    place = strip_file_scheme(path)
-    with storage_border("remove", path), held_still(place) as current:
+    """Remove the version `expected`. Return False if another version is there; a missing file counts as removed."""
+    with held_still(path) as current:
         if current == expected:
-            os.remove(place)
+            os.remove(path)
         return current in (None, expected)
 
 
 @contextmanager
-def _written_aside(place: str, data: bytes) -> Generator[str]:
-    """A new file beside the place, with the content on disk; gone after the block unless it was moved."""
-    folder, name = os.path.split(os.path.abspath(place))
+def temporary_beside(path: str) -> Generator[BinaryIO]:
+    """Yield a new file in the folder of `path`. It is removed after the block unless it was renamed."""
+    folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    aside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield aside
+        with open(temporary, "xb") as file:
+            yield file
     finally:
-        Path(aside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
-def _link(aside: str, place: str) -> bool:
-    """Give the file its name too, which fails if the name exists."""
+def close_on_disk(file: BinaryIO) -> None:
+    """Sync the content of a file to disk, then close it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Give the file its name as a second one. Return False if the name exists."""
     try:
-        os.link(aside, place)
+        os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        return _move_exclusively(aside, place)
+        return _move_exclusively(temporary, path)
     return True
 
 
-def _move_exclusively(aside: str, place: str) -> bool:
-    """For file systems without hard links (gcsfuse): claim the name with an empty file, then fill it."""
+def _move_exclusively(temporary: str, path: str) -> bool:
+    """On file systems without hard links (gcsfuse), claim the name with an empty file, then replace that file."""
     try:
-        os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
-    os.replace(aside, place)
+    os.replace(temporary, path)
     return True
 
 
 @contextmanager
-def held_still(place: str) -> Generator[str | None]:
-    """Keep others from replacing or removing the file while the block runs; gives its version, None if it is absent.
+def held_still(path: str) -> Generator[str | None]:
+    """Keep other processes from replacing or removing the file during the block.
 
-    The lock is on the file itself. Whoever waited for it finds out that the name leads to another file now.
+    Yields its version, or None if it does not exist. The lock is on the file itself. A process that waited for the lock
+    then finds that the name belongs to another file.
     """
-    descriptor = _open_locked(place)
+    descriptor = _open_locked(path)
     try:
         yield version_of_stat(os.fstat(descriptor)) if descriptor is not None else None
     finally:
@@ -108,34 +113,34 @@ def held_still(place: str) -> Generator[str | None]:
             os.close(descriptor)
 
 
-def _open_locked(place: str) -> int | None:
+def _open_locked(path: str) -> int | None:
     while True:
         try:
-            descriptor = _open(place)
+            descriptor = _open(path)
         except FileNotFoundError:
             return None
         try:
-            _lock(descriptor, place)
-            if os.path.samestat(os.fstat(descriptor), os.stat(place)):
+            _lock(descriptor, path)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
-            pass  # removed while we waited
+            pass  # removed while this process waited
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-def _open(place: str) -> int:
-    """For writing if that is allowed, because a lock over NFS asks for it."""
+def _open(path: str) -> int:
+    """Open the file for writing if permissions allow it, because a lock over NFS requires that."""
     try:
-        return os.open(place, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:
-        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _lock(descriptor: int, place: str) -> None:
-    """Wait for the lock, but not for ever: its holder may be a stopped process."""
+def _lock(descriptor: int, path: str) -> None:
+    """Wait for the lock for a limited time, because its holder may be a stopped process."""
     waited_since = time.monotonic()
     while True:
         try:
@@ -144,7 +149,7 @@ def _lock(descriptor: int, place: str) -> None:
         except BlockingIOError:
             if time.monotonic() - waited_since > _LOCK_WAIT_SECONDS:
                 raise FileLockedError(
-                    f"{base_name(place)!r} in {os.path.dirname(place)!r} is locked by another process of this machine "
-                    f"for more than {_LOCK_WAIT_SECONDS:.0f} s. Is that process stopped? Continue or end it."
+                    f"{base_name(path)!r} in {os.path.dirname(path)!r} has been locked by another process on this "
+                    f"machine for more than {_LOCK_WAIT_SECONDS:.0f} s. Is that process stopped? Resume it or end it."
                 ) from None
             time.sleep(_LOCK_POLL_SECONDS)

@@ -1,6 +1,6 @@
-"""Paths as text: a local path or any fsspec URL (`gs://bucket/folder`). Nothing here touches storage.
+"""Paths as strings: a local path or any fsspec URL (`gs://bucket/folder`). Nothing here accesses storage.
 
-`pathlib` is not used for paths that may be URLs: `Path("gs://b")` is the local folder `gs:/b`.
+`pathlib` must not be used for paths that may be URLs: `Path("gs://b")` is the local folder `gs:/b`.
 """
 
 import os
@@ -14,12 +14,12 @@ _COLLAPSED_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def is_local(path: str) -> bool:
-    """Whether the path lies on this machine's own file system."""
+    """Return whether the path is on a file system of this machine."""
     return path.startswith(_FILE_SCHEMES) or not _URL.match(path)
 
 
 def strip_file_scheme(path: str) -> str:
-    """The path without `file://`; any other path unchanged."""
+    """Return the path without `file://` or `local://`. Any other path is returned unchanged."""
     for scheme in _FILE_SCHEMES:
         if path.startswith(scheme):
             return path[len(scheme) :]
@@ -27,10 +27,10 @@ def strip_file_scheme(path: str) -> str:
 
 
 def join(base: str, *parts: str) -> str:
-    """The path of `parts` under `base`, with one slash between neighbours; empty parts are left out.
+    """Return the path of `parts` under `base`, with one slash between parts. Empty parts are skipped.
 
     Raises:
-        StorageError: a part is itself absolute, so it would leave `base`.
+        StorageError: A part is absolute, so the result would not be under `base`.
     """
     joined = base
     for part in parts:
@@ -42,15 +42,16 @@ def join(base: str, *parts: str) -> str:
 
 
 def is_relative(path: str) -> bool:
-    """Whether the path means nothing without a folder to start from."""
+    """Return whether the path is local and depends on the working directory."""
     return is_local(path) and not strip_file_scheme(path).startswith("/")
 
 
 def absolute(path: str) -> str:
-    """The same place, independent of the working directory and without a trailing slash.
+    """Return the path in a form that does not depend on the working directory, without a trailing slash.
 
     Raises:
-        ConfigError: a URL that lost a slash (`gs:/bucket`), which would become a local folder of that name.
+        ConfigError: The path is a URL that lost a slash (`gs:/bucket`) and would become a local folder of that name, or
+            a `gs://` URL without a bucket.
     """
     if _COLLAPSED_URL.match(path):
         fixed = path.replace(":/", "://", 1)
@@ -64,16 +65,16 @@ def absolute(path: str) -> str:
 
 
 def parent(path: str) -> str:
-    """The folder that holds the path."""
+    """Return the folder that contains the path."""
     return path.rstrip("/").rsplit("/", 1)[0]
 
 
 def base_name(path: str) -> str:
-    """The last part of the path."""
+    """Return the last part of the path."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def user_cache_folder(name: str = "") -> str:
-    """Return the folder `name` of what this project keeps for this user on this machine; it is safe to delete."""
+    """Return the folder `name` of the per-user cache of this project on this machine. It can be deleted at any time."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(caches, "simpo_pipeline", name)

@@ -1,4 +1,4 @@
-"""Folders that are filled locally and end up wherever they belong."""
+"""Folders that are filled on a local disk and then uploaded."""
 
 import tempfile
 from collections.abc import Generator
@@ -11,12 +11,12 @@ from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
 
 @contextmanager
 def staged_folder(path: str) -> Generator[Path]:
-    """A local folder to fill: `path` itself when it is local, else a temporary one that is uploaded at the end.
+    """Yield a local folder to fill: `path` itself if it is local, otherwise a temporary folder.
 
-    When the block raises, nothing is uploaded.
+    The temporary folder is uploaded after the block. If the block raises, nothing is uploaded.
 
     Raises:
-        StorageError: a file could not be written to `path`.
+        StorageError: A file could not be written to `path`.
     """
     if is_local(path):
         folder = Path(strip_file_scheme(path))

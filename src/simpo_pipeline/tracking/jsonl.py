@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_pipeline.storage.jsonl import JsonlWriter
-from simpo_pipeline.tracking.tracker import Metrics, Summary, check_numbers
+from simpo_pipeline.tracking.tracker import Metrics, Summary, check_metrics
 
 
 class JsonlTracker:
@@ -20,7 +20,7 @@ class JsonlTracker:
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """See Tracker.log."""
-        check_numbers(metrics)
+        check_metrics(metrics)
         self._write("metrics", step=step, metrics=dict(metrics))
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:

@@ -1,6 +1,7 @@
-"""The geometry of a small line chart: numbers in, positions in a drawing of fixed size out.
+"""Geometry of a small line chart: maps values to positions in a drawing of fixed size.
 
-Draws nothing: the report's template turns positions into SVG. x is a count (updates), y any finite number.
+This module draws nothing; the report's template renders the positions as SVG. x is a count (updates), and y is any
+finite number.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ChartPoint:
     """A position in the drawing with its text: a tick, a dot's tooltip or a marker's label."""
 
     x: float
@@ -31,11 +32,11 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One series as pieces of `x,y x,y ...` between gaps, with its dots (none when they would crowd)."""
+    """One series as pieces of `x,y x,y ...` between gaps, and its dots (none if there are more than MAX_DOTS)."""
 
     name: str
     pieces: tuple[str, ...]
-    dots: tuple[Place, ...]
+    dots: tuple[ChartPoint, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Chart:
 
     title: str
     lines: tuple[Line, ...]
-    x_ticks: tuple[Place, ...]
-    y_ticks: tuple[Place, ...]
-    markers: tuple[Place, ...]
+    x_ticks: tuple[ChartPoint, ...]
+    y_ticks: tuple[ChartPoint, ...]
+    markers: tuple[ChartPoint, ...]
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -70,7 +71,7 @@ class _Scale:
 
 
 def layout_chart(title: str, series: Sequence[Series], markers: Sequence[tuple[float, str]] = ()) -> Chart | None:
-    """Lay out the series over one pair of axes; None when there is no finite point to draw.
+    """Return the layout of the series on common axes, or None if no point is finite.
 
     Args:
         markers: Vertical lines as (x, label).
@@ -86,22 +87,22 @@ def layout_chart(title: str, series: Sequence[Series], markers: Sequence[tuple[f
         title=title,
         lines=tuple(_lay_out_line(line, x_scale, y_scale) for line in series),
         x_ticks=tuple(
-            Place(x_scale(x), HEIGHT - BOTTOM, f"{x:g}") for x in ticks(min(xs), max(xs), count=8, whole=True)
+            ChartPoint(x_scale(x), HEIGHT - BOTTOM, f"{x:g}") for x in ticks(min(xs), max(xs), count=8, whole=True)
         ),
-        y_ticks=tuple(Place(LEFT, y_scale(y), f"{y:g}") for y in ticks(y_scale.low, y_scale.high, count=5)),
-        markers=tuple(Place(x_scale(x), TOP, label) for x, label in markers),
+        y_ticks=tuple(ChartPoint(LEFT, y_scale(y), f"{y:g}") for y in ticks(y_scale.low, y_scale.high, count=5)),
+        markers=tuple(ChartPoint(x_scale(x), TOP, label) for x, label in markers),
     )
 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], at most about `count` of them."""
+    """Return round values in [low, high] that are 1, 2 or 5 times a power of ten apart, at most about `count`."""
     rough = max((high - low) / count, 1e-12)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     if whole:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # Rounded, because 3 * 0.1 is not 0.3.
+    # Rounded because 3 * 0.1 is not 0.3.
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
@@ -112,13 +113,13 @@ def _widen(low: float, high: float, *, share: float) -> tuple[float, float]:
 
 def _lay_out_line(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     pieces: list[list[str]] = [[]]
-    dots: list[Place] = []
+    dots: list[ChartPoint] = []
     for x, y in series.points:
         if not math.isfinite(y):
             pieces.append([])
             continue
         pieces[-1].append(f"{x_scale(x)},{y_scale(y)}")
-        dots.append(Place(x_scale(x), y_scale(y), f"{series.name} at update {x:g}: {y:.6g}"))
+        dots.append(ChartPoint(x_scale(x), y_scale(y), f"{series.name} at update {x:g}: {y:.6g}"))
     return Line(
         name=series.name,
         pieces=tuple(" ".join(piece) for piece in pieces if piece),

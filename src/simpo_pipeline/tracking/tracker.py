@@ -47,7 +47,7 @@ class NoTracker:
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """See Tracker.log."""
-        check_numbers(metrics)
+        check_metrics(metrics)
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         """See Tracker.log_samples."""
@@ -59,7 +59,7 @@ class NoTracker:
         """See Tracker.finish."""
 
 
-def check_numbers(metrics: Mapping[str, object]) -> None:
+def check_metrics(metrics: Mapping[str, object]) -> None:
     """Reject metrics that are not Python numbers.
 
     Raises:

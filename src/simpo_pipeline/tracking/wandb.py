@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.tracking.tracker import Metrics, Summary, check_numbers
+from simpo_pipeline.tracking.tracker import Metrics, Summary, check_metrics
 
 _SAMPLES = "samples"
 
@@ -42,7 +42,7 @@ class WandbTracker:
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """See Tracker.log."""
-        check_numbers(metrics)
+        check_metrics(metrics)
         axes = {self._axis_of(name): step for name in metrics}
         self._run.log({**axes, **metrics})
 

@@ -27,7 +27,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A value with its 95% confidence interval."""
 
     value: float
@@ -62,25 +62,25 @@ def join_metrics(batches: Sequence[BatchMetrics], simpo: SimpoConfig) -> dict[st
     return joined
 
 
-def accuracy(margins: Sequence[float]) -> Estimate:
+def accuracy(margins: Sequence[float]) -> IntervalEstimate:
     """Return the share of pairs whose margin is above 0, with Wilson's interval (Wilson 1927)."""
     n, p = len(margins), sum(margin > 0 for margin in margins) / len(margins)
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Estimate(p, centre - half, centre + half)
+    return IntervalEstimate(p, centre - half, centre + half)
 
 
-def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
+def accuracy_gain(before: Sequence[float], after: Sequence[float]) -> IntervalEstimate:
     """Return the rise in accuracy on the same pairs, with the adjusted Wald interval for it (Agresti and Min 2005)."""
     gained = sum(new > 0 >= old for old, new in zip(before, after, strict=True))
     lost = sum(old > 0 >= new for old, new in zip(before, after, strict=True))
     n, up, down = len(before) + 2, gained + 0.5, lost + 0.5
     centre = (up - down) / n
     half = _Z * math.sqrt(up + down - (up - down) ** 2 / n) / n
-    return Estimate((gained - lost) / len(before), centre - half, centre + half)
+    return IntervalEstimate((gained - lost) / len(before), centre - half, centre + half)
 
 
-def margin_gain(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
+def margin_gain(before: Sequence[float], after: Sequence[float]) -> IntervalEstimate | None:
     """Return the rise in the mean margin of the same pairs, with its normal interval; None for fewer than 30 pairs.
 
     Accuracy changes only when the margin of a pair changes sign. The mean margin needs fewer pairs to show learning.
@@ -89,4 +89,4 @@ def margin_gain(before: Sequence[float], after: Sequence[float]) -> Estimate | N
     if len(rises) < _FEWEST_FOR_A_MEAN:
         return None
     value, half = statistics.fmean(rises), _Z * statistics.stdev(rises) / math.sqrt(len(rises))
-    return Estimate(value, value - half, value + half)
+    return IntervalEstimate(value, value - half, value + half)

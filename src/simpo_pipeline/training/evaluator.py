@@ -1,4 +1,4 @@
-"""Evaluations of a training step on the pairs that `prepare_pairs` held out."""
+"""Evaluation of a training step on the pairs that `prepare_pairs` held out."""
 
 import dataclasses
 import logging
@@ -24,10 +24,10 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def read_held_out(pairs_paths: Sequence[str]) -> "list[TokenizedPair]":
-    """The pairs held out of all the datasets.
+    """Return the held-out pairs of all datasets.
 
     Raises:
-        ConfigError: none were held out.
+        ConfigError: No pairs were held out.
     """
     # Imported here because planning must not pay for pyarrow.
     from simpo_pipeline.data.pairs import read_pairs
@@ -42,7 +42,7 @@ def read_held_out(pairs_paths: Sequence[str]) -> "list[TokenizedPair]":
 
 
 def open_sweep(pairs: "Sequence[TokenizedPair]", trainer: "Trainer", pad_id: int) -> "PairSweep":
-    """The pairs in batches as the trainer takes them."""
+    """Return the pairs in batches with the settings of the trainer."""
     from simpo_pipeline.data.sweep import PairSweep
 
     return PairSweep(
@@ -56,7 +56,7 @@ def open_sweep(pairs: "Sequence[TokenizedPair]", trainer: "Trainer", pad_id: int
 
 
 class Evaluator:
-    """Evaluates a trainer when it is told to; every process calls it, the leader writes a row each time."""
+    """Evaluator of a trainer. Every process must call `evaluate`; only the leader writes a row each time."""
 
     def __init__(
         self, trainer: "Trainer", sweep: "PairSweep", tracker: Tracker, output_path: str, *, is_leader: bool
@@ -66,7 +66,7 @@ class Evaluator:
         self._tracker = tracker
         self._file = JsonlWriter(join(output_path, EVALUATIONS_FILE)) if is_leader else None
         self.rows: list[dict[str, Any]] = []
-        """What was written so far."""
+        """The rows written so far."""
 
     def __enter__(self) -> "Evaluator":
         return self
@@ -78,13 +78,13 @@ class Evaluator:
             self._file.__exit__(kind, error, traceback)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Puts a row into the step's outputs."""
+        """Write a row to the step's outputs."""
         self.rows.append(row)
         if self._file is not None:
             self._file.write(row)
 
     def evaluate(self) -> None:
-        """Says how the weights as they are do on the held-out pairs."""
+        """Evaluate the current weights on the held-out pairs, and record and log the result."""
         from simpo_pipeline.training.evaluation import accuracy
 
         step, found = self._trainer.step, self._trainer.evaluate(self._sweep)

@@ -37,7 +37,7 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.Grad
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=decayed,
+            mask=weight_decay_mask,
             mu_dtype=config.moment_dtype,
         ),
     )
@@ -82,7 +82,7 @@ def learning_rate_at(config: OptimizerConfig, num_train_steps: int, step: int) -
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)
 
 
-def decayed(params: Any) -> Any:
+def weight_decay_mask(params: Any) -> Any:
     """Return a tree of bools: whether weight decay applies to each parameter."""
 
     def is_matrix(parameter: NamedArray) -> bool:

@@ -1,4 +1,4 @@
-"""The checkpoints of a training step: from which one it goes on, and when it writes one."""
+"""Checkpoints of a training phase: which one it resumes from, and when it writes one."""
 
 import logging
 import signal
@@ -22,31 +22,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
-# Made of JSON values: what a step that goes on from a checkpoint has to know besides the state.
+# JSON values that a resuming step needs in addition to the state.
 Progress = dict[str, Any]
 
 
 def refuse_impossible(config: CheckpointConfig, run: StepRun) -> None:
-    """Said before any device is touched.
+    """Check that the job can write such checkpoints. Called before any device is touched.
 
     Raises:
-        ConfigError: `on_failure` in a job of many processes.
+        ConfigError: `when` is "on_failure" in a job of several processes.
     """
     if config.when == "on_failure" and run.processes.process_count > 1:
         raise ConfigError(
-            f"checkpoint.when is 'on_failure' in a job of {run.processes.process_count} processes: the state lies in "
-            "all of them, and one that fails cannot make the others write theirs. Use 'every' with a number of updates."
+            f"checkpoint.when is 'on_failure' in a job of {run.processes.process_count} processes: the state is "
+            "sharded over all of them, and a process that fails cannot make the others write their shards. Use 'every' "
+            "with a number of updates."
         )
 
 
 class PhaseCheckpoints:
-    """Around the updates of one phase; where `when` is never it does nothing.
+    """Context manager around the updates of one phase. It does nothing if `when` is "never".
 
-    A replay goes on from a checkpoint, and writes none.
+    A replay resumes from a checkpoint, but writes none.
     """
 
     def __init__(self, config: CheckpointConfig, run: StepRun, mesh: "Mesh", *, after: int, until: int):
-        """The phase runs the updates after `after` up to `until`."""
+        """Find the checkpoint to resume from, for a phase that runs the updates `after + 1` to `until`."""
         self._config = config
         self._until = until
         self._writes = not run.replaying
@@ -56,19 +57,19 @@ class PhaseCheckpoints:
         self._progress: Callable[[], Progress] = dict
         self._signals = _StopSignals()
         self.record: CheckpointRecord | None = None if self._files is None else self._files.newest(after, until)
-        """The finished checkpoint to go on from."""
+        """The finished checkpoint to resume from; None if there is none."""
 
     def earlier(self, name: str) -> list[Any]:
-        """A part of the progress up to `record`; empty without one."""
+        """Return one part of the progress stored in `record`; empty if there is no `record`."""
         return [] if self.record is None else list(self.record.progress[name])
 
     def load(self, abstract: "TrainState") -> "TrainState":
-        """The state of `record`."""
+        """Return the state stored in `record`."""
         assert self._files is not None and self.record is not None
         return self._files.restore(self.record, abstract)
 
     def watch(self, trainer: "Trainer", progress: Callable[[], Progress]) -> "PhaseCheckpoints":
-        """Names the trainer whose state is to be written, with what `progress` says then; for a `with` statement."""
+        """Set the trainer whose state is written with the result of `progress`. Return self, for a `with` statement."""
         self._trainer, self._progress = trainer, progress
         return self
 
@@ -78,14 +79,14 @@ class PhaseCheckpoints:
         return self
 
     def after_update(self) -> None:
-        """Writes a checkpoint where one is due, or records the one that has been written meanwhile."""
+        """Begin a checkpoint if one is due; otherwise record one whose write has finished in the meantime."""
         if self._files is None or self._trainer is None or not self._writes:
             return
         if self._signals.received is not None:
             self._write()
             self._signals.deliver()
         every = self._config.every
-        # After the last update the outputs themselves are about to be recorded.
+        # After the last update, the outputs themselves are recorded next.
         if every is not None and self._trainer.step % every == 0 and self._trainer.step != self._until:
             self._begin()
         else:
@@ -96,13 +97,13 @@ class PhaseCheckpoints:
     ) -> None:
         self._signals.release()
         if self._files is None or (error is not None and not isinstance(error, Exception)):
-            return  # interrupted: whatever this job holds, it is told to hurry
+            return  # interrupted: the job has to end quickly, whatever state it has
         try:
             self._end(failed=error is not None)
         except SimpoPipelineError as second:
             if error is None:
                 raise
-            logger.error("no checkpoint was written: %s", second)  # must not hide what went wrong before
+            logger.error("no checkpoint was written: %s", second)  # must not hide the first error
         self._signals.deliver()
 
     def _end(self, *, failed: bool) -> None:
@@ -137,14 +138,14 @@ def _open(config: CheckpointConfig, run: StepRun, mesh: "Mesh") -> "Checkpoints"
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT wait for the end of the update; the second of them does not."""
+    """Handlers that defer SIGTERM and SIGINT to the end of the update. A second signal is not deferred."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def hold(self) -> None:
-        """From now on they are noted. Only a main thread hears of signals; in others nothing changes."""
+        """Start to defer signals. Only the main thread receives signals, so this does nothing in other threads."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -152,13 +153,13 @@ class _StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
 
     def release(self) -> None:
-        """From now on they do what they did before."""
+        """Restore the previous handlers."""
         while self._previous:
             number, previous = self._previous.popitem()
             signal.signal(number, previous or signal.SIG_DFL)
 
     def deliver(self) -> None:
-        """Does now what the signal would have done when it came."""
+        """Do now what the deferred signal would have done when it arrived."""
         self.release()
         number, self.received = self.received, None
         if number is not None:

@@ -43,7 +43,7 @@ from simpo_pipeline.training.optimizer import apply_gradient, build_optimizer
 from simpo_pipeline.training.simpo import simpo_loss
 from simpo_pipeline.training.state import TrainState, abstract_state
 
-Metrics = dict[str, Float[Array, ""]]
+StepMetrics = dict[str, Float[Array, ""]]
 
 
 class PartArrays(NamedTuple):
@@ -72,7 +72,7 @@ class LossSums(NamedTuple):
     """Values that are summed over the parts of a batch."""
 
     loss: Float[Array, ""]
-    metrics: Metrics
+    metrics: StepMetrics
     margins: Float[Array, " pairs"]
     """avg(chosen) - avg(rejected) of each pair, nats per token; 0 for pairs of other parts."""
 
@@ -111,7 +111,7 @@ def _compile_train_step(
     optimizer = build_optimizer(config.optimizer, config.num_train_steps)
     placement = fsdp_placement(mesh, jnp.dtype(config.compute_dtype), shape.slot_lens)
 
-    def train_step(state: TrainState, batch: BatchArrays) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: BatchArrays) -> tuple[TrainState, StepMetrics]:
         metrics, grads = loss_and_gradient(state.params, batch, config, placement)
         params, opt_state = apply_gradient(optimizer, grads, state.opt_state, state.params)
         ema = _update_ema(state.ema, params, config.ema_decay)
@@ -156,7 +156,7 @@ def _compile_eval_step(
 
 def loss_and_gradient(
     params: Llama, batch: BatchArrays, config: TrainerConfig, placement: Placement = ANYWHERE
-) -> tuple[Metrics, Llama]:
+) -> tuple[StepMetrics, Llama]:
     """Return the metrics of a batch, including `loss`, and the gradient of the loss with respect to `params`."""
 
     def of_part(part: PartArrays) -> tuple[LossSums, Llama]:

@@ -1,8 +1,8 @@
-"""A program for test_gcs.py: a producer, a borrower and a taker, each leaving two outputs.
+"""Program for test_gcs.py: a producer, a borrower and a taker, each with two outputs.
 
 python bucket_job.py PREFIX
 
-Prints its pid, and begins when it is sent a line.
+Prints its pid, and starts when it reads a line from standard input.
 """
 
 import os
@@ -17,20 +17,20 @@ from simpo_pipeline.storage.paths import join
 
 
 def publish(config: list[Any]) -> Live:
-    """Two outputs and a live value."""
+    """Write two outputs and return a live value."""
     write_text(join(config[0], "out.txt"), "published")
     write_text(join(config[0], "deep/more.txt"), "more")
     return Live("value", digest="digest")
 
 
 def use(config: list[Any]) -> None:
-    """Two outputs that show the live value."""
+    """Write two outputs, one of which contains the live value."""
     write_text(join(config[0], "out.txt"), f"used {config[1]}")
     write_text(join(config[0], "deep/more.txt"), "more")
 
 
 def run(prefix: str) -> Executor:
-    """The job."""
+    """Run the job."""
     first = ExecutorStep("first", publish, [this_output_path()])
     second = ExecutorStep("second", use, [this_output_path(), borrow(first)])
     third = ExecutorStep("third", use, [this_output_path(), take(first)])

@@ -1,11 +1,11 @@
-"""A program for test_freeze.py: runs one step, and stops itself (SIGSTOP) before a chosen change of storage.
+"""Program for test_freeze.py: runs one step and stops itself (SIGSTOP) before a chosen change of storage.
 
 python freeze.py PREFIX NAME POINT
 
-Prints its pid, and begins when it is sent a line.
-POINT counts the run's own changes, not those of the heartbeat, which fall when the clock says: so a point is the same
-change in every run. A step of POINT 0 never stops itself, one of POINT -1 stops before its first heartbeat, and both
-work until they are stopped from outside. Prints how the run ended, as JSON.
+Prints its pid, and starts when it reads a line from standard input.
+POINT counts the changes that the run itself makes. It does not count those of the heartbeat, which depend on the clock,
+so a point is the same change in every run. With POINT 0 the program never stops itself. With POINT -1 it stops before
+its first heartbeat. In both cases the step works until it is stopped from outside. Prints the result as JSON.
 """
 
 import json
@@ -31,7 +31,7 @@ heartbeats = 0
 
 
 def stop_before(change: Callable[..., Any], point: int) -> Callable[..., Any]:
-    """The change, made only after a stop and a continuation if it is the chosen one."""
+    """Wrap a change of storage so that the process stops before the chosen one and makes it after it is continued."""
 
     def changed(*arguments: Any) -> Any:
         global changes, heartbeats
@@ -40,14 +40,14 @@ def stop_before(change: Callable[..., Any], point: int) -> Callable[..., Any]:
         heartbeats += not own
         if changes == point if own else point == HEARTBEAT and heartbeats == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(0.2)  # the signal is for the process: this thread may run on for a moment before it stops
+            time.sleep(0.2)  # the signal goes to the process: this thread may still run for a moment before it stops
         return change(*arguments)
 
     return changed
 
 
 def work(config: list[Any]) -> None:
-    """Two outputs that must be of one process, or work without end."""
+    """Write two outputs that must come from one process, or work without end."""
     output_path, name, endless = config
     write(join(output_path, "first.txt"), name)
     while endless:
@@ -60,7 +60,7 @@ write = write_text
 
 
 def run(prefix: str, name: str, point: int) -> dict[str, Any]:
-    """The run of one process, and how it ended."""
+    """Run one process and return its result."""
     global write
     write = stop_before(write_text, point)
     ConditionalFiles.create = stop_before(ConditionalFiles.create, point)

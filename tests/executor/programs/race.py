@@ -1,9 +1,10 @@
-"""A program for test_race.py: 8 processes race for one step, round after round, and some of them are killed.
+"""Program for test_race.py: 8 processes race for one step in each round, and some of them are killed.
 
 python race.py PREFIX LOG_FOLDER ROUNDS SEED HOSTS
 
-HOSTS "one": all processes are on this machine, so that the death of a holder is known at once. "many": each claims to
-be on a machine of its own, so that a dead holder's lease must expire. Prints what was seen, as JSON.
+With HOSTS "one", all processes are on this machine, so that the death of a holder is detected immediately. With "many",
+each process claims to be on a separate machine, so that the lease of a dead holder must expire. Prints the outcome of
+each round as JSON.
 """
 
 import importlib
@@ -30,13 +31,13 @@ LEASE = LeaseConfig(heartbeat_seconds=0.25, expiry_seconds=1.0, poll_seconds=0.0
 
 
 def say(log: Path, word: str) -> None:
-    """Append a line that no kill can tear or lose."""
+    """Append a line in one write, so that a kill cannot split or lose it."""
     with log.open("a") as file:
         file.write(f"{word} {os.getpid()}\n")
 
 
 def work(config: list[Any]) -> None:
-    """Count up, without any lock of its own, and leave two files that must be of one process."""
+    """Log the start and end without any lock, and write two files that must come from one process."""
     output_path, log = config[0], Path(config[1])
     say(log, "begin")
     write_text(join(output_path, "first.txt"), str(os.getpid()))
@@ -46,7 +47,7 @@ def work(config: list[Any]) -> None:
 
 
 def contend(prefix: str, log: Path, hosts: str) -> None:
-    """One process of a round."""
+    """Run one process of a round."""
     if hosts == "many":
         space = f"machine of {os.getpid()}"
         holder_module._pid_space = lambda: space
@@ -54,7 +55,7 @@ def contend(prefix: str, log: Path, hosts: str) -> None:
     try:
         executor.run([ExecutorStep("shared", work, [this_output_path(), str(log)])])
         say(log, f"done-{executor.results[0].action}")
-    except LeaseLostError:  # on a machine so busy that a heartbeat came too late
+    except LeaseLostError:  # a heartbeat was late because the machine is busy
         say(log, "lost")
 
 
@@ -71,12 +72,12 @@ def fork(prefix: str, log: Path, hosts: str) -> int:
 
 
 def race(prefix: str, log: Path, choose: random.Random, hosts: str) -> dict[str, Any]:
-    """One round: who was killed, who ended how, and what was left."""
+    """Run one round. Return its kills, starts, successful runs, lost leases and failures, and what is wrong."""
     pids = [fork(prefix, log, hosts) for _ in range(PROCESSES)]
     victims: set[int] = set()
     begun_first = choose.random() < 0.6
     while begun_first and not log.exists():
-        time.sleep(0.002)  # until one has begun, to kill that one too; or not, to kill while they compete
+        time.sleep(0.002)  # so that the first process in the step may be killed; other rounds kill earlier
     for _ in range(choose.randrange(4)):
         time.sleep(choose.random() * 0.06)
         victims.add(kill_one(log, [pid for pid in pids if pid not in victims], choose))
@@ -95,7 +96,7 @@ def race(prefix: str, log: Path, choose: random.Random, hosts: str) -> dict[str,
 
 
 def kill_one(log: Path, living: list[int], choose: random.Random) -> int:
-    """Rather the one that is just in the step, when there is one."""
+    """Kill one process, preferably the one that is inside the step, and return its pid."""
     lines = log.read_text().splitlines() if log.exists() else []
     begun = int(lines[-1].split()[1]) if lines and lines[-1].startswith("begin") else None
     victim = begun if begun in living and choose.random() < 0.8 else choose.choice(living)
@@ -105,7 +106,7 @@ def kill_one(log: Path, living: list[int], choose: random.Random) -> int:
 
 
 def find_wrong(prefix: str, ran: list[int]) -> str | None:
-    """What is wrong with the outputs at the end of a round."""
+    """Return what is wrong with the outputs at the end of a round, or None."""
     planned = Executor(prefix)
     step = ExecutorStep("shared", work, [this_output_path(), ""])
     planned.run([step], dry_run=True)
@@ -121,10 +122,10 @@ def find_wrong(prefix: str, ran: list[int]) -> str | None:
 
 
 def main() -> None:
-    """All rounds; each in a child, because a process that used the network should not fork."""
+    """Run all rounds, each in a child process, because a process that used the network should not fork."""
     prefix, logs, rounds, seed, hosts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     if prefix.startswith("gs://"):
-        importlib.import_module("gcsfs")  # once, not in each child: it takes a second
+        importlib.import_module("gcsfs")  # once, not in each child, because it takes a second
     choose = random.Random(seed)
     seen: list[dict[str, Any]] = []
     for number in range(rounds):

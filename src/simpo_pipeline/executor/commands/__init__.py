@@ -1,1 +1,1 @@
-"""`python -m simpo_pipeline.executor status|gc`, and the text that experiments print."""
+"""Commands of `python -m simpo_pipeline.executor status|gc`, and the text that experiments print."""

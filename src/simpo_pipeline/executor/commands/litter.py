@@ -1,14 +1,14 @@
-"""What no manifest names and nobody uses any more: what `gc` finds, removes and prints.
+"""Litter: files that no manifest names and no job uses. This module finds, removes and prints them for `gc`.
 
-    scratch     .replay/<run id>/ of a run that is over
-    probe       .shared-<run id>, by which a run that is over made sure that all its hosts see one prefix
+    scratch     .replay/<run id>/ of a run that has ended
+    probe       .shared-<run id>, with which a run that has ended checked that all its hosts see the same prefix
     temporary   .NAME.<32 hex digits>.tmp, left by a writer that was killed
     attempt     outputs in a step's folder that its manifest does not name, or all of them if the step did not succeed
-    checkpoint  .checkpoints/ in a step's folder: of a job that will not go on, or did not come to removing them
+    checkpoint  .checkpoints/ in a step's folder, left by a job that will not resume or that failed to remove them
 
-Left alone: the executor's own records, whatever a living job may be using, and every folder that is no step's. Only
-what was listed is removed: of a step under its lease, so that no job begins meanwhile, and each file only in the
-version that was seen.
+`gc` never removes the executor's own records, files that a running job may be using, or folders that do not belong to a
+step. It removes only listed files, and each file only in the version that was listed. It removes the files of a step
+under the step's lease, so that no job can start in the meantime.
 """
 
 import re
@@ -58,7 +58,7 @@ _SOME_CHECKSUM = "00000000"
 
 
 class Kind(StrEnum):
-    """What a piece of litter is."""
+    """Kind of a piece of litter."""
 
     SCRATCH = "scratch"
     PROBE = "probe"
@@ -69,40 +69,40 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """A folder that a job claims by a lease, as it was when its litter was listed."""
+    """A folder that a job claims with a lease, in the state in which its litter was listed."""
 
     folder: str
     lease: str | None
-    """The version of its lease file; None where there was none."""
+    """Version of its lease file; None if there was none."""
     status: str | None
-    """The version of its status file; None where there was none."""
+    """Version of its status file; None if there was none."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of litter; paths are relative to the prefix."""
+    """One piece of litter. Paths are relative to the prefix."""
 
     kind: Kind
     path: str
     files: tuple[FileEntry, ...]
     claim: Claim | None = None
-    """None for what lies in nobody's folder."""
+    """None for files in a folder that no job claims."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What became of an item."""
+    """Result of the removal of an item."""
 
     item: Item
     removed: tuple[FileEntry, ...]
     why_left: str | None = None
-    """Why the item, or a part of it, is still there."""
+    """Reason why the item, or part of it, still exists."""
     failed: bool = False
-    """Whether it is still there because storage failed."""
+    """Whether it still exists because storage failed."""
 
 
 def find_litter(survey: Survey, now: float | None = None) -> list[Item]:
-    """All litter below a prefix, by kind and path.
+    """Return all litter below a prefix, sorted by kind and path.
 
     Raises:
         StorageError: the prefix cannot be read.
@@ -122,15 +122,15 @@ def find_litter(survey: Survey, now: float | None = None) -> list[Item]:
     ]
     for found in in_parallel(lambda step: list(_litter_of_step(survey.prefix, step, now)), survey.steps):
         items += found
-    return sorted(items, key=_place_in_list)
+    return sorted(items, key=_sort_key)
 
 
-def _place_in_list(item: Item) -> tuple[int, str]:
+def _sort_key(item: Item) -> tuple[int, str]:
     return list(Kind).index(item.kind), item.path
 
 
 def _split_scratch(others: Sequence[FileEntry]) -> tuple[dict[str, list[FileEntry]], list[FileEntry]]:
-    """The files of each run's scratch folder, and all others."""
+    """Return the files of each run's scratch folder, and all other files."""
     scratch: dict[str, list[FileEntry]] = {}
     loose: list[FileEntry] = []
     for entry in others:
@@ -151,7 +151,7 @@ def _scratch_lease(prefix: str, folder: str, files: Sequence[FileEntry]) -> Seen
     try:
         return SeenLease(parse_holder(read_bytes(join(prefix, entry.relative_path))), entry.modified)
     except PathNotFoundError:
-        return None  # given up since it was listed
+        return None  # released since it was listed
 
 
 def _scratch_claim(folder: str, files: Sequence[FileEntry]) -> Claim:
@@ -160,7 +160,7 @@ def _scratch_claim(folder: str, files: Sequence[FileEntry]) -> Claim:
 
 
 def _is_over(lease: SeenLease | None, files: Sequence[FileEntry], now: float) -> bool:
-    """Whether nobody works on these files: their lease's holder is known to have died, or all were left alone."""
+    """Return whether no job uses these files: the holder of their lease is known to be dead, or all are quiet."""
     if lease is not None and lease.is_gone:
         return True
     return all(is_quiet(entry.modified, now) for entry in files)
@@ -173,7 +173,7 @@ def _loose_kind(entry: FileEntry) -> Kind | None:
 
 
 def _temporary_for(entry: FileEntry) -> str | None:
-    """The name of the file that a temporary file was to become; None for other files."""
+    """Return the name of the file that a temporary file was meant to become; None for other files."""
     found = _TEMPORARY.fullmatch(entry.relative_path.rpartition("/")[2])
     return found["name"] if found is not None else None
 
@@ -186,22 +186,23 @@ def _litter_of_step(prefix: str, step: SeenStep, now: float) -> Iterator[Item]:
     checkpoints = [entry for entry in step.files if is_of_checkpoint(step.name_of(entry))]
     for entry in step.files:
         name = _temporary_for(entry) if not is_of_checkpoint(step.name_of(entry)) else None
-        # Who wants the lease of a dead job writes such a file beside it, so the executor's own are never urgent.
+        # A job that takes over the lease of a dead job writes such a temporary file next to it. So temporary files for
+        # the executor's own files are only removed when they are quiet.
         lease = step.lease if name not in OWN_FILES else None
         if name is not None and _is_over(lease, [entry], now):
             yield Item(Kind.TEMPORARY, entry.relative_path, (entry,), claim)
     strays, status = _strays(prefix, step), step.file(STATUS_FILE)
     recorded = [status] if status is not None else []
-    # A step that just failed is about to be started again, perhaps from what it left: its status counts too.
+    # A step that just failed may be about to restart from the files it left, so its status file must be quiet too.
     if strays and _is_over(step.lease, [*strays, *recorded], now):
         yield Item(Kind.ATTEMPT, step.path, tuple(strays), claim)
-    # A job that was killed is about to go on from them: so they are left alone for as long as any file of a living job.
+    # A job that was killed may be about to resume from them, so they are kept as long as files of a running job.
     if checkpoints and all(is_quiet(entry.modified, now) for entry in [*checkpoints, *recorded]):
         yield Item(Kind.CHECKPOINT, join(step.path, CHECKPOINTS_FOLDER), tuple(checkpoints), claim)
 
 
 def _strays(prefix: str, step: SeenStep) -> list[FileEntry]:
-    """The outputs that nobody may believe, with the manifest that named them once."""
+    """Return the outputs that must not be trusted, together with the manifest that once named them."""
     if step.record.status is Status.SUCCESS:
         unnamed = _unnamed(prefix, step) if step.record.done else []
         return unnamed if unnamed and _is_of_an_attempt(prefix, step) else []
@@ -211,9 +212,10 @@ def _strays(prefix: str, step: SeenStep) -> list[FileEntry]:
 
 
 def _unnamed(prefix: str, step: SeenStep) -> list[FileEntry]:
-    """The outputs that a manifest which holds does not name.
+    """Return the outputs that a valid manifest does not name.
 
-    Such a manifest names only files that are there, in their sizes: if it is as long as one of all of them, it is one.
+    A valid manifest names only files that exist, with their sizes. So if it is as long as a manifest of all outputs, it
+    names all of them.
     """
     manifest = step.file(MANIFEST_FILE)
     everything = [FileEntry(step.name_of(entry), entry.num_bytes, _SOME_CHECKSUM) for entry in step.outputs]
@@ -222,15 +224,15 @@ def _unnamed(prefix: str, step: SeenStep) -> list[FileEntry]:
     try:
         named = {entry.relative_path for entry in read_manifest(join(prefix, step.path))}
     except PathNotFoundError:
-        return []  # a job began since it was listed
+        return []  # a job started since it was listed
     return [entry for entry in step.outputs if step.name_of(entry) not in named]
 
 
 def _is_of_an_attempt(prefix: str, step: SeenStep) -> bool:
-    """Whether an attempt wrote what lies here.
+    """Return whether an attempt wrote the outputs in this folder.
 
-    Before a step's function is called, its info is written. An output path that the experiment chose itself may have
-    held somebody's files before.
+    A step's info file is written before its function is called. An output path that the experiment chose itself may
+    have contained other files before.
     """
     try:
         return read_info(join(prefix, step.path)).get("override_output_path", "") is None
@@ -239,27 +241,29 @@ def _is_of_an_attempt(prefix: str, step: SeenStep) -> bool:
 
 
 def remove_litter(prefix: str, items: Sequence[Item]) -> list[Removal]:
-    """Remove what is still as it was listed; what goes wrong with one item does not keep the others from removal.
+    """Remove the items that are unchanged since they were listed. An error in one item does not affect the others.
 
     Raises:
-        ConfigError: the prefix lies where files cannot be removed conditionally.
+        ConfigError: the storage of the prefix does not support conditional removal.
     """
     files, config = ConditionalFiles(), LeaseConfig()
     try:
         files.check(prefix)
     except StorageError as error:
-        raise ConfigError(f"{prefix!r} has no conditional writes, so nothing is removed. Remove it by hand.") from error
+        raise ConfigError(
+            f"{prefix!r} does not support conditional writes, so nothing was removed. Remove the files by hand."
+        ) from error
     with LeaseKeeper(f"gc-{uuid.uuid4().hex[:12]}", config, LeaseWatch(config), files) as leases:
         remover = _Remover(prefix, files, leases)
         groups: dict[Claim | str, list[Item]] = {}
         for item in items:
             groups.setdefault(item.claim or item.path, []).append(item)
         removals = [removal for group in groups.values() for removal in remover.remove(group)]
-    return sorted(removals, key=lambda removal: _place_in_list(removal.item))
+    return sorted(removals, key=lambda removal: _sort_key(removal.item))
 
 
 class _Remover:
-    """Removes items of one claim at a time."""
+    """Remover of litter, for the items of one claim at a time."""
 
     def __init__(self, prefix: str, files: ConditionalFiles, leases: LeaseKeeper):
         self._prefix = prefix
@@ -267,7 +271,7 @@ class _Remover:
         self._leases = leases
 
     def remove(self, group: Sequence[Item]) -> list[Removal]:
-        """Remove the items of one claim."""
+        """Remove the items of one claim and return the results."""
         claim = group[0].claim
         try:
             if claim is None:
@@ -285,7 +289,7 @@ class _Remover:
         return Removal(item, item.files)
 
     def _remove_of_step(self, group: Sequence[Item], claim: Claim) -> list[Removal]:
-        """Under the step's lease, taken from a dead holder if need be, and only if its status is what it was."""
+        """Remove items under the step's lease, taken from a dead holder if necessary, if the status is unchanged."""
         lease, status = (join(self._prefix, claim.folder, name) for name in (LEASE_FILE, STATUS_FILE))
         changed = [Removal(item, (), "its lease or status changed since it was listed") for item in group]
         if claim.lease is not None and not self._files.remove(lease, claim.lease):
@@ -300,14 +304,14 @@ class _Remover:
             self._leases.release(lease)
 
     def _remove_files(self, item: Item, lease: str | None) -> Removal:
-        whys = in_parallel(lambda entry: self._remove_file(entry, lease), item.files)
-        removed = tuple(entry for entry, why in zip(item.files, whys, strict=True) if why is None)
-        left = [why for why in whys if why is not None]
-        errors = [why for why in left if isinstance(why, StorageError)]
+        reasons = in_parallel(lambda entry: self._remove_file(entry, lease), item.files)
+        removed = tuple(entry for entry, reason in zip(item.files, reasons, strict=True) if reason is None)
+        left = [reason for reason in reasons if reason is not None]
+        errors = [reason for reason in left if isinstance(reason, StorageError)]
         return Removal(item, removed, str((errors or left)[0]) if left else None, failed=bool(errors))
 
     def _remove_file(self, entry: FileEntry, lease: str | None) -> StorageError | str | None:
-        """None when the file is gone, else why it is not."""
+        """Remove one file. Return None if it is gone, otherwise the reason why it is not."""
         try:
             if lease is not None:
                 self._leases.check(lease)
@@ -321,7 +325,7 @@ class _Remover:
 
 
 def litter_text(prefix: str, items: Sequence[Item], *, as_json: bool) -> str:
-    """What `gc` prints."""
+    """Return the output of `gc`."""
     found = [(item, item.files) for item in items]
     if as_json:
         return json_document({"prefix": prefix, "deleted": False, **_as_json(found), "left": []})
@@ -331,7 +335,7 @@ def litter_text(prefix: str, items: Sequence[Item], *, as_json: bool) -> str:
 
 
 def removals_text(prefix: str, removals: Sequence[Removal], *, as_json: bool) -> str:
-    """What `gc --delete` prints; failures of storage are for standard error, and so only in the JSON object."""
+    """Return the output of `gc --delete`. Storage errors go to standard error, so only the JSON object lists them."""
     gone = [(removal.item, removal.removed) for removal in removals if removal.removed]
     left = [removal for removal in removals if removal.why_left is not None]
     if as_json:
@@ -353,7 +357,7 @@ def removals_text(prefix: str, removals: Sequence[Removal], *, as_json: bool) ->
 
 
 _Found = Sequence[tuple[Item, Sequence[FileEntry]]]
-"""Items with those of their files that matter."""
+"""Items, each with its relevant files."""
 
 
 def _table(found: _Found) -> str:

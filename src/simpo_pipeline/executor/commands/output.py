@@ -1,4 +1,4 @@
-"""What an experiment prints: the plan, an explanation, what came of each step; as tables, or as one JSON object."""
+"""Text that an experiment prints: the plan, explanations and results, as tables or as one JSON object."""
 
 import json
 import logging
@@ -17,11 +17,11 @@ from simpo_pipeline.storage.paths import join
 _logger = logging.getLogger("simpo_pipeline")
 FINISHED_LINE = "Job finished with no error."
 SummaryColumns = Sequence[tuple[str, str]]
-"""Pairs of a column's header and the key of its value in each step's summary.json."""
+"""Pairs of a column header and the key of its value in each step's summary.json."""
 
 
 def plan_text(plan: Sequence[PlanRow], *, as_json: bool) -> str:
-    """A plan, one step a line."""
+    """Return the text of a plan, with one step per line, or its JSON object."""
     if not as_json:
         return plan_table(plan)
     pending = sum(row.action is not Action.SKIP for row in plan)
@@ -39,7 +39,7 @@ def plan_text(plan: Sequence[PlanRow], *, as_json: bool) -> str:
 
 
 def explanations_text(explanations: Sequence[Explanation], *, as_json: bool) -> str:
-    """All that is known about some steps of a plan."""
+    """Return the text of all that is known about some steps of a plan, or its JSON object."""
     if as_json:
         return json_document({"steps": [explanation.as_json() for explanation in explanations]})
     return "\n\n".join(explanation.text() for explanation in explanations)
@@ -48,7 +48,7 @@ def explanations_text(explanations: Sequence[Explanation], *, as_json: bool) -> 
 def results_text(
     results: Sequence[StepResult], columns: SummaryColumns, error: SimpoPipelineError | None, *, as_json: bool
 ) -> str:
-    """What came of each step; what a step wrote into summary.json fills the columns of that key."""
+    """Return the text of each step's result. A column shows the value of its key in the step's summary.json."""
     summaries = [_read_summary(result.output_path) for result in results]
     if as_json:
         rows = [
@@ -69,12 +69,12 @@ def results_text(
 
 
 def json_document(value: Any) -> str:
-    """One JSON object, indented."""
+    """Return a value as indented JSON text."""
     return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN and infinities as text: JSON has no such numbers."""
+    """Return the value with NaN and infinities as text, because JSON has no such numbers."""
     match value:
         case float() if not math.isfinite(value):
             return str(value)
@@ -103,7 +103,7 @@ def _read_summary(output_path: str) -> dict[str, Any]:
     except PathNotFoundError:
         return {}
     except StorageError as error:
-        _logger.warning("the table lacks a step's summary: %s", error)
+        _logger.warning("could not read the summary of a step, so the table omits it: %s", error)
         return {}
     return cast(dict[str, Any], summary) if isinstance(summary, dict) else {}
 

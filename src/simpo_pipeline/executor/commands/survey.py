@@ -1,6 +1,6 @@
-"""What lies below a prefix: every step with its record, its lease and its files; and what `status` shows of it.
+"""Survey of a prefix: every step with its record, its lease and its files, and the output of `status`.
 
-One recursive listing finds the steps, then their records are read side by side. Nothing is written.
+One recursive listing finds the steps. Their records are then read in parallel. Nothing is written.
 """
 
 import time
@@ -28,33 +28,35 @@ from simpo_pipeline.storage.files import exists, in_parallel, list_files
 from simpo_pipeline.storage.paths import absolute, join
 
 QUIET_SECONDS = 3600.0
-"""What was not written for so long is no living job's work: a holder renews its lease four times a minute by default,
-and clocks of different machines may differ by minutes but not by an hour."""
+"""A file that was not written for this long is not in use by a running job.
+
+By default a holder renews its lease four times a minute. The clocks of different machines may differ by minutes but not
+by an hour."""
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _KIB = 1024
 
 
 def is_quiet(modified: float | None, now: float) -> bool:
-    """Whether a file last written at `modified` was left alone for an hour; unknown times count as recent."""
+    """Return whether a file was last written more than an hour ago. An unknown time counts as recent."""
     return modified is not None and now - modified > QUIET_SECONDS
 
 
 @dataclass(frozen=True)
 class SeenLease:
-    """A lease file that was there."""
+    """A lease file that was found."""
 
     holder: Holder | None
-    """None when its content is no lease."""
+    """None if the content of the file is not a lease."""
     modified: float | None
-    """When it was last renewed, by the store's clock."""
+    """Time of its last renewal, by the store's clock."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether the holder is known to have died."""
+        """Whether the holder is known to be dead."""
         return self.holder is not None and self.holder.is_gone()
 
     def may_be_alive(self, now: float) -> bool:
-        """Whether the holder must be assumed to work."""
+        """Return whether the holder must be assumed to be running."""
         return not self.is_gone and not is_quiet(self.modified, now)
 
 
@@ -69,31 +71,31 @@ class SeenStep:
     files: tuple[FileEntry, ...]
 
     def name_of(self, entry: FileEntry) -> str:
-        """The path of one of the step's files, relative to the step."""
+        """Return the path of one of the step's files, relative to the step."""
         return entry.relative_path[len(self.path) + 1 :]
 
     def file(self, name: str) -> FileEntry | None:
-        """The file of that path relative to the step."""
+        """Return the file with this path relative to the step; None if there is none."""
         return next((entry for entry in self.files if self.name_of(entry) == name), None)
 
     @property
     def outputs(self) -> list[FileEntry]:
-        """What the step, or an attempt at it, wrote."""
+        """Files that the step, or an attempt at it, wrote."""
         return [entry for entry in self.files if is_output(self.name_of(entry))]
 
     def may_be_in_use(self, now: float) -> bool:
-        """Whether a job may be at work here."""
+        """Return whether a job may be working on the step."""
         return self.lease is not None and self.lease.may_be_alive(now)
 
     @property
     def is_changing(self) -> bool:
-        """Whether a job wrote here between the listing and the reading of the record, so that they do not fit."""
+        """Whether a job wrote here after the listing and before the record was read, so that the two do not match."""
         found = {name: self.file(name) for name in (STATUS_FILE, LEASE_FILE)}
         versions = {name: entry.version if entry is not None else None for name, entry in found.items()}
         return any(self.record.versions.get(name) != version for name, version in versions.items())
 
     def shown_status(self, now: float) -> str | None:
-        """The status in words; None when none is recorded."""
+        """Return the status as it is displayed; None if none is recorded."""
         record = self.record
         if record.unreadable_status is not None:
             return "UNKNOWN"
@@ -104,65 +106,65 @@ class SeenStep:
         return record.status
 
     def age_seconds(self, now: float) -> float | None:
-        """The time since the status changed; None when that is not known."""
+        """Return the time since the status changed; None if it is unknown."""
         status = self.file(STATUS_FILE)
         return _since(status.modified, now) if status is not None else None
 
 
 @dataclass(frozen=True)
 class Survey:
-    """All that lies below a prefix."""
+    """Everything below a prefix."""
 
     prefix: str
     steps: tuple[SeenStep, ...]
     """Sorted by path."""
     others: tuple[FileEntry, ...]
-    """The files in no step's folder, relative to the prefix."""
+    """Files that are not in a step's folder, relative to the prefix."""
 
 
 def read_survey(prefix: str) -> Survey:
-    """Look at everything below a prefix.
+    """List everything below a prefix and read the record of each step.
 
     Raises:
-        ConfigError: the prefix holds nothing, or is no prefix.
-        StorageError: it cannot be read.
+        ConfigError: the prefix is empty, or is not a prefix.
+        StorageError: the prefix cannot be read.
     """
     prefix = absolute(prefix)
     entries = list_files(prefix)
     if not entries:
-        raise ConfigError(_why_nothing(prefix))
+        raise ConfigError(_empty_prefix_message(prefix))
     folders = {folder for entry in entries if (folder := _step_folder(entry.relative_path)) is not None}
     if "" in folders:
-        raise ConfigError(f"{prefix!r} is the output path of one step. Give its prefix, a folder above it.")
+        raise ConfigError(f"{prefix!r} is the output path of one step. Pass its prefix, which is a folder above it.")
     files_of: dict[str, list[FileEntry]] = {folder: [] for folder in sorted(folders)}
     others: list[FileEntry] = []
     for entry in entries:
         files_of.get(_owner(entry.relative_path, folders), others).append(entry)
     watch = LeaseWatch(LeaseConfig())
-    steps = in_parallel(lambda folder: _look_at_step(prefix, folder, files_of[folder], watch), files_of)
+    steps = in_parallel(lambda folder: _read_step(prefix, folder, files_of[folder], watch), files_of)
     return Survey(prefix, tuple(steps), tuple(others))
 
 
-def _why_nothing(prefix: str) -> str:
+def _empty_prefix_message(prefix: str) -> str:
     what = "is a file or an empty folder" if exists(prefix) else "does not exist"
-    return f"{prefix!r} {what}. Give the folder or URL that an experiment ran with as its --prefix."
+    return f"{prefix!r} {what}. Pass the folder or URL that an experiment used as its --prefix."
 
 
 def _step_folder(relative_path: str) -> str | None:
-    """The folder that this file makes a step's; None when it makes none."""
+    """Return the folder of the file if the file shows that it is a step's folder, otherwise None."""
     folder, _, name = relative_path.rpartition("/")
     return folder if name in (STATUS_FILE, INFO_FILE) and REPLAY_FOLDER not in folder.split("/") else None
 
 
 def _owner(relative_path: str, folders: set[str]) -> str:
-    """The nearest step's folder around a file; empty when there is none."""
+    """Return the nearest step's folder that contains a file; empty if there is none."""
     folder = relative_path.rpartition("/")[0]
     while folder and folder not in folders:
         folder = folder.rpartition("/")[0]
     return folder
 
 
-def _look_at_step(prefix: str, folder: str, files: Sequence[FileEntry], watch: LeaseWatch) -> SeenStep:
+def _read_step(prefix: str, folder: str, files: Sequence[FileEntry], watch: LeaseWatch) -> SeenStep:
     record = read_record(join(prefix, folder), watch)
     renewed = next((entry.modified for entry in files if entry.relative_path == join(folder, LEASE_FILE)), None)
     lease = SeenLease(record.lease.holder, renewed) if record.lease is not None else None
@@ -170,7 +172,7 @@ def _look_at_step(prefix: str, folder: str, files: Sequence[FileEntry], watch: L
 
 
 def status_text(survey: Survey, now: float | None = None, *, as_json: bool) -> str:
-    """What `status` prints."""
+    """Return the output of `status`."""
     now = time.time() if now is None else now
     if as_json:
         return json_document({"prefix": survey.prefix, "steps": [_step_json(step, now) for step in survey.steps]})
@@ -224,17 +226,17 @@ def _holder_json(lease: SeenLease, now: float) -> Mapping[str, Any]:
 
 
 def total_bytes(entries: Sequence[FileEntry]) -> int:
-    """The size of all files together."""
+    """Return the total size of the files."""
     return sum(entry.num_bytes for entry in entries)
 
 
 def _since(modified: float | None, now: float) -> float | None:
-    """Never negative: the store's clock may be ahead of ours."""
+    """Return the seconds since `modified`. They are never negative: the store's clock may be ahead of ours."""
     return max(0.0, now - modified) if modified is not None else None
 
 
 def human_age(seconds: float) -> str:
-    """A time span in its largest unit: 14s, 3m, 2h, 5d."""
+    """Return a time span in its largest unit: 14s, 3m, 2h, 5d."""
     for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "m")):
         if seconds >= unit:
             return f"{int(seconds // unit)}{name}"
@@ -242,7 +244,7 @@ def human_age(seconds: float) -> str:
 
 
 def human_bytes(num_bytes: int) -> str:
-    """A size in its largest binary unit: 12 B, 1.5 KiB, 2.0 GiB."""
+    """Return a size in its largest binary unit: 12 B, 1.5 KiB, 2.0 GiB."""
     if num_bytes < _KIB:
         return f"{num_bytes} B"
     size = float(num_bytes)
@@ -254,6 +256,6 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def aligned_right(cells: Sequence[str]) -> list[str]:
-    """The cells of one column, padded: tables align only bare numbers to the right."""
+    """Return the cells of one column, padded to align right: tables do that only for bare numbers."""
     width = max(map(len, cells))
     return [cell.rjust(width) for cell in cells]

@@ -174,7 +174,7 @@ class Explanation:
     """The versioned values and dependencies that define the identity, by field path."""
     used_by: tuple[str, ...]
     others: dict[str, tuple[Difference, ...]]
-    """The differences between each other version in the same folder and the step: from its recorded config to this one."""
+    """For each other version in the same folder, the differences from its recorded config to that of the step."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the explanation for --json."""

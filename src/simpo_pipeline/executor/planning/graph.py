@@ -83,7 +83,7 @@ def _dependency_order(roots: Iterable[Step], markers: Mapping[Step, Markers]) ->
 
 
 def depth_first_order(roots: Iterable[Step], predecessors: Mapping[Step, Iterable[Step]]) -> list[Step]:
-    """Return all steps reachable from `roots`, each after its predecessors, which keep the given order.
+    """Return all steps reachable from `roots`, each after its predecessors, visited in the given order.
 
     Raises:
         PlanError: The steps form a cycle. The message names them in order.

@@ -27,7 +27,7 @@ SHORT_HASH_LENGTH = 8
 
 
 class EdgeKind(StrEnum):
-    """How one step uses another."""
+    """Kind of use that one step makes of another."""
 
     SAVED = "saved"
     PSEUDO = "pseudo"
@@ -89,14 +89,14 @@ def _locate_markers(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _walk(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield each marker with its field names, keys and indices. Only keys that lead to a marker need a canonical form."""
+    """Yield each marker with the field names, keys and indices that lead to it. Other keys need no canonical form."""
     if isinstance(value, _MARKERS):
         yield keys, value
         return
     if isinstance(value, set | frozenset | dict) and any(isinstance(key, _MARKERS) for key in cast(set[Any], value)):
         where = _path_of(keys) or "the config itself"
         raise IdentityError(
-            f"A set or the keys of a dict at {where!r} contain a step or a marker. Use a list, or the values of the dict."
+            f"A set or the keys of a dict at {where!r} contain a step or a marker. Use a list, or values of the dict."
         )
     for key, inner in _children(value):
         yield from _walk(inner, (*keys, key))
@@ -250,7 +250,7 @@ def _version_str(name: str, version: Mapping[str, Any]) -> str:
         return _json(version)
     except ValueError as error:
         raise IdentityError(
-            f"The identity of step {name!r} cannot be written as JSON: {error}. Shorten the number, or correct the text."
+            f"The identity of step {name!r} cannot be written as JSON: {error}. Shorten the number or correct the text."
         ) from error
 
 

@@ -41,8 +41,8 @@ def live_order(graph: Graph) -> Order:
         steps = depth_first_order(_sinks_first(before), before)
     except PlanError as error:
         raise LiveEdgeError(
-            f"{error} A step that takes a live value waits for all steps that borrow it. Remove the borrowers' dependency "
-            "on the taker, or give them a separate step to borrow from."
+            f"{error} A step that takes a live value waits for all steps that borrow it. Make the borrowers "
+            "independent of the taker, or give them a separate step to borrow from."
         ) from error
     consumers = {producer: tuple(steps_using) for producer, steps_using in borrowers.items()}
     for producer, taker in takers.items():

@@ -175,7 +175,7 @@ _MANY_IN_ONE_FOLDER = 16
 
 
 class Planner:
-    """Makes the plans of one run. Between plans, it remembers the leases it saw and how new steps differ from old ones."""
+    """Makes the plans of one run. Remembers, between plans, the leases it saw and how new steps differ."""
 
     def __init__(self, graph: Graph, order: Order, selection: Selection, processes: Processes, lease: LeaseConfig):
         self.watch = LeaseWatch(lease)

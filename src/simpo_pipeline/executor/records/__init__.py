@@ -1,1 +1,1 @@
-"""What the executor writes beside a step's outputs, and the lease that allows it to."""
+"""Records that the executor writes next to a step's outputs, and the lease that protects them."""

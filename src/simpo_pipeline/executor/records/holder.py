@@ -1,4 +1,4 @@
-"""Who holds a lease: a run, in a process, on a machine. The content of a lease file."""
+"""Holder of a lease: a run, in a process, on a machine. This is the content of a lease file."""
 
 import functools
 import json
@@ -14,36 +14,39 @@ _START_TIME_FIELD = 22
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as its file says."""
+    """The holder of a lease, as recorded in the lease file."""
 
     run_id: str
     host_name: str
     pid: int
     time: str
-    """UTC of the last heartbeat, for people to read."""
+    """Time of the last heartbeat in UTC, for people to read."""
     beat: int = 0
-    """Makes each renewal change the file."""
+    """Counter of renewals, so that each renewal changes the file."""
     pid_space: str = ""
-    """Where the pid means something: one boot of one machine, and there one pid namespace, as a container has."""
+    """Scope in which the pid is valid: one boot of one machine, and one pid namespace (such as a container's) on it."""
     started: str = ""
-    """When the process started, in ticks since boot: a pid may be given again."""
+    """Start time of the process in ticks since boot. It is needed because pids are reused."""
 
     @staticmethod
     def of_this_process(run_id: str) -> "Holder":
-        """This process, for one run."""
+        """Return the holder that represents this process in one run."""
         pid = os.getpid()
         return Holder(run_id, socket.gethostname(), pid, utc_now(), 0, _pid_space(), _start_time(pid) or "")
 
     def encode(self) -> bytes:
-        """The content of the lease file."""
+        """Return the content of the lease file."""
         return json.dumps(self.__dict__, sort_keys=True).encode("ascii")
 
     def describe(self) -> str:
-        """The holder, in words."""
+        """Return a description of the holder for messages."""
         return f"pid {self.pid} on host {self.host_name} (run {self.run_id}, last heartbeat {self.time})"
 
     def is_gone(self) -> bool:
-        """Whether the holder is known to have died: its pid means something here, and is nobody's or another's now."""
+        """Return whether the holder is known to have died.
+
+        This is known if its pid is valid in this pid space, and no process or a different process has that pid now.
+        """
         if not self.pid_space or self.pid_space != _pid_space():
             return False
         started = _start_time(self.pid)
@@ -51,7 +54,7 @@ class Holder:
 
 
 def parse_holder(data: bytes) -> Holder | None:
-    """The holder in a lease file; None when the content is no lease (then only its age counts)."""
+    """Parse the content of a lease file. Return None if it is not a lease; then only its age counts."""
     try:
         fields = cast(dict[str, Any], json.loads(data))
         texts = [str(fields[name]) for name in ("run_id", "host_name", "time")]
@@ -65,7 +68,7 @@ def parse_holder(data: bytes) -> Holder | None:
 
 @functools.cache
 def _pid_space() -> str:
-    """Empty where there is no /proc to ask: then nobody is known to have died."""
+    """Return the pid space of this process. Without /proc it is empty, and no holder is known to have died."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -74,15 +77,16 @@ def _pid_space() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this pid namespace started; None when that cannot be read: /proc may hide those of others.
+    """Return the start time of a process in this pid namespace.
 
-    Of a process that has ended, and whose exit status nobody has read, "ended".
+    Return None if it cannot be read: /proc may hide the processes of other users. Return "ended" for a process that
+    has exited but whose exit status has not been read.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (OSError, ValueError):
         return None
-    after_name = text.rpartition(")")[2].split()  # the name may hold spaces and brackets
+    after_name = text.rpartition(")")[2].split()  # the name may contain spaces and parentheses
     return "ended" if after_name[0] in "ZX" else after_name[_START_TIME_FIELD - 3]
 
 
@@ -97,5 +101,5 @@ def _exists(pid: int) -> bool:
 
 
 def utc_now() -> str:
-    """The time in UTC, for people to read."""
+    """Return the current time in UTC, for people to read."""
     return datetime.now(UTC).isoformat(timespec="seconds")

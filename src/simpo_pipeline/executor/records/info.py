@@ -1,6 +1,6 @@
-"""The records of what ran: `.executor_info` beside each step's outputs, and one file per experiment.
+"""Records of what ran: `.executor_info` next to each step's outputs, and one file per experiment.
 
-Never in them: environment variables, or anything else that may hold a secret.
+The records never contain environment variables or anything else that may contain a secret.
 """
 
 import json
@@ -18,7 +18,7 @@ from simpo_pipeline.storage.paths import join
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run of a step ended well."""
+    """Result of a run of a step that succeeded."""
 
     seconds: float
     live_digest: str | None
@@ -27,7 +27,7 @@ class Ended:
 def info_record(
     info: Mapping[str, Any], run_id: str, provenance: Provenance, started: str, ended: Ended | None
 ) -> dict[str, Any]:
-    """What `.executor_info` holds while a step runs; more when it has ended."""
+    """Return the content of `.executor_info` for a running step or, with `ended`, for a step that succeeded."""
     record: dict[str, Any] = {**info, "run_id": run_id, **provenance.as_json(), "created_date": started}
     if ended is not None:
         record |= {"finished_date": utc_now(), "seconds": ended.seconds, "live_digest": ended.live_digest}
@@ -35,18 +35,20 @@ def info_record(
 
 
 def read_info(output_path: str) -> dict[str, Any]:
-    """The record beside the outputs.
+    """Read the record next to the outputs.
 
     Raises:
-        PathNotFoundError: nothing ran there.
-        StorageError: the record is damaged.
+        PathNotFoundError: No step ran there.
+        StorageError: The record is damaged.
     """
     path = join(output_path, INFO_FILE)
     data = read_bytes(path)
     try:
         info = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path!r} is no JSON ({error}). Remove the step's status to run it again.") from error
+        raise StorageError(
+            f"{path!r} is not valid JSON ({error}). Remove the step's status to run it again."
+        ) from error
     if not isinstance(info, dict):
-        raise StorageError(f"{path!r} is no JSON object. Remove the step's status to run it again.")
+        raise StorageError(f"{path!r} is not a JSON object. Remove the step's status to run it again.")
     return cast(dict[str, Any], info)

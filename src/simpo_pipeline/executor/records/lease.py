@@ -1,8 +1,9 @@
-"""The lease: one job's renewable claim on one output path, a small file that only one job can create.
+"""The lease: one job's renewable claim on one output path, stored in a small file that only one job can create.
 
-A lease is over when its holder is known to have died, or when its file was not seen to change for `expiry_seconds` by
-the observer's own clock: clocks of different machines are never compared. Whoever takes it over replaces exactly the
-version that was seen; so does the holder at each heartbeat, and learns in this way that it lost the lease.
+A lease expires when its holder is known to have died, or when an observer has not seen its file change for
+`expiry_seconds`. Each observer uses its own clock; clocks of different machines are never compared. A job that takes
+over a lease replaces exactly the version of the file that it saw. The holder does the same at each heartbeat, and thus
+detects that it lost the lease.
 """
 
 import logging
@@ -18,27 +19,27 @@ from simpo_pipeline.executor.records.holder import Holder, parse_holder, utc_now
 from simpo_pipeline.storage.conditional import ConditionalFiles
 
 _logger = logging.getLogger("simpo_pipeline.executor")
-_RENEWERS = 8
-_RENEWALS = 3
+_RENEWAL_THREADS = 8
+_RENEWAL_ATTEMPTS = 3
 MAX_EXPIRY_SECONDS = 1800.0
-# CLOCK_BOOTTIME goes on while the machine sleeps, as the clocks of others do.
+# CLOCK_BOOTTIME keeps running while the machine sleeps, as the clocks of other machines do.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True)
 class LeaseConfig:
-    """How often leases are renewed, and when others may assume that nobody renews them."""
+    """How often leases are renewed, and when other jobs may consider them expired."""
 
     heartbeat_seconds: float = 15.0
     expiry_seconds: float = 120.0
     poll_seconds: float = 2.0
-    """How often a job looks again at a step that another job runs."""
+    """How often a job checks a step that another job is running."""
 
     def __post_init__(self) -> None:
         if not 0 < 2 * self.heartbeat_seconds <= self.expiry_seconds:
             raise ConfigError(
-                f"lease.heartbeat_seconds is {self.heartbeat_seconds} and lease.expiry_seconds {self.expiry_seconds}; "
-                "the heartbeat must be more than 0 and at most half of the expiry."
+                f"lease.heartbeat_seconds is {self.heartbeat_seconds} and lease.expiry_seconds is "
+                f"{self.expiry_seconds}; the heartbeat must be more than 0 and at most half of the expiry."
             )
         if not 0 < self.poll_seconds <= self.expiry_seconds:
             raise ConfigError(
@@ -47,13 +48,13 @@ class LeaseConfig:
             )
         if self.expiry_seconds > MAX_EXPIRY_SECONDS:
             raise ConfigError(
-                f"lease.expiry_seconds is {self.expiry_seconds}; it must be at most {MAX_EXPIRY_SECONDS:.0f}: after an "
-                "hour without a heartbeat `gc` takes every holder for dead."
+                f"lease.expiry_seconds is {self.expiry_seconds}; it must be at most {MAX_EXPIRY_SECONDS:.0f}: `gc` "
+                "considers every holder dead after an hour without a heartbeat."
             )
 
 
 class LeaseWatch:
-    """Remembers when each lease file of others was last seen to change."""
+    """Remembers when each lease file of another job was last seen to change."""
 
     def __init__(self, config: LeaseConfig, clock: Callable[[], float] = time.monotonic):
         self._config = config
@@ -61,7 +62,7 @@ class LeaseWatch:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def is_fresh(self, path: str, data: bytes) -> bool:
-        """Whether the holder of the lease file at `path`, which now contains `data`, must be assumed to live."""
+        """Return whether the holder of the lease file at `path`, which now contains `data`, must be assumed alive."""
         holder = parse_holder(data)
         if holder is not None and holder.is_gone():
             return False
@@ -79,17 +80,17 @@ class _Lease:
     holder: Holder
     version: str
     renewed: float
-    """When the last successful renewal was begun, by this machine's clock."""
+    """When the last successful renewal started, by this machine's clock."""
     lost: bool = False
     lost_to: str | None = None
-    """Who had it when the loss was told first: a step that goes on writing asks storage no more."""
+    """The owner when the loss was first reported. Cached, so that a step that keeps writing reads storage only once."""
     on_lost: Callable[[], None] | None = None
-    """Called once; then None."""
+    """Called once, then set to None."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class LeaseKeeper:
-    """The leases this job holds, renewed by a thread that lives as long as the `with` block."""
+    """The leases that this job holds. A background thread renews them for the duration of the `with` block."""
 
     def __init__(self, run_id: str, config: LeaseConfig, watch: LeaseWatch, files: ConditionalFiles):
         self._config = config
@@ -111,7 +112,7 @@ class LeaseKeeper:
             self.release(path)
 
     def acquire(self, path: str) -> bool:
-        """Take the lease, also from a holder that is gone; False while someone else holds it."""
+        """Take the lease, possibly from a holder that is gone. Return False while another holder has it."""
         while True:
             began, mine = _now(), replace(self._holder, time=utc_now())
             version = self._files.create(path, mine.encode())
@@ -126,8 +127,8 @@ class LeaseKeeper:
                     return False
                 try:
                     version = self._files.replace(path, seen, mine.encode())
-                except FileLockedError as error:  # by a holder that was stopped in the very moment of a write
-                    _logger.warning("could not take over the lease %s, will try again: %s", path, error)
+                except FileLockedError as error:  # by a holder that was suspended during a write
+                    _logger.warning("could not take over the lease %s; will try again: %s", path, error)
                     return False
                 if version is not None and not ours:
                     _logger.info("took over %s from %s", path, holder.describe() if holder else "an unreadable lease")
@@ -136,20 +137,22 @@ class LeaseKeeper:
                 return True
 
     def holds(self, path: str) -> bool:
-        """Whether this job took the lease and did not give it up."""
+        """Return whether this job acquired the lease and has not released it."""
         return path in self._leases
 
     def when_lost(self, path: str, tell: Callable[[], None] | None) -> None:
-        """Have `tell` called, from the heartbeat's thread, should the lease be lost; None: nobody."""
+        """Set the function to call, from a heartbeat thread, if the lease is lost. None calls nothing."""
         lease = self._leases.get(path)
         if lease is not None:
             lease.on_lost = tell
 
     def check(self, path: str) -> None:
-        """Make sure that the lease is ours, asking storage only if the last heartbeat is so old that it may not be.
+        """Check that this job still holds the lease.
+
+        Storage is read only if the last heartbeat is so old that the lease may have expired.
 
         Raises:
-            LeaseLostError: someone else took it, after we failed to renew it in time.
+            LeaseLostError: Another job took the lease, after this job failed to renew it in time.
         """
         lease = self._held(path)
         if lease.lost or _now() - lease.renewed >= self._config.expiry_seconds:
@@ -157,17 +160,17 @@ class LeaseKeeper:
 
     @contextmanager
     def hold(self, path: str, shield: Callable[[], AbstractContextManager[None]] = nullcontext) -> Generator[None]:
-        """Make sure that the lease is ours; on a local disk nobody can take it over while the block runs.
+        """Check that this job holds the lease. On a local disk, no job can take it over while the block runs.
 
-        `shield` is entered while locks are held: an error raised from another thread in their midst would leave them
-        locked.
+        `shield` is entered before the locks are acquired: an exception raised from another thread while they are held
+        could leave them locked.
 
         Raises:
-            LeaseLostError: as `check`.
+            LeaseLostError: See `check`.
         """
         self.check(path)
         if not self._files.can_hold(path):
-            yield  # an upload may take longer than the expiry, and heartbeats must go on
+            yield  # an upload may take longer than the expiry, and heartbeats must continue
             return
         lease = self._held(path)
         with shield(), lease.lock, self._files.held(path, lease.version) as ours:
@@ -178,10 +181,10 @@ class LeaseKeeper:
         self.confirm(path)
 
     def confirm(self, path: str) -> None:
-        """Make sure, by renewing it, that the lease is still ours.
+        """Verify, by renewing it, that this job still holds the lease.
 
         Raises:
-            LeaseLostError: someone else took it, after we failed to renew it in time.
+            LeaseLostError: Another job took the lease, after this job failed to renew it in time.
         """
         lease = self._held(path)
         with lease.lock:
@@ -191,27 +194,27 @@ class LeaseKeeper:
             lease.lost_to = lease.lost_to or self._owner(path)
             raise LeaseLostError(
                 f"This job lost its lease {path!r}, now held by {lease.lost_to}; nothing more is written there. "
-                f"It was not renewed within {self._config.expiry_seconds} s: was this job frozen, or storage out of "
-                "reach?"
+                f"It was not renewed within {self._config.expiry_seconds} s: was this job suspended, or was "
+                "storage unreachable?"
             )
 
     def _held(self, path: str) -> _Lease:
         lease = self._leases.get(path)
         if lease is None:
-            raise LeaseLostError(f"This job gave its lease {path!r} up; nothing more is written there.")
+            raise LeaseLostError(f"This job released its lease {path!r}; nothing more is written there.")
         return lease
 
     def _owner(self, path: str) -> str:
         try:
             holder = parse_holder(self._files.read(path)[0])
         except PathNotFoundError:
-            return "nobody: whoever took it has given it up"
+            return "no job: the job that took it has released it"
         except StorageError:
             holder = None
-        return holder.describe() if holder is not None else "nobody we can read"
+        return holder.describe() if holder is not None else "an unknown holder"
 
     def release(self, path: str) -> None:
-        """Give the lease up; nothing happens to it if it was lost, and what cannot be removed expires by itself."""
+        """Release the lease. A lost lease is left as it is; a lease file that cannot be removed expires by itself."""
         lease = self._leases.pop(path)
         with lease.lock:
             if lease.lost:
@@ -220,31 +223,31 @@ class LeaseKeeper:
                 if not self._files.remove(path, lease.version) and self._adopt(lease):
                     self._files.remove(path, lease.version)
             except StorageError as error:
-                _logger.warning("could not remove the lease %s, it will expire: %s", path, error)
+                _logger.warning("could not remove the lease %s; it will expire: %s", path, error)
 
     def _renew_until_stopped(self) -> None:
-        with ThreadPoolExecutor(_RENEWERS, thread_name_prefix="lease-renewal") as pool:
+        with ThreadPoolExecutor(_RENEWAL_THREADS, thread_name_prefix="lease-renewal") as pool:
             while not self._stop.wait(self._config.heartbeat_seconds):
                 for lease in list(self._leases.values()):
                     pool.submit(self._beat, lease)
 
     def _beat(self, lease: _Lease) -> None:
         if not lease.lock.acquire(blocking=False):
-            return  # it is being renewed, or held for the moment of a write
+            return  # it is being renewed, or held during a write
         try:
             if lease.path in self._leases and not lease.lost:
                 self._renew(lease)
         except StorageError as error:
-            # Whether someone took it over in the meantime, the next renewal will tell.
-            _logger.warning("could not renew the lease %s, will try again: %s", lease.path, error)
+            # The next renewal will show whether another job took it over in the meantime.
+            _logger.warning("could not renew the lease %s; will try again: %s", lease.path, error)
         finally:
             lease.lock.release()
         if lease.lost and lease.on_lost is not None:
-            tell, lease.on_lost = lease.on_lost, None
-            tell()
+            on_lost, lease.on_lost = lease.on_lost, None
+            on_lost()
 
     def _renew(self, lease: _Lease) -> None:
-        for _ in range(_RENEWALS):
+        for _ in range(_RENEWAL_ATTEMPTS):
             began = _now()
             renewed = replace(lease.holder, time=utc_now(), beat=lease.holder.beat + 1)
             version = self._files.replace(lease.path, lease.version, renewed.encode())
@@ -255,10 +258,14 @@ class LeaseKeeper:
                 lease.lost = True
                 _logger.error("lost the lease %s", lease.path)
                 return
-        raise StorageError(f"The lease {lease.path!r} is this job's, and yet it could not be renewed.")
+        raise StorageError(f"This job holds the lease {lease.path!r}, but could not renew it.")
 
     def _adopt(self, lease: _Lease) -> bool:
-        """Whether what is there is ours all the same: written by a renewal that failed only because of its answer."""
+        """Adopt the stored lease if this job wrote it, in a renewal of which only the response was lost.
+
+        Returns:
+            Whether the stored lease belongs to this job.
+        """
         try:
             data, version = self._files.read(lease.path)
         except PathNotFoundError:
@@ -272,7 +279,7 @@ class LeaseKeeper:
 
 @dataclass(frozen=True)
 class LeaseFence:
-    """Lets this process write as long as it holds a lease."""
+    """Fence that lets this process write while it holds a lease."""
 
     leases: LeaseKeeper
     path: str
@@ -288,7 +295,7 @@ class LeaseFence:
 
 
 class LeaseReader:
-    """Lets a process write whose leader holds the lease: looks at the file, once a heartbeat at most."""
+    """Fence for a process whose leader holds the lease. It reads the lease file at most once per heartbeat."""
 
     def __init__(self, path: str, run_id: str, files: ConditionalFiles, heartbeat_seconds: float):
         self._path = path
@@ -306,7 +313,7 @@ class LeaseReader:
         except PathNotFoundError:
             holder = None
         if holder is None or holder.run_id != self._run_id:
-            owner = holder.describe() if holder is not None else "nobody we can read"
+            owner = holder.describe() if holder is not None else "an unknown holder"
             raise LeaseLostError(
                 f"This job lost its lease {self._path!r}, now held by {owner}; nothing more is written."
             )
@@ -314,7 +321,7 @@ class LeaseReader:
 
     @contextmanager
     def hold(self) -> Generator[None]:
-        """See Fence.hold; only the leader can keep others out."""
+        """See Fence.hold. Only the leader can keep other jobs out."""
         self.check()
         yield
 

@@ -1,6 +1,6 @@
-"""Where a run came from: code, command, user, hosts and package versions.
+"""Provenance of a run: code, command, user, host and package versions.
 
-Never in it: environment variables. What looks like a secret in the command is blotted out (see secrets.py).
+Environment variables are never recorded. Parts of the command that look like secrets are redacted (see secrets.py).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from simpo_pipeline.executor.records.secrets import blotted_words
+from simpo_pipeline.executor.records.secrets import redact_command_line
 
 _PACKAGES = (
     "simpo-pipeline",
@@ -35,29 +35,29 @@ _GIT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is recorded of a run besides its steps."""
+    """The information recorded about a run, apart from its steps."""
 
     argv: tuple[str, ...]
     user: str
     host_name: str
     process_count: int
     git_commit: str | None
-    """Of the repository that holds the script; None outside of any."""
+    """Commit of the repository that contains the script. None outside of a repository."""
     git_dirty: bool | None
     """Whether tracked files differ from that commit."""
     python_version: str
     packages: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """The fields, as the records show them."""
+        """Return the fields in the form that the records store."""
         return dataclasses.asdict(self)
 
 
 def find_provenance(process_count: int) -> Provenance:
-    """Of this process and its job; what cannot be found out is None."""
+    """Return the provenance of this process and its job. Git fields that cannot be determined are None."""
     commit, dirty = _git_state(_script_folder())
     return Provenance(
-        argv=tuple(blotted_words(sys.argv)),
+        argv=tuple(redact_command_line(sys.argv)),
         user=_user(),
         host_name=socket.gethostname(),
         process_count=process_count,
@@ -82,7 +82,7 @@ def _git_state(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says; None without git, outside of a repository, or where it takes too long."""
+    """Return the output of git. None if git is missing, fails (outside of a repository) or takes too long."""
     command = ["git", "-C", str(folder), "--no-optional-locks", *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS)

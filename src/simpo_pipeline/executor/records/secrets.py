@@ -1,7 +1,7 @@
-"""What looks like a secret is blotted out before it reaches a record: by the name it goes by, or by its own shape.
+"""Redaction of likely secrets before they reach a record, recognized by their name or by their own format.
 
-A net with meshes: it catches the names and shapes that are usual. Secrets belong into the environment, which is never
-recorded, and not into flags and configs.
+Redaction is best effort: it recognizes only common names and formats. Secrets belong in the environment, which is never
+recorded, and not in flags and configs.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-BLOT = "***"
+REDACTED = "***"
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+")
 _SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "auth", "bearer"}
 _SECRET_PAIRS = {"token": {"hf", "api", "access", "auth", "github", "gh", "wandb", "id", "refresh"}}
@@ -20,7 +20,7 @@ _URL_PARAMETER = re.compile(r"([?&](?:[A-Za-z-]*signature|sig|[a-z_]*token|[a-z_
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what goes by this name is a secret: `hf_token`, `wandb.api_key`, `--password`; not `eos_token`."""
+    """Return whether the name is that of a secret: `hf_token`, `wandb.api_key`, `--password`; but not `eos_token`."""
     words = [word.lower() for word in _WORD.findall(name)]
     if _SECRET_WORDS & set(words) or words == ["token"]:
         return True
@@ -28,41 +28,41 @@ def is_secret_name(name: str) -> bool:
     return "apikey" in words or any(first in _SECRET_PAIRS.get(second, ()) for first, second in pairs)
 
 
-def blotted_text(text: str) -> str:
-    """The text without passwords and signatures in URLs, and without what has the shape of a token."""
-    text = _URL_PARAMETER.sub(rf"\g<1>{BLOT}", _URL_PASSWORD.sub(BLOT, text))
-    return _SHAPE.sub(BLOT, text)
+def redact_text(text: str) -> str:
+    """Redact passwords and signatures in URLs, and everything that has the format of a token."""
+    text = _URL_PARAMETER.sub(rf"\g<1>{REDACTED}", _URL_PASSWORD.sub(REDACTED, text))
+    return _SHAPE.sub(REDACTED, text)
 
 
-def blotted_words(words: Sequence[str]) -> list[str]:
-    """A command line without the values of secret flags (--hf_token X, --hf_token=X) and variables (HF_TOKEN=X)."""
+def redact_command_line(words: Sequence[str]) -> list[str]:
+    """Redact the values of secret flags (--hf_token X, --hf_token=X) and variables (HF_TOKEN=X) in a command line."""
     shown: list[str] = []
     follows_secret = False
     for word in words:
         name, equals, _ = word.partition("=")
         is_flag = word.startswith("--")
         if follows_secret and not is_flag:
-            shown.append(BLOT)
+            shown.append(REDACTED)
             continue
         secret = is_secret_name(name) and "/" not in name
         follows_secret = is_flag and not equals and secret
-        shown.append(f"{name}={BLOT}" if equals and secret else blotted_text(word))
+        shown.append(f"{name}={REDACTED}" if equals and secret else redact_text(word))
     return shown
 
 
-def blotted_values(value: Any) -> Any:
-    """A JSON value in which texts under secret names, and texts of a secret's shape, are blotted out."""
+def redact_json(value: Any) -> Any:
+    """Redact strings in a JSON value that have a secret name or the format of a secret."""
     match value:
         case str():
-            return blotted_text(value)
+            return redact_text(value)
         case dict():
             entries = cast(Mapping[str, Any], value).items()
-            return {name: _blotted_entry(name, inner) for name, inner in entries}
+            return {name: _redact_entry(name, inner) for name, inner in entries}
         case list():
-            return [blotted_values(inner) for inner in cast(list[Any], value)]
+            return [redact_json(inner) for inner in cast(list[Any], value)]
         case _:
             return value
 
 
-def _blotted_entry(name: str, value: Any) -> Any:
-    return BLOT if isinstance(value, str) and value and is_secret_name(name) else blotted_values(value)
+def _redact_entry(name: str, value: Any) -> Any:
+    return REDACTED if isinstance(value, str) and value and is_secret_name(name) else redact_json(value)

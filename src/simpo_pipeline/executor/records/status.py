@@ -1,13 +1,13 @@
-"""What a step leaves beside its outputs, and what a reader may believe of it.
+"""Records of a step next to its outputs, and which of them a reader may trust.
 
     .executor_status        one token
-    .executor_status.lock   the lease of the job that runs it (see lease.py)
-    .executor_info          what ran, of which identity (see info.py)
-    manifest.json           path, bytes and CRC32C of every output; what begins with a dot is no output
+    .executor_status.lock   the lease of the job that runs the step (see lease.py)
+    .executor_info          what ran, and its identity (see info.py)
+    manifest.json           path, bytes and CRC32C of every output; files that begin with a dot are not outputs
     error.json              host, exception and traceback of every process that failed
 
-Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with a manifest means that outputs are there.
-Status, manifest and info are written conditionally on the version their writer knows (see commit.py).
+Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with a manifest means that outputs exist.
+Status, manifest and info are written only if the file still has the version that the writer knows (see commit.py).
 """
 
 import os
@@ -30,7 +30,7 @@ LEASE_FILE = ".executor_status.lock"
 INFO_FILE = ".executor_info"
 MANIFEST_FILE = "manifest.json"
 ERROR_FILE = "error.json"
-# Hidden, so that no manifest lists what is in it (see checkpoints.py).
+# Hidden, so that no manifest lists its content (see checkpoints.py).
 CHECKPOINTS_FOLDER = ".checkpoints"
 OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, MANIFEST_FILE, ERROR_FILE)
 _MAX_TOKEN_BYTES = 64
@@ -48,31 +48,31 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class LeaseSight:
-    """A lease file of another job, as seen once."""
+    """The lease file of another job, as seen at one time."""
 
     holder: Holder | None
     fresh: bool
 
     def describe(self) -> str:
-        """The holder, in words."""
+        """Return a description of the holder for messages."""
         return self.holder.describe() if self.holder else "an unreadable lease"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What storage says about a step."""
+    """State of a step in storage."""
 
     status: Status | None = None
     unreadable_status: str | None = None
-    """The content of a status file that is none of the tokens."""
+    """The content of the status file if it is not one of the tokens."""
     manifest: str | None = "is missing"
-    """What is wrong with the manifest or with a file it lists; None when all files are there in their sizes."""
+    """The problem with the manifest or with a file it lists. None if all files exist with the listed sizes."""
     has_error: bool = False
     lease: LeaseSight | None = None
     what_changed: str | None = None
-    """For a step that never ran: how it differs from the nearest step of its name that did."""
+    """For a step that never ran: how it differs from the nearest step of the same name that did."""
     versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
-    """The version of each file of the executor's own that is there, by name; None where the listing does not tell."""
+    """The version of each existing executor file, by name. None where the listing does not report versions."""
     has_checkpoints: bool = False
 
     @property
@@ -82,10 +82,10 @@ class StepRecord:
 
 
 def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
-    """What storage says about the step at an output path; without a watch, the lease is left out.
+    """Read the record of the step at an output path. Without a watch, the lease is not read.
 
-    One listing. Where it tells checksums, a step that is done is known from it alone; else the small files that are
-    there are read.
+    This takes one listing. If the listing reports checksums, it is enough to recognize a step that is done. Otherwise,
+    the small files that exist are read.
     """
     entries = {entry.relative_path: entry for entry in list_files(output_path)}
     token = _read_token(output_path, entries[STATUS_FILE]) if STATUS_FILE in entries else None
@@ -107,16 +107,17 @@ _TOKENS = {(len(token), crc32c_of_bytes(token)): token for token in (status.valu
 
 
 def _read_token(output_path: str, entry: FileEntry) -> bytes | None:
-    """The content of the status file: told by its size and checksum if the listing has them."""
+    """Return the content of the status file, derived from its size and checksum if the listing reports them."""
     known = _TOKENS.get((entry.num_bytes, entry.crc32c or ""))
     return known if known is not None else _read_if_there(join(output_path, STATUS_FILE))
 
 
 def _find_damage(output_path: str, found: Mapping[str, FileEntry]) -> str | None:
-    """What keeps a reader from believing the outputs.
+    """Return the reason why a reader must not trust the outputs, or None.
 
-    If the listing tells checksums, the manifest that it amounts to is compared with the one that is there. If they
-    differ, or no checksums are told, names and sizes are compared: checksums would mean reading all outputs.
+    If the listing reports checksums, the manifest that follows from it is compared with the stored one. If they differ,
+    or if the listing reports no checksums, names and sizes are compared, and checksums only where the listing reports
+    them: computing checksums would mean reading all outputs.
     """
     outputs = [entry for name, entry in found.items() if is_output(name)]
     there = found[MANIFEST_FILE]
@@ -133,9 +134,9 @@ def _find_damage(output_path: str, found: Mapping[str, FileEntry]) -> str | None
         if other is None:
             return f"lists {entry.relative_path}, which is gone"
         if other.num_bytes != entry.num_bytes:
-            return f"lists {entry.relative_path} with {entry.num_bytes} bytes, and it has {other.num_bytes}"
+            return f"lists {entry.relative_path} with {entry.num_bytes} bytes, but it has {other.num_bytes}"
         if other.crc32c is not None and other.crc32c != entry.crc32c:
-            return f"lists {entry.relative_path} with CRC32C {entry.crc32c}, and it has {other.crc32c}"
+            return f"lists {entry.relative_path} with CRC32C {entry.crc32c}, but it has {other.crc32c}"
     return None
 
 
@@ -153,7 +154,7 @@ def _parse_status(data: bytes) -> tuple[Status | None, str | None]:
 
 
 def manifest_bytes(outputs: list[FileEntry]) -> bytes:
-    """The manifest of outputs whose checksums are known: the same bytes for the same outputs."""
+    """Return the manifest of outputs whose checksums are known. The same outputs give the same bytes."""
     files = [
         {"path": entry.relative_path, "bytes": entry.num_bytes, "crc32c": entry.crc32c} for entry in sorted(outputs)
     ]
@@ -161,12 +162,12 @@ def manifest_bytes(outputs: list[FileEntry]) -> bytes:
 
 
 def find_outputs(output_path: str) -> list[FileEntry]:
-    """Every output that is there now, with its checksum."""
+    """Return every output that exists now, with its checksum."""
     return outputs_among(output_path, list_files(output_path))
 
 
 def outputs_among(output_path: str, entries: list[FileEntry]) -> list[FileEntry]:
-    """The outputs in a listing of an output path, with their checksums."""
+    """Return the outputs in a listing of an output path, with their checksums."""
 
     def with_checksum(entry: FileEntry) -> FileEntry:
         checksum = entry.crc32c or crc32c_of(join(output_path, entry.relative_path))
@@ -178,17 +179,17 @@ def outputs_among(output_path: str, entries: list[FileEntry]) -> list[FileEntry]
 
 
 def read_manifest(output_path: str) -> list[FileEntry]:
-    """The outputs that a reader may believe.
+    """Return the outputs that a reader may trust.
 
     Raises:
-        PathNotFoundError: nothing was committed at this output path.
-        StorageError: the manifest is damaged.
+        PathNotFoundError: Nothing was committed at this output path.
+        StorageError: The manifest is damaged.
     """
     path = join(output_path, MANIFEST_FILE)
     manifest = read_json(path)
     listed: Any = cast(dict[str, Any], manifest).get("files") if isinstance(manifest, dict) else None
     if not isinstance(listed, list):
-        raise StorageError(f"{path!r} is no manifest: it lists no files. Remove the step's status to run it again.")
+        raise StorageError(f"{path!r} is not a manifest: it lists no files. Remove the step's status to run it again.")
     return [_listed_file(path, file) for file in cast(list[Any], listed)]
 
 
@@ -199,16 +200,16 @@ def _listed_file(manifest_path: str, file: Any) -> FileEntry:
             return FileEntry(relative_path, num_bytes, crc32c)
         case _:
             raise StorageError(
-                f"{manifest_path!r} is no manifest: it lists {file!r}. Remove the step's status to run it again."
+                f"{manifest_path!r} is not a manifest: it lists {file!r}. Remove the step's status to run it again."
             )
 
 
 def is_output(relative_path: str) -> bool:
-    """Whether a file below an output path is the step's and not the executor's."""
+    """Return whether a file below an output path belongs to the step and not to the executor."""
     hidden = any(part.startswith(".") for part in relative_path.split("/"))
     return not hidden and relative_path not in (MANIFEST_FILE, ERROR_FILE)
 
 
 def is_of_checkpoint(relative_path: str) -> bool:
-    """Whether a file below an output path belongs to a checkpoint of the step."""
+    """Return whether a file below an output path belongs to a checkpoint of the step."""
     return relative_path.startswith(f"{CHECKPOINTS_FOLDER}/")

@@ -34,9 +34,15 @@ from simpo_pipeline.executor.records.lease import LeaseFence, LeaseKeeper, Lease
 from simpo_pipeline.executor.records.provenance import Provenance
 from simpo_pipeline.executor.records.status import ERROR_FILE, LEASE_FILE, Status, read_record
 from simpo_pipeline.executor.run import Live, PlanRow, StepRun
-from simpo_pipeline.executor.running.checkpoints import remove_checkpoints
+from simpo_pipeline.executor.running.checkpoint_cleanup import remove_checkpoints
 from simpo_pipeline.executor.running.commit import StepFiles
-from simpo_pipeline.executor.running.failures import describe_failure, failure_in, place_of, report_end, sort_failures
+from simpo_pipeline.executor.running.failures import (
+    describe_failure,
+    failure_in,
+    host_and_process,
+    report_end,
+    sort_failures,
+)
 from simpo_pipeline.executor.running.live import LiveStore
 from simpo_pipeline.executor.running.stopping import StoppableCall
 from simpo_pipeline.executor.step import LiveInput
@@ -65,7 +71,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """State shared by all attempts of one run. Only the leader acquires `leases` and has a `provenance`."""
+    """State shared by all attempts of one run. Only the leader acquires leases and has a `provenance`."""
 
     graph: Graph
     infos: dict[Step, dict[str, Any]]
@@ -168,7 +174,7 @@ class Attempt:
             self.seconds = time.monotonic() - clock
             decide(self._record_failure)
             return Ending.FAILED
-        except BaseException:  # a keyboard interrupt: the other processes may be gone, so none is asked
+        except BaseException:  # a keyboard interrupt: the other processes may be gone, so skip them
             if self._job.processes.is_leader:
                 self._record(Status.CANCELLED)
             raise
@@ -295,7 +301,7 @@ class Attempt:
         message = describe_failure(self._step.name, first, count, self._output_path, lost)
         error = LeaseLostError(message) if lost else StepFailedError(message)
         if self._own_error is None and first["traceback"]:
-            error.add_note(f"On {place_of(first, count)}:\n{first['traceback']}")
+            error.add_note(f"On {host_and_process(first, count)}:\n{first['traceback']}")
         error.__cause__ = self._own_error
         return error
 
@@ -321,7 +327,7 @@ class Attempt:
                 f"{error} The replay needs it for comparison. Remove the step's status to run it again."
             ) from error
         if recorded is None:
-            _logger.warning("%s: the first run recorded no digest, so the replay cannot be compared with it", self._step.name)
+            _logger.warning("%s: the first run recorded no digest, so the replay is not checked", self._step.name)
         elif recorded != digest:
             recorded_path = self._job.graph.output_paths[self._step]
             raise ReplayMismatchError(

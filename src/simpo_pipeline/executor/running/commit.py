@@ -45,7 +45,7 @@ class StepFiles:
         }
 
     def try_status(self, token: Status) -> bool:
-        """Record the token if the status is unchanged since it was last read. Return False if another writer changed it."""
+        """Record the token if the status is as it was last seen. Return False if another writer changed it."""
         return self._try(STATUS_FILE, token.value.encode())
 
     def put_status(self, token: Status) -> None:
@@ -77,7 +77,7 @@ class StepFiles:
             self._files.remove(join(self._output_path, ERROR_FILE), version)
 
     def _put(self, name: str, data: bytes) -> None:
-        """Overwrite a file. While this job holds the lease, only a late write of a former holder can come in between."""
+        """Overwrite a file. While this job holds the lease, only a former holder's late write can come in between."""
         while not self._try(name, data):
             # Read the version before confirming the lease, so that the next holder's file is never overwritten.
             self._versions[name] = self._files.version_of(join(self._output_path, name))

@@ -51,7 +51,7 @@ def describe_failure(step_name: str, first: Mapping[str, Any], process_count: in
         output_path: the path that the step wrote to.
         lost: whether the job lost the step's lease to another job.
     """
-    where = place_of(first, process_count)
+    where = host_and_process(first, process_count)
     at = f" (at {first['at']})" if first.get("at") else ""
     advice = (
         "Another job now holds the step; start again to use its outputs."
@@ -61,7 +61,7 @@ def describe_failure(step_name: str, first: Mapping[str, Any], process_count: in
     return f"Step {step_name!r} failed on {where}: {first['exception']}{at}\n{advice}"
 
 
-def place_of(failure: Mapping[str, Any], process_count: int) -> str:
+def host_and_process(failure: Mapping[str, Any], process_count: int) -> str:
     """Return the host and process of a failure, for use in a message."""
     return f"host {failure['host']} (process {failure['process_index']} of {process_count})"
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simpo_pipeline.errors import LiveEdgeError
+from simpo_pipeline.executor.planning.graph import Step
 from simpo_pipeline.executor.run import Live
-from simpo_pipeline.executor.step import ExecutorStep, LiveUse
-
-Step = ExecutorStep[Any]
+from simpo_pipeline.executor.step import LiveUse
 
 
 @dataclass
@@ -51,7 +50,8 @@ class LiveStore:
             if others:
                 names = ", ".join(sorted(other.name for other in others))
                 raise LiveEdgeError(
-                    f"{consumer.name!r} cannot take the live value of {producer.name!r}, which is still needed by {names}."
+                    f"{consumer.name!r} cannot take the live value of {producer.name!r}, "
+                    f"which is still needed by {names}."
                 )
             del self._held[producer]
             self._taken.setdefault(consumer, []).append(held.live)

@@ -15,7 +15,7 @@ from simpo_pipeline.executor.planning.plan import Decision, Planner
 from simpo_pipeline.executor.records.status import LEASE_FILE
 from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.executor.running.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
-from simpo_pipeline.executor.running.checkpoints import remove_unused_checkpoints
+from simpo_pipeline.executor.running.checkpoint_cleanup import remove_unused_checkpoints
 from simpo_pipeline.executor.running.schedule import Schedule
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join

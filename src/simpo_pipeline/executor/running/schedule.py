@@ -1,4 +1,4 @@
-"""Schedule of step attempts: some run in the caller's thread, one at a time in the given order, others in a thread pool.
+"""Schedule of step attempts: some run in the caller's thread, one at a time in the given order, others in a pool.
 
 A schedule is independent of storage and of live values. It attempts a step once all steps that it waits for have ended,
 and only if the steps that it needs succeeded.

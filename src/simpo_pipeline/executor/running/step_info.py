@@ -8,7 +8,7 @@ from typing import Any
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.identity import EdgeKind
 from simpo_pipeline.executor.planning.resolve import json_text, to_json
-from simpo_pipeline.executor.records.secrets import blotted_values
+from simpo_pipeline.executor.records.secrets import redact_json
 from simpo_pipeline.storage.paths import join
 
 
@@ -22,7 +22,7 @@ def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
         "description": step.description,
         "version": identity.version,
         "version_str": identity.version_str,
-        "config": blotted_values(to_json(config)),
+        "config": redact_json(to_json(config)),
         "dependencies": [graph.output_paths[need] for need in needs],
         "override_output_path": step.override_output_path,
         "pip_dependency_groups": step.pip_dependency_groups,

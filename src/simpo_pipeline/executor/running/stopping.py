@@ -33,9 +33,7 @@ class StoppableCall:
         self._shield = threading.Lock()
         self._thread: int | None = None
         self._raised = False
-        self._reason: StepError = LeaseLostError(
-            "The step was stopped because this job lost its lease to another job."
-        )
+        self._reason: StepError = LeaseLostError("The step was stopped because this job lost its lease to another job.")
         self._ended = threading.Event()
 
     def call(self, function: Callable[[], ResultT]) -> ResultT:

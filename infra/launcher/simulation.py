@@ -4,39 +4,39 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.commands import Done
+from launcher.commands import CommandResult
 from launcher.options import TpuOptions
 
 
-class SmoothTpu:
+class SimulatedTpu:
     """A simulated TPU that does not exist until it is requested, and whose job then exits with code 0."""
 
     def __init__(self, tpu: TpuOptions | None = None) -> None:
         self._tpu = tpu
         self._is_there = tpu is None
 
-    def answer(self, argv: Sequence[str]) -> Done:
+    def answer(self, argv: Sequence[str]) -> CommandResult:
         """Return the simulated result of a gcloud or docker command."""
         words = tuple(argv)
         if "images" in words:
-            return Done(words, 1, "", "NOT_FOUND")
+            return CommandResult(words, 1, "", "NOT_FOUND")
         if "create" in words:
             self._is_there = True
         if "describe" in words:
             return self._describe(words)
         if "ssh" in words:
-            return Done(words, 0, _host_answer(words[-1]), "")
-        return Done(words, 0, "", "")
+            return CommandResult(words, 0, _host_answer(words[-1]), "")
+        return CommandResult(words, 0, "", "")
 
-    def _describe(self, words: tuple[str, ...]) -> Done:
+    def _describe(self, words: tuple[str, ...]) -> CommandResult:
         if not self._is_there:
-            return Done(words, 1, "", "NOT_FOUND")
+            return CommandResult(words, 1, "", "NOT_FOUND")
         if "queued-resources" in words:
-            return Done(words, 0, '{"state": {"state": "ACTIVE"}}', "")
+            return CommandResult(words, 0, '{"state": {"state": "ACTIVE"}}', "")
         hosts = 1 if self._tpu is None else self._tpu.tpu_type.hosts
         kind = "" if self._tpu is None else self._tpu.tpu_type.name
         node = {"state": "READY", "health": "HEALTHY", "acceleratorType": kind, "networkEndpoints": ["host"] * hosts}
-        return Done(words, 0, json.dumps(node), "")
+        return CommandResult(words, 0, json.dumps(node), "")
 
 
 def _host_answer(script: str) -> str:
@@ -47,7 +47,7 @@ def _host_answer(script: str) -> str:
     return ""
 
 
-class SmoothCluster:
+class SimulatedCluster:
     """A simulated cluster in which a JobSet starts as soon as it is created, and exits with code 0."""
 
     def __init__(self, name: str, hosts: int, is_there: bool = False) -> None:
@@ -56,20 +56,24 @@ class SmoothCluster:
         self._is_there = is_there
         self._has_ended = False
 
-    def answer(self, argv: Sequence[str]) -> Done:
+    def answer(self, argv: Sequence[str]) -> CommandResult:
         """Return the simulated result of a kubectl, gcloud or docker command."""
         words = tuple(argv)
         if "images" in words:
-            return Done(words, 1, "", "NOT_FOUND")
+            return CommandResult(words, 1, "", "NOT_FOUND")
         if "create" in words:
             self._is_there = True
         if "logs" in words:
             self._has_ended = True
         if "get" in words and "jobset" in words:
-            return Done(words, 0, json.dumps(self._jobset()), "") if self._is_there else Done(words, 1, "", "NotFound")
+            return (
+                CommandResult(words, 0, json.dumps(self._jobset()), "")
+                if self._is_there
+                else CommandResult(words, 1, "", "NotFound")
+            )
         if "get" in words and "pods" in words:
-            return Done(words, 0, json.dumps({"items": [self._pod(host) for host in range(self._hosts)]}), "")
-        return Done(words, 0, "", "")
+            return CommandResult(words, 0, json.dumps({"items": [self._pod(host) for host in range(self._hosts)]}), "")
+        return CommandResult(words, 0, "", "")
 
     def _jobset(self) -> dict[str, Any]:
         conditions = [{"type": "Completed", "status": "True"}] if self._has_ended else []

@@ -20,7 +20,7 @@ def remove_checkpoints(output_path: str) -> None:
 
 
 def remove_unused_checkpoints(output_path: str, leases: LeaseKeeper) -> None:
-    """Remove the checkpoints of a step that will not be resumed, unless another job holds its lease."""
+    """Remove the checkpoints of a step that cannot be resumed any more, unless another job holds its lease."""
     lease = join(output_path, LEASE_FILE)
     if not leases.acquire(lease):
         _logger.info("keeping the checkpoints in %s, because another job holds the step", output_path)

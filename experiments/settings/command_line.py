@@ -14,6 +14,7 @@ from simpo_pipeline.config_files.decode import COMMAND_LINE, decode_yaml
 from simpo_pipeline.config_files.parse import parse_flags, split_flags
 from simpo_pipeline.errors import ConfigError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
+from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.storage.files import read_text
 
@@ -60,8 +61,5 @@ def setting_names(cls: type) -> list[str]:
 
 def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
     """Call `parse_command_line` with this script's arguments. On an error, print its message and exit with 2."""
-    try:
+    with usage_errors_reported():
         return parse_command_line(cls, sys.argv[1:], retired, flags_class)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import os
-import sys
 import time
 import traceback
 from collections.abc import Generator
 from typing import TYPE_CHECKING, NoReturn
 
 from simpo_pipeline.distributed.config import find_membership
-from simpo_pipeline.errors import ConfigError, CoordinationError
+from simpo_pipeline.errors import CoordinationError
+from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.processes import Processes
 
@@ -42,11 +42,8 @@ def joined_job(flags: JobFlags) -> Generator[JoinedJob]:
     block raises, or a process is killed, frozen or stuck, every process is ended, bypassing jax's shutdown barrier. A
     dry run on one machine of a cluster does not wait for the others.
     """
-    try:
+    with usage_errors_reported():
         membership = find_membership(os.environ)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if membership is None or (flags.dry_run and membership.coordinator_address is None):
         yield JoinedJob(Processes())
         return

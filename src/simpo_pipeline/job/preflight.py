@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
-from simpo_pipeline.executor.main import BAD_USAGE, FAILED, log_lines
+from simpo_pipeline.executor.main import FAILED, log_lines, usage_errors_reported
 from simpo_pipeline.job.preflight_job import PreflightFlags, PreflightJob
 from simpo_pipeline.preflight.topology import describe_devices, find_topology
 from simpo_pipeline.storage.files import write_json
@@ -16,14 +16,14 @@ from simpo_pipeline.storage.paths import join
 
 def preflight_main(job: PreflightJob, flags: PreflightFlags) -> NoReturn:
     """Print the report, write it to `{prefix}/preflight-{topology}.json`, and exit with its verdict."""
-    try:
-        fits = preflight(job, flags.preflight or "", flags.effective_prefix)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_USAGE) from None
-    except SimpoPipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(FAILED) from error
+    with usage_errors_reported():
+        try:
+            fits = preflight(job, flags.preflight or "", flags.effective_prefix)
+        except ConfigError:
+            raise
+        except SimpoPipelineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(FAILED) from error
     raise SystemExit(0 if fits else FAILED)
 
 

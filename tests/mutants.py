@@ -113,7 +113,7 @@ EXECUTOR = (
     Mutant(
         "success-without-manifest-believed",
         "src/simpo_pipeline/executor/records/status.py",
-        "return self.status is Status.SUCCESS and self.manifest is None",
+        "return self.status is Status.SUCCESS and self.manifest_problem is None",
         "return self.status is Status.SUCCESS",
         "tests/executor/test_status.py",
     ),

@@ -32,7 +32,7 @@ EXECUTOR_ROWS = (
     {"records"},
     {"planning"},
     {"running"},
-    {"executor"},
+    {"executor", "output"},
     {"commands", "arguments"},
     {"main"},
     {"__init__", "__main__"},

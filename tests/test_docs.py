@@ -1,4 +1,4 @@
-"""Tests of the pages: what they name (tests, files, commands, links, frames) exists, and the first pages are short."""
+"""Tests of the pages: the tests, files, commands, links and frames they name exist, and the first pages are short."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""The loader's law: batches are consecutive windows on the concatenated orders of the epochs."""
+"""The loader's invariant: batches are consecutive windows on the concatenated orders of the epochs."""
 
 import dataclasses
 from collections import Counter

@@ -145,7 +145,7 @@ TRACKERS = {"device_tracker": DeviceTracker, "raise_with_slow_tracker": SlowTrac
 
 
 def say(what: str) -> None:
-    """Print a line that tells the test that the fault happens now."""
+    """Print a line that reports to the test that the fault happens now."""
     print(f"FAULT {time.time():.3f} {what}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""An experiment as a user writes it, and what the executor does with it."""
+"""Experiments as users write them, and how the executor runs them."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""Which files `gc` finds and removes, and which it never touches."""
+"""Files that `gc` finds and removes, and files that it never touches."""
 
 import functools
 import json

@@ -13,7 +13,7 @@ from simpo_pipeline.executor.records.status import LeaseSight, Status, StepRecor
 from simpo_pipeline.executor.run import Action
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take
 
-DONE = StepRecord(Status.SUCCESS, manifest=None)
+DONE = StepRecord(Status.SUCCESS, manifest_problem=None)
 NEW = StepRecord()
 HOLDER = Holder("run1", "host1", 77, "2026-01-01T00:00:00+00:00")
 HELD = StepRecord(Status.RUNNING, lease=LeaseSight(HOLDER, fresh=True))
@@ -35,13 +35,13 @@ def interleave() -> dict[str, ExecutorStep]:
 
 
 def plan(
-    records: dict[str, StepRecord], *, held: tuple[str, ...] = (), ended: tuple[str, ...] = (), wanted=None, **options
+    records: dict[str, StepRecord], *, held: tuple[str, ...] = (), ended: tuple[str, ...] = (), selected=None, **options
 ):
     steps = interleave()
     graph = build_graph(list(steps.values()), "/p")
     situation = Situation(
         records={step: records.get(name, NEW) for name, step in steps.items()},
-        wanted=frozenset(steps[name] for name in wanted or steps),
+        selected=frozenset(steps[name] for name in selected or steps),
         held=frozenset(steps[name] for name in held),
         ended={steps[name]: "it failed in this job" for name in ended},
         **options,
@@ -61,7 +61,7 @@ def test_a_chain_of_live_values_is_replayed_from_its_beginning():
     after = ExecutorStep("infer-after", do_nothing, [borrow(second)])
     graph = build_graph([first, second, after], "/p")
     situation = Situation(
-        records={first: DONE, second: DONE, after: NEW}, wanted=frozenset([first, second, after]), held=frozenset()
+        records={first: DONE, second: DONE, after: NEW}, selected=frozenset([first, second, after]), held=frozenset()
     )
     decided = make_plan(graph, live_order(graph), situation)
     assert [decided[step].action for step in (first, second, after)] == [Action.REPLAY, Action.REPLAY, Action.RUN]
@@ -109,9 +109,9 @@ def test_a_replay_that_failed_in_this_job_blocks_the_steps_that_need_its_value()
 
 
 def test_only_wanted_steps_and_their_missing_inputs_are_in_the_plan():
-    assert actions({}, wanted=("infer",)) == "RUN RUN - -"
-    assert actions({"train-2": DONE}, wanted=("infer",)) == "REPLAY RUN - -"
-    assert actions({"infer": DONE}, wanted=("infer",)) == "- SKIP - -"
+    assert actions({}, selected=("infer",)) == "RUN RUN - -"
+    assert actions({"train-2": DONE}, selected=("infer",)) == "REPLAY RUN - -"
+    assert actions({"infer": DONE}, selected=("infer",)) == "- SKIP - -"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_only_wanted_steps_and_their_missing_inputs_are_in_the_plan():
         (StepRecord(Status.DEP_FAILED), "a step it needs failed before"),
         (StepRecord(Status.CANCELLED), "cancelled before"),
         (StepRecord(Status.SUCCESS), "its manifest is missing"),
-        (StepRecord(manifest=None), "no status is recorded"),
+        (StepRecord(manifest_problem=None), "no status is recorded"),
         (StepRecord(unreadable_status="???"), "'???', which is not a valid status"),
         (HELD, "held by pid 77 on host host1 (run run1"),
     ],

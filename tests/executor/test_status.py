@@ -45,11 +45,11 @@ def test_outputs_that_differ_from_the_manifest_are_not_believed(prefix):
     write_text(join(prefix, "rows.jsonl"), "123")
     commit_here(prefix)
     write_text(join(prefix, "rows.jsonl"), "12")
-    assert read(prefix).manifest == "lists rows.jsonl with 3 bytes, but it has 2"
+    assert read(prefix).manifest_problem == "lists rows.jsonl with 3 bytes, but it has 2"
     remove_tree(join(prefix, "rows.jsonl"))
-    assert read(prefix).manifest == "lists rows.jsonl, which is gone"
+    assert read(prefix).manifest_problem == "lists rows.jsonl, which is gone"
     write_text(join(prefix, "manifest.json"), "{")
-    assert read(prefix).manifest == "cannot be read"
+    assert read(prefix).manifest_problem == "cannot be read"
     assert not read(prefix).done
 
 

@@ -164,7 +164,7 @@ def seen(path: str, status: Status, size: int, age: float, lease: SeenLease | No
         FileEntry(f"{path}/{STATUS_FILE}", 7, modified=100_000.0 - age),
         FileEntry(f"{path}/rows.jsonl", size, modified=100_000.0 - age),
     )
-    record = StepRecord(status, manifest=None, lease=LeaseSight(lease.holder, True) if lease else None)
+    record = StepRecord(status, manifest_problem=None, lease=LeaseSight(lease.holder, True) if lease else None)
     return SeenStep(path, record, lease, files)
 
 

@@ -1,4 +1,4 @@
-"""M11 end to end on `tiny`, in real processes: the interleaving law, resume by replay, and no writes in between."""
+"""M11 on `tiny`, in real processes: interleaving changes nothing, a kill leads to a replay, no writes in between."""
 
 import json
 import os

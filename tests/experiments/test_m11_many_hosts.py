@@ -1,4 +1,4 @@
-"""M11 on 1, 2 and 4 real processes: one plan, the same losses, the interleaving law, and the state after a lost host.
+"""M11 on 1, 2 and 4 real processes: one plan, equal losses, equal state with and without interleaving or a lost host.
 
 Other failures of one of many processes are tested on a job of the same shape, `tests/distributed/test_jobs.py`.
 """

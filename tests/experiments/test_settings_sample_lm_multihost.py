@@ -1,4 +1,4 @@
-"""A sampler's settings file becomes the config of one generation step, or is refused naming the knob and the fix."""
+"""A sampler's settings file becomes the config of one generation step, or an error that names the knob and the fix."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A SimPO settings file becomes the configs of its steps, or is refused naming the knob, the file and the fix."""
+"""A SimPO settings file becomes the configs of its steps, or an error that names the knob, the file and the fix."""
 
 import pathlib
 import runpy

@@ -175,7 +175,7 @@ def run(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     server = Server(sys.argv[1])
     if os.fork() != 0:
-        os._exit(0)  # the exit tells the caller that the server is ready
+        os._exit(0)  # the exit signals to the caller that the server is ready
     # Otherwise the garbage collector of each fork traverses all imported objects at exit and copies their memory pages.
     gc.freeze()
     request = server.serve()

@@ -1,4 +1,4 @@
-"""The bits behind the law that a token never depends on its batch: keys and values as each program computes them."""
+"""Keys and values are bitwise equal in every program, so a token never depends on its batch."""
 
 import functools
 from collections.abc import Callable

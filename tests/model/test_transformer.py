@@ -1,4 +1,4 @@
-"""The forward pass: shapes, the laws of causality, and what each option may and may not change."""
+"""The forward pass: shapes, causality, and what each option may and may not change."""
 
 import dataclasses
 from functools import partial

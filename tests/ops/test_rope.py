@@ -1,4 +1,4 @@
-"""Rotary embedding against transformers' frequencies, complex rotation in float64, and the law of distances."""
+"""Rotary embedding against transformers' frequencies, complex rotation in float64, and dependence on distance alone."""
 
 import json
 from pathlib import Path

@@ -6,13 +6,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-# aiohttp says so of every upload by gcsfs of more than 1 MiB.
+# aiohttp warns about every upload by gcsfs of more than 1 MiB.
 GCS = pytest.param("gcs", marks=pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"))
 
 
 @pytest.fixture(params=["local", "memory", GCS])
 def folder(request: pytest.FixtureRequest, tmp_path: Path):
-    """A folder for one test. The one of Google Cloud Storage is on a test server that speaks its protocol over HTTP."""
+    """A folder for one test. For Google Cloud Storage, it is on a test server that speaks its protocol over HTTP."""
     if request.param == "local":
         yield str(tmp_path / "store")
         return

@@ -1,4 +1,4 @@
-"""The same run on one device and on many (FSDP, tensor parallel, gradient accumulation): equal results, one law."""
+"""The same run on one device and on many (FSDP, tensor parallel, gradient accumulation) gives equal results."""
 
 import json
 import os

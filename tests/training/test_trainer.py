@@ -1,4 +1,4 @@
-"""The trainer's law, its ownership of the state, and the calls it refuses."""
+"""The trainer's invariant, its ownership of the state, and the calls it refuses."""
 
 import dataclasses
 import math

@@ -2,7 +2,7 @@
 
 A program that spans processes is compared across them before it is compiled. Every process reports a difference, with
 the first line that differs. Everything that this package runs on a device is a `Program`. After `forbid_strays()`, jax
-refuses to run anything else, so a stray eager operation raises on the host that issued it before it reaches a device.
+refuses every other execution, so a stray eager operation raises on the host that issued it before it reaches a device.
 Nothing here knows what a program computes.
 """
 

@@ -23,12 +23,12 @@ from simpo_pipeline.executor.planning.resolve import Resolver
 from simpo_pipeline.executor.planning.selection import named, select_steps
 from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper
-from simpo_pipeline.executor.records.provenance import find_provenance
+from simpo_pipeline.executor.records.provenance import find_provenance, script_name
 from simpo_pipeline.executor.run import PlanRow
 from simpo_pipeline.executor.running.attempt import Job
 from simpo_pipeline.executor.running.live import LiveStore
 from simpo_pipeline.executor.running.rounds import Rounds, StepResult
-from simpo_pipeline.executor.running.step_info import run_record_path, script_name, step_info
+from simpo_pipeline.executor.running.step_info import run_record_path, step_info
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
 from simpo_pipeline.processes import Processes
@@ -112,12 +112,12 @@ class Executor:
             raise ConfigError(f"max_concurrent is {max_concurrent}. Set it to at least 1, or omit it for no limit.")
         graph = build_graph(steps, self.prefix)
         order = live_order(graph)
-        self._publish(graph)
+        self._fill_marin_attributes(graph)
         self._graph, self._order = graph, order
-        request = select_steps(
+        selection = select_steps(
             graph, order, run_only=run_only, until=until, force=force, force_run_failed=force_run_failed
         )
-        planner = Planner(graph, order, request, self._processes, self._lease)
+        planner = Planner(graph, order, selection, self._processes, self._lease)
         planner.check_same_steps()
         if dry_run:
             self.plan = planner.rows(planner.decide({}, ()))
@@ -128,7 +128,7 @@ class Executor:
         self._check_prefix(run_id)
         with LeaseKeeper(run_id, self._lease, planner.watch, self._files) as leases:
             job = self._job(graph, run_id, leases)
-            self._follow(Rounds(job, order, planner, max_concurrent, self._lease.poll_seconds), job)
+            self._run_rounds(Rounds(job, order, planner, max_concurrent, self._lease.poll_seconds), job)
         return self.results
 
     def _job(self, graph: Graph, run_id: str, leases: LeaseKeeper) -> Job:
@@ -159,7 +159,7 @@ class Executor:
         steps = named(graph, order, name, "explain")
         return [explain_step(graph, order, step, rows.get(graph.output_paths[step])) for step in steps]
 
-    def _follow(self, rounds: Rounds, job: Job) -> None:
+    def _run_rounds(self, rounds: Rounds, job: Job) -> None:
         started = utc_now()
 
         def on_plan(rows: tuple[PlanRow, ...]) -> None:
@@ -202,7 +202,7 @@ class Executor:
                 "path of a folder that they share, or to gs://bucket/path."
             )
 
-    def _publish(self, graph: Graph) -> None:
+    def _fill_marin_attributes(self, graph: Graph) -> None:
         self.steps = list(graph.steps)
         self.output_paths = dict(graph.output_paths)
         self.versions = {step: identity.version for step, identity in graph.identities.items()}

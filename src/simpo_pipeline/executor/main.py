@@ -19,8 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 from simpo_pipeline.errors import ConfigError, PlanError, SimpoPipelineError, StepError, StorageError
 from simpo_pipeline.executor.arguments import parse_arguments
-from simpo_pipeline.executor.commands.output import SummaryColumns, explanations_text, plan_text, results_text
 from simpo_pipeline.executor.executor import Executor
+from simpo_pipeline.executor.output import SummaryColumns, explanations_text, plan_text, results_text
 from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.executor.run import Action
 from simpo_pipeline.executor.step import ExecutorStep, InputName

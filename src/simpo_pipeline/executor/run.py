@@ -17,7 +17,7 @@ class Action(StrEnum):
     RUN = "RUN"
     """Call its function and record its outputs."""
     SKIP = "SKIP"
-    """Its outputs are recorded, and no step needs its live value."""
+    """Its outputs are recorded, and its live value is not needed or is still held by this process."""
     REPLAY = "REPLAY"
     """Its outputs are recorded. Call its function again with a scratch output path, only for the live value."""
     WAIT = "WAIT"

@@ -277,7 +277,7 @@ class Scheduler:
         sequence.pages.extend(self.pool.allocate(self._missing_pages(sequence, num_steps)))
 
     def _register_filled(self, sequence: SequenceState) -> None:
-        """Mark the sequence's pages as readable that are now full, or filled as far as announced."""
+        """Mark as readable the sequence's pages that are now full, or filled as far as they were announced."""
         size = self._config.page_size
         for index in range(len(sequence.prefixes), sequence.num_cached // size):
             prefix = sequence.prefixes[-1] if sequence.prefixes else ROOT

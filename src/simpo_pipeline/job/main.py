@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from simpo_pipeline.executor.main import executor_main, parse_main_config
-from simpo_pipeline.executor.running.step_info import script_name
+from simpo_pipeline.executor.records.provenance import script_name
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.job.joining import joined_job

@@ -68,7 +68,7 @@ class ConditionalFiles:
     def held(self, path: str, expected: str) -> Generator[bool]:
         """Yield whether the file has the version `expected`, and keep it so during the block, which should be short.
 
-        Only where `can_hold`.
+        Call this only where `can_hold` is true.
         """
         lock = store_of(path).lock(path)
         assert lock is not None, f"{path!r} cannot be held"

@@ -1,4 +1,4 @@
-"""Metrics of weights on pairs that they are not trained on, and their confidence intervals. Plain Python."""
+"""Metrics of the weights on held-out pairs, and their confidence intervals. Plain Python."""
 
 import math
 import statistics

@@ -20,7 +20,6 @@ from enum import StrEnum
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError, LeaseLostError, PathNotFoundError, StorageError
-from simpo_pipeline.executor.commands.output import json_document
 from simpo_pipeline.executor.commands.survey import (
     SeenLease,
     SeenStep,
@@ -31,6 +30,7 @@ from simpo_pipeline.executor.commands.survey import (
     total_bytes,
 )
 from simpo_pipeline.executor.executor import PROBE_PREFIX
+from simpo_pipeline.executor.output import json_document
 from simpo_pipeline.executor.records.holder import parse_holder
 from simpo_pipeline.executor.records.info import read_info
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseWatch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.commands.output import json_document
+from simpo_pipeline.executor.output import json_document
 from simpo_pipeline.executor.records.holder import Holder
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.records.status import (
@@ -206,7 +206,7 @@ def _step_json(step: SeenStep, now: float) -> Mapping[str, Any]:
     return {
         "step": step.path,
         "status": step.shown_status(now),
-        "damage": step.record.manifest if step.record.status is Status.SUCCESS else None,
+        "damage": step.record.manifest_problem if step.record.status is Status.SUCCESS else None,
         "age_seconds": step.age_seconds(now),
         "holder": _holder_json(step.lease, now) if step.lease is not None else None,
         "files": len(step.outputs),

@@ -76,8 +76,10 @@ def find_markers(config: Any) -> Markers:
                 edges.append(Edge(cast(ExecutorStep[Any], marker.step), kind, path, marker.name))
             case LiveInput():
                 edges.append(Edge(marker.step, EdgeKind(marker.use.value), path))
+            case OutputName():
+                pass  # where a step writes is a consequence of its identity, not a part of it
             case _:
-                pass
+                raise AssertionError(f"unhandled marker {marker!r}")
     return Markers(versioned, tuple(edges))
 
 

@@ -5,10 +5,13 @@ shares its plans with every process of the job.
 
 done        = SUCCESS is recorded and a manifest lists the outputs
 demanded(p) = a step that will RUN or REPLAY uses the live value of p
-SKIP        done, not forced, and not (demanded and not held by this process)
-REPLAY      done, demanded and not held; its own live inputs are then demanded too
-WAIT        not done, and another job holds a fresh lease
-BLOCKED     failed in this job, failed before (if such steps are not rerun), has no function, or needs a BLOCKED step
+
+The first line that applies decides:
+SKIP        done, not forced, and its live value is not demanded or is held by this process
+REPLAY      done, not forced; its own live inputs are then demanded too
+BLOCKED     failed in this job, or has no function
+WAIT        another job holds a fresh lease
+BLOCKED     needs a BLOCKED step, or failed before and --force_run_failed is false
 RUN         otherwise
 """
 
@@ -43,8 +46,8 @@ class Situation:
     """The inputs of a plan other than the graph."""
 
     records: Mapping[Step, StepRecord]
-    wanted: frozenset[Step]
-    """The requested steps. Other steps are in the plan only if a wanted step that is not done needs them."""
+    selected: frozenset[Step]
+    """The selected steps. Other steps are in the plan only if a selected step that is not done needs them."""
     held: Collection[Step] = field(default_factory=frozenset[Step])
     """The producers whose live values this process holds."""
     ended: Mapping[Step, str] = field(default_factory=dict[Step, str])
@@ -95,7 +98,7 @@ def _skip_reason(step: Step, graph: Graph, situation: Situation) -> str:
 
 def _run_reason(record: StepRecord) -> str:
     if record.status is Status.SUCCESS:
-        return f"SUCCESS is recorded, but its manifest {record.manifest}"
+        return f"SUCCESS is recorded, but its manifest {record.manifest_problem}"
     if record.status is Status.RUNNING:
         left_by = f"{record.lease.describe()}, which is gone" if record.lease else "a job that no longer holds a lease"
         return f"left RUNNING by {left_by}"
@@ -108,7 +111,7 @@ def _run_reason(record: StepRecord) -> str:
             Status.CANCELLED: "it was cancelled before",
         }
         return words[record.status]
-    if record.manifest is None:
+    if record.manifest_problem is None:
         return "a manifest exists, but no status is recorded"
     return record.what_changed or "never ran"
 
@@ -122,7 +125,7 @@ def _blocked_need(step: Step, graph: Graph, decisions: Mapping[Step, Decision]) 
 
 def _decide_backwards(graph: Graph, order: Order, situation: Situation, decisions: dict[Step, Decision]) -> set[Step]:
     """Turn done steps with demanded live values into REPLAY, and collect the relevant steps, consumers first."""
-    needed: set[Step] = set(situation.wanted)
+    needed: set[Step] = set(situation.selected)
     for step in reversed(order.steps):
         if decisions[step].action in (Action.SKIP, Action.REPLAY):
             decisions[step] = _skip_or_replay(step, graph, order, situation, decisions, needed)
@@ -217,14 +220,14 @@ class Planner:
         index_of = {step: index for index, step in enumerate(self._order.steps)}
 
         def decide() -> list[list[Any]]:
-            request = self._selection
+            selection = self._selection
             situation = Situation(
                 self._read_records(),
-                request.wanted,
+                selection.selected,
                 held,
                 ended,
-                request.force_run_failed,
-                request.forced.difference(attempted),
+                selection.force_run_failed,
+                selection.forced.difference(attempted),
             )
             plan = make_plan(self._graph, self._order, situation)
             return [[index_of[step], decision.action.value, decision.reason] for step, decision in plan.items()]

@@ -16,8 +16,11 @@ _MAX_NAMES_SHOWN = 20
 class Selection:
     """The request to the executor, apart from the DAG."""
 
-    wanted: frozenset[Step]
-    """The requested steps. Other steps run only if one of these needs them."""
+    selected: frozenset[Step]
+    """Steps that match `run_only` and `until` (all runnable steps without these), and the forced ones.
+
+    Other steps run only if one of these needs them.
+    """
     forced: frozenset[Step] = frozenset()
     """The steps to run once even if they are done."""
     force_run_failed: bool = True
@@ -43,20 +46,20 @@ def select_steps(
     Raises:
         PlanError: A name or an expression matches no step, or no step is selected.
     """
-    wanted = set(order.steps)
+    selected = set(order.steps)
     if run_only is not None:
-        wanted &= {step for text in run_only for step in _matching(order, text)}
+        selected &= {step for text in run_only for step in _matching(order, text)}
     if until is not None:
-        wanted &= _with_all_before(
+        selected &= _with_all_before(
             graph, order, [step for name in until for step in named(graph, order, name, "until")]
         )
     forced = frozenset(step for name in force or () for step in named(graph, order, name, "force"))
-    if order.steps and not wanted | forced:
+    if order.steps and not selected | forced:
         raise PlanError(
             f"run_only {list(run_only or ())} and until {list(until or ())} together select no step. The steps are: "
             f"{_names(order)}."
         )
-    return Selection(frozenset(wanted) | forced, forced, force_run_failed)
+    return Selection(frozenset(selected) | forced, forced, force_run_failed)
 
 
 def _matching(order: Order, text: str) -> list[Step]:

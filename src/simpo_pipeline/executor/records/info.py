@@ -1,6 +1,7 @@
-"""Records of what ran: `.executor_info` next to each step's outputs, and one file per experiment.
+"""The record `.executor_info` beside the outputs of a step.
 
-The records never contain environment variables or anything else that may contain a secret.
+Flags, commands and configs are redacted, best effort (see secrets.py). Versioned values are stored as they are, because
+a later plan compares them: never version a secret.
 """
 
 import json

@@ -106,3 +106,8 @@ def _package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def script_name() -> str:
+    """Return the name of the script that was started."""
+    return Path(sys.argv[0]).stem or "python"

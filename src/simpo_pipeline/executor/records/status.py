@@ -30,7 +30,8 @@ LEASE_FILE = ".executor_status.lock"
 INFO_FILE = ".executor_info"
 MANIFEST_FILE = "manifest.json"
 ERROR_FILE = "error.json"
-# Hidden, so that no manifest lists its content (see checkpoints.py).
+# Hidden, so that no manifest lists its content: written by training/checkpoints.py, removed by
+# running/checkpoint_cleanup.py.
 CHECKPOINTS_FOLDER = ".checkpoints"
 OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, MANIFEST_FILE, ERROR_FILE)
 _MAX_TOKEN_BYTES = 64
@@ -65,7 +66,7 @@ class StepRecord:
     status: Status | None = None
     unreadable_status: str | None = None
     """The content of the status file if it is not one of the tokens."""
-    manifest: str | None = "is missing"
+    manifest_problem: str | None = "is missing"
     """The problem with the manifest or with a file it lists. None if all files exist with the listed sizes."""
     has_error: bool = False
     lease: LeaseSight | None = None
@@ -78,7 +79,7 @@ class StepRecord:
     @property
     def done(self) -> bool:
         """Whether the outputs may be read."""
-        return self.status is Status.SUCCESS and self.manifest is None
+        return self.status is Status.SUCCESS and self.manifest_problem is None
 
 
 def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
@@ -95,12 +96,12 @@ def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
         path = join(output_path, LEASE_FILE)
         data = _read_if_there(path)
         lease = LeaseSight(parse_holder(data), watch.is_fresh(path, data)) if data is not None else None
-    manifest = "is missing"
+    manifest_problem = "is missing"
     if MANIFEST_FILE in entries:
-        manifest = _find_damage(output_path, entries)
+        manifest_problem = _find_damage(output_path, entries)
     own = {name: entry.version for name, entry in entries.items() if name in OWN_FILES}
     checkpoints = any(is_of_checkpoint(name) for name in entries)
-    return StepRecord(status, unreadable, manifest, ERROR_FILE in entries, lease, None, own, checkpoints)
+    return StepRecord(status, unreadable, manifest_problem, ERROR_FILE in entries, lease, None, own, checkpoints)
 
 
 _TOKENS = {(len(token), crc32c_of_bytes(token)): token for token in (status.value.encode() for status in Status)}
@@ -207,7 +208,7 @@ def _listed_file(manifest_path: str, file: Any) -> FileEntry:
 def is_output(relative_path: str) -> bool:
     """Return whether a file below an output path belongs to the step and not to the executor."""
     hidden = any(part.startswith(".") for part in relative_path.split("/"))
-    return not hidden and relative_path not in (MANIFEST_FILE, ERROR_FILE)
+    return not hidden and relative_path not in OWN_FILES
 
 
 def is_of_checkpoint(relative_path: str) -> bool:

@@ -102,7 +102,7 @@ class Job:
         return join(self.scratch_folder, name)
 
 
-def wants_run(step: Step) -> bool:
+def takes_step_run(step: Step) -> bool:
     """Return whether the step's function takes a `StepRun`, that is, whether its second parameter is named `run`.
 
     Only such functions can use the session. So only they, and steps with live values, are kept out of the thread pool.
@@ -153,7 +153,7 @@ class Attempt:
         self._own_error: Exception | None = None
         self._failures: list[dict[str, Any]] = []
         self.error: SimpoPipelineError | None = None
-        self._outcome = threading.Lock()
+        self._outcome_lock = threading.Lock()
         self._past_phase = False
         self._committed = False
         self.seconds = 0.0
@@ -275,9 +275,14 @@ class Attempt:
             raise StepError("the step has no function; its outputs were expected to exist")
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
-        if wants_run(step):
+        if takes_step_run(step):
             run = StepRun(
-                *(step.name, self._output_path, job.processes, job.session, self._plan, self._replaying),
+                name=step.name,
+                output_path=self._output_path,
+                processes=job.processes,
+                session=job.session,
+                plan=self._plan,
+                replaying=self._replaying,
                 recorded_path=job.graph.output_paths[step],
                 version=job.graph.identities[step].hash,
                 is_used_live=self._is_used_live,
@@ -339,14 +344,14 @@ class Attempt:
 
     def _leave_phase(self) -> None:
         """Leave the watched phase: from now on only this thread records the outcome."""
-        with self._outcome:
+        with self._outcome_lock:
             self._past_phase = True
         if self.error is not None:
             raise self.error  # the watch is about to end the process
 
     def _record_abort(self, failure: Mapping[str, Any]) -> None:
         """Record a failure in the leader, from another thread, when the job ends while this step is stuck."""
-        with self._outcome:
+        with self._outcome_lock:
             if not self._past_phase:
                 self._failures = [dict(failure)]
                 self.error = self._failed()

@@ -14,14 +14,14 @@ from simpo_pipeline.executor.planning.order import Order
 from simpo_pipeline.executor.planning.plan import Decision, Planner
 from simpo_pipeline.executor.records.status import LEASE_FILE
 from simpo_pipeline.executor.run import Action, PlanRow
-from simpo_pipeline.executor.running.attempt import Attempt, Ending, Job, record_dep_failed, wants_run
+from simpo_pipeline.executor.running.attempt import Attempt, Ending, Job, record_dep_failed, takes_step_run
 from simpo_pipeline.executor.running.checkpoint_cleanup import remove_unused_checkpoints
 from simpo_pipeline.executor.running.schedule import Schedule
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
-_UNLIMITED = 64
+_DEFAULT_POOL_SIZE = 64
 _WAIT_LOG_SECONDS = 60.0
 
 
@@ -44,7 +44,7 @@ class Rounds:
         self._job = job
         self._order = order
         self._planner = planner
-        self._pool_size = max_concurrent or _UNLIMITED
+        self._pool_size = max_concurrent or _DEFAULT_POOL_SIZE
         self._poll_seconds = poll_seconds
         self._needs = {step: [edge.step for edge in job.graph.needs(step)] for step in order.steps}
         self._everywhere = frozenset(step for step in order.steps if self._belongs_everywhere(step))
@@ -66,7 +66,7 @@ class Rounds:
     def _belongs_everywhere(self, step: Step) -> bool:
         """Return whether every process calls the step's function: it takes its `StepRun`, or has live values."""
         uses_live = step in self._order.consumers or any(self._job.graph.live_inputs(step))
-        return uses_live or wants_run(step)
+        return uses_live or takes_step_run(step)
 
     def run(self, on_plan: Callable[[tuple[PlanRow, ...]], None]) -> None:
         """Run until every step has ended, successfully or not.
@@ -142,7 +142,10 @@ class Rounds:
         consumers, everywhere = self._future_consumers(step), step in self._everywhere
         forced = self._planner.is_forced(step) and step not in self._attempted
         attempt = Attempt(
-            *(self._job, step, self.rows(), consumers),
+            self._job,
+            step,
+            self.rows(),
+            consumers,
             replaying=replaying,
             everywhere=everywhere,
             forced=forced,

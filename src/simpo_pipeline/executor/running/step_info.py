@@ -1,13 +1,12 @@
 """The part of the records of a step and of an experiment that is known before anything runs."""
 
 import hashlib
-import sys
-from pathlib import PurePath
 from typing import Any
 
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.identity import EdgeKind
 from simpo_pipeline.executor.planning.resolve import json_text, to_json
+from simpo_pipeline.executor.records.provenance import script_name
 from simpo_pipeline.executor.records.secrets import redact_json
 from simpo_pipeline.storage.paths import join
 
@@ -35,11 +34,6 @@ def function_name(step: Step) -> str:
     """Return the import path of the step's function, so that it can be found. It is not part of the identity."""
     module, name = getattr(step.fn, "__module__", None), getattr(step.fn, "__qualname__", None)
     return f"{module}.{name}" if name else type(step.fn).__name__
-
-
-def script_name() -> str:
-    """Return the name of the script that was started."""
-    return PurePath(sys.argv[0]).stem or "python"
 
 
 def run_record_path(base_path: str, infos: list[dict[str, Any]]) -> str:

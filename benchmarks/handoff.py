@@ -1,13 +1,12 @@
-"""The in-process handoff compared with what users do today: save, start a fresh process, load, compile.
+"""The in-process handoff compared with the usual detour through files: save, start a fresh process, load, compile.
 
     uv run python benchmarks/handoff.py            # SmolLM2-135M, about 3 minutes on 2 cores
 
-Everything is timed in one run, ours and the detour in turn; the results are medians of `ROUNDS`. The detour is as
-short as possible: safetensors (no checkpoint library), local disk, warm page cache, and a fresh process that only
-generates. For weights of the trainer's own dtype on its own device there is nothing to do, so the handoff shares the
-buffers; for bfloat16 it is a device program. The last case is a job of 2 processes with 2 devices each
-(`handoff_host.py`), whose handoff also moves weights between processes. It prints a table and one JSON line, and
-writes benchmarks/results/handoff.json.
+Both are timed in turn, in one run; the results are medians of `ROUNDS`. The detour is as short as possible: safetensors
+(no checkpoint library), local disk, warm page cache, and a fresh process that only generates. For weights of the
+trainer's own dtype on its own device there is nothing to do, so the handoff shares the buffers; for bfloat16 it is a
+device program. The last case is a job of 2 processes with 2 devices each (`handoff_host.py`), whose handoff also moves
+weights between processes. It prints a table and one JSON line, and writes benchmarks/results/handoff.json.
 """
 
 import argparse
@@ -102,7 +101,7 @@ def generate_after_loading(model_path: str) -> dict[str, float]:
 
 
 def measure(trainer: Trainer, programs: Programs, model_path: str, folder: pathlib.Path) -> dict[str, float]:
-    """Return the median seconds of each leg of both ways, measured in turn, and the bytes that the handoffs wrote."""
+    """Return the median seconds of each part of both, measured in turn, and the bytes that the handoffs wrote."""
     handoffs = {
         f"handoff to {dtype}": build_handoff(programs, trainer.abstract_params, wanted_weights(model_path, dtype))
         for dtype in ("float32", "bfloat16")
@@ -131,7 +130,7 @@ def measure(trainer: Trainer, programs: Programs, model_path: str, folder: pathl
 
 
 def measure_fresh_process(weights_path: str) -> dict[str, float]:
-    """Return the seconds from the start of a new interpreter to its first tokens, and the legs that it reports."""
+    """Return the seconds from the start of a new interpreter to its first tokens, and the parts that it reports."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "--fresh_process", weights_path]
     legs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

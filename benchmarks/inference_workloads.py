@@ -30,8 +30,8 @@ SCALING = tuple(Workload(num_prompts, 64) for num_prompts in (128, 512, 2048))
 def encoded_prompts(model: pathlib.Path, num_prompts: int) -> list[list[int]]:
     """Return the first `num_prompts` prompts for a model, all different.
 
-    They are those of `prompts.txt`, then those of the preference pairs, then all of them again, preceded by a requested
-    answer length. No two share more than the start of the chat template and of such a request.
+    The prompts of `prompts.txt` come first, then those of the preference pairs, then all of them again, each preceded
+    by a requested answer length. No two share more than the start of the chat template and of such a request.
     """
     listed = [line.strip() for line in (DATA / "prompts.txt").read_text().splitlines() if line.strip()]
     pairs = (json.loads(line) for line in (DATA / "preferences.jsonl").read_text().splitlines())

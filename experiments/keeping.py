@@ -1,4 +1,4 @@
-"""Settings of what a run keeps of its trainer: checkpoints during the run, and the trained weights at its end."""
+"""Settings for what a run keeps of its trainer: checkpoints during the run, and the trained weights at its end."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """What a run keeps besides its outputs: nothing by default. Field names are those of an experiment's flags."""
+    """Parts of its state that a run keeps, by default none. Field names are those of an experiment's flags."""
 
     export: str | None = None
     """Write the trained weights as a model folder that transformers loads: fp32 or bf16."""

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 
 from experiments.keeping import KEEPS_NOTHING, Keeping
-from experiments.preset_flags import PresetFlags
+from experiments.preset_flags import InterleaveFlags
 from simpo_pipeline.data.config import PreferenceSource, TooLong
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.executor.main import parse_main_config, usage_errors_reported
@@ -233,7 +233,7 @@ def preflight_job(preset: Preset) -> PreflightJob:
 
 
 if __name__ == "__main__":
-    flags = parse_main_config(PresetFlags)
+    flags = parse_main_config(InterleaveFlags)
     with usage_errors_reported():
         name, preset = flags.choose(PRESETS, default="smollm2")
         steps = interleave(preset, flags)

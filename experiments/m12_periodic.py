@@ -14,7 +14,7 @@ from experiments.interleave import interleave_steps
 from experiments.keeping import KEEPS_NOTHING, Keeping
 from experiments.m11_interleave import PRESETS as M11_PRESETS
 from experiments.m11_interleave import SHIPPED_PROMPTS, Preset, model_and_pairs, preflight_job
-from experiments.preset_flags import PresetFlags
+from experiments.preset_flags import InterleaveFlags
 from experiments.schedule import expand_schedule
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.executor.main import parse_main_config, usage_errors_reported
@@ -92,7 +92,7 @@ def periodic(preset: PeriodicPreset, keeping: Keeping = KEEPS_NOTHING) -> list[E
 
 
 if __name__ == "__main__":
-    flags = parse_main_config(PresetFlags)
+    flags = parse_main_config(InterleaveFlags)
     with usage_errors_reported():
         name, preset = flags.choose(PRESETS, default="tiny")
         steps = periodic(preset, flags)

@@ -14,8 +14,7 @@ from simpo_pipeline.storage.files import exists, list_files, read_json, write_js
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
 from simpo_pipeline.tracking.line_chart import Chart, Series, layout_chart
-from simpo_pipeline.training.evaluation import IntervalEstimate, accuracy_gain, margin_gain
-from simpo_pipeline.training.evaluator import EVALUATIONS_FILE
+from simpo_pipeline.training.evaluation import EVALUATIONS_FILE, IntervalEstimate, accuracy_gain, margin_gain
 
 Row = dict[str, Any]
 

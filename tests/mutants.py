@@ -967,7 +967,7 @@ STEPS = (
     ),
     Mutant(
         "held-out-pairs-in-the-training-file",
-        "steps/prepare_pairs.py",
+        "steps/bodies/prepare_pairs.py",
         "PAIRS_FILE), training)",
         "PAIRS_FILE), pairs)",
         "tests/steps/test_prepare_pairs.py",
@@ -988,14 +988,14 @@ STEPS = (
     ),
     Mutant(
         "engine-sized-for-the-most-memory",
-        "steps/infer.py",
+        "steps/bodies/infer.py",
         'min(host["memory_bytes"] for host in hosts)',
         'max(host["memory_bytes"] for host in hosts)',
         "tests/steps/test_infer.py",
     ),
     Mutant(
         "trainer-of-another-run-accepted",
-        "steps/train.py",
+        "steps/bodies/train.py",
         "if trainer.config != config.trainer:",
         "if trainer.config is None:",
         "tests/steps/test_train.py",

@@ -2,9 +2,9 @@
 
     python experiments/data/make_preferences.py
 
-The facts lie in facts/*.yaml: questions with a right and a wrong answer, with a concise and a rambling one, with a
-helpful and a dismissive one, with one that follows the instruction and one that does not. What can be computed
-(arithmetic, dates, words, Python values) is computed here, so that `chosen` cannot be wrong by a slip of the pen.
+The facts are in facts/*.yaml: questions with a right and a wrong answer, with a concise and a rambling one, with a
+helpful and a dismissive one, with one that follows the instruction and one that does not. Answers that can be computed
+(arithmetic, dates, words, Python values) are computed here, so that no typing error can make `chosen` wrong.
 Nothing is random: the same facts always give the same file. Schema: UltraFeedback-binarized.
 """
 
@@ -29,25 +29,25 @@ class Pair(NamedTuple):
 
 
 def facts(name: str) -> list[Any]:
-    """The entries of one file of hand-written facts."""
+    """Return the entries of one file of hand-written facts."""
     return yaml.safe_load((HERE / "facts" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def written(name: str) -> Iterator[Pair]:
-    """Pairs that are written out in full."""
+    """Yield the pairs of a file that contains them in full."""
     for entry in facts(name):
         yield Pair(**entry)
 
 
 def slip(number: int, turn: int) -> int:
-    """A wrong result of the kind people get: off by ten, by one, or with the last two digits swapped."""
+    """Return a typical wrong result: off by ten or by one, or with the last two digits swapped."""
     swapped = int(str(number)[:-2] + str(number)[:-3:-1]) if number >= 10 else number
     candidates = [number + 10, number - 1, swapped, number + 1]
     return next(wrong for wrong in candidates[turn % 4 :] + candidates if wrong != number and wrong > 0)
 
 
 def arithmetic() -> Iterator[Pair]:
-    """Sums, differences, products, quotients and percentages."""
+    """Yield sums, differences, products, quotients and percentages."""
     sums = [(17, 25), (38, 47), (56, 89), (123, 77), (246, 135), (64, 36), (99, 58), (401, 299), (75, 18), (512, 256)]
     for turn, (a, b) in enumerate(sums):
         question = (f"What is {a} + {b}?", f"Add {a} and {b}.", f"How much is {a} plus {b}?")[turn % 3]
@@ -72,7 +72,7 @@ def arithmetic() -> Iterator[Pair]:
 
 
 def word_problems() -> Iterator[Pair]:
-    """Small stories with one step of arithmetic, solved with the right operation and with a wrong one."""
+    """Yield word problems with one step of arithmetic, solved with the right operation and with a wrong one."""
     for name, thing, a, b in [
         ("Mia", "apples", 12, 5),
         ("Tom", "stamps", 48, 27),
@@ -105,14 +105,14 @@ def word_problems() -> Iterator[Pair]:
 
 
 def units() -> Iterator[Pair]:
-    """Conversions between units."""
+    """Yield conversions between units."""
     for turn, (amount, unit, right, other, wrong) in enumerate(facts("units")):
         question = (f"Convert {amount} {unit} to {other}.", f"How many {other} are {amount} {unit}?")[turn % 2]
         yield Pair(question, f"{amount} {unit} is {right} {other}.", f"{amount} {unit} is {wrong} {other}.")
 
 
 def calendar() -> Iterator[Pair]:
-    """Lengths of months, leap years, weekdays and spans of days."""
+    """Yield questions about lengths of months, leap years, weekdays and time spans in days."""
     for year, month in [(2023, 2), (2024, 2), (2025, 4), (2025, 7), (2026, 9), (2026, 12), (2027, 11), (2028, 2)]:
         first = datetime.date(year, month, 1)
         days = (datetime.date(year + month // 12, month % 12 + 1, 1) - first).days
@@ -142,7 +142,7 @@ def _date(day: datetime.date) -> str:
 
 
 def words() -> Iterator[Pair]:
-    """Letters of words, and opposites."""
+    """Yield questions about letters, the order of words, and opposites."""
     for word in ("garden", "mountain", "bicycle", "library", "umbrella", "strength", "computer", "sunflower"):
         right, wrong = (f"It has {count} letters." for count in (len(word), len(word) + 2))
         yield Pair(f'How many letters are in the word "{word}"?', right, wrong)
@@ -165,7 +165,7 @@ def words() -> Iterator[Pair]:
 
 
 def capitals() -> Iterator[Pair]:
-    """Capitals against better-known or similar cities."""
+    """Yield capitals, each with a better-known or similar city as the wrong answer."""
     for turn, (country, capital, other) in enumerate(facts("capitals")):
         question = (
             f"What is the capital of {country}?",
@@ -181,7 +181,7 @@ def capitals() -> Iterator[Pair]:
 
 
 def python_values() -> Iterator[Pair]:
-    """What Python says about an expression."""
+    """Yield Python expressions with their values."""
     for expression, wrong in facts("python"):
         right = repr(eval(expression))
         yield Pair(
@@ -192,7 +192,7 @@ def python_values() -> Iterator[Pair]:
 
 
 def make_rows() -> list[dict[str, Any]]:
-    """All pairs in the UltraFeedback-binarized schema, category by category."""
+    """Return all pairs in the UltraFeedback-binarized schema, category by category."""
     categories = {
         "arithmetic": arithmetic(),
         "word-problem": word_problems(),
@@ -217,7 +217,7 @@ def make_rows() -> list[dict[str, Any]]:
 
 
 def make_text() -> str:
-    """The content of preferences.jsonl."""
+    """Return the content of preferences.jsonl."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows())
 
 

@@ -82,7 +82,8 @@ class GkeJob:
             )
         if there is not None:
             self.tools.console.say(
-                f"The JobSet {self.name} is left over from an earlier launch ({_status_text(there)}): re-creating it."
+                f"The JobSet {self.name} is left over from an earlier launch ({_status_text(there)}): "
+                "deleting and re-creating it."
             )
             self._save_logs(there)
             self.kubectl.delete(self.name)

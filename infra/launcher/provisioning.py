@@ -39,7 +39,8 @@ class Provisioner:
             self._create()
         elif self._is_over(request, node):
             self._console.say(
-                f"{self._name} is left over from an earlier launch ({_status_text(request, node)}): re-creating it."
+                f"{self._name} is left over from an earlier launch ({_status_text(request, node)}): "
+                "deleting and re-creating it."
             )
             self._delete(request)
             self._create()

@@ -9,7 +9,7 @@ from launcher.host_job import HostJob, HostState, parse_state
 from launcher.hosts import Hosts
 
 # Each stream begins with this mark. When the connection breaks, gcloud repeats the command by itself, and the partial
-# line before the break joins the first line of the repetition. The mark at its end tells it apart from a whole line.
+# line before the break joins the first line of the repetition. The mark at its end distinguishes it from a whole line.
 _START = "@launch lines"
 
 

@@ -12,7 +12,7 @@ import time
 from typing import NoReturn
 
 from experiments.m11_interleave import PRESETS, interleave
-from experiments.preset_flags import PresetFlags
+from experiments.preset_flags import InterleaveFlags
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.rows import RowBatch
 from simpo_pipeline.executor.main import parse_main_config
@@ -54,5 +54,5 @@ if __name__ == "__main__":
     del sys.argv[1:4]
     if os.environ["JAX_PROCESS_ID"] == victim:
         inject(fault, step)
-    flags = parse_main_config(PresetFlags)
+    flags = parse_main_config(InterleaveFlags)
     main(flags, steps=interleave(PRESETS["tiny"], flags), tracker=TrackerChoice("none"))

@@ -7,7 +7,7 @@ import pathlib
 
 from experiments import interleave
 from experiments.m12_periodic import PRESETS, periodic
-from experiments.preset_flags import PresetFlags
+from experiments.preset_flags import InterleaveFlags
 from simpo_pipeline.executor.main import parse_main_config
 from simpo_pipeline.job.main import TrackerChoice, main
 from steps.train import train
@@ -30,6 +30,6 @@ def train_and_report_memory(config, run):
 
 
 if __name__ == "__main__":
-    flags = parse_main_config(PresetFlags)
+    flags = parse_main_config(InterleaveFlags)
     setattr(interleave, "train", train_and_report_memory)  # noqa: B010
     main(flags, steps=periodic(PRESETS["tiny"]), tracker=TrackerChoice("none"))

@@ -1,5 +1,6 @@
 """`main`, and the experiment in the README, whose exact text is run."""
 
+import inspect
 import json
 import pathlib
 import re
@@ -8,11 +9,14 @@ import sys
 
 import pytest
 
+from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
 from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.step import ExecutorStep
+from simpo_pipeline.executor.step import ExecutorStep, imported_step
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.job.main import TrackerChoice, main
 from simpo_pipeline.job.session import session_of
+from steps.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -66,3 +70,24 @@ def test_the_experiment_of_the_readme_runs(readme_experiment, tmp_path):
     assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == [2, 2]
     (summary,) = tmp_path.glob("train-4-*/summary.json")
     assert json.loads(summary.read_text())["step"] == 4
+
+
+def test_an_unknown_tracker_is_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match="the tracker is 'mlflow'; expected one of wandb, jsonl, none"):
+        TrackerChoice("mlflow")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_step_that_needs_a_job_says_how_to_run_it(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        executor_main(ExecutorMainConfig(prefix=str(tmp_path)), steps=[ExecutorStep("log", log_one_metric, {})])
+    assert end.value.code == 1
+    assert (
+        "step 'log' needs a JobSession, but its session is NoneType. Replace executor_main" in capsys.readouterr().out
+    )
+
+
+def test_an_imported_step_has_the_name_and_parameters_of_its_function():
+    step = imported_step("json.tool.main", module=__name__, takes_run=False)
+    assert (step.__module__, step.__qualname__) == (__name__, "main")
+    assert list(inspect.signature(step).parameters) == ["config"]
+    assert list(inspect.signature(train).parameters) == ["config", "run"]

@@ -16,7 +16,8 @@ from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.training.config import OptimizerConfig
-from steps.infer import InferConfig, check_same_tokens, infer
+from steps.bodies.infer import check_same_tokens
+from steps.infer import InferConfig, infer
 from steps.train import TrainConfig, train
 
 PROMPTS = ("one?", "two, please", "and a third prompt")

@@ -99,7 +99,7 @@ def test_an_evaluation_without_held_out_pairs_is_refused_before_a_device_is_touc
     copied = tmp_path / "without"
     shutil.copytree(pairs_path, copied)
     (copied / "validation.parquet").unlink()
-    monkeypatch.setattr("steps.train._start", None)
+    monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(ConfigError, match=r"no validation\.parquet in .*: set validation_fraction"):
         run_phase(1, pairs_path=str(copied), eval_every=1)
 
@@ -111,7 +111,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_a_device_is_touched(
     foreign = dataclasses.replace(pairs[1], chosen_tokens=pairs[1].chosen_tokens + 264)
     (tmp_path / "foreign").mkdir()
     write_pairs(pairs_file(tmp_path / "foreign"), [pairs[0], foreign])
-    monkeypatch.setattr("steps.train._start", None)
+    monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(
         DataError, match=r"contains token .*, but the model knows tokens 0 to 263; prepare the pairs with"
     ):
@@ -127,7 +127,7 @@ def test_a_pair_too_long_for_the_run_is_refused_before_a_device_is_touched(
     pairs = read_pairs(f"{folder}/{file}")
     tokens = np.concatenate([pairs[0].chosen_tokens, np.ones(96, np.int32)])
     write_pairs(f"{folder}/{file}", [*pairs[1:], dataclasses.replace(pairs[0], chosen_tokens=tokens)])
-    monkeypatch.setattr("steps.train._start", None)
+    monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(DataError, match=f"{pairs[0].prompt_id}' has {len(tokens)} tokens, more than seq_len 96"):
         run_phase(1, pairs_path=str(folder), eval_every=1)
 
@@ -166,7 +166,7 @@ def test_a_profile_of_an_update_that_does_not_run_is_refused_or_reported(
     run_phase, session, step_run, monkeypatch, caplog
 ):
     monkeypatch.setattr(session, "profile", 4)
-    monkeypatch.setattr("steps.train._start", None)
+    monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(ConfigError, match="--profile is 4; expected 1 to 3, the updates of the run"):
         run_phase(3)
     skipped = JobSession(profile=2)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from jinja2 import TemplateError
+
 from simpo_pipeline.data.records import Message
 from simpo_pipeline.errors import DataError, first_line
 from simpo_pipeline.storage.files import list_files, read_bytes
@@ -160,8 +162,6 @@ def _encode_answer_alone(tokenizer: Tokenizer, messages: Sequence[Message]) -> l
 
 
 def _apply(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, **options: Any) -> Any:
-    from jinja2 import TemplateError  # imported here, like transformers: planning needs neither
-
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)

@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Int32
 
 from simpo_pipeline.errors import DataError
@@ -94,9 +96,6 @@ def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    import pyarrow as pa  # imported here because the import takes longer than planning a whole job
-    import pyarrow.parquet as pq
-
     table = pa.table(
         {
             "prompt_id": pa.array([pair.prompt_id for pair in pairs], pa.string()),
@@ -117,9 +116,6 @@ def read_pairs(path: str) -> list[TokenizedPair]:
         DataError: the file is not Parquet or lacks a column.
         StorageError: the file cannot be read.
     """
-    import pyarrow as pa  # imported here, as above
-    import pyarrow.parquet as pq
-
     names = [field.name for field in fields(TokenizedPair)]
     with open_read(path) as file:
         try:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.source_files import source_files
 from simpo_pipeline.errors import DataError
@@ -160,9 +163,6 @@ def _jsonl_rows(lines: Iterable[bytes], path: str) -> Iterator[tuple[int, str, o
 
 
 def _parquet_rows(file: Any, path: str) -> Iterator[tuple[int, str, object]]:
-    import pyarrow as pa  # imported here because the import takes longer than planning a whole job
-    import pyarrow.parquet as pq
-
     try:
         parquet = pq.ParquetFile(file)
         columns = [name for name in parquet.schema_arrow.names if name in _COLUMNS]

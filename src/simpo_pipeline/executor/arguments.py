@@ -74,19 +74,22 @@ def _completed(arguments: Sequence[str], kinds: dict[str, Any]) -> list[str]:
     while position < len(arguments):
         flag = arguments[position]
         position += 1
+        flag, has_value, value = flag.partition("=") if flag.startswith("--") else (flag, "", "")
         completed.append(flag)
         kind = kinds.get(flag.removeprefix("--")) if flag.startswith("--") else None
-        values: list[str] = []
+        values = [value] if has_value else []
         while position < len(arguments) and not arguments[position].startswith("--"):
             values.append(arguments[position])
             position += 1
-        completed.extend(_values_for(kind, values))
+        completed.extend(_values_for(flag, kind, values))
     return completed
 
 
-def _values_for(kind: Any, values: list[str]) -> list[str]:
+def _values_for(flag: str, kind: Any, values: list[str]) -> list[str]:
     if kind is bool and not values:
         return ["true"]
+    if typing.get_origin(kind) is typing.Literal and values and values[0] not in (allowed := typing.get_args(kind)):
+        raise ConfigError(f"{flag} is {values[0]!r}; expected one of {', '.join(map(str, allowed))}.")
     if typing.get_origin(kind) in (list, tuple) and values and not values[0].startswith("["):
         return [json.dumps(values)]
     return values

@@ -13,6 +13,8 @@ the step function reads (`str`, `float`), not with the marker that an experiment
 """
 
 import dataclasses
+import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +26,27 @@ ConfigT = TypeVar("ConfigT")
 
 StepFunction = Callable[..., Any]
 """fn(config) or fn(config, run: StepRun), returning None or a Live."""
+
+
+def imported_step(path: str, *, module: str, takes_run: bool) -> StepFunction:
+    """Return a step function that is imported when it is called, so that planning does not load what it needs.
+
+    Args:
+        path: Import path of the function, such as `steps.bodies.train.train`.
+        module: Module that offers the step function, `__name__` there. Records name the function by it.
+        takes_run: Whether the function has a second parameter `run`.
+    """
+
+    body, _, function = path.rpartition(".")
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(body), function)(*arguments)
+
+    call.__module__, call.__name__, call.__qualname__ = module, function, function
+    parameters = ("config", "run") if takes_run else ("config",)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    setattr(call, "__signature__", inspect.Signature([inspect.Parameter(name, kind) for name in parameters]))  # noqa: B010
+    return call
 
 
 @dataclass(frozen=True, eq=False, repr=False)

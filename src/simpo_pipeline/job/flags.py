@@ -35,7 +35,7 @@ class JobFlags(ExecutorMainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.profile is not None and self.profile < 1:
-            raise ConfigError(f"--profile is {self.profile}; expected at least 1")
+            raise ConfigError(f"--profile is {self.profile}; updates are counted from 1, so give at least 1")
         compilation_cache_path(self.compilation_cache, os.environ)
 
     def job_session(self, open_tracker: Callable[[], Tracker], group: "ProcessGroup | None") -> JobSession:

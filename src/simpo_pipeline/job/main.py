@@ -3,8 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import executor_main, parse_main_config
 from simpo_pipeline.executor.records.provenance import script_name
 from simpo_pipeline.executor.step import ExecutorStep, InputName
@@ -29,6 +30,12 @@ class TrackerChoice:
     kind: TrackerKind = "jsonl"
     name: str | None = None
     project: str = "simpo-pipeline"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(TrackerKind):
+            raise ConfigError(
+                f"the kind of tracker is {self.kind!r}; expected one of {', '.join(get_args(TrackerKind))}"
+            )
 
 
 def main(

@@ -5,6 +5,8 @@ import pathlib
 import tempfile
 from collections.abc import Generator
 
+import jax
+
 from simpo_pipeline.storage.files import upload
 from simpo_pipeline.storage.paths import join
 
@@ -12,8 +14,6 @@ from simpo_pipeline.storage.paths import join
 @contextlib.contextmanager
 def profiled(output_path: str, process_index: int) -> Generator[None]:
     """Trace the `with` block into `profile/process-N` of a step's outputs, for TensorBoard or Perfetto."""
-    import jax  # here, because planning must not import it
-
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             yield

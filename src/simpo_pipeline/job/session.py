@@ -14,7 +14,7 @@ from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 
-logger = logging.getLogger(f"simpo_pipeline.{__name__}")
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from simpo_pipeline.distributed.compilation_cache import CompilationCache
@@ -112,7 +112,7 @@ def session_of(run: StepRun) -> JobSession:
     """
     if not isinstance(run.session, JobSession):
         raise ConfigError(
-            f"step {run.name!r} must run in a job, but its session is {type(run.session).__name__}. "
-            "Run the steps with `main(steps=...)` of simpo_pipeline.job.main."
+            f"step {run.name!r} needs a JobSession, but its session is {type(run.session).__name__}. Replace "
+            "executor_main with main(steps=...) of simpo_pipeline.job.main, or pass it session=JobSession(...)."
         )
     return run.session

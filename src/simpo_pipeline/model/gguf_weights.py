@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, dequantize
 from jaxtyping import Float
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
@@ -128,8 +129,6 @@ def _split_rotary_halves(weights: Float[np.ndarray, "rows embed"], head_dim: int
 
 
 def _write_tokenizer(fields: Mapping[str, Any], special_ids: Mapping[str, int], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # here: only this function needs it
-
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
     merges: list[tuple[str, str]] = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]

@@ -12,6 +12,9 @@ _Z = 1.959963984540054
 # With fewer values and an estimated standard deviation, a mean is further from normal than its interval assumes.
 _FEWEST_FOR_A_MEAN = 30
 
+EVALUATIONS_FILE = "evaluations.jsonl"
+"""Rows of a training step, one per evaluation."""
+
 
 @dataclass(frozen=True)
 class Evaluation:

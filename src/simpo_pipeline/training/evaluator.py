@@ -4,34 +4,28 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simpo_pipeline.data.config import VALIDATION_FILE
+from simpo_pipeline.data.pairs import TokenizedPair, read_pairs
+from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.storage.files import exists
 from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import Tracker
+from simpo_pipeline.training.evaluation import EVALUATIONS_FILE, accuracy
+from simpo_pipeline.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from simpo_pipeline.data.pairs import TokenizedPair
-    from simpo_pipeline.data.sweep import PairSweep
-    from simpo_pipeline.training.trainer import Trainer
-
-logger = logging.getLogger(f"simpo_pipeline.{__name__}")
-
-EVALUATIONS_FILE = "evaluations.jsonl"
+logger = logging.getLogger(__name__)
 
 
-def read_held_out(pairs_paths: Sequence[str]) -> "list[TokenizedPair]":
+def read_held_out(pairs_paths: Sequence[str]) -> list[TokenizedPair]:
     """Return the held-out pairs of all datasets.
 
     Raises:
         ConfigError: No pairs were held out.
     """
-    # Imported here because planning must not pay for pyarrow.
-    from simpo_pipeline.data.pairs import read_pairs
-
     paths = [path for path in (join(folder, VALIDATION_FILE) for folder in pairs_paths) if exists(path)]
     if not paths:
         raise ConfigError(
@@ -41,10 +35,8 @@ def read_held_out(pairs_paths: Sequence[str]) -> "list[TokenizedPair]":
     return [pair for path in paths for pair in read_pairs(path)]
 
 
-def open_sweep(pairs: "Sequence[TokenizedPair]", trainer: "Trainer", pad_id: int) -> "PairSweep":
+def open_sweep(pairs: Sequence[TokenizedPair], trainer: Trainer, pad_id: int) -> PairSweep:
     """Return the pairs in batches with the settings of the trainer."""
-    from simpo_pipeline.data.sweep import PairSweep
-
     return PairSweep(
         pairs=pairs,
         batch_size=trainer.config.train_batch_size,
@@ -59,7 +51,7 @@ class Evaluator:
     """Evaluator of a trainer. Every process must call `evaluate`; only the leader writes a row each time."""
 
     def __init__(
-        self, trainer: "Trainer", sweep: "PairSweep", tracker: Tracker, output_path: str, *, is_leader: bool
+        self, trainer: Trainer, sweep: PairSweep, tracker: Tracker, output_path: str, *, is_leader: bool
     ) -> None:
         self._trainer = trainer
         self._sweep = sweep
@@ -85,8 +77,6 @@ class Evaluator:
 
     def evaluate(self) -> None:
         """Evaluate the current weights on the held-out pairs, and record and log the result."""
-        from simpo_pipeline.training.evaluation import accuracy
-
         step, found = self._trainer.step, self._trainer.evaluate(self._sweep)
         estimate = accuracy(found.margins)
         row: dict[str, Any] = {

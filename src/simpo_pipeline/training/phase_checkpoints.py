@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simpo_pipeline.training.state import TrainState
     from simpo_pipeline.training.trainer import Trainer
 
-logger = logging.getLogger(f"simpo_pipeline.{__name__}")
+logger = logging.getLogger(__name__)
 
 # JSON values that a resuming step needs in addition to the state.
 Progress = dict[str, Any]

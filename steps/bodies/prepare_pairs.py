@@ -1,0 +1,44 @@
+"""The code of step `prepare_pairs`."""
+
+import dataclasses
+import logging
+import time
+
+from simpo_pipeline.data.chat import load_tokenizer
+from simpo_pipeline.data.config import PAIRS_FILE, VALIDATION_FILE
+from simpo_pipeline.data.pairs import write_pairs
+from simpo_pipeline.data.records import read_records
+from simpo_pipeline.data.split import split_pairs
+from simpo_pipeline.data.tokenize import tokenize_pairs
+from simpo_pipeline.storage.files import write_json
+from simpo_pipeline.storage.paths import join
+from steps.prepare_pairs import PreparePairsConfig
+
+logger = logging.getLogger("simpo_pipeline.steps.prepare_pairs")
+
+
+def prepare_pairs(config: PreparePairsConfig) -> None:
+    """Write `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
+
+    Held-out pairs are written to `validation.parquet` instead.
+
+    Raises:
+        DataError: A row is malformed, a pair is too long or unusable and its treatment is `raise`, or no pair is left.
+    """
+    started = time.perf_counter()
+    pairs, stats = tokenize_pairs(
+        read_records(config.source),
+        load_tokenizer(config.model_path),
+        config.max_length,
+        too_long=config.too_long,
+        unusable=config.unusable,
+    )
+    training, held_out = split_pairs(pairs, config.validation_fraction)
+    write_pairs(join(config.output_path, PAIRS_FILE), training)
+    if held_out:
+        write_pairs(join(config.output_path, VALIDATION_FILE), held_out)
+    seconds = round(time.perf_counter() - started, 3)
+    counts = {"num_training": len(training), "num_validation": len(held_out)}
+    summary = {"source": config.source.path, **dataclasses.asdict(stats), **counts, "seconds": seconds}
+    write_json(join(config.output_path, "summary.json"), summary)
+    logger.info("pairs: %d kept, %d dropped, %d truncated", stats.num_pairs, stats.num_dropped, stats.num_truncated)

@@ -160,11 +160,12 @@ def test_training_again_compiles_nothing_and_reports_the_time_saved(run, prefix)
 
 
 @pytest.mark.slow
-def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, finished, tmp_path):
+def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, unoptimised, finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
     # Started as its own process: with a fork, the kill would reach the client first.
     words = [sys.executable, *command("m11_interleave.py", tmp_path)[len(python) :]]
-    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env = os.environ | unoptimised
+    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     try:
         deadline = time.monotonic() + 240
         while not any(path.stat().st_size for path in tmp_path.glob("train-5-*/metrics.jsonl")):

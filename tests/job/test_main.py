@@ -74,7 +74,7 @@ def test_the_experiment_of_the_readme_runs(readme_experiment, tmp_path):
 
 def test_an_unknown_tracker_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="the tracker is 'mlflow'; expected one of wandb, jsonl, none"):
-        TrackerChoice("mlflow")  # pyright: ignore[reportArgumentType]
+        TrackerChoice("mlflow")
 
 
 def test_a_step_that_needs_a_job_says_how_to_run_it(tmp_path, capsys):

@@ -13,7 +13,8 @@ from simpo_pipeline.errors import ConfigError, DataError, StorageError
 from simpo_pipeline.executor.run import Action, PlanRow, StepRun
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.training.evaluation import accuracy
-from steps.report import ReportConfig, fenced, markdown_cell, printable, report, show_number, spread
+from steps.bodies.report import fenced, markdown_cell, printable, show_number, spread
+from steps.report import ReportConfig, report
 
 HOSTILE = (
     '</div><script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)>& ```\n'

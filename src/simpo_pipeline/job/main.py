@@ -27,15 +27,13 @@ class TrackerChoice:
         project: The wandb project.
     """
 
-    kind: TrackerKind = "jsonl"
+    kind: str = "jsonl"
     name: str | None = None
     project: str = "simpo-pipeline"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(TrackerKind):
-            raise ConfigError(
-                f"the kind of tracker is {self.kind!r}; expected one of {', '.join(get_args(TrackerKind))}"
-            )
+            raise ConfigError(f"the tracker is {self.kind!r}; expected one of {', '.join(get_args(TrackerKind))}")
 
 
 def main(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpo_pipeline.tracking.line_chart import Series, layout_chart, ticks
+from steps.bodies.line_chart import Series, layout_chart, ticks
 
 
 @given(

@@ -29,12 +29,16 @@ def command(python):
 
 
 @pytest.fixture(scope="session")
-def run(command, unoptimised):
-    """Return a function that runs a script, requires success, and returns the output; `tiny` runs unoptimised code."""
+def tiny_environment(unoptimised) -> dict[str, str]:
+    """The environment of every job on `tiny`: digests are only comparable between jobs that are compiled alike."""
+    return os.environ | unoptimised
 
-    def run_script(*words: Any, environment: dict[str, str] | None = None, **options: str) -> str:
-        if environment is None and "preset" not in options:
-            environment = os.environ | unoptimised
+
+@pytest.fixture(scope="session")
+def run(command, tiny_environment):
+    """Run a script, require that it succeeds, and return its output."""
+
+    def run_script(*words: Any, environment: dict[str, str] = tiny_environment, **options: str) -> str:
         done = subprocess.run(command(*words, **options), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -128,10 +132,10 @@ def test_metrics_have_a_row_for_every_update_with_every_metric(finished):
         assert rewards | others | {"step_seconds"} <= set(row)
 
 
-def test_a_second_run_skips_every_step(run, prefix):
+def test_a_second_run_skips_every_step(run, tiny_environment, prefix):
     before = {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")}
     # Without a platform, every use of a device fails.
-    environment = {**os.environ, "JAX_PLATFORMS": "none"}
+    environment = {**tiny_environment, "JAX_PLATFORMS": "none"}
     text = run("m11_interleave.py", prefix, environment=environment)
     assert set(actions(text).values()) == {"SKIP"}
     assert {path: path.stat().st_mtime_ns for path in prefix.glob("*-*/*")} == before
@@ -160,12 +164,11 @@ def test_training_again_compiles_nothing_and_reports_the_time_saved(run, prefix)
 
 
 @pytest.mark.slow
-def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, unoptimised, finished, tmp_path):
+def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python, tiny_environment, finished, tmp_path):
     digest = summary(finished, "train-5")["state_digest"]
     # Started as its own process: with a fork, the kill would reach the client first.
     words = [sys.executable, *command("m11_interleave.py", tmp_path)[len(python) :]]
-    env = os.environ | unoptimised
-    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny_environment)
     try:
         deadline = time.monotonic() + 240
         while not any(path.stat().st_size for path in tmp_path.glob("train-5-*/metrics.jsonl")):
@@ -181,10 +184,10 @@ def test_a_job_killed_in_train_5_resumes_to_the_same_digest(run, command, python
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_for_the_whole_job(command, prefix):
+def test_wandb_offline_keeps_one_run_for_the_whole_job(command, tiny_environment, prefix):
     for step in ("train-2", "infer-128", "train-5"):
         (outputs(prefix, step) / ".executor_status").unlink()
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment = {**tiny_environment, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = ("--tracker", "wandb")
     done = subprocess.run(command("m11_interleave.py", prefix, *flags), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -209,6 +212,6 @@ def test_an_unknown_preset_is_reported_in_one_sentence(command, tmp_path):
 
 @pytest.mark.slow
 def test_interleaving_changes_nothing_on_a_real_model(run, tmp_path):
-    run("m11_interleave.py", tmp_path, preset="smollm2")
-    run("simpo_uninterrupted.py", tmp_path, preset="smollm2")
+    for script in ("m11_interleave.py", "simpo_uninterrupted.py"):
+        run(script, tmp_path, preset="smollm2", environment=dict(os.environ))  # optimised code
     assert summary(tmp_path, "train-5")["state_digest"] == summary(tmp_path, "train-7")["state_digest"]

@@ -1,5 +1,6 @@
 """`main`, and the experiment in the README, whose exact text is run."""
 
+import importlib
 import inspect
 import json
 import pathlib
@@ -12,10 +13,15 @@ import pytest
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.main import ExecutorMainConfig, executor_main
 from simpo_pipeline.executor.run import StepRun
-from simpo_pipeline.executor.step import ExecutorStep, imported_step
+from simpo_pipeline.executor.step import ExecutorStep
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.job.main import TrackerChoice, main
 from simpo_pipeline.job.session import session_of
+from steps.export import export
+from steps.infer import infer
+from steps.make_model import make_model
+from steps.prepare_pairs import prepare_pairs
+from steps.report import report
 from steps.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -86,8 +92,8 @@ def test_a_step_that_needs_a_job_says_how_to_run_it(tmp_path, capsys):
     )
 
 
-def test_an_imported_step_has_the_name_and_parameters_of_its_function():
-    step = imported_step("json.tool.main", module=__name__, takes_run=False)
-    assert (step.__module__, step.__qualname__) == (__name__, "main")
-    assert list(inspect.signature(step).parameters) == ["config"]
-    assert list(inspect.signature(train).parameters) == ["config", "run"]
+@pytest.mark.parametrize("step", [export, infer, make_model, prepare_pairs, report, train])
+def test_an_imported_step_has_the_name_and_the_parameters_of_its_body(step):
+    assert step.__module__ == f"steps.{step.__qualname__}"
+    body = getattr(importlib.import_module(f"steps.bodies.{step.__qualname__}"), step.__qualname__)
+    assert list(inspect.signature(step).parameters) == list(inspect.signature(body).parameters)

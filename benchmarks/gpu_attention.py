@@ -26,6 +26,7 @@ from result_files import write_result
 from simpo_pipeline.distributed.mesh import local_mesh
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention, in_xla
 from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
+from simpo_pipeline.ops.paged_batch import PagedSequences
 from simpo_pipeline.ops.paged_xla import attend_in_tiles
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE = 32, 8, 128, 64
@@ -48,12 +49,12 @@ def by_cudnn(q: Any, keys: Any, values: Any, table: Any, query_starts: Any, kv_l
 
 def by_xla(q: Any, keys: Any, values: Any, *rest: Any) -> jax.Array:
     """Attend with plain XLA, one block of keys after another."""
-    return attend_in_tiles(q, in_xla(keys, values), *rest, num_single=q.shape[0], kv_heads=KV_HEADS)
+    return attend_in_tiles(q, in_xla(keys, values), PagedSequences(*rest, num_single=q.shape[0]), KV_HEADS)
 
 
 def by_backend(backend: Any, q: Any, keys: Any, values: Any, *rest: Any) -> jax.Array:
     """Attend with a `PagedAttention`."""
-    return backend.attend(q, (keys, values), *rest, num_single=q.shape[0])
+    return backend.attend(q, (keys, values), PagedSequences(*rest, num_single=q.shape[0]))
 
 
 def random_case(num_seqs: int, least: int, most: int) -> tuple[jax.Array, ...]:
@@ -77,9 +78,8 @@ def largest_error(out: jax.Array, case: tuple[jax.Array, ...]) -> float:
     q, keys, values, table, _, kv_lens = case
     few = min(4, q.shape[0])
     wide = [array.astype(jnp.float32) for array in (q[:few], keys, values)]
-    reference = ReferencePagedAttention()
-    attend = jax.jit(functools.partial(reference.attend, num_single=few))
-    expected = attend(wide[0], (wide[1], wide[2]), table[:few], jnp.arange(few + 1, dtype=jnp.int32), kv_lens[:few])
+    sequences = PagedSequences(table[:few], jnp.arange(few + 1, dtype=jnp.int32), kv_lens[:few], num_single=few)
+    expected = jax.jit(ReferencePagedAttention().attend)(wide[0], (wide[1], wide[2]), sequences)
     return float(jnp.max(jnp.abs(out[:few].astype(jnp.float32) - expected)))
 
 

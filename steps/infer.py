@@ -1,12 +1,15 @@
 """Step `infer`: generates from a list of prompts with the weights of a borrowed live trainer or a model folder."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
+
+if TYPE_CHECKING:
+    from simpo_pipeline.training.trainer import Trainer
 
 InferenceMode = Literal["host_data_parallel", "global_mesh"]
 MODES = ("host_data_parallel", "global_mesh")
@@ -36,12 +39,11 @@ class InferConfig:
     sampling: SamplingParams
     engine: EngineConfig
     model_path: str
-    trainer: Any = None
+    trainer: "Trainer | None" = None
     step: int = 0
     chat: bool = True
     mode: InferenceMode = "host_data_parallel"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         mode = unwrap_versioned_value(self.mode)
@@ -49,5 +51,5 @@ class InferConfig:
             raise ConfigError(f"Unknown inference_mode={mode!r}. Expected one of: {', '.join(MODES)}")
 
 
-infer = imported_step("steps.bodies.infer.infer", module=__name__, takes_run=True)
+infer = imported_step("steps.bodies.infer.infer", module=__name__, takes=("run",))
 """Write one row per sample to this host's file, the merged file of all hosts, and `summary.json`."""

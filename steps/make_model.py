@@ -5,7 +5,7 @@ Tests train such a model instead of a fetched one. Nothing is downloaded, and no
 
 import dataclasses
 
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step
+from simpo_pipeline.executor.step import imported_step
 from simpo_pipeline.model.config import LlamaConfig
 
 
@@ -15,8 +15,7 @@ class MakeModelConfig:
 
     model: LlamaConfig
     seed: int = 0
-    output_path: str = THIS_OUTPUT_PATH
 
 
-make_model = imported_step("steps.bodies.make_model.make_model", module=__name__, takes_run=False)
-"""Write config.json, fp32 safetensors, tokenizer files and `summary.json` to `output_path`."""
+make_model = imported_step("steps.bodies.make_model.make_model", module=__name__, takes=("output",))
+"""Write config.json, fp32 safetensors, tokenizer files and `summary.json`."""

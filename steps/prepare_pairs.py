@@ -3,7 +3,7 @@
 import dataclasses
 
 from simpo_pipeline.data.config import PreferenceSource, TooLong, Unusable
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step
+from simpo_pipeline.executor.step import imported_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,7 @@ class PreparePairsConfig:
     unusable: Unusable = "raise"
     validation_fraction: float = 0.0
     source_id: str | None = None
-    output_path: str = THIS_OUTPUT_PATH
 
 
-prepare_pairs = imported_step("steps.bodies.prepare_pairs.prepare_pairs", module=__name__, takes_run=False)
+prepare_pairs = imported_step("steps.bodies.prepare_pairs.prepare_pairs", module=__name__, takes=("output",))
 """Write `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,6 @@ class ReportConfig:
     train_outputs: tuple[str, ...] = ()
     infer_outputs: tuple[str, ...] = ()
     num_samples: int = 8
-    output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         num_samples = unwrap_versioned_value(self.num_samples)
@@ -29,5 +28,5 @@ class ReportConfig:
             raise ConfigError(f"num_samples is {num_samples}; expected at least 0")
 
 
-report = imported_step("steps.bodies.report.report", module=__name__, takes_run=True)
+report = imported_step("steps.bodies.report.report", module=__name__, takes=("run",))
 """Write `report.html`, `report.md` and `summary.json`. Only the leader writes."""

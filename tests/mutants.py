@@ -132,6 +132,20 @@ EXECUTOR = (
         "tests/executor/test_executor.py",
     ),
     Mutant(
+        "refused-write-that-is-swallowed-counts-as-success",
+        "src/simpo_pipeline/executor/running/stopping.py",
+        "            self._stop(error)\n",
+        "",
+        "tests/executor/test_two_jobs.py",
+    ),
+    Mutant(
+        "stopped-step-never-ends-its-process",
+        "src/simpo_pipeline/executor/running/stopping.py",
+        "os._exit(STOPPED_EXIT_CODE)",
+        "pass",
+        "tests/executor/test_stopping.py",
+    ),
+    Mutant(
         "dependents-of-a-failed-step-run",
         "src/simpo_pipeline/executor/running/schedule.py",
         "in (Ending.FAILED, Ending.DEP_FAILED)",
@@ -192,16 +206,16 @@ EXECUTOR = (
 STORAGE = (
     Mutant(
         "fence-ignored",
-        "src/simpo_pipeline/storage/fence.py",
-        "if path == folder or path.startswith",
-        "if path == folder and path.startswith",
+        "src/simpo_pipeline/storage/output_folder.py",
+        'files.write_bytes(self.path_of(name), text.encode("utf-8"), self._fence)',
+        'files.write_bytes(self.path_of(name), text.encode("utf-8"))',
         "tests/storage/test_fence.py",
     ),
     Mutant(
         "fence-not-asked-when-the-file-appears",
-        "src/simpo_pipeline/storage/fence.py",
-        "held.enter_context(fence.hold())",
-        "fence",
+        "src/simpo_pipeline/storage/files.py",
+        "store_of(path).write_bytes(path, data, fence.hold())",
+        "store_of(path).write_bytes(path, data, OPEN.hold())",
         "tests/storage/test_fence.py",
     ),
     Mutant(
@@ -450,7 +464,7 @@ CONFIG_FILES = (
     Mutant(
         "unknown-key-accepted",
         "src/simpo_pipeline/config_files/check.py",
-        'yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}."',
+        'yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}{page}."',
         "yield from ()",
         "tests/config_files/test_decode.py",
     ),
@@ -624,8 +638,8 @@ OPS = (
     Mutant(
         "token-of-no-page-written-to-the-last-one",
         "src/simpo_pipeline/ops/paged_attention_cpu.py",
-        'set(_stored(k), mode="drop")',
-        'set(_stored(k), mode="clip")',
+        'set(_stored(tokens.k), mode="drop")',
+        'set(_stored(tokens.k), mode="clip")',
         "tests/ops/test_paged_attention.py",
     ),
     Mutant(
@@ -968,8 +982,8 @@ STEPS = (
     Mutant(
         "held-out-pairs-in-the-training-file",
         "steps/bodies/prepare_pairs.py",
-        "PAIRS_FILE), training)",
-        "PAIRS_FILE), pairs)",
+        "write_pairs(file, training)",
+        "write_pairs(file, pairs)",
         "tests/steps/test_prepare_pairs.py",
     ),
     Mutant(

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from protocol import Generate, Prompts, serve
+from protocol import Generate, Prompts, in_batches, serve
 
 # Maximum number of prompt tokens per call.
 BATCH_TOKENS = 2048
@@ -76,29 +76,16 @@ def load(settings: dict[str, Any]) -> Generate:
             rows += [(token, position, sequence, position == last) for position, token in enumerate(prompt)]
         return first + run(rows)
 
-    def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
-        tokens: list[list[int]] = []
-        prefill_seconds = decode_seconds = 0.0
-        for start in range(0, len(prompts), settings["batch"]):
-            started = time.perf_counter()
-            group = prompts[start : start + settings["batch"]]
-            llama_cpp.llama_memory_clear(memory, False)
-            drawn = [prefill(group)]
-            prefilled = time.perf_counter()
-            for step in range(max_tokens - 1):
-                rows = [(token, len(group[seq]) + step, seq, True) for seq, token in enumerate(drawn[-1])]
-                drawn.append(run(rows))
-            tokens += [list(column) for column in zip(*drawn, strict=True)]
-            prefill_seconds += prefilled - started
-            decode_seconds += time.perf_counter() - prefilled
-        return {
-            "tokens": tokens,
-            "prefill_seconds": prefill_seconds,
-            "decode_seconds": decode_seconds,
-            "decode_tokens": len(prompts) * (max_tokens - 1),
-        }
+    def generate_batch(prompts: Prompts, max_tokens: int) -> tuple[list[list[int]], float]:
+        llama_cpp.llama_memory_clear(memory, False)
+        drawn = [prefill(prompts)]
+        prefilled = time.perf_counter()
+        for step in range(max_tokens - 1):
+            rows = [(token, len(prompts[seq]) + step, seq, True) for seq, token in enumerate(drawn[-1])]
+            drawn.append(run(rows))
+        return [list(column) for column in zip(*drawn, strict=True)], prefilled
 
-    return generate
+    return in_batches(settings["batch"], generate_batch)
 
 
 if __name__ == "__main__":

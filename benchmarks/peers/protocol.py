@@ -22,6 +22,8 @@ Prompts = list[list[int]]
 # Generates all tokens of all prompts, greedily and ignoring end tokens. Its answer has the generated `tokens` of each
 # prompt; `prefill_seconds`, `decode_seconds` and the `decode_tokens` drawn in those, if known; and anything else.
 Generate = Callable[[Prompts, int], dict[str, Any]]
+# Generates for one batch. It returns the tokens of each prompt, and time.perf_counter() at the end of the prefill.
+GenerateBatch = Callable[[Prompts, int], tuple[list[list[int]], float]]
 # Makes one update and returns its loss.
 Update = Callable[[], float]
 
@@ -72,6 +74,28 @@ def serve(distributions: Sequence[str], load: Callable[[dict[str, Any]], Generat
         return answer
 
     _answer_requests(distributions, load_all)
+
+
+def in_batches(batch: int, generate_batch: GenerateBatch) -> Generate:
+    """Return a function that generates for `batch` prompts at a time, one batch after another."""
+
+    def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
+        tokens: list[list[int]] = []
+        prefill_seconds = decode_seconds = 0.0
+        for first in range(0, len(prompts), batch):
+            start = time.perf_counter()
+            drawn, prefilled = generate_batch(prompts[first : first + batch], max_tokens)
+            tokens += drawn
+            prefill_seconds += prefilled - start
+            decode_seconds += time.perf_counter() - prefilled
+        return {
+            "tokens": tokens,
+            "prefill_seconds": prefill_seconds,
+            "decode_seconds": decode_seconds,
+            "decode_tokens": len(prompts) * (max_tokens - 1),
+        }
+
+    return generate
 
 
 def serve_updates(distributions: Sequence[str], load: Callable[[dict[str, Any], list[Pair]], Update]) -> None:

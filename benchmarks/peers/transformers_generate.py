@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from protocol import Generate, Prompts, serve
+from protocol import Generate, Prompts, in_batches, serve
 from transformers import AutoModelForCausalLM
 
 
@@ -44,33 +44,21 @@ def load(settings: dict[str, Any]) -> Generate:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
-    def generate(prompts: Prompts, max_tokens: int) -> dict[str, Any]:
-        tokens: list[list[int]] = []
-        prefill_seconds = decode_seconds = 0.0
-        for start in range(0, len(prompts), settings["batch"]):
-            started = time.perf_counter()
-            ids, mask = left_padded(prompts[start : start + settings["batch"]])
-            first = FirstToken()
-            with torch.inference_mode():
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_tokens,
-                    do_sample=False,
-                    stopping_criteria=[first],
-                )
-            tokens += output[:, ids.shape[1] :].tolist()
-            assert first.time is not None
-            prefill_seconds += first.time - started
-            decode_seconds += time.perf_counter() - first.time
-        return {
-            "tokens": tokens,
-            "prefill_seconds": prefill_seconds,
-            "decode_seconds": decode_seconds,
-            "decode_tokens": len(prompts) * (max_tokens - 1),
-        }
+    def generate_batch(prompts: Prompts, max_tokens: int) -> tuple[list[list[int]], float]:
+        ids, mask = left_padded(prompts)
+        first = FirstToken()
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                stopping_criteria=[first],
+            )
+        assert first.time is not None
+        return output[:, ids.shape[1] :].tolist(), first.time
 
-    return generate
+    return in_batches(settings["batch"], generate_batch)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Arguments that are not flags of the executor are settings, and are checked like 
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from simpo_pipeline.config_files.decode import COMMAND_LINE, decode_yaml
@@ -18,11 +18,14 @@ from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.storage.files import read_text
 
+# The page that lists settings of other projects, and what to do instead.
+SETTINGS_PAGE = "docs/settings.md"
+
 T = TypeVar("T")
 FlagsT = TypeVar("FlagsT", bound=JobFlags)
 
 
-def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mapping[str, str]) -> T:
+def read_settings(cls: type[T], path: str, flags: Sequence[str]) -> T:
     """Return the settings of a YAML file at any storage path. Settings on the command line override the file.
 
     Raises:
@@ -32,12 +35,10 @@ def read_settings(cls: type[T], path: str, flags: Sequence[str], retired: Mappin
         text = read_text(path)
     except StorageError as error:
         raise ConfigError(f"--config_path: {error}") from error
-    return decode_yaml(cls, text, source=path, flags=flags, retired=retired)
+    return decode_yaml(cls, text, source=path, flags=flags, page=SETTINGS_PAGE)
 
 
-def parse_command_line(
-    cls: type[T], words: Sequence[str], retired: Mapping[str, str], flags_class: type[FlagsT]
-) -> tuple[T, FlagsT]:
+def parse_command_line(cls: type[T], words: Sequence[str], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
     """Return the settings and the flags of a command line. `--help` prints the flags and exits.
 
     Raises:
@@ -51,7 +52,7 @@ def parse_command_line(
     path = parse_flags(file_words, COMMAND_LINE).get("config_path")
     if not isinstance(path, str):
         raise ConfigError("--config_path is missing; give a YAML file, such as one of experiments/configs/")
-    return read_settings(cls, path, settings_words, retired), flags
+    return read_settings(cls, path, settings_words), flags
 
 
 def setting_names(cls: type) -> list[str]:
@@ -59,7 +60,7 @@ def setting_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def parse_command_line_or_exit(cls: type[T], retired: Mapping[str, str], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
+def parse_command_line_or_exit(cls: type[T], flags_class: type[FlagsT]) -> tuple[T, FlagsT]:
     """Call `parse_command_line` with this script's arguments. On an error, print its message and exit with 2."""
     with usage_errors_reported():
-        return parse_command_line(cls, sys.argv[1:], retired, flags_class)
+        return parse_command_line(cls, sys.argv[1:], flags_class)

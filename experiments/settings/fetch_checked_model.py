@@ -9,10 +9,10 @@ from typing import Any
 
 from experiments.settings.model import ModelSettings, contradictions
 from simpo_pipeline.errors import ModelError
-from simpo_pipeline.executor.step import THIS_OUTPUT_PATH, ExecutorStep, versioned
+from simpo_pipeline.executor.step import ExecutorStep, versioned
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.storage.files import read_json
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.fetch_model import FetchModelConfig, fetch_model
 
 
@@ -23,19 +23,16 @@ class FetchCheckedModelConfig:
     source: str
     stated_shape: dict[str, Any]
     tokenizer_source: str | None = None
-    output_path: str = THIS_OUTPUT_PATH
 
 
-def fetch_checked_model(config: FetchCheckedModelConfig) -> None:
+def fetch_checked_model(config: FetchCheckedModelConfig, output: OutputFolder) -> None:
     """Fetch a model as `fetch_model` does, and check that its shape is the one in the settings.
 
     Raises:
         ModelError: The source cannot be fetched, is not a supported model, or contradicts the settings.
     """
-    fetch_model(
-        FetchModelConfig(source=config.source, tokenizer_source=config.tokenizer_source, output_path=config.output_path)
-    )
-    model_config = LlamaConfig.from_hf(read_json(join(config.output_path, "config.json")))
+    fetch_model(FetchModelConfig(source=config.source, tokenizer_source=config.tokenizer_source), output)
+    model_config = LlamaConfig.from_hf(read_json(output.path_of("config.json")))
     found = contradictions(config.stated_shape, model_config)
     if found:
         raise ModelError(f"{'; '.join(found)}; leave these settings out, or name the model they belong to")

@@ -1,6 +1,5 @@
 """Conversion of generation settings, shared by `inference_eval` of training and `engine` of the sampler."""
 
-import dataclasses
 from typing import Any
 
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
@@ -9,73 +8,64 @@ from simpo_pipeline.inference.config import EngineConfig, SamplingParams, pages_
 from steps.infer import MODES
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineKnobs:
-    """Sizes of an engine under the names of the settings. The engine derives sizes that are None.
+def build_engine(
+    prefix: str,
+    *,
+    max_new_tokens: int,
+    max_seq_len: int | None,
+    max_seqs: int | None,
+    page_size: int | None,
+    max_pages: int | None,
+    max_prefill_size: int | None,
+    max_rounds: int | None,
+) -> EngineConfig:
+    """Return an engine's config from settings. `prefix` precedes the names of the settings in messages.
 
-    Attributes:
-        section: Section of the settings file, for messages.
-        max_seq_len: Maximum number of tokens of a sequence, prompt and generated tokens together.
-        max_seqs: Maximum number of sequences that decode together.
-        page_size: Number of tokens per page of the cache.
-        max_pages: Number of pages of the cache.
-        max_prefill_size: Number of prompt tokens that are computed at once.
-        max_rounds: Number of tokens that a sequence may draw per device call.
+    `EngineConfig` describes the sizes. Three of them have other names there: `max_pages` is `num_pages`,
+    `max_prefill_size` is `prefill_chunk_tokens`, and `max_rounds` is `decode_steps_per_call`. The engine derives sizes
+    that are None.
+
+    Raises:
+        ConfigError: A size is not positive, or is too small for a sequence with `max_new_tokens`.
     """
-
-    section: str
-    max_seq_len: int | None
-    max_seqs: int | None
-    page_size: int | None
-    max_pages: int | None
-    max_prefill_size: int | None
-    max_rounds: int | None
-
-    def build(self, max_new_tokens: int) -> EngineConfig:
-        """Return the engine's config.
-
-        Raises:
-            ConfigError: A size is not positive, or is too small for a sequence with `max_new_tokens`.
-        """
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if field.name != "section" and size is not None and size < 1:
-                raise ConfigError(f"{self.section}.{field.name} must be positive when set, got {size}")
-        if self.max_seq_len is not None:
-            self._check_length(self.max_seq_len, max_new_tokens)
-        if self.max_pages is not None and self.page_size is None:
-            raise ConfigError(
-                f"{self.section}.max_pages is {self.max_pages}, but {self.section}.page_size is null, so the "
-                "size of a page is unknown; set page_size too, or leave both to the engine"
-            )
-        given = {"prefill_chunk_tokens": self.max_prefill_size, "decode_steps_per_call": self.max_rounds}
-        return EngineConfig(
-            max_seqs=self.max_seqs,
-            max_seq_len=self.max_seq_len,
-            page_size=self.page_size,
-            num_pages=self.max_pages,
-            **{name: size for name, size in given.items() if size is not None},
+    sizes = {
+        "max_seq_len": max_seq_len,
+        "max_seqs": max_seqs,
+        "page_size": page_size,
+        "max_pages": max_pages,
+        "max_prefill_size": max_prefill_size,
+        "max_rounds": max_rounds,
+    }
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{prefix}{name} must be positive when set, got {size}")
+    if max_seq_len is not None and max_seq_len <= max_new_tokens:
+        raise ConfigError(
+            f"{prefix}max_seq_len is too small: it is {max_seq_len}, but must fit a prompt and "
+            f"max_new_tokens={max_new_tokens}; raise {prefix}max_seq_len"
         )
-
-    def _check_length(self, max_seq_len: int, max_new_tokens: int) -> None:
-        if max_seq_len <= max_new_tokens:
+    if max_seq_len is not None and max_rounds is not None and max_rounds > max_seq_len:
+        raise ConfigError(f"{prefix}max_rounds must be <= {prefix}max_seq_len, got {max_rounds} > {max_seq_len}")
+    if max_pages is not None and page_size is None:
+        raise ConfigError(
+            f"{prefix}max_pages is {max_pages}, but {prefix}page_size is null, so the size of a page is unknown; set "
+            "page_size too, or leave both to the engine"
+        )
+    if max_seq_len is not None and max_pages is not None and page_size is not None:
+        needed = pages_for(max_seq_len, page_size)
+        if max_pages < needed:
             raise ConfigError(
-                f"{self.section}.max_seq_len is too small: it is {max_seq_len}, but must fit a prompt and "
-                f"max_new_tokens={max_new_tokens}; raise {self.section}.max_seq_len"
+                f"{prefix}max_pages={max_pages} is too small for one sequence of max_seq_len={max_seq_len} "
+                f"({needed} pages needed at page_size={page_size}). Increase max_pages."
             )
-        if self.max_rounds is not None and self.max_rounds > max_seq_len:
-            raise ConfigError(
-                f"{self.section}.max_rounds must be <= {self.section}.max_seq_len, got {self.max_rounds} > "
-                f"{max_seq_len}"
-            )
-        if self.max_pages is None or self.page_size is None:
-            return
-        needed = pages_for(max_seq_len, self.page_size)
-        if self.max_pages < needed:
-            raise ConfigError(
-                f"{self.section}.max_pages={self.max_pages} is too small for one sequence of max_seq_len="
-                f"{max_seq_len} ({needed} pages needed at page_size={self.page_size}). Increase max_pages."
-            )
+    return EngineConfig(
+        max_seqs=max_seqs,
+        max_seq_len=max_seq_len,
+        page_size=page_size,
+        num_pages=max_pages,
+        prefill_chunk_tokens=max_prefill_size,
+        decode_steps_per_call=EngineConfig.decode_steps_per_call if max_rounds is None else max_rounds,
+    )
 
 
 def build_sampling(prefix: str, *, max_new_tokens: int, **fields: Any) -> SamplingParams:

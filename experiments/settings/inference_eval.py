@@ -3,7 +3,7 @@
 import dataclasses
 from typing import cast
 
-from experiments.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
+from experiments.settings.generation import build_engine, build_prompts, build_sampling, require_mode
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
@@ -24,7 +24,7 @@ class InferenceEvalConfig:
         chat: Whether a prompt is a user message in the chat template; otherwise it is plain text to continue.
         max_seq_len: Maximum number of tokens of prompt and answer together. None: `model.max_seq_len`, or what the
             prompts need.
-        page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `EngineKnobs`.
+        page_size, max_pages, max_seqs, max_prefill_size, max_rounds: See `build_engine`.
         seed: The key of each drawn token is derived from it, the update, the prompt and the position.
     """
 
@@ -92,8 +92,9 @@ class InferenceEvalConfig:
                 "inference_eval.max_seq_len cannot exceed model max sequence length: "
                 f"{max_seq_len} > {model_max_seq_len}"
             )
-        knobs = EngineKnobs(
-            section="inference_eval",
+        return build_engine(
+            "inference_eval.",
+            max_new_tokens=self.max_new_tokens,
             max_seq_len=max_seq_len,
             max_seqs=self.max_seqs,
             page_size=self.page_size,
@@ -101,4 +102,3 @@ class InferenceEvalConfig:
             max_prefill_size=self.max_prefill_size,
             max_rounds=self.max_rounds,
         )
-        return knobs.build(self.max_new_tokens)

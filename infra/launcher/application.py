@@ -93,13 +93,13 @@ class Application:
         place = TpuLocation(flags.tpu_name, *self._zone_and_project())
         capacity = parse_capacity(flags.capacity_type or "on-demand")
         tpu = TpuOptions(place, parse_tpu_type(flags.tpu_type), capacity, flags.version, flags.service_account)
-        image = self._image_options()
-        source = None if image.uri else read_source(self._around.root, self._local_commands)
-        options = self._job_options(source)
+        image, source, options = self._code_and_job()
         tools = self._tools(PrintedCommands(self._around.console, SimulatedTpu(tpu)))
-        job: HostJob = BareJob(options.run_id)
+        job: HostJob
         if image.use_docker:
             job = DockerJob(options.run_id, self._image(image, Registry(place.region, place.project), source, tools))
+        else:
+            job = BareJob(options.run_id)
         launch = TpuVmLaunch(tpu, options, job, source, tools)
         try:
             launch.run()
@@ -120,18 +120,13 @@ class Application:
             parse_capacity(flags.capacity_type or "on-demand"),
             flags.service_account or "default",
         )
-        image = self._image_options()
-        source = None if image.uri else read_source(self._around.root, self._local_commands)
-        options = self._job_options(source)
+        image, source, options = self._code_and_job()
         tools = self._tools(PrintedCommands(self._around.console, SimulatedCluster(options.run_id, gke.tpu_type.hosts)))
         uri = self._image(image, Registry(_region(zone), project), source, tools)
         job = self._gke_job(options.run_id, tools)
         try:
             job.start(gke, options, uri)
-            if not options.foreground:
-                job.tell_how_to_follow()
-                return
-            job.follow()
+            job.follow() if options.foreground else job.tell_how_to_follow()
         except KeyboardInterrupt:
             job.interrupted()
             raise
@@ -189,9 +184,12 @@ class Application:
             raise BadUsage("Project must be specified or set in gcloud config: --project PROJECT")
         return zone, project
 
-    def _image_options(self) -> ImageOptions:
+    def _code_and_job(self) -> tuple[ImageOptions, Source | None, JobOptions]:
+        """Return the image, the sources that are shipped (None with an existing image), and the job."""
         flags = self._flags
-        return ImageOptions(flags.image, flags.docker_repository, flags.image_name, not flags.no_docker)
+        image = ImageOptions(flags.image, flags.docker_repository, flags.image_name, not flags.no_docker)
+        source = None if image.uri else read_source(self._around.root, self._local_commands)
+        return image, source, self._job_options(source)
 
     def _image(self, options: ImageOptions, registry: Registry, source: Source | None, tools: LaunchContext) -> str:
         if source is None:

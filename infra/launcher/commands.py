@@ -9,9 +9,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from launcher.clock import Clock
 from launcher.console import Console
 from launcher.errors import BadUsage
 
+_MAX_RETRIES = 5
 _MISSING_PROGRAM = {
     "gcloud": "install the Google Cloud CLI, then run `gcloud auth login` (infra/README.md, step 1)",
     "kubectl": "install it with `gcloud components install kubectl gke-gcloud-auth-plugin`",
@@ -104,6 +106,19 @@ class RealCommands:
             return _ProcessStream(argv)
         except FileNotFoundError as error:
             raise _missing(argv[0]) from error
+
+
+def run_with_retries(
+    commands: Commands, argv: Sequence[str], transient: Sequence[str], clock: Clock, poll_seconds: float
+) -> CommandResult:
+    """Run a command, and run it again while it fails with one of the transient errors, a few times at most."""
+    done = commands.run(argv)
+    for _ in range(_MAX_RETRIES):
+        if done.code == 0 or not any(sign in done.err for sign in transient):
+            break
+        clock.sleep(poll_seconds)
+        done = commands.run(argv)
+    return done
 
 
 def _missing(program: str) -> BadUsage:

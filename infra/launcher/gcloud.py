@@ -5,7 +5,7 @@ import json
 from typing import Any, cast
 
 from launcher.clock import Clock
-from launcher.commands import CommandResult, Commands
+from launcher.commands import CommandResult, Commands, run_with_retries
 from launcher.errors import CommandFailed
 from launcher.options import TpuLocation, TpuOptions
 
@@ -19,7 +19,6 @@ _CAPACITY_FLAGS = {
 _ALPHA_CAPACITIES = ("best-effort",)
 # Transient errors of Google Cloud, as gcloud words them.
 _TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL:", "503", "502", "Connection reset", "Remote end closed")
-_MAX_RETRIES = 5
 # A preempted host does not close its connections: ssh has to detect the loss by itself, within a minute.
 _SSH_OPTIONS = ("ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 _SSH_FLAGS = tuple(f"--ssh-flag=-o{option}" for option in _SSH_OPTIONS)
@@ -131,12 +130,7 @@ class Gcloud:
 
     def _describe(self, kind: str) -> dict[str, Any] | None:
         argv = ["gcloud", "compute", "tpus", kind, "describe", self._place.tpu_name, *self._where, "--format", "json"]
-        done = self._commands.run(argv)
-        for _ in range(_MAX_RETRIES):
-            if done.code == 0 or not any(sign in done.err for sign in _TRANSIENT):
-                break
-            self._clock.sleep(self._poll_seconds)
-            done = self._commands.run(argv)
+        done = run_with_retries(self._commands, argv, _TRANSIENT, self._clock, self._poll_seconds)
         if done.code != 0 and "NOT_FOUND" in done.err:
             return None
         return cast(dict[str, Any], json.loads(require(done).out))

@@ -10,8 +10,8 @@ from launcher.host_job import HostState
 from launcher.jobset import jobset_manifest, secret_manifest
 from launcher.kubectl import JobSet, Kubectl, Pod
 from launcher.options import GkeOptions, JobOptions
-from launcher.outcome import Following, HostResult
-from launcher.tools import LaunchContext, follow_dry
+from launcher.outcome import HostResult
+from launcher.tools import LaunchContext
 
 # Waiting reasons from which a container does not recover.
 _FATAL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerError", "RunContainerError")
@@ -221,10 +221,7 @@ class GkeJob:
     def _follow_pods(self, pods: list[Pod], attempt: int) -> HostResult | None:
         tools = self.tools
         feeds = [PodFeed(pod, self.name, attempt, self.kubectl, tools.commands) for pod in pods]
-        if tools.is_dry:
-            return follow_dry(feeds)
-        folder = tools.logs / self.name / f"attempt_{attempt + 1}"
-        return Following(feeds, tools.timing, tools.clock, tools.console, folder).first_failed()
+        return tools.follow(feeds, tools.logs / self.name / f"attempt_{attempt + 1}")
 
     def _save_logs(self, jobset: JobSet) -> None:
         for pod in self.kubectl.pods(self.name, jobset.restarts):

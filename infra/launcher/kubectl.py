@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from launcher.clock import Clock
-from launcher.commands import CommandResult, Commands
+from launcher.commands import CommandResult, Commands, run_with_retries
 from launcher.errors import CommandFailed
 from launcher.gcloud import require
 from launcher.host_job import HostState
@@ -16,7 +16,6 @@ _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 _HOST_LABEL = "batch.kubernetes.io/job-completion-index"
 _TRANSIENT = ("connection refused", "i/o timeout", "TLS handshake timeout", "ServiceUnavailable", "EOF", "etcdserver")
-_MAX_RETRIES = 5
 _ADVICE = {
     'no matches for kind "JobSet"': "The cluster lacks JobSet; see the GKE section of infra/README.md.",
     "Forbidden": "The account lacks the permission in the namespace; see the GKE section of infra/README.md.",
@@ -99,13 +98,7 @@ class Kubectl:
         return [*self._base, "logs", pod, "--container", "job", *(["--follow"] if follow else [])]
 
     def _run_with_retries(self, *words: str) -> CommandResult:
-        done = self._commands.run([*self._base, *words])
-        for _ in range(_MAX_RETRIES):
-            if done.code == 0 or not any(sign in done.err for sign in _TRANSIENT):
-                break
-            self._clock.sleep(self._poll_seconds)
-            done = self._commands.run([*self._base, *words])
-        return done
+        return run_with_retries(self._commands, [*self._base, *words], _TRANSIENT, self._clock, self._poll_seconds)
 
 
 def _require(done: CommandResult) -> CommandResult:

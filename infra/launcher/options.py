@@ -167,10 +167,10 @@ class TpuLocation:
         """The region of the zone, such as us-central1."""
         return self.zone.rpartition("-")[0]
 
-    @property
-    def flags(self) -> str:
-        """The launcher's flags that identify this TPU."""
-        return shlex.join(["--tpu_name", self.tpu_name, "--zone", self.zone, "--project", self.project])
+    def command_line(self, subcommand: str) -> str:
+        """Return the launcher's command line for a subcommand, such as `clean`, on this TPU."""
+        flags = shlex.join(["--tpu_name", self.tpu_name, "--zone", self.zone, "--project", self.project])
+        return f"python infra/launch.py {subcommand} {flags}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Provisioner:
         if node is not None and node.state in _STOPPED_NODES:
             raise TpuGone(
                 f"{self._name} is {node.state}: someone stopped it. Start it (`gcloud compute tpus tpu-vm start`) or "
-                f"delete it: python infra/launch.py clean {self._tpu.place.flags}"
+                f"delete it: {self._tpu.place.command_line('clean')}"
             )
 
     def _require_type(self, node: Node) -> None:
@@ -152,7 +152,7 @@ class Provisioner:
         if node.accelerator_type != wanted:
             raise BadUsage(
                 f"{self._name} is a {node.accelerator_type}, and --tpu_type requests {wanted}; use another name, or "
-                f"delete it first: python infra/launch.py clean {self._tpu.place.flags}"
+                f"delete it first: {self._tpu.place.command_line('clean')}"
             )
 
 

@@ -8,6 +8,15 @@ from launcher.commands import CommandResult
 from launcher.options import TpuOptions
 
 
+def _succeeded(argv: Sequence[str], out: str = "") -> CommandResult:
+    return CommandResult(tuple(argv), 0, out, "")
+
+
+def _not_found(argv: Sequence[str]) -> CommandResult:
+    # As kubectl and as gcloud word it.
+    return CommandResult(tuple(argv), 1, "", "NotFound" if argv[0] == "kubectl" else "NOT_FOUND")
+
+
 class SimulatedTpu:
     """A simulated TPU that does not exist until it is requested, and whose job then exits with code 0."""
 
@@ -17,26 +26,22 @@ class SimulatedTpu:
 
     def answer(self, argv: Sequence[str]) -> CommandResult:
         """Return the simulated result of a gcloud or docker command."""
-        words = tuple(argv)
-        if "images" in words:
-            return CommandResult(words, 1, "", "NOT_FOUND")
-        if "create" in words:
+        if "images" in argv:
+            return _not_found(argv)
+        if "create" in argv:
             self._is_there = True
-        if "describe" in words:
-            return self._describe(words)
-        if "ssh" in words:
-            return CommandResult(words, 0, _host_answer(words[-1]), "")
-        return CommandResult(words, 0, "", "")
+        if "describe" in argv:
+            return _succeeded(argv, self._description(argv)) if self._is_there else _not_found(argv)
+        return _succeeded(argv, _host_answer(argv[-1]) if "ssh" in argv else "")
 
-    def _describe(self, words: tuple[str, ...]) -> CommandResult:
-        if not self._is_there:
-            return CommandResult(words, 1, "", "NOT_FOUND")
-        if "queued-resources" in words:
-            return CommandResult(words, 0, '{"state": {"state": "ACTIVE"}}', "")
+    def _description(self, argv: Sequence[str]) -> str:
+        if "queued-resources" in argv:
+            return '{"state": {"state": "ACTIVE"}}'
         hosts = 1 if self._tpu is None else self._tpu.tpu_type.hosts
         kind = "" if self._tpu is None else self._tpu.tpu_type.name
-        node = {"state": "READY", "health": "HEALTHY", "acceleratorType": kind, "networkEndpoints": ["host"] * hosts}
-        return CommandResult(words, 0, json.dumps(node), "")
+        return json.dumps(
+            {"state": "READY", "health": "HEALTHY", "acceleratorType": kind, "networkEndpoints": ["host"] * hosts}
+        )
 
 
 def _host_answer(script: str) -> str:
@@ -58,22 +63,17 @@ class SimulatedCluster:
 
     def answer(self, argv: Sequence[str]) -> CommandResult:
         """Return the simulated result of a kubectl, gcloud or docker command."""
-        words = tuple(argv)
-        if "images" in words:
-            return CommandResult(words, 1, "", "NOT_FOUND")
-        if "create" in words:
+        if "images" in argv:
+            return _not_found(argv)
+        if "create" in argv:
             self._is_there = True
-        if "logs" in words:
+        if "logs" in argv:
             self._has_ended = True
-        if "get" in words and "jobset" in words:
-            return (
-                CommandResult(words, 0, json.dumps(self._jobset()), "")
-                if self._is_there
-                else CommandResult(words, 1, "", "NotFound")
-            )
-        if "get" in words and "pods" in words:
-            return CommandResult(words, 0, json.dumps({"items": [self._pod(host) for host in range(self._hosts)]}), "")
-        return CommandResult(words, 0, "", "")
+        if "get" in argv and "jobset" in argv:
+            return _succeeded(argv, json.dumps(self._jobset())) if self._is_there else _not_found(argv)
+        if "get" in argv and "pods" in argv:
+            return _succeeded(argv, json.dumps({"items": [self._pod(host) for host in range(self._hosts)]}))
+        return _succeeded(argv)
 
     def _jobset(self) -> dict[str, Any]:
         conditions = [{"type": "Completed", "status": "True"}] if self._has_ended else []

@@ -8,7 +8,7 @@ from launcher.clock import Clock
 from launcher.commands import Commands
 from launcher.console import Console
 from launcher.options import PollTiming
-from launcher.outcome import Feed
+from launcher.outcome import Feed, Following, HostResult
 
 FINISHED = "Job finished with no error."
 DRY = "Dry run: nothing was changed."
@@ -29,9 +29,17 @@ class LaunchContext:
         """Print the last line of a job that succeeded on every host."""
         self.console.say(DRY if self.is_dry else FINISHED)
 
+    def follow(self, feeds: Sequence[Feed], folder: pathlib.Path) -> HostResult | None:
+        """Follow a job on all its hosts until it finishes, and keep their lines in `folder`.
 
-def follow_dry(feeds: Sequence[Feed]) -> None:
-    """Print the commands that following the job would run."""
-    for feed in feeds:
-        list(feed.lines(1))
-        feed.state()
+        A dry run only prints the commands that this would run.
+
+        Returns:
+            As `Following.first_failed`.
+        """
+        if not self.is_dry:
+            return Following(feeds, self.timing, self.clock, self.console, folder).first_failed()
+        for feed in feeds:
+            list(feed.lines(1))
+            feed.state()
+        return None

@@ -7,9 +7,8 @@ from launcher.gcloud import Gcloud
 from launcher.host_job import HostJob, parse_state, report_current_script
 from launcher.hosts import Hosts
 from launcher.options import TpuLocation
-from launcher.outcome import Following
 from launcher.ssh_feed import feeds_of
-from launcher.tools import LaunchContext, follow_dry
+from launcher.tools import LaunchContext
 
 
 class ExistingTpu:
@@ -32,11 +31,7 @@ class ExistingTpu:
                 for _, line in feed.lines(1, follow=False):
                     tools.console.say(f"[host {feed.host}] {line}")
             return
-        folder = tools.logs / job.run_id / "followed"
-        if tools.is_dry:
-            failed = follow_dry(feeds)
-        else:
-            failed = Following(feeds, tools.timing, tools.clock, tools.console, folder).first_failed()
+        failed = tools.follow(feeds, tools.logs / job.run_id / "followed")
         if failed is not None:
             message = f"Job failed: {failed.told(hosts.count)}"
             if failed.state is None:
@@ -72,8 +67,8 @@ class ExistingTpu:
         job = self._job(hosts)
         hosts.require("stopping the job", job.stop())
         self._tools.console.say(
-            f"The job {job.run_id} is stopped. The TPU remains and is billed; delete it: python infra/launch.py clean "
-            f"{self._place.flags}"
+            f"The job {job.run_id} is stopped. The TPU remains and is billed; delete it: "
+            f"{self._place.command_line('clean')}"
         )
 
     def clean(self) -> None:

@@ -9,11 +9,11 @@ from launcher.gcloud import Gcloud, Node
 from launcher.host_job import HostJob, name_current, report_jobs_script
 from launcher.hosts import Hosts
 from launcher.options import JobOptions, TpuOptions
-from launcher.outcome import Following, HostResult
+from launcher.outcome import HostResult
 from launcher.provisioning import Provisioner
 from launcher.source import Source
 from launcher.ssh_feed import feeds_of
-from launcher.tools import LaunchContext, follow_dry
+from launcher.tools import LaunchContext
 
 
 class TpuVmLaunch:
@@ -149,9 +149,7 @@ class TpuVmLaunch:
     def _follow(self, hosts: Hosts, attempt: int) -> HostResult | None:
         tools = self._tools
         feeds = feeds_of(hosts, self._job, self._gcloud, tools.commands)
-        if tools.is_dry:
-            return follow_dry(feeds)
-        return Following(feeds, tools.timing, tools.clock, tools.console, self._folder(attempt)).first_failed()
+        return tools.follow(feeds, self._folder(attempt))
 
     def _folder(self, attempt: int) -> pathlib.Path:
         return self._tools.logs / self._job.run_id / f"attempt_{attempt}"
@@ -175,7 +173,7 @@ class TpuVmLaunch:
         raise JobFailed(message, failed.state.exit_code or 1)
 
     def _command(self, subcommand: str) -> str:
-        return f"python infra/launch.py {subcommand} {self._tpu.place.flags}"
+        return self._tpu.place.command_line(subcommand)
 
     def _print_next_commands(self) -> None:
         self._tools.console.say(

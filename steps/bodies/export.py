@@ -12,7 +12,8 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_export import export_weights
 from simpo_pipeline.model.hf_weights import CONFIG_FILE
 from simpo_pipeline.model.transformer import Llama
-from simpo_pipeline.storage.files import list_files, read_json, remove_tree, write_json
+from simpo_pipeline.storage.files import list_files, read_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.training.trainer import Trainer
 from steps.export import ExportConfig
@@ -25,7 +26,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 def export(config: ExportConfig, run: StepRun) -> None:
-    """Write config.json, safetensors, tokenizer files and `summary.json` to `output_path`.
+    """Write config.json, safetensors, tokenizer files and `summary.json`.
 
     The trainer is only read. Every process takes part in gathering the weights, and the leader writes the files.
 
@@ -34,15 +35,15 @@ def export(config: ExportConfig, run: StepRun) -> None:
         StorageError: A file cannot be written.
     """
     started = time.perf_counter()
-    trainer: Trainer = config.trainer
+    trainer = config.trainer
     weights, is_leader = _weights(config, trainer), run.processes.is_leader
     model = _model_config(config, trainer)
     if is_leader:
-        _remove_weights(config.output_path)
-        copy_files(config.model_path, COPIED_FILES, config.output_path)
-        write_json(join(config.output_path, "config.json"), model)
+        _remove_weights(run.output)
+        copy_files(config.model_path, COPIED_FILES, run.output)
+        run.output.write_json("config.json", model)
     files = export_weights(
-        config.output_path,
+        run.output,
         weights,
         trainer.abstract_params,
         trainer.mesh,
@@ -61,7 +62,7 @@ def export(config: ExportConfig, run: StepRun) -> None:
             "num_bytes": trainer.model_config.num_parameters * itemsize,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        write_json(join(config.output_path, "summary.json"), summary)
+        run.output.write_json("summary.json", summary)
         logger.info(
             "exported %s after update %d as %s: %.0f MB in %d files, %.1f s",
             *(config.weights, trainer.step, config.dtype, summary["num_bytes"] / 1e6, len(files), summary["seconds"]),
@@ -91,8 +92,8 @@ def _model_config(config: ExportConfig, trainer: Trainer) -> dict[str, Any]:
     return {**kept, "torch_dtype": config.dtype}
 
 
-def _remove_weights(output_path: str) -> None:
+def _remove_weights(output: OutputFolder) -> None:
     """Remove weight files of an earlier attempt with other shard sizes, which readers would take for the model."""
-    for entry in list_files(output_path):
+    for entry in list_files(output.path):
         if any(fnmatch.fnmatch(entry.relative_path, pattern) for pattern in _WEIGHT_FILES):
-            remove_tree(join(output_path, entry.relative_path))
+            output.remove(entry.relative_path)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from simpo_pipeline.inference.config import EngineSizes
 from simpo_pipeline.inference.engine import Engine, check_requests
 from simpo_pipeline.inference.generated_rows import generated_row
 from simpo_pipeline.inference.host_rows import HostRows
-from simpo_pipeline.inference.row_files import merge_rows, merged_file, remove_rows, write_rows
+from simpo_pipeline.inference.row_files import merge_rows, merged_file, remove_rows
 from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
 from simpo_pipeline.inference.text import make_decoder, with_end_tokens
@@ -34,8 +34,7 @@ from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.processes import Processes
-from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.infer import InferConfig
 
 logger = logging.getLogger("simpo_pipeline.steps.infer")
@@ -58,11 +57,11 @@ def infer(config: InferConfig, run: StepRun) -> None:
     """
     session, processes = session_of(run), run.processes
     if processes.is_leader:
-        remove_rows(config.output_path)
+        remove_rows(run.output)
     prompts = load_prompts(config.prompts)
     shard = prompt_shard(len(prompts), processes.process_index, processes.process_count)
     tokenizer = load_tokenizer(config.model_path)
-    rows = HostRows(config.output_path, processes, shard, _row_maker(config, processes, prompts, tokenizer))
+    rows = HostRows(run.output, processes, shard, _row_maker(config, processes, prompts, tokenizer))
     everywhere = config.mode == "global_mesh"
     served = [(index, prompts[index]) for index in (range(len(prompts)) if everywhere else shard)]
     completions, figures = _generate(config, session.programs, processes, tokenizer, served, rows)
@@ -72,8 +71,8 @@ def infer(config: InferConfig, run: StepRun) -> None:
     # After this gather, every host's file is complete.
     figures_by_host = processes.gather(figures)
     if processes.is_leader:
-        summary, samples = _merge(config, len(prompts), figures_by_host)
-        write_json(join(config.output_path, "summary.json"), summary)
+        summary, samples = _merge(config, run.output, len(prompts), figures_by_host)
+        run.output.write_json("summary.json", summary)
         shown = {f"infer/{name}": summary[name] for name in ("prompts", "generated_tokens", "tokens_per_second")}
         session.tracker.log(shown, step=config.step)
         session.tracker.summary(shown)
@@ -223,21 +222,18 @@ def _log_progress():
 
 
 def _merge(
-    config: InferConfig, num_prompts: int, figures: list[dict[str, Any]]
+    config: InferConfig, output: OutputFolder, num_prompts: int, figures: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write the rows of all hosts in prompt order and return the job's summary and the first rows; leader only."""
     reasons: collections.Counter[str] = collections.Counter()
     samples: list[dict[str, Any]] = []
 
-    def counted(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for row in rows:
+    with output.open_rows(merged_file(len(figures))) as file:
+        for row in merge_rows(output.path, num_prompts, config.sampling.n, len(figures)):
             reasons[row["finish_reason"]] += 1
             if len(samples) < MAX_LOGGED_SAMPLES:
                 samples.append(row)
-            yield row
-
-    rows = merge_rows(config.output_path, num_prompts, config.sampling.n, len(figures))
-    write_rows(join(config.output_path, merged_file(len(figures))), counted(rows))
+            file.write(row)
     # One engine over all hosts served every request, so each host counted all of them.
     counting = figures[:1] if config.mode == "global_mesh" else figures
     totals = {name: sum(host[name] for host in counting) for name in COUNTS}

@@ -10,16 +10,14 @@ from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import save_weights
 from simpo_pipeline.model.transformer import Llama, abstract_llama
-from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.paths import join
-from simpo_pipeline.storage.staging import staged_folder
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.make_model import MakeModelConfig
 
 logger = logging.getLogger("simpo_pipeline.steps.make_model")
 
 
-def make_model(config: MakeModelConfig) -> None:
-    """Write config.json, fp32 safetensors, tokenizer files and `summary.json` to `output_path`.
+def make_model(config: MakeModelConfig, output: OutputFolder) -> None:
+    """Write config.json, fp32 safetensors, tokenizer files and `summary.json`.
 
     Raises:
         ModelError: The vocabulary is smaller than the byte tokenizer's.
@@ -28,11 +26,11 @@ def make_model(config: MakeModelConfig) -> None:
         raise ModelError(
             f"vocab_size must be at least {VOCAB_SIZE} for the byte tokenizer, got {config.model.vocab_size}"
         )
-    with staged_folder(config.output_path) as folder:
+    with output.staged() as folder:
         write_byte_tokenizer(str(folder))
         save_weights(str(folder), _random_weights(config.model, config.seed))
     num_parameters = config.model.num_parameters
-    write_json(join(config.output_path, "summary.json"), {"num_parameters": num_parameters, "seed": config.seed})
+    output.write_json("summary.json", {"num_parameters": num_parameters, "seed": config.seed})
     logger.info("random model with %d parameters", num_parameters)
 
 

@@ -10,14 +10,13 @@ from simpo_pipeline.data.pairs import write_pairs
 from simpo_pipeline.data.records import read_records
 from simpo_pipeline.data.split import split_pairs
 from simpo_pipeline.data.tokenize import tokenize_pairs
-from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.prepare_pairs import PreparePairsConfig
 
 logger = logging.getLogger("simpo_pipeline.steps.prepare_pairs")
 
 
-def prepare_pairs(config: PreparePairsConfig) -> None:
+def prepare_pairs(config: PreparePairsConfig, output: OutputFolder) -> None:
     """Write `pairs.parquet` and `summary.json` with the counts of kept, truncated and dropped pairs.
 
     Held-out pairs are written to `validation.parquet` instead.
@@ -34,11 +33,13 @@ def prepare_pairs(config: PreparePairsConfig) -> None:
         unusable=config.unusable,
     )
     training, held_out = split_pairs(pairs, config.validation_fraction)
-    write_pairs(join(config.output_path, PAIRS_FILE), training)
+    with output.open_write(PAIRS_FILE) as file:
+        write_pairs(file, training)
     if held_out:
-        write_pairs(join(config.output_path, VALIDATION_FILE), held_out)
+        with output.open_write(VALIDATION_FILE) as file:
+            write_pairs(file, held_out)
     seconds = round(time.perf_counter() - started, 3)
     counts = {"num_training": len(training), "num_validation": len(held_out)}
     summary = {"source": config.source.path, **dataclasses.asdict(stats), **counts, "seconds": seconds}
-    write_json(join(config.output_path, "summary.json"), summary)
+    output.write_json("summary.json", summary)
     logger.info("pairs: %d kept, %d dropped, %d truncated", stats.num_pairs, stats.num_dropped, stats.num_truncated)

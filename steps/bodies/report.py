@@ -11,7 +11,7 @@ import jinja2
 from simpo_pipeline.errors import DataError
 from simpo_pipeline.executor.records.info import read_info
 from simpo_pipeline.executor.run import PlanRow, StepRun
-from simpo_pipeline.storage.files import exists, list_files, read_json, write_json, write_text
+from simpo_pipeline.storage.files import exists, list_files, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
 from simpo_pipeline.training.evaluation import EVALUATIONS_FILE, IntervalEstimate, accuracy_gain, margin_gain
@@ -86,9 +86,9 @@ def report(config: ReportConfig, run: StepRun) -> None:
         "generations": generations,
         "generation_figures": GENERATION_FIGURES,
     }
-    write_text(join(config.output_path, "report.html"), render("report.html.jinja", page))
-    write_text(join(config.output_path, "report.md"), render("report.md.jinja", page))
-    write_json(join(config.output_path, "summary.json"), _summarize(phases, updates, evaluations, generations))
+    run.output.write_text("report.html", render("report.html.jinja", page))
+    run.output.write_text("report.md", render("report.md.jinja", page))
+    run.output.write_json("summary.json", _summarize(phases, updates, evaluations, generations))
 
 
 @dataclasses.dataclass(frozen=True)

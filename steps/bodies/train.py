@@ -18,8 +18,6 @@ from simpo_pipeline.job.profile import profiled
 from simpo_pipeline.job.session import JobSession, session_of
 from simpo_pipeline.model.hf_weights import load_config
 from simpo_pipeline.processes import joint_digest
-from simpo_pipeline.storage.files import write_json
-from simpo_pipeline.storage.jsonl import JsonlWriter
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import NoTracker, Tracker
 from simpo_pipeline.training.evaluator import Evaluator, open_sweep, read_held_out
@@ -68,8 +66,8 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     loader = _open_loader(config, trainer, data)
     rows: list[dict[str, float]] = checkpoints.earlier("metrics")
     with (
-        JsonlWriter(join(config.output_path, "metrics.jsonl")) if is_leader else nullcontext() as metrics_file,
-        _open_evaluator(config, trainer, data, tracker, is_leader) as evaluator,
+        run.output.open_rows("metrics.jsonl") if is_leader else nullcontext() as metrics_file,
+        _open_evaluator(config, trainer, data, tracker, run) as evaluator,
         checkpoints.watch(trainer, lambda: _progress(rows, evaluator)),
     ):
         if metrics_file is not None:
@@ -101,7 +99,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     digest = joint_digest(run.processes.gather(trainer.digest()))
     summary = _summarize(first_step, rows, digest)
     if is_leader:
-        write_json(join(config.output_path, "summary.json"), summary)
+        run.output.write_json("summary.json", summary)
     tracker.summary({f"train/{name}": value for name, value in summary.items()})
     return Live(trainer, digest=digest, free=trainer.free)
 
@@ -117,7 +115,7 @@ def _spans(
     """Return (last update, context manager) of each part of the phase; the profiled update is a part of its own."""
     if profile is None or not step < profile <= config.stop_step:
         return [(config.stop_step, nullcontext())]
-    around = profiled(config.output_path, run.processes.process_index)
+    around = profiled(run.output, run.processes.process_index)
     return [(profile - 1, nullcontext()), (profile, around), (config.stop_step, nullcontext())]
 
 
@@ -149,7 +147,8 @@ def _start(config: TrainConfig, run: StepRun, session: JobSession) -> tuple[Trai
 
 
 def _take(config: TrainConfig, run: StepRun) -> tuple[Trainer, PhaseCheckpoints]:
-    trainer: Trainer = config.live
+    trainer = config.live
+    assert trainer is not None, "the step has no trainer to take"
     if trainer.config != config.trainer:
         raise ConfigError(
             f"the live trainer belongs to another run: its config is {trainer.config}, but this step's is "
@@ -162,12 +161,12 @@ def _take(config: TrainConfig, run: StepRun) -> tuple[Trainer, PhaseCheckpoints]
 
 
 def _open_evaluator(
-    config: TrainConfig, trainer: Trainer, data: TrainingData, tracker: Tracker, is_leader: bool
+    config: TrainConfig, trainer: Trainer, data: TrainingData, tracker: Tracker, run: StepRun
 ) -> AbstractContextManager[Evaluator | None]:
     if data.held_out is None:
         return nullcontext()
     sweep = open_sweep(data.held_out, trainer, data.pad_id)
-    return Evaluator(trainer, sweep, tracker, config.output_path, is_leader=is_leader)
+    return Evaluator(trainer, sweep, tracker, run.output, is_leader=run.processes.is_leader)
 
 
 def _read_data(config: TrainConfig) -> TrainingData:

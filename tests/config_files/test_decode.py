@@ -1,7 +1,8 @@
 """Settings are decoded strictly: each error is one sentence that names the key, where it was set, and what to do."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,8 @@ from simpo_pipeline.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Oven:
+    RETIRED: ClassVar[Mapping[str, str]] = {"coal": "set mode to wood and leave the key out"}
+
     celsius: int
     fan: bool = False
     rate: float = 1.0
@@ -40,16 +43,15 @@ class Kitchen:
 
 
 OVEN = "oven: {celsius: 180}\n"
-RETIRED = {"oven.coal": "set mode to wood and leave the key out", "shelves.*.height": "shelves adjust themselves"}
 
 
-def decode(text: str, *flags: str) -> Kitchen:
-    return decode_yaml(Kitchen, text, source="kitchen.yaml", flags=flags, retired=RETIRED)
+def decode(text: str, *flags: str, page: str | None = None) -> Kitchen:
+    return decode_yaml(Kitchen, text, source="kitchen.yaml", flags=flags, page=page)
 
 
-def refusal(text: str, *flags: str) -> str:
+def refusal(text: str, *flags: str, page: str | None = None) -> str:
     with pytest.raises(ConfigError) as refused:
-        decode(text, *flags)
+        decode(text, *flags, page=page)
     return str(refused.value)
 
 
@@ -98,8 +100,8 @@ def test_the_command_line_overrides_the_file_key_by_key():
             "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
         ),
         (
-            OVEN + "shelves: {top: {height: 1}}",
-            "kitchen.yaml: shelves.top.height is retired: shelves adjust themselves.",
+            OVEN + "lamp: {celsius: 40, coal: 3}",
+            "kitchen.yaml: lamp.coal is retired: set mode to wood and leave the key out.",
         ),
         ("oven: {celsius: hot}", "kitchen.yaml: oven.celsius is 'hot'; expected an integer."),
         ("oven: {celsius: true}", "kitchen.yaml: oven.celsius is True; expected an integer."),
@@ -130,6 +132,14 @@ def test_the_command_line_overrides_the_file_key_by_key():
 )
 def test_a_wrong_file_is_refused_in_one_sentence(text, sentence):
     assert refusal(text) == sentence
+
+
+def test_an_unknown_key_of_either_source_refers_to_the_page_on_the_settings():
+    assert refusal("oven: {celcius: hot, coal: 1}", "--shelves.top.qqq", "1", page="page.md").splitlines() == [
+        "kitchen.yaml: oven.celcius is not a setting; the nearest is oven.celsius; see page.md.",
+        "kitchen.yaml: oven.coal is retired: set mode to wood and leave the key out.",
+        "command line: shelves.top.qqq is not a setting; the settings of shelves.top are items, counts; see page.md.",
+    ]
 
 
 def test_a_key_given_twice_is_refused_naming_its_line():

@@ -12,6 +12,7 @@ from simpo_pipeline.data.pairs import TokenizedPair, read_pairs, write_pairs
 from simpo_pipeline.data.records import Message, PreferenceRecord
 from simpo_pipeline.data.tokenize import tokenize_pairs
 from simpo_pipeline.errors import ConfigError, DataError
+from simpo_pipeline.storage.files import open_write
 
 PROMPT_TOKENS = len("<user\nHi>\n<assistant\n")  # one token per character; < and > stand for the two turn tokens
 
@@ -148,7 +149,8 @@ def test_pairs_survive_a_round_trip_through_parquet(tokenizer: Any, tmp_path: Pa
     records = [record("Hello " * n, "Eh" * n, prompt_id=f"é{n}") for n in range(1, 6)]
     pairs, _ = tokenize_pairs(records, tokenizer, max_length=64)
     path = (folder or f"{tmp_path}/") + "pairs.parquet"
-    write_pairs(path, pairs)
+    with open_write(path) as file:
+        write_pairs(file, pairs)
     for written, read in zip(pairs, read_pairs(path), strict=True):
         assert read.prompt_id == written.prompt_id
         assert read.chosen_tokens.dtype == np.int32

@@ -210,20 +210,22 @@ def test_flags_that_leave_no_step_are_refused(main: Main, flags: tuple[str, ...]
     assert "select no step" in err
 
 
-def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_path: Path):
+@pytest.mark.parametrize("line", ["output.write_text('more', '')", "pass"], ids=["writes", "never-writes"])
+def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_path: Path, line: str):
     script = tmp_path / "experiment.py"
     script.write_text(
-        "import sys, time\n"
-        "from simpo_pipeline.executor import ExecutorStep, executor_main, this_output_path\n"
-        "from simpo_pipeline.storage.files import write_text\n"
-        "def work(config):\n"
-        "    write_text(config[0], 'begun')\n"
+        "import time\n"
+        "from simpo_pipeline.executor import ExecutorStep, executor_main\n"
+        "def work(config, output):\n"
+        "    output.write_text('begun', '')\n"
         "    while True:\n"
         "        time.sleep(0.01)\n"
-        "executor_main(steps=[ExecutorStep('endless', work, [this_output_path('begun')])])\n"
+        f"        {line}\n"
+        "executor_main(steps=[ExecutorStep('endless', work, None)])\n"
     )
     runs = tmp_path / "runs"
-    job = subprocess.Popen([sys.executable, str(script), "--prefix", str(runs)], stderr=subprocess.PIPE)
+    command = [sys.executable, str(script), "--prefix", str(runs), "--lease.heartbeat_seconds", "0.5"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not list(runs.glob("endless-*/begun")):
         assert job.poll() is None
         time.sleep(0.01)

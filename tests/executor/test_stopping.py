@@ -1,115 +1,101 @@
-"""A step function can be stopped from another thread, anywhere in Python code."""
+"""A stopped call can write nothing more, and its process exits if the function does not end."""
 
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 
 import pytest
 
-from simpo_pipeline.errors import LeaseLostError
-from simpo_pipeline.executor.running.stopping import LOST_EXIT_CODE, StoppableCall
+from simpo_pipeline.errors import LeaseLostError, StepCancelledError, StepError
+from simpo_pipeline.executor.running.stopping import STOPPED_EXIT_CODE, StoppableCall
+from simpo_pipeline.storage.fence import OPEN
+
+STOPS: dict[str, tuple[Callable[[StoppableCall], None], type[StepError]]] = {
+    "lost": (StoppableCall.lose, LeaseLostError),
+    "cancelled": (StoppableCall.cancel, StepCancelledError),
+}
 
 
-def stop_when(call: StoppableCall, begun: threading.Event) -> threading.Thread:
-    def stop() -> None:
-        assert begun.wait(20)
-        call.stop()
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    return thread
+def new_call() -> StoppableCall:
+    return StoppableCall(OPEN, 60.0, before_exit=lambda: None)
 
 
 def test_return_values_and_exceptions_pass_through():
-    assert StoppableCall(60.0).call(lambda: 7) == 7
+    assert new_call().call(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        StoppableCall(60.0).call(lambda: 1 // 0)
+        new_call().call(lambda: 1 // 0)
 
 
-def test_an_endless_function_is_stopped_even_if_it_swallows_exceptions():
-    call, begun, cleaned = StoppableCall(60.0), threading.Event(), threading.Event()
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_function_that_writes_without_end_is_stopped(stop: str):
+    call, begun = new_call(), threading.Event()
+    do_stop, kind = STOPS[stop]
 
     def endless() -> None:
-        try:
-            while True:
+        while True:
+            with call.hold():
                 begun.set()
-                try:
-                    time.sleep(0.001)
-                except Exception:
-                    continue
-        finally:
-            cleaned.set()
 
-    thread = stop_when(call, begun)
-    with pytest.raises(LeaseLostError, match="lost its lease"):
+    def stop_when_begun() -> None:
+        assert begun.wait(20)
+        do_stop(call)
+
+    thread = threading.Thread(target=stop_when_begun)
+    thread.start()
+    with pytest.raises(kind):
         call.call(endless)
     thread.join()
-    assert cleaned.is_set()
+    with pytest.raises(kind):
+        call.check()
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_the_reason_replaces_the_result_or_the_error_of_a_stopped_function(stop: str):
+    do_stop, kind = STOPS[stop]
+    call = new_call()
+    with pytest.raises(kind):
+        call.call(lambda: do_stop(call))
+    call = new_call()
+
+    def fail() -> None:
+        do_stop(call)
+        raise ZeroDivisionError
+
+    with pytest.raises(kind) as raised:
+        call.call(fail)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 def test_a_stop_after_the_function_returned_does_nothing():
-    call = StoppableCall(60.0)
+    call = new_call()
     assert call.call(lambda: 7) == 7
-    call.stop()
-    assert sum(range(10_000)) == 49_995_000  # and no error is raised later
+    call.lose()
+    call.check()
 
 
-def test_a_stop_at_any_moment_affects_only_the_call():
-    """Stop many short calls at a random moment around their end. The error never escapes into the code that follows."""
-    for number in range(300):
-        call, begun = StoppableCall(60.0), threading.Event()
+def test_only_the_first_stop_counts():
+    call = new_call()
 
-        def short(begun: threading.Event = begun, turns: int = 10 * (number % 30)) -> int:
-            begun.set()
-            return sum(range(turns))
+    def stop_twice() -> None:
+        call.cancel()
+        call.lose()
 
-        thread = stop_when(call, begun)
-        try:
-            call.call(short)
-        except LeaseLostError:
-            pass
-        thread.join()
-        assert call._thread is None and call._ended.is_set()
+    with pytest.raises(StepCancelledError):
+        call.call(stop_twice)
 
 
-def test_the_process_exits_if_a_function_is_stuck_in_native_code():
+@pytest.mark.parametrize(("stop", "said"), [("lose", []), ("cancel", ["recorded"])])
+def test_the_process_exits_if_the_function_does_not_end(stop: str, said: list[str]):
     program = (
-        "import ctypes, threading\n"
+        "import threading, time\n"
         "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
-        "call = StoppableCall(0.2)\n"
-        "threading.Timer(0.1, call.stop).start()\n"
-        "call.call(lambda: ctypes.CDLL(None).sleep(600))\n"
+        "from simpo_pipeline.storage.fence import OPEN\n"
+        "call = StoppableCall(OPEN, 0.2, before_exit=lambda: print('recorded', flush=True))\n"
+        f"threading.Timer(0.1, call.{stop}).start()\n"
+        "call.call(lambda: time.sleep(600))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == LOST_EXIT_CODE
-    assert "did not stop within 0.2 s" in done.stderr
-
-
-def test_after_a_call_a_profiler_can_run():
-    """Python 3.11 loops forever here if an exception that was set for a thread is cleared again."""
-    program = (
-        "import cProfile\n"
-        "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
-        "StoppableCall(60.0).call(lambda: 7)\n"
-        "cProfile.Profile().runcall(lambda: [str(n) for n in range(100)])\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-
-
-def test_a_stop_waits_until_locks_are_released():
-    """Stop calls inside a block that holds a lock, many times. The lock is always released."""
-    lock = threading.Lock()
-    for _ in range(100):
-        call, begun = StoppableCall(60.0), threading.Event()
-
-        def endless(call: StoppableCall = call, begun: threading.Event = begun) -> None:
-            while True:
-                with call.shielded(), lock:
-                    begun.set()
-
-        thread = stop_when(call, begun)
-        with pytest.raises(LeaseLostError):
-            call.call(endless)
-        thread.join()
-        assert not lock.locked()
+    assert done.returncode == STOPPED_EXIT_CODE
+    assert done.stdout.split() == said
+    assert "did not end within 0.2 s" in done.stderr

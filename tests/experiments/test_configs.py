@@ -8,7 +8,6 @@ import pytest
 
 from experiments.schedule import TrainingPhase
 from experiments.settings.command_line import read_settings
-from experiments.settings.retired import SAMPLE_LM_MULTIHOST, TRAIN_SIMPO
 from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
 from experiments.settings.train_simpo import TrainSimpoConfig
 from simpo_pipeline.config_files.parse import load_yaml
@@ -34,11 +33,11 @@ def yaml_files() -> list[pathlib.Path]:
 
 
 def read_run(name: str) -> TrainSimpoConfig:
-    return read_settings(TrainSimpoConfig, str(ROOT / CONFIGS / name), [], TRAIN_SIMPO)
+    return read_settings(TrainSimpoConfig, str(ROOT / CONFIGS / name), [])
 
 
 def read_sampler(name: str) -> SampleLmMultihostConfig:
-    return read_settings(SampleLmMultihostConfig, str(ROOT / CONFIGS / name), [], SAMPLE_LM_MULTIHOST)
+    return read_settings(SampleLmMultihostConfig, str(ROOT / CONFIGS / name), [])
 
 
 @pytest.mark.parametrize("path", yaml_files(), ids=str)

@@ -139,7 +139,8 @@ def test_a_file_that_has_drifted_is_refused_in_one_sentence(run, line, key, tmp_
     done = run("--config_path", str(drifted), "--prefix", str(tmp_path / "runs"))
     assert done.returncode == 2 and done.stdout == ""
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith(f"error: {drifted}: {key} is retired: ")
+    assert sentence.startswith(f"error: {drifted}: {key} is not a setting; ")
+    assert sentence.endswith("; see docs/settings.md.")
 
 
 @pytest.mark.slow

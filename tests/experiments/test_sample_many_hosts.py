@@ -12,6 +12,7 @@ from haliax import Axis, NamedArray
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import abstract_llama, attend_whole_sequences, logits, transform
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.make_model import MakeModelConfig, make_model
 
 SAMPLER = "experiments/sample_lm_multihost.py"
@@ -34,7 +35,7 @@ synthetic_prompt_template: "Prompt {{index}}: name one thing."
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     path = str(tmp_path_factory.mktemp("model") / "out")
-    make_model(MakeModelConfig(MODEL, output_path=path))
+    make_model(MakeModelConfig(MODEL), OutputFolder(path))
     return path
 
 

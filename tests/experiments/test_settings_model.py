@@ -9,6 +9,7 @@ from experiments.settings.model import ModelSettings, RopeSettings, contradictio
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.executor.step import unwrap_versioned_value
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.fetch_model import fetch_model
 
 LLAMA_3_1 = LlamaConfig(
@@ -64,15 +65,15 @@ def test_defaults_of_the_settings_contradict_no_checkpoint():
 
 
 def test_a_fetch_with_a_stated_shape_fills_the_folder_and_passes(model_folder, tmp_path):
-    config = FetchCheckedModelConfig(model_folder, RESTATED.stated_shape(), output_path=str(tmp_path / "out"))
-    fetch_checked_model(config)
+    config = FetchCheckedModelConfig(model_folder, RESTATED.stated_shape())
+    fetch_checked_model(config, OutputFolder(str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == LLAMA_3_1.to_hf()
 
 
 def test_a_fetched_model_of_another_shape_is_an_error_naming_both(model_folder, tmp_path):
-    config = FetchCheckedModelConfig(model_folder, {"num_kv_heads": 4}, output_path=str(tmp_path / "out"))
+    config = FetchCheckedModelConfig(model_folder, {"num_kv_heads": 4})
     with pytest.raises(ModelError, match=r"model\.num_kv_heads is 4, but the checkpoint's config\.json has 2; leave"):
-        fetch_checked_model(config)
+        fetch_checked_model(config, OutputFolder(str(tmp_path / "out")))
 
 
 def test_the_stated_shape_is_part_of_the_fetch_so_that_a_change_is_checked():

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.settings.retired import SAMPLE_LM_MULTIHOST
 from experiments.settings.sample_lm_multihost import SampleLmMultihostConfig
-from simpo_pipeline.config_files.check import find_type_errors
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError
@@ -17,7 +15,7 @@ from steps.infer import InferConfig
 
 def settings_with(**changes: Any) -> SampleLmMultihostConfig:
     raw = {"hf_checkpoint": "some/model", "prompts": ["hello", "world"], **changes}
-    return decode_yaml(SampleLmMultihostConfig, yaml.safe_dump(raw), source="s.yaml", retired=SAMPLE_LM_MULTIHOST)
+    return decode_yaml(SampleLmMultihostConfig, yaml.safe_dump(raw), source="s.yaml")
 
 
 def refusal(**changes: Any) -> str:
@@ -90,36 +88,3 @@ def test_every_size_may_be_left_to_the_engine():
 def test_a_file_without_a_model_is_refused():
     with pytest.raises(ConfigError, match=r"^s\.yaml: hf_checkpoint is missing; give text\.$"):
         decode_yaml(SampleLmMultihostConfig, "prompts: [hello]", source="s.yaml")
-
-
-@pytest.mark.parametrize("key", SAMPLE_LM_MULTIHOST)
-def test_a_retired_knob_is_refused_in_one_sentence_with_its_file_and_what_to_do(key):
-    value: Any = 1
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    error = refusal(**value)
-    assert error == f"s.yaml: {key} is retired: {SAMPLE_LM_MULTIHOST[key]}."
-    assert "leave" in error or "set " in error
-
-
-def test_the_knobs_that_once_drifted_are_refused_with_a_fix():
-    assert refusal(engine={"use_logical_reset": True}) == (
-        "s.yaml: engine.use_logical_reset is retired: every generation starts with an empty cache and frees it at its "
-        "end, so leave the key out."
-    )
-    assert refusal(max_prompts_per_batch=1) == (
-        "s.yaml: max_prompts_per_batch is retired: set engine.max_seqs, which limits how many sequences run at once."
-    )
-
-
-def test_no_retired_knob_shadows_an_active_one():
-    raw: dict[str, Any] = {}
-    for key in SAMPLE_LM_MULTIHOST:
-        folders = key.split(".")
-        inner = raw
-        for folder in folders[:-1]:
-            inner = inner.setdefault(folder, {})
-        inner[folders[-1]] = 1
-    unknown = find_type_errors(SampleLmMultihostConfig, raw, "all.yaml", retired={})
-    assert len(unknown) == len(SAMPLE_LM_MULTIHOST)
-    assert all("is not a setting" in sentence for sentence in unknown)

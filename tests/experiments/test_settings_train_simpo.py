@@ -8,9 +8,7 @@ import pytest
 import yaml
 
 from experiments.schedule import TrainingPhase
-from experiments.settings.retired import TRAIN_SIMPO
 from experiments.settings.train_simpo import TrainSimpoConfig
-from simpo_pipeline.config_files.check import find_type_errors
 from simpo_pipeline.config_files.decode import decode_yaml
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.prompts import PromptsConfig
@@ -46,7 +44,7 @@ def settings_with(**changes: Any) -> TrainSimpoConfig:
             del inner[name]
         else:
             inner[name] = value
-    return decode_yaml(TrainSimpoConfig, yaml.safe_dump(raw), source="run.yaml", retired=TRAIN_SIMPO)
+    return decode_yaml(TrainSimpoConfig, yaml.safe_dump(raw), source="run.yaml")
 
 
 def refusal(**changes: Any) -> str:
@@ -272,28 +270,3 @@ MISNAMED = {**TWO_COMPONENTS, "a/b": TWO_COMPONENTS["a"]}
 def test_an_impossible_run_is_refused_before_anything_runs(changes, message):
     told = refusal(**changes)
     assert told.startswith("run.yaml: ") and message in told
-
-
-@pytest.mark.parametrize("key", [key for key in TRAIN_SIMPO if "*" not in key])
-def test_a_retired_knob_is_refused_in_one_sentence_with_its_file_and_what_to_do(key):
-    told = refusal(**{key.replace(".", "__"): 1})
-    assert told == f"run.yaml: {key} is retired: {TRAIN_SIMPO[key]}."
-    assert "leave" in told or "set " in told
-
-
-def test_a_retired_knob_of_a_component_is_refused_by_its_name():
-    told = refusal(data__components__ours__cache_dir="gs://bucket/cache")
-    assert told.startswith("run.yaml: data.components.ours.cache_dir is retired: ")
-
-
-def test_no_retired_knob_shadows_an_active_one():
-    raw: dict[str, Any] = {}
-    for key in TRAIN_SIMPO:
-        folders = key.split(".")
-        inner = raw
-        for folder in folders[:-1]:
-            inner = inner.setdefault(folder, {})
-        inner[folders[-1]] = 1
-    unknown = find_type_errors(TrainSimpoConfig, raw, "all.yaml", retired={})
-    assert len(unknown) == len(TRAIN_SIMPO)
-    assert all("is not a setting" in sentence for sentence in unknown)

@@ -63,11 +63,11 @@ def test_a_setting_on_the_command_line_changes_the_dag(tmp_path):
         (["--config_path", "nowhere.yaml"], "nowhere.yaml"),
         (
             ["--config_path", M11, "--trainer.num_train_stepz", "3"],
-            "command line: trainer.num_train_stepz is not a setting; the nearest is trainer.num_train_steps.",
+            "command line: trainer.num_train_stepz is not a setting; the nearest is trainer.num_train_steps; see ",
         ),
         (
             ["--config_path", M11, "--inference_eval.reset_mode", "physical"],
-            "command line: inference_eval.reset_mode is retired: ",
+            "command line: inference_eval.reset_mode is not a setting; ",
         ),
         (
             ["--config_path", M11, "--trainer.num_train_steps", "1"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from greedy import chat_tokens, greedy, padded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NUM_PROMPTS, NUM_GENERATED = 128, 64
@@ -29,38 +30,16 @@ def main() -> None:
     assert len(texts) == NUM_PROMPTS, f"{len(texts)} prompts, not {NUM_PROMPTS}"
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        for text in texts
-    ]
+    prompts = [chat_tokens(tokenizer, text) for text in texts]
     with torch.inference_mode():
-        answers = [greedy(model, torch.tensor([prompt])) for prompt in prompts]
-    longest = max(map(len, prompts))
+        answers = [greedy(model, torch.tensor([prompt]), NUM_GENERATED) for prompt in prompts]
     np.savez_compressed(
         Path(__file__).parent / "transformers_greedy.npz",
         allow_pickle=False,
-        prompt_tokens=np.asarray([prompt + [-1] * (longest - len(prompt)) for prompt in prompts], np.int32),
+        prompt_tokens=padded(prompts),
         generated_tokens=np.asarray([tokens for tokens, _ in answers], np.int32),
         margins=np.asarray([margins for _, margins in answers], np.float32),
     )
-
-
-def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Return the tokens of transformers' own greedy search, and the margin of each choice."""
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=NUM_GENERATED,
-        max_new_tokens=NUM_GENERATED,
-        eos_token_id=[],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(out.logits).topk(2).values
-    return out.sequences[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from greedy import chat_tokens, greedy, padded
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -96,43 +97,24 @@ def smollm2(folder: Path) -> dict[str, np.ndarray]:
     vocab_ids = np.sort(rng.choice(model.config.vocab_size, NUM_VOCAB_IDS, replace=False)).astype(np.int32)
     prompts, generated, rows = [], [], []
     for text in PROMPTS:
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
+        tokens = chat_tokens(tokenizer, text)
         prompt = torch.tensor([tokens])
         rows.append(model(prompt).logits[0])
-        generated.append(greedy(model, prompt))
+        answer, margins = greedy(model, prompt, NUM_GENERATED)
+        if min(margins) < MIN_MARGIN:
+            raise SystemExit(f"two tokens are {min(margins):.1e} apart: choose another prompt")
+        generated.append(answer)
         prompts.append(tokens)
         print(repr(tokenizer.decode(generated[-1])))
     logits = torch.cat(rows)
-    longest = max(map(len, prompts))
     return {
-        "prompt_tokens": np.asarray([p + [-1] * (longest - len(p)) for p in prompts], np.int32),
+        "prompt_tokens": padded(prompts),
         "generated_tokens": np.asarray(generated, np.int32),
         "vocab_ids": vocab_ids,
         "logits": logits[:, vocab_ids].numpy(),
         "logsumexp": torch.logsumexp(logits, dim=-1).numpy(),
         "last_row": rows[0][-1].numpy(),
     }
-
-
-def greedy(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
-    """Return the tokens of transformers' own greedy search, checking that its margins are wide enough to reproduce."""
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=NUM_GENERATED,
-        max_new_tokens=NUM_GENERATED,
-        eos_token_id=[],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(out.logits).topk(2).values
-    margin = (best[:, 0] - best[:, 1]).min().item()
-    if margin < MIN_MARGIN:
-        raise SystemExit(f"two tokens are {margin:.1e} apart: choose another prompt")
-    return out.sequences[0, prompt.shape[1] :].tolist()
 
 
 def gguf_checksums(gguf: Path) -> dict[str, int]:

@@ -21,22 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import trl
-from accelerate import Accelerator
-from trl.experimental.cpo import CPOTrainer
+from trl_trainer import make_trainer
 
 SETTINGS = [(2.0, 0.5), (2.5, 0.3), (10.0, 0.3), (1.0, 0.0), (0.1, 1.6)]
 SMOOTHING, SFT_WEIGHT = 0.1, 0.7
 PAIRS, SEQ, VOCAB = 6, 9, 13
 IGNORED = -100
-
-
-def make_trainer(beta: float, ratio: float, smoothing: float = 0.0, sft_weight: float = 0.0) -> CPOTrainer:
-    trainer = CPOTrainer.__new__(CPOTrainer)
-    trainer.accelerator = Accelerator(cpu=True)
-    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", beta, beta * ratio
-    trainer.label_smoothing, trainer.alpha, trainer.cpo_alpha = smoothing, 0.0, sft_weight
-    trainer.is_encoder_decoder, trainer.aux_loss_enabled, trainer.pad_token_id = False, False, 0
-    return trainer
 
 
 def from_logps(rng: np.random.Generator, beta: float, ratio: float, smoothing: float = 0.0) -> dict:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.cpo import CPOTrainer
+from trl_trainer import make_trainer
 
 BETA, GAMMA_BETA_RATIO = 2.0, 0.5
 NUM_PAIRS, NUM_UPDATES, BATCH = 32, 20, 8
@@ -30,16 +30,6 @@ LEARNING_RATE, BETAS, EPSILON, MAX_GRAD_NORM = 1e-5, (0.9, 0.95), 1e-8, 1.0
 ENTRIES, LEAST_COMMON = 16, 7919
 IGNORED = -100
 PAIRS = Path(__file__).parents[2] / "experiments" / "data" / "preferences.jsonl"
-
-
-def make_trainer(model: torch.nn.Module) -> CPOTrainer:
-    trainer = CPOTrainer.__new__(CPOTrainer)
-    trainer.accelerator = Accelerator(cpu=True)
-    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", BETA, BETA * GAMMA_BETA_RATIO
-    trainer.label_smoothing, trainer.alpha, trainer.cpo_alpha = 0.0, 0.0, 0.0
-    trainer.is_encoder_decoder, trainer.aux_loss_enabled, trainer.pad_token_id = False, False, 0
-    trainer.model = model
-    return trainer
 
 
 def tokenized(tokenizer, messages: list[dict]) -> tuple[list[int], int]:
@@ -88,7 +78,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # SmolLM2's padding token also ends each turn, and torch leaves a padding token's embedding out of the gradient.
     model.get_input_embeddings().padding_idx = None
-    trainer = make_trainer(model)
+    trainer = make_trainer(BETA, GAMMA_BETA_RATIO)
+    trainer.model = model
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     step = len(rows) // NUM_PAIRS
     pairs = [{side: tokenized(tokenizer, row[side]) for side in ("chosen", "rejected")} for row in rows[::step]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from haliax import Axis, NamedArray
 from jax.sharding import Mesh
+from tiny_model import TINY
 
 from simpo_pipeline.distributed.mesh import local_mesh
 from simpo_pipeline.distributed.programs import Programs
@@ -22,19 +23,6 @@ from simpo_pipeline.model.transformer import (
     attend_whole_sequences,
     logits,
     transform,
-)
-
-TINY = LlamaConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=300,
-    max_seq_len=256,
-    initializer_range=0.2,  # far from uniform logits, so that no argmax is a near tie
-    tie_word_embeddings=True,
 )
 
 

@@ -6,6 +6,7 @@ from simpo_pipeline.errors import DataError
 from simpo_pipeline.inference.config import SamplingParams
 from simpo_pipeline.inference.generated_rows import RowStream, generated_row, read_finished_rows
 from simpo_pipeline.inference.sequence import Completion, FinishReason, Request, TokenLogprobs
+from simpo_pipeline.storage.jsonl import JsonlWriter
 
 
 class Clock:
@@ -24,7 +25,7 @@ def found(path: str) -> list[int]:
 
 def test_on_a_local_disk_each_row_is_readable_at_once(tmp_path) -> None:
     path = str(tmp_path / "folder" / "rows.jsonl")
-    with RowStream(path) as stream:
+    with RowStream(JsonlWriter(path)) as stream:
         assert found(path) == []
         stream.write([{"number": 1}, {"number": 2}])
         assert found(path) == [1, 2]
@@ -36,10 +37,10 @@ def test_on_a_local_disk_each_row_is_readable_at_once(tmp_path) -> None:
 def test_rows_of_an_earlier_file_are_removed_before_the_first_new_one(where, tmp_path, request) -> None:
     folder = {"file": str(tmp_path), "memory": f"memory://{tmp_path}"}
     path = f"{request.getfixturevalue('gcs_here') if where == 'gcs' else folder[where]}/rows.jsonl"
-    with RowStream(path) as stream:
+    with RowStream(JsonlWriter(path)) as stream:
         stream.write([{"number": 1}])
     assert found(path) == [1]
-    with RowStream(path) as stream:
+    with RowStream(JsonlWriter(path)) as stream:
         assert found(path) == []
         stream.write([{"number": 2}])
     assert found(path) == [2]
@@ -47,7 +48,7 @@ def test_rows_of_an_earlier_file_are_removed_before_the_first_new_one(where, tmp
 
 def test_on_a_bucket_rows_are_uploaded_every_two_seconds_and_at_the_end(gcs_here) -> None:
     path, clock = f"{gcs_here}/rows.jsonl", Clock()
-    with RowStream(path, clock) as stream:
+    with RowStream(JsonlWriter(path), clock) as stream:
         for number in range(20):
             clock.seconds = number / 4
             stream.write([{"number": number}])
@@ -63,7 +64,7 @@ def test_uploads_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch: pyt
         num_uploads += 1
         clock.seconds += 10
 
-    stream = RowStream(path, clock)
+    stream = RowStream(JsonlWriter(path), clock)
     monkeypatch.setattr(stream._writer, "flush", slow_upload)
     for _ in range(4000):
         clock.seconds += 1
@@ -86,7 +87,7 @@ def test_a_truncated_last_row_is_skipped_and_any_other_damage_is_an_error(tmp_pa
 
 def test_rows_are_written_even_if_the_block_raises(gcs_here) -> None:
     path = f"{gcs_here}/rows.jsonl"
-    with pytest.raises(RuntimeError), RowStream(path) as stream:
+    with pytest.raises(RuntimeError), RowStream(JsonlWriter(path)) as stream:
         stream.write([{"number": 1}])
         raise RuntimeError
     assert found(path) == [1]

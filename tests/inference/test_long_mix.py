@@ -1,5 +1,6 @@
 """A thousand prompts of all lengths with a cache for a twentieth of them; every token is checked."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from haliax import Axis, NamedArray
 from jax.sharding import Mesh
+from tiny_model import TINY
 
 from simpo_pipeline.distributed.programs import Programs
 from simpo_pipeline.inference.config import EngineSizes, SamplingParams
@@ -18,7 +20,7 @@ from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama, attend_whole_sequences, logits, transform
 
-MODEL = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 2560, initializer_range=0.2, tie_word_embeddings=True)
+MODEL = dataclasses.replace(TINY, max_seq_len=2560)
 NUM_PROMPTS = 1000
 # Two tokens this close may be swapped between two correct computations in fp32.
 TIE = 1e-4

@@ -2,14 +2,13 @@ import bisect
 
 import pytest
 from jax.sharding import Mesh
+from tiny_model import TINY
 
 from simpo_pipeline.errors import CapacityError
 from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
-from simpo_pipeline.model.config import LlamaConfig
 
-MODEL = LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True)
 PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, head size, slots, bytes
 PLENTY = 2**32
 
@@ -20,7 +19,7 @@ def work_of(*shapes: tuple[int, int]) -> Workload:
 
 
 def size(config: EngineConfig, work: Workload, mesh: Mesh, memory_bytes: int = PLENTY) -> EngineSizes:
-    return size_engine(config, MODEL, "float32", work, mesh, memory_bytes)
+    return size_engine(config, TINY, "float32", work, mesh, memory_bytes)
 
 
 def test_work_is_counted_and_merged_to_the_maximum_of_each_field() -> None:

@@ -3,6 +3,7 @@
 A separate script, started by test_two_devices.py: the number of CPU devices is fixed when jax starts.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from random_weights import random_weights
+from tiny_model import TINY
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs, forbid_strays
@@ -22,12 +24,10 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
+from simpo_pipeline.ops.paged_batch import PagedSequences
 
 # The key/value heads of the first are sharded over two devices; of the second, each device has all three.
-MODELS = [
-    LlamaConfig(64, 96, 2, 4, 2, 16, 300, 256, initializer_range=0.2, tie_word_embeddings=True),
-    LlamaConfig(64, 96, 2, 6, 3, 16, 300, 256, initializer_range=0.2),
-]
+MODELS = [TINY, dataclasses.replace(TINY, num_heads=6, num_kv_heads=3, tie_word_embeddings=False)]
 
 
 def tokens_by_layer(model: LlamaConfig, num_devices: int) -> dict[str, object]:
@@ -74,7 +74,7 @@ def attended_on_gpus(kv_heads: int, num_devices: int) -> list[float]:
     )
 
     def attend(q: jax.Array, pages: tuple[jax.Array, ...], *rest: jax.Array) -> jax.Array:
-        return GpuPagedAttention(mesh, MODEL_AXIS).attend(q, pages, *rest, num_single=2)
+        return GpuPagedAttention(mesh, MODEL_AXIS).attend(q, pages, PagedSequences(*rest, num_single=2))
 
     program = Programs().compile("attend", attend, q, (keys, values), *rest, out_shardings=replicated)
     return np.asarray(program(q, (keys, values), *rest)).ravel().tolist()

@@ -9,8 +9,6 @@ import sys
 import pytest
 
 INFRA = pathlib.Path(__file__).resolve().parents[2] / "infra"
-
-WHERE = ("--tpu_name", "m11", "--zone", "us-central1-a", "--project", "proj")
 FAILS = {"code": 3, "lines": ["step 1", "ValueError: no"]}
 SILENT = ("docker logs --follow", "inspect --format")
 HANGS = {"hangs": True, "lines": ["waiting"]}
@@ -64,14 +62,14 @@ class TestStop:
             containers=[{"all": HANGS}], faults=[{"match": "docker stop", "at": "docker 0", "err": "it is stuck"}]
         )
         cloud.call(*cloud.where, "--tpu_type", "v5p-8", "--image", "i", "--", "true")
-        done = cloud.call("stop", *WHERE)
+        done = cloud.call("stop", *cloud.where)
         assert done.code == 1 and "it is stuck" in done.err and "is stopped" not in done.out
 
     @pytest.mark.parametrize("word", ["stop", "status", "logs"])
     def test_a_host_that_cannot_be_queried_is_reported(self, cloud, word):
         cloud.has_tpu(kind="v5p-8")
         cloud.plan(faults=[{"match": "current", "at": "host 0", "kind": "refuse", "times": 9}])
-        done = cloud.call(word, *WHERE)
+        done = cloud.call(word, *cloud.where)
         assert done.code == 1 and "host 0 of TPU m11 could not be queried" in done.err
 
 

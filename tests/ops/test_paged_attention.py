@@ -17,6 +17,8 @@ from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 from simpo_pipeline.ops.paged_attention_reference import ReferencePagedAttention
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
+from simpo_pipeline.ops.paged_xla import QueryTiles
 
 # The TPU kernel does not support 3 key/value heads, so its backend falls back to plain XLA, which runs here.
 KV_HEADS, HEADS, HEAD_SIZE = 3, 6, 16
@@ -33,8 +35,8 @@ all_backends = pytest.mark.parametrize("backend", ALL, ids=lambda backend: backe
 
 # Shared by all tests, so that equal shapes are traced once.
 @functools.partial(jax.jit, static_argnums=0)
-def write(backend: PagedAttention, *arguments):
-    return backend.write(*arguments)
+def write(backend: PagedAttention, pages: Pages, *tokens):
+    return backend.write(pages, NewTokens(*tokens))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -43,15 +45,15 @@ def copy(backend: PagedAttention, *arguments):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_single")
-def attend(backend: PagedAttention, *arguments, num_single: int):
-    return backend.attend(*arguments, num_single=num_single)
+def attend(backend: PagedAttention, q, pages: Pages, *sequences, num_single: int):
+    return backend.attend(q, pages, PagedSequences(*sequences, num_single=num_single))
 
 
 def freshly_traced() -> Callable[..., jax.Array]:
     """Return a fresh `attend` for a test that replaced a function it calls."""
 
-    def attend_freshly_traced(backend: PagedAttention, *arguments, num_single: int):
-        return backend.attend(*arguments, num_single=num_single)
+    def attend_freshly_traced(backend: PagedAttention, q, pages: Pages, *sequences, num_single: int):
+        return backend.attend(q, pages, PagedSequences(*sequences, num_single=num_single))
 
     return jax.jit(attend_freshly_traced, static_argnums=0, static_argnames="num_single")
 
@@ -69,7 +71,7 @@ class Batch:
     num_single: int
     page_size: int
 
-    def pages(self, backend: PagedAttention) -> tuple[jax.Array, ...]:
+    def pages(self, backend: PagedAttention) -> Pages:
         """Return the keys and values; every other slot contains NaN as its key and a huge value."""
         num_pages = self.table.size + 3
         num_missing = num_pages * self.page_size - sum(map(len, self.k))
@@ -220,7 +222,8 @@ def test_on_gpus_unsupported_shapes_do_not_use_the_kernel(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(9, 3, 64), (32, 8, 128), (64, 8, 128)])
 def test_the_kernel_can_be_lowered_without_a_gpu(dtype: str, heads: int, kv_heads: int, head_size: int) -> None:
     def run(q, positions, table, keys, values):
-        return paged_gpu_kernel.attend_in_ranges(q, positions, table, keys, values, splits=q.shape[2] < 16)
+        tiles = QueryTiles(q, positions, table, is_single=q.shape[2] < 16)
+        return paged_gpu_kernel.attend_in_ranges(tiles, keys, values)
 
     pages = jax.ShapeDtypeStruct((200_000, 64, kv_heads, head_size), dtype)
     for tiles, queries in ((128, 1), (160, 16)):
@@ -322,8 +325,8 @@ def test_bfloat16_stays_close_to_float32(backend: PagedAttention) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_cpu_pages_are_read_and_written_in_place(dtype: str) -> None:
     def run(q, pages, table, query_starts, kv_lens):
-        pages = CPU.write(pages, q[:, :2], q[:, 2:4], kv_lens // 16, kv_lens % 16)
-        return CPU.attend(q, pages, table, query_starts, kv_lens, num_single=2), pages
+        pages = CPU.write(pages, NewTokens(q[:, :2], q[:, 2:4], kv_lens // 16, kv_lens % 16))
+        return CPU.attend(q, pages, PagedSequences(table, query_starts, kv_lens, num_single=2)), pages
 
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (5,), (4,))]
     pages = jax.eval_shape(lambda: CPU.empty(10_000, 16, 2, 8, dtype))

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from simpo_pipeline.distributed.compilation_cache import opened_cache
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences
 from simpo_pipeline.ops.paged_tpu_blocks import KernelShape, blocks_for, vmem_bytes
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed: it comes with the extra `tpu`")
@@ -56,9 +57,9 @@ def compile_one_layer(
     def shaped(shape: tuple[int, ...], dtype: DTypeLike, *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def layer(q, k, v, page, slot, pages, *rest):
-        pages = backend.write(pages, k, v, page, slot)
-        return backend.attend(q, pages, *rest, num_single=num_single), pages
+    def layer(q, k, v, page, slot, pages, *sequences):
+        pages = backend.write(pages, NewTokens(k, v, page, slot))
+        return backend.attend(q, pages, PagedSequences(*sequences, num_single=num_single)), pages
 
     tokens, seqs = num_single + chunk_tokens, num_single + num_chunks
     pages = jax.eval_shape(functools.partial(backend.empty, num_pages, page_size, kv_heads, head_size, dtype))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from simpo_pipeline.model.config import LlamaConfig
+from experiments.m11_interleave import LLAMA_3_1_8B
 from simpo_pipeline.preflight.roofline import (
     ProgramWork,
     generation_work,
@@ -14,41 +14,30 @@ from simpo_pipeline.preflight.roofline import (
 )
 from simpo_pipeline.preflight.topology import V5P
 
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_seq_len=131072,
-)
-
 
 def test_an_8b_model_has_the_published_numbers_of_parameters_and_cache_bytes():
     tables_and_norms = 2 * 128256 * 4096 + 65 * 4096
-    assert 32 * layer_parameters(LLAMA_8B) + tables_and_norms == LLAMA_8B.num_parameters == 8_030_261_248
-    assert kv_bytes_per_token(LLAMA_8B, 2) == 128 * 1024
+    assert 32 * layer_parameters(LLAMA_3_1_8B) + tables_and_norms == LLAMA_3_1_8B.num_parameters == 8_030_261_248
+    assert kv_bytes_per_token(LLAMA_3_1_8B, 2) == 128 * 1024
 
 
 def test_an_update_is_six_flops_per_parameter_and_token_and_remat_adds_two():
     # Short rows, so that attention is negligible; every token makes a prediction.
-    update = train_work(LLAMA_8B, 1024, 16, 1024 * 16, "full", kernel=False)
-    multiplied = LLAMA_8B.num_parameters - 128256 * 4096
+    update = train_work(LLAMA_3_1_8B, 1024, 16, 1024 * 16, "full", kernel=False)
+    multiplied = LLAMA_3_1_8B.num_parameters - 128256 * 4096
     assert update.flops == pytest.approx(6 * multiplied * 1024 * 16, rel=1e-2)
-    assert update.repeated_flops == pytest.approx(2 * 32 * layer_parameters(LLAMA_8B) * 1024 * 16, rel=1e-2)
-    assert train_work(LLAMA_8B, 1024, 16, 1024 * 16, "none", kernel=False).repeated_flops == 0
+    assert update.repeated_flops == pytest.approx(2 * 32 * layer_parameters(LLAMA_3_1_8B) * 1024 * 16, rel=1e-2)
+    assert train_work(LLAMA_3_1_8B, 1024, 16, 1024 * 16, "none", kernel=False).repeated_flops == 0
 
 
 def test_the_kernel_flops_of_an_update_grow_with_the_square_of_the_row_length():
-    short, long = (train_work(LLAMA_8B, 2**20 // length, length, 8, "full", kernel=True) for length in (1024, 4096))
+    short, long = (train_work(LLAMA_3_1_8B, 2**20 // length, length, 8, "full", kernel=True) for length in (1024, 4096))
     assert long.kernel_flops == pytest.approx(4 * short.kernel_flops)
 
 
 def test_a_decode_step_reads_all_weights_except_the_embedding_and_every_cached_token_once():
-    turn = generation_work(LLAMA_8B, 32, 32, 32 * 1000, 1000, 2)
-    weights = 2 * (LLAMA_8B.num_parameters - 128256 * 4096 - 65 * 4096)
+    turn = generation_work(LLAMA_3_1_8B, 32, 32, 32 * 1000, 1000, 2)
+    weights = 2 * (LLAMA_3_1_8B.num_parameters - 128256 * 4096 - 65 * 4096)
     assert turn.hbm_bytes == weights + 128 * 1024 * 32 * 1001
     assert roofline(turn, V5P, 4, 0, 2).seconds == pytest.approx(turn.hbm_bytes / 4 / 2765e9)
     assert kernel_seconds(turn, V5P, 4) == pytest.approx(128 * 1024 * 32_000 / 4 / 2765e9)

@@ -10,6 +10,7 @@ from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.job.session import JobSession
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.processes import Processes
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
@@ -33,7 +34,7 @@ TRAINER = TrainerConfig(
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model") / "out")
-    make_model(MakeModelConfig(TINY_LLAMA, output_path=path))
+    make_model(MakeModelConfig(TINY_LLAMA), OutputFolder(path))
     return path
 
 
@@ -51,10 +52,10 @@ def pairs_path(tmp_path_factory, model_path):
         model_path=model_path,
         max_length=TRAINER.train_seq_len,
         validation_fraction=0.5,
-        output_path=str(folder / "out"),
     )
-    prepare_pairs(config)
-    return config.output_path
+    output = OutputFolder(str(folder / "out"))
+    prepare_pairs(config, output)
+    return output.path
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def session():
 @pytest.fixture
 def step_run(session, tmp_path):
     """Return the run that the executor hands to a step function, in a job of one process."""
-    return StepRun("step", str(tmp_path), Processes(), session, plan=(), replaying=False)
+    return StepRun("step", OutputFolder(str(tmp_path)), Processes(), session, plan=(), replaying=False)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from simpo_pipeline.errors import ConfigError, StorageError, TrainingError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.jsonl import read_jsonl
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import CheckpointConfig
 from simpo_pipeline.training.trainer import Trainer
 from steps.train import TrainConfig, train
@@ -32,7 +33,7 @@ def run_train(model_path, pairs_path, trainer_config, session, tmp_path):
     def run(name, checkpoint=NEVER, *, stop_step=3, live=None, version="v", is_used_live=False, **changes):
         path = str(tmp_path / name)
         step_run = StepRun(
-            *("step", path, changes.pop("processes", Processes()), session, ()),
+            *("step", OutputFolder(path), changes.pop("processes", Processes()), session, ()),
             replaying=changes.pop("replaying", False),
             recorded_path=str(tmp_path / changes.pop("recorded", name)),
             version=version,
@@ -45,7 +46,6 @@ def run_train(model_path, pairs_path, trainer_config, session, tmp_path):
             stop_step=stop_step,
             live=live,
             checkpoint=checkpoint,
-            output_path=path,
         )
         return train(config, step_run)
 

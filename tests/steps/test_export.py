@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.storage.files import list_files, read_bytes, read_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.export import ExportConfig, export
 from steps.train import TrainConfig, train
 
@@ -25,7 +27,6 @@ def trainer(model_path, pairs_path, trainer_config, step_run, tmp_path):
         model_path=model_path,
         pairs_path=pairs_path,
         stop_step=2,
-        output_path=str(tmp_path / "trained"),
     )
     return train(config, step_run).value
 
@@ -34,7 +35,8 @@ def trainer(model_path, pairs_path, trainer_config, step_run, tmp_path):
 def run_export(model_path, step_run, tmp_path):
     def run(trainer, output_path=None, **settings):
         output_path = output_path or str(tmp_path / "exported")
-        export(ExportConfig(trainer, model_path, output_path=output_path, **settings), step_run)
+        run = dataclasses.replace(step_run, output=OutputFolder(output_path))
+        export(ExportConfig(trainer, model_path, **settings), run)
         return output_path
 
     return run
@@ -142,7 +144,7 @@ def test_the_folder_of_another_model_is_refused(trainer, step_run, tmp_path):
     other = dataclasses.replace(trainer.model_config, num_layers=3)
     (tmp_path / "config.json").write_text(json.dumps(other.to_hf()))
     with pytest.raises(ConfigError, match="contains a model whose shape differs"):
-        export(ExportConfig(trainer, str(tmp_path), output_path=str(tmp_path / "out")), step_run)
+        export(ExportConfig(trainer, str(tmp_path)), step_run)
 
 
 @pytest.mark.parametrize(
@@ -155,4 +157,4 @@ def test_the_folder_of_another_model_is_refused(trainer, step_run, tmp_path):
 )
 def test_invalid_settings_are_refused_when_the_step_is_defined(setting, words):
     with pytest.raises(ConfigError, match=words):
-        ExportConfig(None, "model", **setting)
+        ExportConfig(cast(Any, None), "model", **setting)

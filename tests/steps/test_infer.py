@@ -10,11 +10,12 @@ from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError,
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import read_finished_rows
 from simpo_pipeline.inference.host_rows import HostRows
-from simpo_pipeline.inference.row_files import host_file, merge_rows, merged_file, unfinished_file, write_rows
+from simpo_pipeline.inference.row_files import host_file, merge_rows, merged_file, unfinished_file
 from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import list_files, read_json
-from simpo_pipeline.storage.jsonl import read_jsonl
+from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import OptimizerConfig
 from steps.bodies.infer import check_same_tokens
 from steps.infer import InferConfig, infer
@@ -25,13 +26,18 @@ PROMPTS = ("one?", "two, please", "and a third prompt")
 ENGINE = EngineConfig(max_seqs=3, max_seq_len=128, page_size=16, num_pages=24, prefill_chunk_tokens=128)
 
 
-def config_for(model_path, output_path, **options):
+def config_for(model_path, **options):
     fields = {
         "prompts": PromptsConfig(prompts=PROMPTS),
         "sampling": SamplingParams(max_tokens=6, temperature=1.0),
         "engine": ENGINE,
     }
-    return InferConfig(model_path=model_path, output_path=str(output_path), **{**fields, **options})
+    return InferConfig(model_path=model_path, **{**fields, **options})
+
+
+def at(folder, step_run):
+    """Return the run with another output folder."""
+    return dataclasses.replace(step_run, output=OutputFolder(str(folder)))
 
 
 def rows_of(output_path):
@@ -39,7 +45,7 @@ def rows_of(output_path):
 
 
 def test_every_prompt_has_a_row_with_all_its_fields(model_path, step_run, tmp_path):
-    infer(config_for(model_path, tmp_path, step=2), step_run)
+    infer(config_for(model_path, step=2), at(tmp_path, step_run))
     rows = rows_of(tmp_path)
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     assert [row["global_prompt_index"] for row in rows] == [0, 1, 2]
@@ -51,7 +57,7 @@ def test_every_prompt_has_a_row_with_all_its_fields(model_path, step_run, tmp_pa
 
 
 def test_the_summary_matches_the_rows(model_path, step_run, tmp_path):
-    infer(config_for(model_path, tmp_path), step_run)
+    infer(config_for(model_path), at(tmp_path, step_run))
     rows, summary = rows_of(tmp_path), read_json(f"{tmp_path}/summary.json")
     assert (summary["prompts"], summary["rows"]) == (3, 3)
     assert summary["generated_tokens"] == summary["tokens"] == sum(row["generated_token_count"] for row in rows)
@@ -62,7 +68,7 @@ def test_the_summary_matches_the_rows(model_path, step_run, tmp_path):
 def test_samples_of_one_prompt_differ_and_are_reproducible_by_seed(model_path, step_run, tmp_path):
     for name in ("a", "b"):
         sampling = SamplingParams(max_tokens=6, n=2)
-        infer(config_for(model_path, tmp_path / name, sampling=sampling), step_run)
+        infer(config_for(model_path, sampling=sampling), at(tmp_path / name, step_run))
     rows = rows_of(tmp_path / "a")
     assert [(row["global_prompt_index"], row["sample_index"]) for row in rows[:3]] == [(0, 0), (0, 1), (1, 0)]
     assert rows[0]["generated_tokens"] != rows[1]["generated_tokens"]
@@ -77,11 +83,10 @@ def test_a_borrowed_trainer_generates_and_is_left_unchanged(model_path, pairs_pa
         model_path=model_path,
         pairs_path=pairs_path,
         stop_step=3,
-        output_path=str(tmp_path / "train"),
     )
     live = train(phase, step_run)
     for name, trainer in (("live", live.value), ("file", None)):
-        infer(config_for(model_path, tmp_path / name, trainer=trainer), step_run)
+        infer(config_for(model_path, trainer=trainer), at(tmp_path / name, step_run))
     assert live.value.digest() == live.digest
     assert [row["generated_tokens"] for row in rows_of(tmp_path / "live")] != [
         row["generated_tokens"] for row in rows_of(tmp_path / "file")
@@ -91,18 +96,18 @@ def test_a_borrowed_trainer_generates_and_is_left_unchanged(model_path, pairs_pa
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model_path, step_run, tmp_path):
     long = PromptsConfig(prompts=("short", "x" * 200))
     with pytest.raises(CapacityError, match=r"request 1 .*max_seq_len is 128"):
-        infer(config_for(model_path, tmp_path, prompts=long), step_run)
+        infer(config_for(model_path, prompts=long), at(tmp_path, step_run))
     assert list_files(str(tmp_path)) == []
 
 
 def test_a_max_seq_len_beyond_the_models_is_refused(model_path, step_run, tmp_path):
     with pytest.raises(CapacityError, match=r"engine.max_seq_len is 129.*up to 128 tokens"):
-        infer(config_for(model_path, tmp_path, engine=EngineConfig(max_seqs=4, max_seq_len=129)), step_run)
+        infer(config_for(model_path, engine=EngineConfig(max_seqs=4, max_seq_len=129)), at(tmp_path, step_run))
 
 
 def test_in_one_process_both_modes_give_the_same_rows(model_path, step_run, tmp_path):
     for mode in ("host_data_parallel", "global_mesh"):
-        infer(config_for(model_path, tmp_path / mode, mode=mode), step_run)
+        infer(config_for(model_path, mode=mode), at(tmp_path / mode, step_run))
     assert rows_of(tmp_path / "global_mesh") == rows_of(tmp_path / "host_data_parallel")
 
 
@@ -121,10 +126,16 @@ def test_hosts_that_drew_different_tokens_from_one_engine_are_reported():
         check_both((5, 6, 7), (5, 6, 8))
 
 
+def write_rows(path, rows):
+    with JsonlWriter(str(path)) as file:
+        for row in rows:
+            file.write(row)
+
+
 def write_shards(folder, shards):
     for host, prompts in enumerate(shards):
         rows = [{"process_index": host, "global_prompt_index": prompt, "sample_index": 0} for prompt in prompts]
-        write_rows(f"{folder}/{host_file(host, len(shards))}", rows)
+        write_rows(folder / host_file(host, len(shards)), rows)
 
 
 @pytest.mark.parametrize("shards", [[[0, 1], [2, 3, 4]], [[], [0], [1]], [[], [], []]])
@@ -151,15 +162,15 @@ def test_rows_that_do_not_belong_to_their_shard_are_refused(tmp_path, shards, me
 def test_rows_of_an_earlier_attempt_are_removed(model_path, step_run, tmp_path):
     write_shards(tmp_path, [[0], [1]])
     for name in (merged_file(2), unfinished_file(0, 1), unfinished_file(1, 2)):
-        write_rows(f"{tmp_path}/{name}", [{"of": "an earlier attempt"}])
-    infer(config_for(model_path, tmp_path), step_run)
+        write_rows(tmp_path / name, [{"of": "an earlier attempt"}])
+    infer(config_for(model_path), at(tmp_path, step_run))
     names = {entry.relative_path for entry in list_files(str(tmp_path))}
     assert names == {host_file(0, 1), merged_file(1), "summary.json"}
 
 
 def test_a_wrong_mode_is_refused():
     with pytest.raises(ConfigError, match=r"Unknown inference_mode='everywhere'\. Expected one of: host_data_p"):
-        config_for("model", "out", mode="everywhere")
+        config_for("model", mode="everywhere")
 
 
 def test_rows_are_readable_while_others_are_still_generated(model_path, step_run, tmp_path, monkeypatch):
@@ -176,7 +187,6 @@ def test_rows_are_readable_while_others_are_still_generated(model_path, step_run
     monkeypatch.setattr(HostRows, "add", fail_at_the_fifth_row)
     config = config_for(
         model_path,
-        tmp_path,
         prompts=PromptsConfig(synthetic_prompt_count=12, synthetic_prompt_template="{index}?"),
     )
     with pytest.raises(RuntimeError, match="a planted error"):
@@ -194,10 +204,10 @@ def test_rows_are_readable_while_others_are_still_generated(model_path, step_run
 
 def test_a_stop_string_stops_a_sample_and_is_excluded_from_its_text(model_path, step_run, tmp_path):
     sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
-    infer(config_for(model_path, tmp_path / "whole", sampling=sampling), step_run)
+    infer(config_for(model_path, sampling=sampling), at(tmp_path / "whole", step_run))
     whole = rows_of(tmp_path / "whole")[0]["generated_text"]
     stop = next(text for at in range(2, 20) if "\ufffd" not in (text := whole[at : at + 3]))
-    infer(config_for(model_path, tmp_path / "cut", sampling=dataclasses.replace(sampling, stop=(stop,))), step_run)
+    infer(config_for(model_path, sampling=dataclasses.replace(sampling, stop=(stop,))), at(tmp_path / "cut", step_run))
     row = rows_of(tmp_path / "cut")[0]
     assert row["finish_reason"] == "stop_string"
     assert row["generated_text"] == whole[: whole.index(stop)]
@@ -210,7 +220,7 @@ def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(
     model_path, step_run, tmp_path, ignore_eos, reasons
 ):
     sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
-    infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
+    infer(config_for(model_path, sampling=sampling), at(tmp_path, step_run))
     rows = rows_of(tmp_path)
     assert {row["finish_reason"] for row in rows} == reasons
     assert {row["generated_tokens"][-1] for row in rows if row["finish_reason"] == "stop"} <= {257, 260}
@@ -218,14 +228,14 @@ def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(
 
 def test_custom_stop_tokens_are_added_to_those_of_the_tokenizer(model_path, step_run, tmp_path):
     sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
-    infer(config_for(model_path, tmp_path, sampling=sampling), step_run)
+    infer(config_for(model_path, sampling=sampling), at(tmp_path, step_run))
     ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
     assert ends == {100, 101, 257, 260}
 
 
 def test_rows_have_log_probabilities_only_when_requested(model_path, step_run, tmp_path):
     for asked in (None, 0, 3):
-        infer(config_for(model_path, tmp_path / str(asked), sampling=SamplingParams(6, logprobs=asked)), step_run)
+        infer(config_for(model_path, sampling=SamplingParams(6, logprobs=asked)), at(tmp_path / str(asked), step_run))
     without, chosen, top = (rows_of(tmp_path / name)[0] for name in ("None", "0", "3"))
     assert not {"logprobs", "cumulative_logprob", "top_logprobs"} & without.keys()
     assert chosen.keys() - without.keys() == {"logprobs", "cumulative_logprob"}
@@ -252,7 +262,7 @@ def tokens_of_every_row(output_path, num_prompts):
 
 @pytest.mark.slow
 def test_1024_prompts_need_no_setting_and_none_is_dropped_or_truncated(model_path, step_run, tmp_path):
-    config = config_for(model_path, tmp_path, prompts=MANY, sampling=FEW, engine=EngineConfig(), chat=False)
+    config = config_for(model_path, prompts=MANY, sampling=FEW, engine=EngineConfig(), chat=False)
     infer(config, step_run)
     tokens_of_every_row(tmp_path, 1024)
     assert read_json(f"{tmp_path}/summary.json")["rows"] == 1024
@@ -270,7 +280,7 @@ def test_engines_too_small_for_all_work_at_once_give_the_same_rows(model_path, s
     found = {}
     for name, engine in sizes.items():
         fields = {"prompts": prompts, "sampling": FEW, "engine": engine, "chat": False}
-        infer(config_for(model_path, tmp_path / name, **fields), step_run)
+        infer(config_for(model_path, **fields), at(tmp_path / name, step_run))
         found[name] = tokens_of_every_row(tmp_path / name, 40)
     assert all(tokens == found["derived"] for tokens in found.values())
     assert read_json(f"{tmp_path}/narrow/summary.json")["num_preemptions"] > 0
@@ -289,11 +299,11 @@ def beside_a_host(step_run, work, memory_bytes):
 def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step_run, tmp_path):
     larger = {"num_requests": 9, "longest_prompt": 70, "longest_total": 120, "total_tokens": 400}
     derived = dataclasses.replace(ENGINE, max_seqs=None, max_seq_len=None)
-    infer(config_for(model_path, tmp_path, engine=derived), beside_a_host(step_run, larger, 2**40))
+    infer(config_for(model_path, engine=derived), at(tmp_path, beside_a_host(step_run, larger, 2**40)))
     engine = read_json(f"{tmp_path}/summary.json")["engine"]
     assert (engine["max_seqs"], engine["max_seq_len"]) == (9, 120)
 
 
 def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):
     with pytest.raises(CapacityError, match=r"the engine needs .* it may use 0\.00 GiB"):
-        infer(config_for(model_path, tmp_path, engine=EngineConfig()), beside_a_host(step_run, None, 1000))
+        infer(config_for(model_path, engine=EngineConfig()), at(tmp_path, beside_a_host(step_run, None, 1000)))

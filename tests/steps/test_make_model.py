@@ -10,6 +10,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.make_model import MakeModelConfig, make_model
 
 SHAPE = LlamaConfig(
@@ -25,7 +26,7 @@ SHAPE = LlamaConfig(
 
 
 def test_the_folder_is_a_model_with_a_chat_tokenizer(tmp_path):
-    make_model(MakeModelConfig(SHAPE, output_path=str(tmp_path / "out")))
+    make_model(MakeModelConfig(SHAPE), OutputFolder(str(tmp_path / "out")))
     assert load_config(str(tmp_path / "out")) == SHAPE
     assert load_tokenizer(str(tmp_path / "out")).chat_template
     assert read_json(str(tmp_path / "out" / "summary.json"))["num_parameters"] == SHAPE.num_parameters
@@ -33,7 +34,7 @@ def test_the_folder_is_a_model_with_a_chat_tokenizer(tmp_path):
 
 def test_weights_are_a_function_of_the_seed(tmp_path):
     def checksum(name, seed):
-        make_model(MakeModelConfig(SHAPE, seed=seed, output_path=str(tmp_path / name)))
+        make_model(MakeModelConfig(SHAPE, seed=seed), OutputFolder(str(tmp_path / name)))
         return crc32c_of(str(tmp_path / name / "model.safetensors"))
 
     assert checksum("a", 1) == checksum("b", 1) != checksum("c", 2)
@@ -42,4 +43,4 @@ def test_weights_are_a_function_of_the_seed(tmp_path):
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
     small = dataclasses.replace(SHAPE, vocab_size=256)
     with pytest.raises(ModelError, match="vocab_size must be at least 261 for the byte tokenizer, got 256"):
-        make_model(MakeModelConfig(small, output_path=str(tmp_path / "out")))
+        make_model(MakeModelConfig(small), OutputFolder(str(tmp_path / "out")))

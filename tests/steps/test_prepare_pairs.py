@@ -9,6 +9,7 @@ from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.pairs import read_pairs
 from simpo_pipeline.errors import DataError
 from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 
 
@@ -33,10 +34,9 @@ def prepare(tmp_path):
             source=PreferenceSource(path=str(source)),
             model_path=str(tmp_path / "model"),
             max_length=max_length,
-            output_path=str(tmp_path / "out"),
             **options,
         )
-        prepare_pairs(config)
+        prepare_pairs(config, OutputFolder(str(tmp_path / "out")))
         return read_pairs(str(tmp_path / "out" / "pairs.parquet")), read_json(str(tmp_path / "out" / "summary.json"))
 
     return run

@@ -12,6 +12,7 @@ import pytest
 from simpo_pipeline.errors import ConfigError, DataError, StorageError
 from simpo_pipeline.executor.run import Action, PlanRow, StepRun
 from simpo_pipeline.processes import Processes
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.evaluation import accuracy
 from steps.bodies.report import fenced, markdown_cell, printable, show_number, spread
 from steps.report import ReportConfig, report
@@ -80,7 +81,7 @@ def make_run(folder: Path, *outputs: str, processes: Processes | None = None) ->
     ]
     return StepRun(
         name="report",
-        output_path=str(folder / "report-789abc"),
+        output=OutputFolder(str(folder / "report-789abc")),
         processes=processes or Processes(),
         session=None,
         plan=tuple(rows),
@@ -99,7 +100,6 @@ def m11(tmp_path: Path) -> tuple[ReportConfig, StepRun]:
         train_outputs=(train_2, train_5),
         infer_outputs=(infer,),
         num_samples=2,
-        output_path=str(tmp_path / "report-789abc"),
     )
     return config, make_run(tmp_path, train_2, infer, train_5)
 
@@ -136,14 +136,14 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def written(config: ReportConfig, name: str) -> str:
-    return Path(config.output_path, name).read_text(encoding="utf-8")
+def written(run: StepRun, name: str) -> str:
+    return Path(run.output.path, name).read_text(encoding="utf-8")
 
 
 def test_the_page_shows_plan_metrics_generation_samples_timings_and_digests(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    texts = Page(written(config, "report.html")).texts
+    texts = Page(written(run, "report.html")).texts
     for expected in (
         *("train-2", "infer-128", "train-5", "RUN", "never ran <before>", "123abc", config.train_outputs[0]),
         *DIGESTS.values(),
@@ -158,7 +158,7 @@ def test_the_page_shows_plan_metrics_generation_samples_timings_and_digests(m11:
 def test_hostile_text_stays_text_in_html(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    page = Page(written(config, "report.html"))
+    page = Page(written(run, "report.html"))
     assert HOSTILE.replace("\x1b", "\ufffd").replace("\x00", "\ufffd") in page.texts
     assert "M11 <b>bold</b>" in page.texts
     assert not {"script", "img", "b", "link", "iframe"} & set(page.tags)
@@ -167,7 +167,7 @@ def test_hostile_text_stays_text_in_html(m11: tuple[ReportConfig, StepRun]):
 def test_the_page_refers_to_nothing_outside_itself(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    source = written(config, "report.html")
+    source = written(run, "report.html")
     assert not {"src", "href", "srcset", "action", "onerror"} & {name for name, _ in Page(source).attributes}
     assert "url(" not in source
     assert "@import" not in source
@@ -176,7 +176,7 @@ def test_the_page_refers_to_nothing_outside_itself(m11: tuple[ReportConfig, Step
 def test_hostile_text_stays_in_its_block_in_markdown(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    lines = written(config, "report.md").splitlines()
+    lines = written(run, "report.md").splitlines()
     start = lines.index("````text")
     assert lines[start + 2] == "# Not a heading\ufffd[2J\ufffd"
     assert lines[start + 3] == "````"
@@ -187,7 +187,7 @@ def test_every_table_row_of_the_markdown_has_as_many_cells_as_its_head(m11: tupl
     config, run = m11
     write_evaluations(config.train_outputs[0], {0: [-1.0] * 10, 2: [1.0] * 10})
     report(config, run)
-    blocks = [block.splitlines() for block in written(config, "report.md").split("\n\n") if block.startswith("|")]
+    blocks = [block.splitlines() for block in written(run, "report.md").split("\n\n") if block.startswith("|")]
     assert len(blocks) == 6, "plan, timings, digests, updates, held-out pairs, generation"
     for block in blocks:
         assert len({line.count("|") - line.count(r"\|") for line in block}) == 1, block
@@ -197,7 +197,7 @@ def test_every_table_row_of_the_markdown_has_as_many_cells_as_its_head(m11: tupl
 def test_the_curves_pass_through_every_update_and_mark_the_generation(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    source = written(config, "report.html")
+    source = written(run, "report.html")
     page = Page(source)
     assert page.tags.count("svg") == 3, "loss, margin, rewards"
     assert page.tags.count("polyline") == 1 + 1 + 2
@@ -226,7 +226,7 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     write_evaluations(config.train_outputs[0], {0: [-1.0] * 6 + [1.0] * 4, 2: [-1.0] * 3 + [1.0] * 7})
     write_evaluations(config.train_outputs[1], {7: [1.0] * 10})
     report(config, run)
-    page = Page(written(config, "report.html"))
+    page = Page(written(run, "report.html"))
     for expected in (
         *("Held-out pairs", "Accuracy on held-out pairs", "held-out accuracy 0.4 to 1"),
         *("0.400 (0.168 to 0.687)", "1.000 (0.722 to 1.000)", "accuracy at update 7: 1"),
@@ -235,8 +235,8 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     ):
         assert expected in page.texts, (expected, [text for text in page.texts if "0.6" in text])
     assert page.tags.count("svg") == 4
-    assert "| 2 | 10 | 0.3333 | 0.4 | 0.700 (0.397 to 0.892) |" in written(config, "report.md")
-    summary = json.loads(written(config, "summary.json"))
+    assert "| 2 | 10 | 0.3333 | 0.4 | 0.700 (0.397 to 0.892) |" in written(run, "report.md")
+    summary = json.loads(written(run, "summary.json"))
     assert summary["held_out_accuracy"] == dataclasses.asdict(accuracy([1.0] * 10))
     assert summary["held_out_accuracy_gain"]["value"] == 0.6
     assert summary["held_out_margin_gain"] is None, "10 pairs are too few"
@@ -247,14 +247,14 @@ def test_the_margin_gain_is_shown_with_its_interval(m11: tuple[ReportConfig, Ste
     write_evaluations(config.train_outputs[0], {0: [-1.0] * 18 + [1.0] * 12, 2: [1.0] * 30})
     report(config, run)
     # A gain of 2 in 18 of 30 pairs: 1.2 on average, plus or minus 1.96 * 0.9965 / sqrt(30).
-    assert "1.200 (0.843 to 1.557)" in Page(written(config, "report.html")).texts
-    assert json.loads(written(config, "summary.json"))["held_out_margin_gain"]["value"] == pytest.approx(1.2)
+    assert "1.200 (0.843 to 1.557)" in Page(written(run, "report.html")).texts
+    assert json.loads(written(run, "summary.json"))["held_out_margin_gain"]["value"] == pytest.approx(1.2)
 
 
 def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, StepRun]):
     config, run = m11
     report(config, run)
-    assert json.loads(written(config, "summary.json")) == {
+    assert json.loads(written(run, "summary.json")) == {
         "updates": 7,
         "final_loss": pytest.approx(1 / 7),
         "final_margin": pytest.approx(0.7),
@@ -269,36 +269,39 @@ def test_the_summary_has_the_figures_of_the_whole_run(m11: tuple[ReportConfig, S
 
 def test_a_run_that_diverged_is_still_reported(tmp_path: Path):
     output = write_train_output(tmp_path, "train-2", range(1, 3), loss=math.nan, **{"rewards/margins": math.inf})
-    config = ReportConfig(title="NaN", train_outputs=(output,), output_path=str(tmp_path / "out"))
-    report(config, make_run(tmp_path, output))
-    assert "nan" in Page(written(config, "report.html")).texts
+    config = ReportConfig(title="NaN", train_outputs=(output,))
+    run = make_run(tmp_path, output)
+    report(config, run)
+    assert "nan" in Page(written(run, "report.html")).texts
 
 
 def test_generation_alone_is_reported_without_training(tmp_path: Path):
     output = write_infer_output(tmp_path, ["a"])
-    config = ReportConfig(title="Samples", infer_outputs=(output,), output_path=str(tmp_path / "out"))
-    report(config, make_run(tmp_path, output))
-    texts = Page(written(config, "report.html")).texts
+    config = ReportConfig(title="Samples", infer_outputs=(output,))
+    run = make_run(tmp_path, output)
+    report(config, run)
+    texts = Page(written(run, "report.html")).texts
     assert "Training" not in texts
     assert "Question 0?" in texts
 
 
 def test_only_the_leader_writes(m11: tuple[ReportConfig, StepRun], tmp_path: Path):
     config, _ = m11
-    report(config, make_run(tmp_path, processes=Processes(process_index=1, process_count=2)))
-    assert not Path(config.output_path).exists()
+    run = make_run(tmp_path, processes=Processes(process_index=1, process_count=2))
+    report(config, run)
+    assert not Path(run.output.path).exists()
 
 
 def test_a_train_output_without_rows_is_refused(tmp_path: Path):
     output = write_train_output(tmp_path, "train-2", range(1, 3))
     Path(output, "metrics.jsonl").write_text("")
-    config = ReportConfig(title="t", train_outputs=(output,), output_path=str(tmp_path / "out"))
+    config = ReportConfig(title="t", train_outputs=(output,))
     with pytest.raises(DataError, match=r"metrics\.jsonl has no rows"):
         report(config, make_run(tmp_path, output))
 
 
 def test_a_missing_train_output_is_named(tmp_path: Path):
-    config = ReportConfig(title="t", train_outputs=(str(tmp_path / "gone"),), output_path=str(tmp_path / "out"))
+    config = ReportConfig(title="t", train_outputs=(str(tmp_path / "gone"),))
     with pytest.raises(StorageError, match="gone"):
         report(config, make_run(tmp_path))
 
@@ -306,7 +309,7 @@ def test_a_missing_train_output_is_named(tmp_path: Path):
 def test_an_infer_output_without_its_merged_rows_is_refused(tmp_path: Path):
     output = write_infer_output(tmp_path, ["a"])
     Path(output, "all_hosts_merged_of_0001.jsonl").unlink()
-    config = ReportConfig(title="t", infer_outputs=(output,), output_path=str(tmp_path / "out"))
+    config = ReportConfig(title="t", infer_outputs=(output,))
     with pytest.raises(DataError, match="has 0 files all_hosts_merged_of"):
         report(config, make_run(tmp_path, output))
 

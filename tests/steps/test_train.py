@@ -10,9 +10,15 @@ import pytest
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.errors import ConfigError, DataError
 from simpo_pipeline.job.session import JobSession
-from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.storage.files import open_write, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
+from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.train import TrainConfig, WeightedPairs, train
+
+
+def write_file(path, pairs):
+    with open_write(path) as file:
+        write_pairs(file, pairs)
 
 
 @pytest.fixture
@@ -25,10 +31,9 @@ def run_phase(model_path, pairs_path, trainer_config, step_run, tmp_path):
             pairs_path=pairs_path,
             stop_step=stop_step,
             live=live,
-            output_path=output_path,
             **options,
         )
-        published = train(config, run)
+        published = train(config, dataclasses.replace(run, output=OutputFolder(output_path)))
         rows = list(read_jsonl(f"{output_path}/metrics.jsonl"))
         return published, rows, read_json(f"{output_path}/summary.json")
 
@@ -110,7 +115,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_a_device_is_touched(
     pairs = read_pairs(pairs_file(pairs_path))
     foreign = dataclasses.replace(pairs[1], chosen_tokens=pairs[1].chosen_tokens + 264)
     (tmp_path / "foreign").mkdir()
-    write_pairs(pairs_file(tmp_path / "foreign"), [pairs[0], foreign])
+    write_file(pairs_file(tmp_path / "foreign"), [pairs[0], foreign])
     monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(
         DataError, match=r"contains token .*, but the model knows tokens 0 to 263; prepare the pairs with"
@@ -126,7 +131,7 @@ def test_a_pair_too_long_for_the_run_is_refused_before_a_device_is_touched(
     shutil.copytree(pairs_path, folder)
     pairs = read_pairs(f"{folder}/{file}")
     tokens = np.concatenate([pairs[0].chosen_tokens, np.ones(96, np.int32)])
-    write_pairs(f"{folder}/{file}", [*pairs[1:], dataclasses.replace(pairs[0], chosen_tokens=tokens)])
+    write_file(f"{folder}/{file}", [*pairs[1:], dataclasses.replace(pairs[0], chosen_tokens=tokens)])
     monkeypatch.setattr("steps.bodies.train._start", None)
     with pytest.raises(DataError, match=f"{pairs[0].prompt_id}' has {len(tokens)} tokens, more than seq_len 96"):
         run_phase(1, pairs_path=str(folder), eval_every=1)
@@ -138,7 +143,7 @@ def test_several_datasets_are_read_by_weight(run_phase, pairs_path, tmp_path, tr
         dataclasses.replace(pair, prompt_id=f"other-{i}") for i, pair in enumerate(read_pairs(pairs_file(pairs_path)))
     ]
     renamed.mkdir()
-    write_pairs(pairs_file(renamed), others)
+    write_file(pairs_file(renamed), others)
     both = (WeightedPairs(pairs_path, 3.0), WeightedPairs(str(renamed), 1.0))
     published, rows, _ = run_phase(3, pairs_path=both)
     _, alone, _ = run_phase(3)

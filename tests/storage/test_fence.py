@@ -1,4 +1,4 @@
-"""No writer of the storage package changes anything behind a closed fence."""
+"""No function that writes changes anything behind a closed fence."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from simpo_pipeline.errors import LeaseLostError
-from simpo_pipeline.storage.fence import fenced
-from simpo_pipeline.storage.files import list_files, open_write, read_text, remove_tree, upload, write_text
-from simpo_pipeline.storage.jsonl import JsonlWriter
+from simpo_pipeline.storage.files import list_files, read_text, write_text
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
-from simpo_pipeline.storage.staging import staged_folder
 
 
 class Closed:
@@ -31,58 +29,61 @@ class Closed:
         yield
 
 
-def stream(path: str) -> None:
-    with open_write(path) as file:
+def stream(output: OutputFolder) -> None:
+    with output.open_write("x") as file:
         file.write(b"new")
 
 
-def upload_file(path: str) -> None:
-    upload(Path(__file__), path)
+WRITES: dict[str, Callable[[OutputFolder], None]] = {
+    "text": lambda output: output.write_text("x", "new"),
+    "json": lambda output: output.write_json("x", "new"),
+    "stream": stream,
+    "upload": lambda output: output.upload(Path(__file__), "x"),
+    "remove": lambda output: output.remove("x"),
+    "rows": lambda output: output.open_rows("x").write({"new": 1}),
+    "subfolder": lambda output: output.subfolder("y").write_text("x", "new"),
+}
 
 
-def open_rows(path: str) -> None:
-    JsonlWriter(path).write({"new": 1})
-
-
-@pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), stream, upload_file, remove_tree, open_rows])
-def test_files_behind_a_closed_fence_are_unchanged(folder, write: Callable[[str], None]):
-    path = join(folder, "step/x")
-    write_text(path, "old")
-    with fenced(join(folder, "step"), Closed()), pytest.raises(LeaseLostError):
-        write(path)
-    assert read_text(path) == "old"
+@pytest.mark.parametrize("write", WRITES)
+def test_files_behind_a_closed_fence_are_unchanged(folder, write: str):
+    write_text(join(folder, "step/x"), "old")
+    with pytest.raises(LeaseLostError):
+        WRITES[write](OutputFolder(join(folder, "step"), Closed()))
+    assert read_text(join(folder, "step/x")) == "old"
     assert [entry.relative_path for entry in list_files(folder)] == ["step/x"]
 
 
-def test_a_file_does_not_appear_if_the_fence_closes_while_it_is_written(tmp_path: Path):
-    path = str(tmp_path / "step/x")
-    write_text(path, "old")
-    with fenced(str(tmp_path / "step"), Closed(passes=1)), pytest.raises(LeaseLostError):
-        write_text(path, "new")
-    assert read_text(path) == "old"
-    assert [entry.relative_path for entry in list_files(str(tmp_path))] == ["step/x"]
+@pytest.mark.parametrize("write", ["text", "json", "stream", "upload"])
+def test_a_file_does_not_appear_if_the_fence_closes_while_it_is_written(folder, write: str):
+    write_text(join(folder, "step/x"), "old")
+    with pytest.raises(LeaseLostError):
+        WRITES[write](OutputFolder(join(folder, "step"), Closed(passes=1)))
+    assert read_text(join(folder, "step/x")) == "old"
+    assert [entry.relative_path for entry in list_files(folder)] == ["step/x"]
 
 
 def test_rows_after_the_fence_closed_are_refused(folder):
-    path = join(folder, "step/rows.jsonl")
     fence = Closed(passes=2)
-    with fenced(join(folder, "step"), fence), pytest.raises(LeaseLostError):
-        with JsonlWriter(path) as writer:
+    with pytest.raises(LeaseLostError):
+        with OutputFolder(join(folder, "step"), fence).open_rows("rows.jsonl") as writer:
             for number in range(3):
                 writer.write({"number": number})
     assert fence.passes < 0
 
 
-def test_a_staged_folder_is_not_uploaded_behind_a_closed_fence():
-    with fenced("memory://staged/step", Closed()), pytest.raises(LeaseLostError):
-        with staged_folder("memory://staged/step") as staged:
-            (staged / "x").write_text("new")
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_staged_folder_is_not_uploaded_behind_a_closed_fence(passes: int):
+    output = OutputFolder("memory://staged/step", Closed(passes))
+    with pytest.raises(LeaseLostError), output.staged() as staged:
+        (staged / "x").write_text("new")
     assert list_files("memory://staged") == []
 
 
-def test_paths_outside_the_fence_can_be_written(folder):
-    with fenced(join(folder, "step"), Closed()), fenced(join(folder, "step"), Closed()):
-        write_text(join(folder, "step-2/x"), "new")
-        write_text(join(folder, "y"), "new")
-    write_text(join(folder, "step/x"), "new")
-    assert len(list_files(folder)) == 3
+def test_a_fence_closes_only_its_own_folder(folder):
+    output = OutputFolder(join(folder, "step"), Closed())
+    OutputFolder(folder).write_text("step-2/x", "new")
+    OutputFolder(join(folder, "step")).write_text("x", "new")
+    with pytest.raises(LeaseLostError):
+        output.write_text("y", "new")
+    assert len(list_files(folder)) == 2

@@ -15,7 +15,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> LlamaConfig:
     """Return a model with grouped heads, tied embeddings and two layers: every kind of leaf.
 

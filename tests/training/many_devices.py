@@ -1,10 +1,12 @@
 """Train the same toy run on one virtual device and on meshes of several, and print the results as one line of JSON.
 
-A separate script, started by test_many_devices.py: the number of CPU devices is fixed when jax starts.
+A separate script, started by test_many_devices.py: the number of CPU devices is fixed when jax starts. Its argument is
+the model: the fields of `LlamaConfig`, as JSON.
 """
 
 import dataclasses
 import json
+import sys
 import tempfile
 
 import jax
@@ -21,18 +23,6 @@ from simpo_pipeline.model.hf_weights import save_weights
 from simpo_pipeline.training.config import OptimizerConfig, TrainerConfig
 from simpo_pipeline.training.trainer import Trainer
 
-MODEL = LlamaConfig(
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    max_seq_len=64,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
 RUN = TrainerConfig(
     num_train_steps=3,
     train_batch_size=8,
@@ -93,9 +83,10 @@ def train(trainer: Trainer, config: TrainerConfig, stops: tuple[int, ...] = (3,)
 
 def main() -> None:
     forbid_strays()
+    model = LlamaConfig(**json.loads(sys.argv[1]))
     programs = Programs()
     configs = {name: dataclasses.replace(RUN, **changes) for name, changes in VARIANTS.items()}
-    one = Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(1, 1))
+    one = Trainer.start_random(RUN, model, programs=programs, mesh=mesh_of(1, 1))
     with tempfile.TemporaryDirectory() as folder:
         save_weights(folder, one.params)
 
@@ -110,13 +101,13 @@ def main() -> None:
                 curves[f"{name} on {mesh}"] = train(start(configs[name], *mesh), configs[name])
         interleaved = start(RUN, 4, 1)
     four, both_axes = (
-        Trainer.start_random(RUN, MODEL, programs=programs, mesh=mesh_of(*mesh)) for mesh in ((4, 1), (2, 2))
+        Trainer.start_random(RUN, model, programs=programs, mesh=mesh_of(*mesh)) for mesh in ((4, 1), (2, 2))
     )
     train(four, RUN)
     train(interleaved, RUN, (1, 3))
     train(both_axes, RUN)
     try:
-        Trainer.start_random(dataclasses.replace(RUN, train_batch_size=6), MODEL, programs=programs, mesh=mesh_of(4, 1))
+        Trainer.start_random(dataclasses.replace(RUN, train_batch_size=6), model, programs=programs, mesh=mesh_of(4, 1))
         refusal = "none"
     except ConfigError as error:
         refusal = str(error)

@@ -1,5 +1,6 @@
 """The same run on one device and on many (FSDP, tensor parallel, gradient accumulation) gives equal results."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(python, unoptimised) -> dict:
+def found(python, unoptimised, tiny_model) -> dict:
     script = Path(__file__).with_name("many_devices.py")
     env = os.environ | unoptimised | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    done = subprocess.run([*python, str(script)], env=env, capture_output=True, text=True, timeout=900)
+    command = [*python, str(script), json.dumps(dataclasses.asdict(tiny_model))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

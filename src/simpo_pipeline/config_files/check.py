@@ -2,6 +2,8 @@
 
 Supports fields that are dataclasses, `X | None`, `Literal`, `dict[str, X]`, lists, tuples of one type, and scalars.
 Nothing is converted: a number in quotes is text. This module does not know files or the meaning of a setting.
+
+A dataclass may have a class attribute `RETIRED`, which maps a key that it no longer has to what to do instead.
 """
 
 import dataclasses
@@ -23,31 +25,31 @@ _SCALARS: Mapping[Any, tuple[tuple[type, ...], str]] = {
 class _Checker:
     source: str
     root: type
-    retired: Mapping[str, str]
+    page: str | None
 
-    def value(self, kind: Any, raw: Any, key: str, pattern: str) -> Iterator[str]:
-        """Yield sentences about `raw` under `key`; in `pattern`, a star stands for each name that the user chose."""
+    def value(self, kind: Any, raw: Any, key: str) -> Iterator[str]:
+        """Yield sentences about `raw` under `key`."""
         origin = typing.get_origin(kind)
         arguments = typing.get_args(kind)
         if kind is Any:
             return
         if origin in (Union, types.UnionType):
-            yield from self._union(arguments, raw, key, pattern)
+            yield from self._union(arguments, raw, key)
         elif dataclasses.is_dataclass(kind):
-            yield from self._dataclass(typing.cast(type, kind), raw, key, pattern)
+            yield from self._dataclass(typing.cast(type, kind), raw, key)
         elif origin is dict and isinstance(raw, dict):
             for name, inner in raw.items():
-                yield from self.value(arguments[1], inner, _below(key, name), _below(pattern, "*"))
+                yield from self.value(arguments[1], inner, _below(key, name))
         elif origin in (list, tuple) and isinstance(raw, list):
             for index, inner in enumerate(raw):
-                yield from self.value(arguments[0], inner, f"{key}[{index}]", _below(pattern, "*"))
+                yield from self.value(arguments[0], inner, f"{key}[{index}]")
         elif not _fits(kind, raw):
             yield f"{self.source}: {key} is {_show(raw)}; expected {_describe(kind)}."
 
-    def _union(self, kinds: tuple[Any, ...], raw: Any, key: str, pattern: str) -> Iterator[str]:
+    def _union(self, kinds: tuple[Any, ...], raw: Any, key: str) -> Iterator[str]:
         if raw is None and type(None) in kinds:
             return
-        answers = [list(self.value(kind, raw, key, pattern)) for kind in kinds if kind is not type(None)]
+        answers = [list(self.value(kind, raw, key)) for kind in kinds if kind is not type(None)]
         if not all(answers):
             return
         if len(answers) == 1 and isinstance(raw, list | dict):
@@ -56,19 +58,20 @@ class _Checker:
         else:
             yield f"{self.source}: {key} is {_show(raw)}; expected {' or '.join(map(_describe, kinds))}."
 
-    def _dataclass(self, kind: type, raw: Any, key: str, pattern: str) -> Iterator[str]:
+    def _dataclass(self, kind: type, raw: Any, key: str) -> Iterator[str]:
         if not isinstance(raw, dict):
             yield f"{self.source}: {key} is {_show(raw)}; expected a mapping with keys {', '.join(_hints(kind))}."
             return
-        hints = _hints(kind)
+        hints, retired = _hints(kind), getattr(kind, "RETIRED", {})
         for name, inner in raw.items():
-            inner_key, inner_pattern = _below(key, name), _below(pattern, name)
-            if inner_pattern in self.retired:
-                yield f"{self.source}: {inner_key} is retired: {self.retired[inner_pattern]}."
-            elif name in hints:
-                yield from self.value(hints[name], inner, inner_key, inner_pattern)
+            inner_key = _below(key, name)
+            if name in hints:
+                yield from self.value(hints[name], inner, inner_key)
+            elif name in retired:
+                yield f"{self.source}: {inner_key} is retired: {retired[name]}."
             else:
-                yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}."
+                page = "" if self.page is None else f"; see {self.page}"
+                yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}{page}."
 
     def _nearest(self, name: str, key: str, hints: Mapping[str, Any]) -> str:
         elsewhere = [path for path in _all_keys(self.root) if path.rpartition(".")[2] == name]
@@ -78,16 +81,16 @@ class _Checker:
         return f"the settings {f'of {key}' if key else 'here'} are {', '.join(hints)}"
 
 
-def find_type_errors(kind: type, raw: Mapping[str, Any], source: str, retired: Mapping[str, str]) -> list[str]:
+def find_type_errors(kind: type, raw: Mapping[str, Any], source: str, page: str | None) -> list[str]:
     """Return one sentence for each key of `raw` that is unknown, retired or of the wrong type; keys may be missing.
 
     Args:
         kind: The dataclass that `raw` is meant for.
         raw: The content of a YAML file.
         source: The file, or "command line"; each sentence begins with it.
-        retired: Maps a dotted key (`*` for names in a dict) to a text that says what to do instead.
+        page: The page on the settings; sentences about unknown keys refer to it.
     """
-    return list(_Checker(source, kind, retired).value(kind, dict(raw), "", ""))
+    return list(_Checker(source, kind, page).value(kind, dict(raw), ""))
 
 
 def find_missing(kind: type, raw: Mapping[str, Any], source: str, key: str = "") -> list[str]:

@@ -4,7 +4,7 @@ This module checks the keys, with one sentence for each that is wrong; draccus t
 reads the files: this module knows text, but not where it is stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import draccus
@@ -19,9 +19,7 @@ COMMAND_LINE = "command line"
 T = TypeVar("T")
 
 
-def decode_yaml(
-    cls: type[T], text: str, *, source: str, flags: Sequence[str] = (), retired: Mapping[str, str] | None = None
-) -> T:
+def decode_yaml(cls: type[T], text: str, *, source: str, flags: Sequence[str] = (), page: str | None = None) -> T:
     """Return the settings in `text`, overridden by those of the command line.
 
     Args:
@@ -29,7 +27,7 @@ def decode_yaml(
         text: A YAML document.
         source: The path of the document; each message about it begins with the path.
         flags: Command-line words such as `--trainer.num_train_steps 3`; keys are dotted.
-        retired: Maps a dotted key (`*` for names in a dict) to what to do instead: "set x instead", "leave it out".
+        page: The page on the settings; messages about unknown keys refer to it.
 
     Raises:
         ConfigError: a key is unknown, retired, given twice, missing or of the wrong type, one sentence each; or
@@ -37,9 +35,7 @@ def decode_yaml(
     """
     in_file = parse_yaml(text, source)
     in_flags = parse_flags(flags, COMMAND_LINE)
-    misfits = find_type_errors(cls, in_file, source, retired or {}) + find_type_errors(
-        cls, in_flags, COMMAND_LINE, retired or {}
-    )
+    misfits = find_type_errors(cls, in_file, source, page) + find_type_errors(cls, in_flags, COMMAND_LINE, page)
     if misfits:
         raise ConfigError("\n".join(misfits))
     merged = merge(in_file, in_flags)

@@ -6,7 +6,7 @@ This module knows token ids and where an answer begins. It does not know text, t
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32
 
 from simpo_pipeline.errors import DataError
-from simpo_pipeline.storage.files import open_read, open_write
+from simpo_pipeline.storage.files import open_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +90,8 @@ def check_vocabulary(pairs: Sequence[TokenizedPair], pad_id: int, vocab_size: in
             )
 
 
-def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
-    """Write the pairs as one Parquet file: prompt_id, two lists of int32 tokens, and the start of each answer.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+def write_pairs(file: BinaryIO, pairs: Sequence[TokenizedPair]) -> None:
+    """Write the pairs in Parquet format: prompt_id, two lists of int32 tokens, and the start of each answer."""
     table = pa.table(
         {
             "prompt_id": pa.array([pair.prompt_id for pair in pairs], pa.string()),
@@ -105,8 +101,7 @@ def write_pairs(path: str, pairs: Sequence[TokenizedPair]) -> None:
             "rejected_response_start": pa.array([pair.rejected_response_start for pair in pairs], pa.int32()),
         }
     )
-    with open_write(path) as file:
-        pq.write_table(table, file)
+    pq.write_table(table, file)
 
 
 def read_pairs(path: str) -> list[TokenizedPair]:

@@ -1,6 +1,9 @@
-"""Interface between the executor and a step function: the run it receives, and the live value it returns.
+"""Interface between the executor and a step function: what the function receives, and the live value it returns.
 
-A step function receives its `StepRun` if it has a second parameter named `run`.
+After its config, a step function may have these parameters. They are recognized by name.
+
+    output: OutputFolder    writes to the output path, for as long as this job holds the step's lease
+    run: StepRun            the processes and the session of the job; `run.output` is the same folder
 """
 
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from simpo_pipeline.processes import Processes
+from simpo_pipeline.storage.output_folder import OutputFolder
 
 
 class Action(StrEnum):
@@ -43,8 +47,8 @@ class StepRun:
     """One call of a step function."""
 
     name: str
-    output_path: str
-    """Where this call writes. A scratch path in a replay."""
+    output: OutputFolder
+    """Where this call writes. A scratch folder in a replay."""
     processes: Processes
     session: Any
     """The object that the experiment passed to the executor for its steps to share. The executor never inspects it."""
@@ -52,11 +56,16 @@ class StepRun:
     replaying: bool
     """Whether only the live value of this call is used. Its outputs are discarded."""
     recorded_path: str = ""
-    """The step's own output path. The same as `output_path`, except in a replay."""
+    """The step's own output path. The same as that of `output`, except in a replay."""
     version: str = ""
     """Hash of the step's identity."""
     is_used_live: bool = False
     """Whether the experiment has steps that use the live value."""
+
+    @property
+    def output_path(self) -> str:
+        """The path of `output`."""
+        return self.output.path
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,27 +25,26 @@ from simpo_pipeline.errors import IdentityError, LiveEdgeError, PlanError
 ConfigT = TypeVar("ConfigT")
 
 StepFunction = Callable[..., Any]
-"""fn(config) or fn(config, run: StepRun), returning None or a Live."""
+"""fn(config), with or without the parameters `output: OutputFolder` and `run: StepRun`; it returns None or a Live."""
 
 
-def imported_step(path: str, *, module: str, takes_run: bool) -> StepFunction:
+def imported_step(path: str, *, module: str, takes: tuple[str, ...]) -> StepFunction:
     """Return a step function that is imported when it is called, so that planning does not load what it needs.
 
     Args:
         path: Import path of the function, such as `steps.bodies.train.train`.
         module: Module that offers the step function, `__name__` there. Records name the function by it.
-        takes_run: Whether the function has a second parameter `run`.
+        takes: Parameters of the function after the config: "output", "run" or both.
     """
 
     body, _, function = path.rpartition(".")
 
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(body), function)(*arguments)
+    def call(*arguments: Any, **handles: Any) -> Any:
+        return getattr(importlib.import_module(body), function)(*arguments, **handles)
 
     call.__module__, call.__name__, call.__qualname__ = module, function, function
-    parameters = ("config", "run") if takes_run else ("config",)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    setattr(call, "__signature__", inspect.Signature([inspect.Parameter(name, kind) for name in parameters]))  # noqa: B010
+    setattr(call, "__signature__", inspect.Signature([inspect.Parameter(name, kind) for name in ("config", *takes)]))  # noqa: B010
     return call
 
 

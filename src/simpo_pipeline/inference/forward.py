@@ -32,6 +32,7 @@ from simpo_pipeline.model.transformer import (
     transform,
     unstacked,
 )
+from simpo_pipeline.ops.paged_batch import PagedSequences
 
 
 class SampledTokens(NamedTuple):
@@ -73,7 +74,7 @@ def lay_out_by_layer(
 
 def prefill(weights: Llama | UnstackedLlama, cache: KVCache, batch: PrefillBatch, *, dtype: DTypeLike) -> KVCache:
     """Return the cache with the keys and values of the batch's tokens added."""
-    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_places(batch, cache), dtype)
+    _, cache = _hidden(weights, cache, jnp.asarray(batch.tokens), _prefill_locations(batch, cache), dtype)
     return cache
 
 
@@ -90,9 +91,9 @@ def prefill_and_decode(
     """Add the keys and values of `chunks` to the cache and sample one token per row of `batch`, in one forward pass."""
     num_rows = batch.tokens.shape[0]
     state = _first_state(cache, batch, max_steps=1)
-    places = _joined(_decode_places(batch, state), _prefill_places(chunks, cache))
+    locations = _joined(_decode_locations(batch, state), _prefill_locations(chunks, cache))
     tokens = jnp.concatenate([state.tokens, jnp.asarray(chunks.tokens)])
-    hidden, cache = _hidden(weights, cache, tokens, places, dtype)
+    hidden, cache = _hidden(weights, cache, tokens, locations, dtype)
     own = NamedArray(hidden.array[:num_rows], (Axis("token", num_rows), hidden.axes[1]))
     end = _after_draw(weights, batch, step, state._replace(cache=cache), own, split)
     return end.cache, end.drawn
@@ -117,7 +118,7 @@ def decode(
     params = merged(weights, head_parts) if isinstance(weights, Llama) else weights
 
     def decode_step(state: _Decoding) -> _Decoding:
-        hidden, cache = _hidden(params, state.cache, state.tokens, _decode_places(batch, state), dtype)
+        hidden, cache = _hidden(params, state.cache, state.tokens, _decode_locations(batch, state), dtype)
         return _after_draw(params, batch, step, state._replace(cache=cache), hidden, split)
 
     def should_continue(state: _Decoding) -> Bool[Array, ""]:
@@ -191,29 +192,28 @@ def _positions(batch: DecodeBatch, state: _Decoding) -> Int[Array, " rows"]:
     return jnp.where(state.alive, batch.positions + state.num_done, -1)
 
 
-def _decode_places(batch: DecodeBatch, state: _Decoding) -> TokenLocations:
+def _decode_locations(batch: DecodeBatch, state: _Decoding) -> TokenLocations:
     num_rows = batch.tokens.shape[0]
     positions = _positions(batch, state)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    return TokenLocations(
-        page_table=batch.page_table,
+    sequences = PagedSequences(
+        page_table=jnp.asarray(batch.page_table),
         query_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
         kv_lens=positions + 1,
-        pages=_pages(batch.page_table, rows, positions, state.cache),
-        positions=positions,
         num_single=num_rows,
     )
+    return TokenLocations(sequences, _pages(batch.page_table, rows, positions, state.cache), positions)
 
 
-def _prefill_places(batch: PrefillBatch, cache: KVCache) -> TokenLocations:
-    return TokenLocations(
-        page_table=batch.page_table,
-        query_starts=batch.query_starts,
-        kv_lens=batch.kv_lens,
-        pages=_pages(batch.page_table, batch.seqs, batch.positions, cache),
-        positions=batch.positions,
+def _prefill_locations(batch: PrefillBatch, cache: KVCache) -> TokenLocations:
+    sequences = PagedSequences(
+        page_table=jnp.asarray(batch.page_table),
+        query_starts=jnp.asarray(batch.query_starts),
+        kv_lens=jnp.asarray(batch.kv_lens),
         num_single=0,
     )
+    pages = _pages(batch.page_table, batch.seqs, batch.positions, cache)
+    return TokenLocations(sequences, pages, jnp.asarray(batch.positions))
 
 
 def _pages(page_table: Any, seqs: Any, positions: Any, cache: KVCache) -> Int[Array, " tokens"]:
@@ -222,14 +222,17 @@ def _pages(page_table: Any, seqs: Any, positions: Any, cache: KVCache) -> Int[Ar
 
 
 def _joined(single: TokenLocations, chunks: TokenLocations) -> TokenLocations:
-    num_single = single.num_single
+    first, rest = single.sequences, chunks.sequences
+    sequences = PagedSequences(
+        page_table=jnp.concatenate([first.page_table, rest.page_table]),
+        query_starts=jnp.concatenate([first.query_starts[:-1], first.num_single + rest.query_starts]),
+        kv_lens=jnp.concatenate([first.kv_lens, rest.kv_lens]),
+        num_single=first.num_single,
+    )
     return TokenLocations(
-        page_table=jnp.concatenate([single.page_table, chunks.page_table]),
-        query_starts=jnp.concatenate([single.query_starts[:-1], num_single + jnp.asarray(chunks.query_starts)]),
-        kv_lens=jnp.concatenate([single.kv_lens, chunks.kv_lens]),
+        sequences,
         pages=jnp.concatenate([single.pages, chunks.pages]),
         positions=jnp.concatenate([single.positions, chunks.positions]),
-        num_single=num_single,
     )
 
 
@@ -237,27 +240,16 @@ def _hidden(
     weights: AnyLlama,
     cache: KVCache,
     tokens: Int[Array, " tokens"],
-    places: TokenLocations,
+    locations: TokenLocations,
     dtype: DTypeLike,
 ) -> tuple[NamedArray, KVCache]:
     """Return the hidden states [token, embed] of a batch and the cache with its keys and values added."""
-
-    def attend(
-        layer: Int[Array, ""],
-        q: Float[Array, "tokens heads head_size"],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        cache: KVCache,
-    ) -> tuple[Array, Any]:
-        return cache.attend(layer, q, k, v, places)
-
     token = Axis("token", tokens.shape[0])
-    positions = NamedArray(jnp.asarray(places.positions), (token,))
     return transform(
         weights,
         NamedArray(tokens, (token,)),
-        positions,
-        attend=attend,
+        NamedArray(locations.positions, (token,)),
+        attend=lambda layer, q, k, v, cache: cache.attend(layer, q, k, v, locations),
         state=cache,
         dtype=dtype,
         placement=Placement(weight=_from_bits, hidden=lambda hidden: hidden),

@@ -50,12 +50,12 @@ def generated_row(completion: Completion, prompt: str | None, decode: Decode) ->
 
 
 class RowStream:
-    """Writer of a new file of rows that replaces any earlier one; `read_finished_rows` can read it while it grows."""
+    """Writer of rows that owns `writer`; `read_finished_rows` can read the file while it grows."""
 
-    def __init__(self, path: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, writer: JsonlWriter, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._writer = JsonlWriter(path)
-        self._appends = is_local(path)
+        self._writer = writer
+        self._appends = is_local(writer.path)
         self._next_upload = now()
         self._upload_if_due()  # rows of an earlier file must not be taken for this file's
 

@@ -5,10 +5,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from simpo_pipeline.inference.generated_rows import RowStream
-from simpo_pipeline.inference.row_files import host_file, unfinished_file, write_rows
+from simpo_pipeline.inference.row_files import host_file, unfinished_file
 from simpo_pipeline.processes import Processes
-from simpo_pipeline.storage.files import remove_tree
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 
 if TYPE_CHECKING:
     from simpo_pipeline.inference.sequence import Completion
@@ -19,21 +18,22 @@ class HostRows:
 
     def __init__(
         self,
-        output_path: str,
+        output: OutputFolder,
         processes: Processes,
         shard: range,
         make_row: "Callable[[Completion], dict[str, Any]]",
     ) -> None:
         host = (processes.process_index, processes.process_count)
-        self._path = join(output_path, host_file(*host))
-        self._unfinished_path = join(output_path, unfinished_file(*host))
+        self._output = output
+        self._name = host_file(*host)
+        self._unfinished_name = unfinished_file(*host)
         self._shard = shard
         self._make_row = make_row
         self._rows: list[dict[str, Any]] = []
         self._stream: RowStream | None = None
 
     def __enter__(self) -> "HostRows":
-        self._stream = RowStream(self._unfinished_path)
+        self._stream = RowStream(self._output.open_rows(self._unfinished_name))
         return self
 
     def __exit__(
@@ -51,5 +51,7 @@ class HostRows:
 
     def write_in_order(self) -> None:
         """Write this host's file in the order of the prompts, and remove the unfinished file."""
-        write_rows(self._path, sorted(self._rows, key=lambda row: (row["global_prompt_index"], row["sample_index"])))
-        remove_tree(self._unfinished_path)
+        with self._output.open_rows(self._name) as file:
+            for row in sorted(self._rows, key=lambda row: (row["global_prompt_index"], row["sample_index"])):
+                file.write(row)
+        self._output.remove(self._unfinished_name)

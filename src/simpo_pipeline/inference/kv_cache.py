@@ -15,29 +15,27 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from simpo_pipeline.inference.config import EngineSizes
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES
 from simpo_pipeline.ops.paged_attention import PagedAttention
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 
 
 class TokenLocations(eqx.Module):
-    """Cache locations of a batch's tokens: one token each of `num_single` sequences, then the chunks of the others."""
+    """Cache locations of a batch's tokens. Page indices are those of the first layer."""
 
-    page_table: Int[Array | np.ndarray, "seqs pages_per_seq"]  # pages of each sequence, in order; then padding
-    query_starts: Int[Array | np.ndarray, " seqs_and_end"]  # tokens [query_starts[s], query_starts[s+1]) are of s
-    kv_lens: Int[Array | np.ndarray, " seqs"]  # length of each sequence, including this batch; 0 for padding
+    sequences: PagedSequences
     pages: Int[Array, " tokens"]  # page that each token is written to
-    positions: Int[Array | np.ndarray, " tokens"]  # position in the sequence; -1 for padding
-    num_single: int = eqx.field(static=True)
+    positions: Int[Array, " tokens"]  # position in the sequence; -1 for padding
 
 
 class KVCache(eqx.Module):
     """Paged cache of keys and values."""
 
-    pages: tuple[Shaped[Array, "layers_pages ..."], ...]
+    pages: Pages  # the pages of the first layer, then those of the second, and so on
     num_pages: int = eqx.field(static=True)  # per layer
     page_size: int = eqx.field(static=True)
     attention: PagedAttention = eqx.field(static=True)
@@ -48,23 +46,22 @@ class KVCache(eqx.Module):
         q: Float[Array, "tokens heads head_size"],
         k: Float[Array, "tokens kv_heads head_size"],
         v: Float[Array, "tokens kv_heads head_size"],
-        places: TokenLocations,
+        locations: TokenLocations,
     ) -> tuple[Float[Array, "tokens heads head_size"], "KVCache"]:
         """Write one layer's keys and values, then attend to all cached tokens of each token's sequence."""
-        page_table = layer * self.num_pages + jnp.asarray(places.page_table)
-        positions = jnp.asarray(places.positions)
+        sequences, positions = locations.sequences, locations.positions
+        page_table = layer * self.num_pages + sequences.page_table
         past_the_last = self.pages[0].shape[0]
-        page = jnp.where(positions >= 0, layer * self.num_pages + places.pages, past_the_last)
-        pages = self.attention.write(self.pages, k, v, page, positions % self.page_size)
-        query_starts, kv_lens = jnp.asarray(places.query_starts), jnp.asarray(places.kv_lens)
-        out = self.attention.attend(q, pages, page_table, query_starts, kv_lens, num_single=places.num_single)
+        page = jnp.where(positions >= 0, layer * self.num_pages + locations.pages, past_the_last)
+        pages = self.attention.write(self.pages, NewTokens(k, v, page, positions % self.page_size))
+        out = self.attention.attend(q, pages, dataclasses.replace(sequences, page_table=page_table))
         return out, dataclasses.replace(self, pages=pages)
 
     def copy(self, sources: Int[Array, " n"], targets: Int[Array, " n"]) -> "KVCache":
         """Copy pages in every layer; a target past the last page of a layer skips that copy."""
         num_layers = self.pages[0].shape[0] // self.num_pages
 
-        def copy_layer(layer: Int[Array, ""], pages: tuple[Array, ...]) -> tuple[Array, ...]:
+        def copy_layer(layer: Int[Array, ""], pages: Pages) -> Pages:
             first_page = layer * self.num_pages
             target = jnp.where(targets < self.num_pages, first_page + targets, self.pages[0].shape[0])
             return self.attention.copy(pages, first_page + sources, target)

@@ -20,6 +20,7 @@ from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES, with_shardings
 from simpo_pipeline.model.transformer import abstract_llama
+from simpo_pipeline.storage.jsonl import JsonlWriter
 
 DTYPES = ("float32", "bfloat16")
 # Default of `max_seqs`; the same as vLLM's.
@@ -152,7 +153,7 @@ class LLM:
             for sample in range(sampling.n)
         ]
         self._engine.check(requests)  # before the file is opened, which replaces an earlier one
-        with nullcontext() if output_path is None else RowStream(output_path) as stream:
+        with nullcontext() if output_path is None else RowStream(JsonlWriter(output_path)) as stream:
 
             def write(finished: list[Completion]) -> None:
                 if stream is not None:

@@ -5,13 +5,14 @@ file is kept until the step runs again.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from simpo_pipeline.data.prompts import prompt_shard
 from simpo_pipeline.errors import DataError
-from simpo_pipeline.storage.files import list_files, remove_tree
-from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
+from simpo_pipeline.storage.files import list_files
+from simpo_pipeline.storage.jsonl import read_jsonl
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
 _ROWS_FILE = re.compile(r"(host_\d{4}|all_hosts_merged)_of_\d{4}(\.unfinished)?\.jsonl")
@@ -32,18 +33,11 @@ def merged_file(process_count: int) -> str:
     return f"all_hosts_merged_of_{process_count:04d}.jsonl"
 
 
-def remove_rows(output_path: str) -> None:
+def remove_rows(output: OutputFolder) -> None:
     """Remove the row files of an earlier attempt with any number of hosts."""
-    for entry in list_files(output_path):
+    for entry in list_files(output.path):
         if _ROWS_FILE.fullmatch(entry.relative_path):
-            remove_tree(join(output_path, entry.relative_path))
-
-
-def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write the rows as JSON lines, in order."""
-    with JsonlWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
+            output.remove(entry.relative_path)
 
 
 def merge_rows(output_path: str, num_prompts: int, num_samples: int, process_count: int) -> Iterator[dict[str, Any]]:

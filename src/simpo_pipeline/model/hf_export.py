@@ -29,8 +29,7 @@ from simpo_pipeline.model.hf_weights import (
     top_leaves,
 )
 from simpo_pipeline.model.transformer import Llama, LlamaLayers
-from simpo_pipeline.storage.files import open_write, write_json
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 
 # dtype -> its name in the header of a safetensors file.
 STORED_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16"}
@@ -38,7 +37,7 @@ _HEADER_ALIGNMENT = 8
 
 
 def export_weights(
-    path: str,
+    output: OutputFolder,
     params: Llama,
     abstract: Llama,
     mesh: Mesh,
@@ -48,10 +47,10 @@ def export_weights(
     max_shard_bytes: int,
     writes: bool,
 ) -> dict[str, list[str]]:
-    """Write safetensors, with an index if there are several files, to a folder at any storage path.
+    """Write safetensors, with an index if there are several files.
 
     Args:
-        path: The folder. It is created if it does not exist.
+        output: The folder to write to.
         params: The parameters, borrowed.
         abstract: The shapes, dtypes and shardings of the parameters over all of `mesh`.
         mesh: The mesh that the parameters are sharded over.
@@ -71,7 +70,7 @@ def export_weights(
     files = split_into_files(num_bytes, max_shard_bytes)
     tensors = _gather_tensors(params, abstract, mesh, programs, dtype)
     for file_name, names in files.items():
-        with open_write(join(path, file_name)) if writes else nullcontext() as file:
+        with output.open_write(file_name) if writes else nullcontext() as file:
             if file is not None:
                 file.write(safetensors_header({name: shapes[name] for name in names}, dtype))
             for name in names:
@@ -80,7 +79,7 @@ def export_weights(
                 if file is not None:
                     file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     if writes and len(files) > 1:
-        write_json(join(path, INDEX_FILE), index_of(files, num_bytes))
+        output.write_json(INDEX_FILE, index_of(files, num_bytes))
     return files
 
 

@@ -27,8 +27,8 @@ from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.transformer import Llama, LlamaLayers
 from simpo_pipeline.storage.files import exists, local_copy, read_json, write_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
-from simpo_pipeline.storage.staging import staged_folder
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -122,7 +122,7 @@ def save_weights(
     tensors = dict(_host_tensors(model))
     num_bytes = {name: tensor.size * dtype.itemsize for name, tensor in tensors.items()}
     shards = split_into_files(num_bytes, max_shard_bytes)
-    with staged_folder(path) as folder:
+    with OutputFolder(path).staged() as folder:
         write_json(str(folder / CONFIG_FILE), {**model.config.to_hf(), "torch_dtype": dtype.name})
         for file_name, names in shards.items():
             # Cast file by file, so that only one file's tensors exist in both dtypes at a time.

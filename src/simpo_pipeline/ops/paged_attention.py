@@ -9,19 +9,20 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from simpo_pipeline.ops.paged_attention_cpu import CpuPagedAttention
 from simpo_pipeline.ops.paged_attention_gpu import GpuPagedAttention
 from simpo_pipeline.ops.paged_attention_tpu import TpuPagedAttention
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 
 
 @runtime_checkable
 class PagedAttention(Protocol):
     """A backend that stores keys and values in pages and attends to them; equal and hashable by value.
 
-    Pages are a tuple of arrays with one row per page. Every method is meant to be traced. Methods that return pages
-    update the given pages in place if the program may donate them.
+    Every method is meant to be traced. Methods that return pages update the given pages in place if the program may
+    donate them.
     """
 
     name: ClassVar[str]
@@ -31,33 +32,19 @@ class PagedAttention(Protocol):
     kv_heads_axis: ClassVar[int]
     """The axis of each array that can be sharded into whole key/value heads, each with its keys and its values."""
 
-    def empty(
-        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def empty(self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> Pages:
         """Return pages of zeros for keys and values of `dtype`."""
         ...
 
-    def write(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        page: Int[Array, " tokens"],
-        slot: Int[Array, " tokens"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
-        """Write token t's key and value into slot `slot[t]` of page `page[t]`.
+    def write(self, pages: Pages, tokens: NewTokens) -> Pages:
+        """Write the tokens' keys and values into their slots.
 
         Tokens whose page is past the last one are dropped. Values that are not finite, or whose magnitude exceeds
         1e30, may be stored as 0.
         """
         ...
 
-    def copy(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        source: Int[Array, " n"],
-        target: Int[Array, " n"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def copy(self, pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
         """Copy page `source[i]` to page `target[i]`. All sources are read before any target is written.
 
         A copy whose target is past the last page is dropped. A source past the last page reads an arbitrary page.
@@ -65,24 +52,11 @@ class PagedAttention(Protocol):
         ...
 
     def attend(
-        self,
-        q: Float[Array, "tokens heads head_size"],
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        page_table: Int[Array, "seqs pages_per_seq"],
-        query_starts: Int[Array, " seqs_and_end"],
-        kv_lens: Int[Array, " seqs"],
-        *,
-        num_single: int,
+        self, q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences
     ) -> Float[Array, "tokens heads head_size"]:
         """Attend from each query to the tokens of its sequence up to and including itself.
 
-        Sequence s owns `q[query_starts[s]:query_starts[s + 1]]`. These are its last tokens, whose keys and values are
-        already in its pages. The first `num_single` sequences have one query each, so `query_starts[s]` = s for
-        s <= `num_single`; those with `kv_lens[s]` = 0 are padding. Each of the other sequences has any number of
-        queries, including 0.
-
-        Token p of sequence s is in page `page_table[s, p // page_size]`, slot `p % page_size`, for p < kv_lens[s]. The
-        rest of the sequence's page table row may name any page. Query head h reads key/value head
+        The keys and values of the queries are already in the pages. Query head h reads key/value head
         `h // (heads // kv_heads)`. Scores and softmax are fp32; the result has q's dtype. Padding queries give zeros,
         except that single ones may give arbitrary values if a device kernel computes them.
         """

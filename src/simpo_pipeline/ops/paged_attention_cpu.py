@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, attend_in_tiles, copy_pages, in_blocks, storable_values
 
 
@@ -29,45 +30,25 @@ class CpuPagedAttention:
     keys_per_block: ClassVar[int | None] = KEYS_PER_BLOCK
     kv_heads_axis: ClassVar[int] = 1
 
-    def empty(
-        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def empty(self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> Pages:
         """Return zeros: keys [pages, kv_heads, head_size, page_size] and values [..., page_size, head_size]."""
         stored = _stored_dtype(dtype)
         keys = jnp.zeros((num_pages, kv_heads, head_size, page_size), stored)
         return keys, jnp.zeros((num_pages, kv_heads, page_size, head_size), stored)
 
-    def write(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        page: Int[Array, " tokens"],
-        slot: Int[Array, " tokens"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def write(self, pages: Pages, tokens: NewTokens) -> Pages:
         """See `PagedAttention.write`."""
         keys, values = pages
-        keys = keys.at[page, :, :, slot].set(_stored(k), mode="drop")
-        return keys, values.at[page, :, slot, :].set(_stored(storable_values(v)), mode="drop")
+        keys = keys.at[tokens.page, :, :, tokens.slot].set(_stored(tokens.k), mode="drop")
+        stored_values = _stored(storable_values(tokens.v))
+        return keys, values.at[tokens.page, :, tokens.slot, :].set(stored_values, mode="drop")
 
-    def copy(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        source: Int[Array, " n"],
-        target: Int[Array, " n"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def copy(self, pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
         """See `PagedAttention.copy`."""
         return copy_pages(pages, source, target)
 
     def attend(
-        self,
-        q: Float[Array, "tokens heads head_size"],
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        page_table: Int[Array, "seqs pages_per_seq"],
-        query_starts: Int[Array, " seqs_and_end"],
-        kv_lens: Int[Array, " seqs"],
-        *,
-        num_single: int,
+        self, q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
         keys, values = pages
@@ -80,8 +61,7 @@ class CpuPagedAttention:
             k_NKDT = k_NWKDO.transpose(0, 2, 3, 1, 4).reshape(num_tiles, kv_heads, head_size, -1)
             return k_NKDT, v_NWKOD.transpose(0, 2, 1, 3, 4).reshape(num_tiles, kv_heads, -1, head_size)
 
-        sizes = {"num_single": num_single, "kv_heads": kv_heads}
-        return attend_in_tiles(q, in_blocks(read_block, page_size), page_table, query_starts, kv_lens, **sizes)
+        return attend_in_tiles(q, in_blocks(read_block, page_size), sequences, kv_heads)
 
 
 def _stored_dtype(dtype: DTypeLike) -> np.dtype:

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 from simpo_pipeline.ops.paged_xla import (
     KEYS_PER_BLOCK,
     AttendTiles,
+    QueryTiles,
     attend_in_tiles,
     copy_pages,
     in_blocks,
@@ -41,93 +43,55 @@ class GpuPagedAttention:
     keys_per_block: ClassVar[int | None] = KEYS_PER_BLOCK
     kv_heads_axis: ClassVar[int] = 2
 
-    def empty(
-        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def empty(self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> Pages:
         """Return two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
         shape = (num_pages, page_size, kv_heads, head_size)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    def write(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        page: Int[Array, " tokens"],
-        slot: Int[Array, " tokens"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def write(self, pages: Pages, tokens: NewTokens) -> Pages:
         """See `PagedAttention.write`."""
         keys, values = pages
-        keys = keys.at[page, slot].set(k, mode="drop")
-        return keys, values.at[page, slot].set(storable_values(v), mode="drop")
+        at = tokens.page, tokens.slot
+        return keys.at[at].set(tokens.k, mode="drop"), values.at[at].set(storable_values(tokens.v), mode="drop")
 
-    def copy(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        source: Int[Array, " n"],
-        target: Int[Array, " n"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def copy(self, pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
         """See `PagedAttention.copy`."""
         return copy_pages(pages, source, target)
 
     def attend(
-        self,
-        q: Float[Array, "tokens heads head_size"],
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        page_table: Int[Array, "seqs pages_per_seq"],
-        query_starts: Int[Array, " seqs_and_end"],
-        kv_lens: Int[Array, " seqs"],
-        *,
-        num_single: int,
+        self, q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
-        keys, values = pages
-        divides = keys.shape[self.kv_heads_axis] % self.mesh.shape[self.axis] == 0
+        divides = pages[0].shape[self.kv_heads_axis] % self.mesh.shape[self.axis] == 0
         axis = self.axis if divides else None
         heads, kv_heads, replicated = PartitionSpec(None, axis), PartitionSpec(None, None, axis), PartitionSpec()
         interpret = self.mesh.devices.flat[0].platform != "gpu"
         return jax.shard_map(
-            functools.partial(_attend_on_one_device, num_single=num_single, interpret=interpret),
+            functools.partial(_attend_on_one_device, interpret=interpret),
             mesh=self.mesh,
-            in_specs=(heads, kv_heads, kv_heads, replicated, replicated, replicated),
+            in_specs=(heads, kv_heads, replicated),
             out_specs=heads,
             # The kernel does not declare over which mesh axes its result varies.
             check_vma=False,
-        )(q, keys, values, page_table, query_starts, kv_lens)
+        )(q, pages, sequences)
 
 
 def _attend_on_one_device(
-    q: Float[Array, "tokens heads head_size"],
-    keys: Float[Array, "pages page_size kv_heads head_size"],
-    values: Float[Array, "pages page_size kv_heads head_size"],
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
-    *,
-    num_single: int,
-    interpret: bool,
+    q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences, *, interpret: bool
 ) -> Float[Array, "tokens heads head_size"]:
-    attend = _in_kernel(keys, values, interpret=interpret)
-    sizes = {"num_single": num_single, "kv_heads": keys.shape[2]}
-    return attend_in_tiles(q, attend, page_table, query_starts, kv_lens, **sizes)
+    keys, values = pages
+    return attend_in_tiles(q, _in_kernel(keys, values, interpret=interpret), sequences, keys.shape[2])
 
 
 def _in_kernel(keys: Float[Array, "P O K D"], values: Float[Array, "P O K D"], *, interpret: bool) -> AttendTiles:
     # Imported here because jobs on other devices must not depend on a backend that JAX deprecates.
     from simpo_pipeline.ops import paged_gpu_kernel
 
-    def attend(
-        q_NKRD: Float[Array, "N K R D"],
-        positions_NR: Int[Array, "N R"],
-        page_table: Int[Array, "N pages_per_seq"],
-        *,
-        is_single: bool,
-    ) -> Float[Array, "N K R D"]:
-        _, _, rows, head_size = q_NKRD.shape
+    def attend(tiles: QueryTiles) -> Float[Array, "N K R D"]:
+        _, _, rows, head_size = tiles.q_NKRD.shape
         if not paged_gpu_kernel.takes(rows, head_size, keys.dtype.itemsize):
-            return in_xla(keys, values)(q_NKRD, positions_NR, page_table, is_single=is_single)
-        paged_kv = (page_table, keys, values)
-        return paged_gpu_kernel.attend_in_ranges(q_NKRD, positions_NR, *paged_kv, splits=is_single, interpret=interpret)
+            return in_xla(keys, values)(tiles)
+        return paged_gpu_kernel.attend_in_ranges(tiles, keys, values, interpret=interpret)
 
     return attend
 

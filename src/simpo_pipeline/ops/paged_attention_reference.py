@@ -6,7 +6,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
+
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,51 +20,31 @@ class ReferencePagedAttention:
     keys_per_block: ClassVar[int | None] = None
     kv_heads_axis: ClassVar[int] = 2
 
-    def empty(
-        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def empty(self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> Pages:
         """Return two arrays of zeros of `dtype`, keys and values: [pages, page_size, kv_heads, head_size]."""
         shape = (num_pages, page_size, kv_heads, head_size)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    def write(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        page: Int[Array, " tokens"],
-        slot: Int[Array, " tokens"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def write(self, pages: Pages, tokens: NewTokens) -> Pages:
         """See `PagedAttention.write`."""
         keys, values = pages
-        return keys.at[page, slot].set(k, mode="drop"), values.at[page, slot].set(v, mode="drop")
+        at = tokens.page, tokens.slot
+        return keys.at[at].set(tokens.k, mode="drop"), values.at[at].set(tokens.v, mode="drop")
 
-    def copy(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        source: Int[Array, " n"],
-        target: Int[Array, " n"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def copy(self, pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
         """See `PagedAttention.copy`."""
         return tuple(array.at[target].set(array[source], mode="drop") for array in pages)
 
     def attend(
-        self,
-        q: Float[Array, "tokens heads head_size"],
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        page_table: Int[Array, "seqs pages_per_seq"],
-        query_starts: Int[Array, " seqs_and_end"],
-        kv_lens: Int[Array, " seqs"],
-        *,
-        num_single: int,
+        self, q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
-        del num_single
         keys, values = pages
         num_tokens, _, head_size = q.shape
-        owner, position = _owners(query_starts, kv_lens, num_tokens)
+        owner, position = _owners(sequences, num_tokens)
         flat = (num_tokens, -1, *keys.shape[2:])
-        k, v = keys[page_table[owner]].reshape(flat), values[page_table[owner]].reshape(flat)
+        pages_of = sequences.page_table[owner]
+        k, v = keys[pages_of].reshape(flat), values[pages_of].reshape(flat)
         seen = jnp.arange(k.shape[1])[None] <= position[:, None]
         # A slot that is masked for a query may contain anything, and 0 * NaN is NaN.
         v = jnp.where(seen[:, :, None, None], v, 0).astype(jnp.float32)
@@ -74,10 +56,9 @@ class ReferencePagedAttention:
         return jnp.einsum("nkgt,ntkd->nkgd", weights, v).reshape(q.shape).astype(q.dtype)
 
 
-def _owners(
-    query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int
-) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"]]:
+def _owners(sequences: PagedSequences, num_tokens: int) -> tuple[Int[Array, " tokens"], Int[Array, " tokens"]]:
     """Return the sequence of each token, and the token's position in it (-1 for padding)."""
+    query_starts, kv_lens = sequences.query_starts, sequences.kv_lens
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     owner = jnp.sum(tokens[:, None] >= query_starts[None, 1:], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, kv_lens.shape[0] - 1)

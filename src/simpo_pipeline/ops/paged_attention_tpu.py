@@ -8,7 +8,6 @@ decide which of the two runs.
 """
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -18,8 +17,9 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
+from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 from simpo_pipeline.ops.paged_tpu_blocks import VMEM_LIMIT_BYTES, KernelShape, blocks_for
 from simpo_pipeline.ops.paged_xla import attend_in_tiles, in_blocks, storable_values
 
@@ -28,6 +28,8 @@ _LANES = 128
 # The kernel computes every sequence for all queries of a block: small blocks suit single queries, large blocks chunks.
 _SINGLE_QUERIES_PER_BLOCK = 8
 _CHUNK_QUERIES_PER_BLOCK = 32
+
+_KVPages = Float[Array, "pages page_size two_kv_heads lanes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,65 +45,41 @@ class TpuPagedAttention:
     keys_per_block: ClassVar[int | None] = None
     kv_heads_axis: ClassVar[int] = 2
 
-    def empty(
-        self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def empty(self, num_pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> Pages:
         """Return one array of zeros of `dtype`: [pages, page_size, 2 * kv_heads, head_size rounded up to 128]."""
         return (jnp.zeros((num_pages, page_size, 2 * kv_heads, head_size + _lane_padding(head_size)), dtype),)
 
-    def write(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        k: Float[Array, "tokens kv_heads head_size"],
-        v: Float[Array, "tokens kv_heads head_size"],
-        page: Int[Array, " tokens"],
-        slot: Int[Array, " tokens"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def write(self, pages: Pages, tokens: NewTokens) -> Pages:
         """See `PagedAttention.write`."""
         (kv_pages,) = pages
-        num_tokens, kv_heads, head_size = k.shape
-        kv = jnp.stack([k, storable_values(v)], axis=2).reshape(num_tokens, 2 * kv_heads, head_size)
-        return (kv_pages.at[page, slot].set(_pad_lanes(kv), mode="drop"),)
+        num_tokens, kv_heads, head_size = tokens.k.shape
+        kv = jnp.stack([tokens.k, storable_values(tokens.v)], axis=2).reshape(num_tokens, 2 * kv_heads, head_size)
+        return (kv_pages.at[tokens.page, tokens.slot].set(_pad_lanes(kv), mode="drop"),)
 
-    def copy(
-        self,
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        source: Int[Array, " n"],
-        target: Int[Array, " n"],
-    ) -> tuple[Shaped[Array, "pages ..."], ...]:
+    def copy(self, pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
         """See `PagedAttention.copy`."""
         (kv_pages,) = pages
         return (_copy_one_by_one(kv_pages, source, target),)
 
     def attend(
-        self,
-        q: Float[Array, "tokens heads head_size"],
-        pages: tuple[Shaped[Array, "pages ..."], ...],
-        page_table: Int[Array, "seqs pages_per_seq"],
-        query_starts: Int[Array, " seqs_and_end"],
-        kv_lens: Int[Array, " seqs"],
-        *,
-        num_single: int,
+        self, q: Float[Array, "tokens heads head_size"], pages: Pages, sequences: PagedSequences
     ) -> Float[Array, "tokens heads head_size"]:
         """See `PagedAttention.attend`."""
         (kv_pages,) = pages
         splits = kv_pages.shape[2] // 2 % self.mesh.shape[self.axis] == 0
         axis = self.axis if splits else None
         heads, kv_heads = PartitionSpec(None, axis), PartitionSpec(None, None, axis)
-        replicated = PartitionSpec()
         return jax.shard_map(
-            functools.partial(_attend_on_one_device, num_single=num_single),
+            _attend_on_one_device,
             mesh=self.mesh,
-            in_specs=(heads, kv_heads, replicated, replicated, replicated),
+            in_specs=(heads, kv_heads, PartitionSpec()),
             out_specs=heads,
             # The kernel does not declare over which mesh axes its result varies.
             check_vma=False,
-        )(q, kv_pages, page_table, query_starts, kv_lens)
+        )(q, kv_pages, sequences)
 
 
-def _copy_one_by_one(
-    kv_pages: Shaped[Array, "pages page_size two_kv_heads lanes"], source: Int[Array, " n"], target: Int[Array, " n"]
-) -> Shaped[Array, "pages page_size two_kv_heads lanes"]:
+def _copy_one_by_one(kv_pages: _KVPages, source: Int[Array, " n"], target: Int[Array, " n"]) -> _KVPages:
     """Copy pages with one slice update each, which keeps their layout.
 
     A scatter of whole pages needs another layout, and XLA would convert the whole cache to it and back. For a cache of
@@ -119,47 +97,36 @@ def _copy_one_by_one(
 
 
 def _attend_on_one_device(
-    q: Float[Array, "tokens heads head_size"],
-    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
-    *,
-    num_single: int,
+    q: Float[Array, "tokens heads head_size"], kv_pages: _KVPages, sequences: PagedSequences
 ) -> Float[Array, "tokens heads head_size"]:
     if not _kernel_tiles(kv_pages.shape[2], kv_pages.dtype.itemsize):
-        return _attend_without_kernel(q, kv_pages, page_table, query_starts, kv_lens, num_single=num_single)
+        return _attend_without_kernel(q, kv_pages, sequences)
     # The kernel dereferences every entry that it reads, and it reads at least the first of each row.
-    page_table = jnp.clip(page_table, 0, kv_pages.shape[0] - 1)
+    page_table = jnp.clip(sequences.page_table, 0, kv_pages.shape[0] - 1)
+    sequences = dataclasses.replace(sequences, page_table=page_table)
+    num_single = sequences.num_single
     parts = []
     if num_single:
-        single = page_table[:num_single], query_starts[: num_single + 1], kv_lens[:num_single]
         # Each sequence has a query, so the kernel waits for the blocks of all of them.
         all_of_them = jnp.full(1, num_single, jnp.int32)
-        parts.append(
-            _kernel(q[:num_single], kv_pages, *single, all_of_them, queries_per_block=_SINGLE_QUERIES_PER_BLOCK)
-        )
-    if num_single < kv_lens.shape[0]:
-        starts = query_starts[num_single:] - num_single
-        parts.append(_attend_chunks(q[num_single:], kv_pages, page_table[num_single:], starts, kv_lens[num_single:]))
+        parts.append(_kernel(q[:num_single], kv_pages, sequences.single(), all_of_them, _SINGLE_QUERIES_PER_BLOCK))
+    if num_single < sequences.kv_lens.shape[0]:
+        parts.append(_attend_chunks(q[num_single:], kv_pages, sequences.chunks()))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _attend_chunks(
-    q: Float[Array, "tokens heads head_size"],
-    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
+    q: Float[Array, "tokens heads head_size"], kv_pages: _KVPages, sequences: PagedSequences
 ) -> Float[Array, "tokens heads head_size"]:
+    query_starts = sequences.query_starts
+
     def attend() -> Float[Array, "tokens heads head_size"]:
         # The kernel prefetches a block for the next sequence. Every sequence that it counts must wait for its block, so
         # it must count none without keys and none after the last query.
         has_queries = query_starts[1:] > query_starts[:-1]
-        rows = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+        rows = jnp.arange(sequences.kv_lens.shape[0], dtype=jnp.int32)
         num_seqs = jnp.max(jnp.where(has_queries, rows + 1, 1), keepdims=True)
-        rest = page_table, query_starts, kv_lens, num_seqs
-        out = _kernel(q, kv_pages, *rest, queries_per_block=_CHUNK_QUERIES_PER_BLOCK)
+        out = _kernel(q, kv_pages, sequences, num_seqs, _CHUNK_QUERIES_PER_BLOCK)
         # The kernel leaves arbitrary values where there is no query.
         is_query = jnp.arange(q.shape[0], dtype=jnp.int32) < query_starts[-1]
         return jnp.where(is_query[:, None, None], out, 0)
@@ -171,24 +138,22 @@ def _attend_chunks(
 
 def _kernel(
     q: Float[Array, "tokens heads head_size"],
-    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
+    kv_pages: _KVPages,
+    sequences: PagedSequences,
     num_seqs: Int[Array, "1"],
-    *,
     queries_per_block: int,
 ) -> Float[Array, "tokens heads head_size"]:
     head_size, itemsize = kv_pages.shape[3], kv_pages.dtype.itemsize
     kv_heads = kv_pages.shape[2] // 2
-    shape = KernelShape(kv_pages.shape[1], page_table.shape[1], q.shape[1], kv_heads, head_size, itemsize)
+    _, pages_per_seq = sequences.page_table.shape
+    shape = KernelShape(kv_pages.shape[1], pages_per_seq, q.shape[1], kv_heads, head_size, itemsize)
     blocks = blocks_for(shape, queries_per_block)
     out = ragged_paged_attention(
         _pad_lanes(q),
         kv_pages,
-        jnp.maximum(kv_lens, 1),
-        page_table,
-        query_starts,
+        jnp.maximum(sequences.kv_lens, 1),
+        sequences.page_table,
+        sequences.query_starts,
         num_seqs,
         sm_scale=1 / math.sqrt(q.shape[2]),
         num_kv_pages_per_block=blocks.kv_pages,
@@ -199,13 +164,7 @@ def _kernel(
 
 
 def _attend_without_kernel(
-    q: Float[Array, "tokens heads head_size"],
-    kv_pages: Float[Array, "pages page_size two_kv_heads lanes"],
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
-    *,
-    num_single: int,
+    q: Float[Array, "tokens heads head_size"], kv_pages: _KVPages, sequences: PagedSequences
 ) -> Float[Array, "tokens heads head_size"]:
     """Attend over the same pages in plain XLA; legend as in `paged_xla`."""
     _, page_size, two_kv_heads, lanes = kv_pages.shape
@@ -216,8 +175,7 @@ def _attend_without_kernel(
         kv = kv.reshape(indices.shape[0], -1, two_kv_heads // 2, 2, lanes)[..., :head_size]
         return kv[:, :, :, 0].transpose(0, 2, 3, 1), kv[:, :, :, 1].transpose(0, 2, 1, 3)
 
-    sizes = {"num_single": num_single, "kv_heads": two_kv_heads // 2}
-    return attend_in_tiles(q, in_blocks(read_block, page_size), page_table, query_starts, kv_lens, **sizes)
+    return attend_in_tiles(q, in_blocks(read_block, page_size), sequences, two_kv_heads // 2)
 
 
 def _kernel_tiles(two_kv_heads: int, itemsize: int) -> bool:

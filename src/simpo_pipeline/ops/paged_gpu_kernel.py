@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from simpo_pipeline.ops.linear import matmul
-from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, MASKED, MIN_TOTAL
+from simpo_pipeline.ops.paged_xla import KEYS_PER_BLOCK, MASKED, MIN_TOTAL, QueryTiles
 
 # The minimum number of rows of a GPU's matrix units.
 _MIN_ROWS = 16
@@ -51,21 +51,18 @@ def takes(rows: int, head_size: int, itemsize: int) -> bool:
 
 
 def attend_in_ranges(
-    q_NKRD: Float[Array, "N K R D"],
-    positions_NR: Int[Array, "N R"],
-    page_table: Int[Array, "N pages_per_seq"],
+    tiles: QueryTiles,
     keys_POKD: Float[Array, "P O K D"],
     values_POKD: Float[Array, "P O K D"],
     *,
-    splits: bool,
     interpret: bool = False,
 ) -> Float[Array, "N K R D"]:
-    """Attend from each row to the keys of its tile's pages, up to and including its position.
+    """Implement `AttendTiles` over these pages. If the tiles are single queries, several programs share a tile's keys.
 
-    The result is fp32, and scores are not scaled. A row with position -1 attends to nothing and gives zeros. `splits`
-    lets several programs share the keys of a tile. `interpret` runs the kernel as XLA operations, on any device.
+    `interpret` runs the kernel as XLA operations, on any device.
     """
-    num_tiles, kv_heads, rows, head_size = q_NKRD.shape
+    num_tiles, kv_heads, rows, head_size = tiles.q_NKRD.shape
+    positions_NR, page_table, splits = tiles.positions_NR, tiles.page_table, tiles.is_single
     max_keys = page_table.shape[1] * keys_POKD.shape[1]
     ranges = next(count for count in itertools.count(1) if _range_start(count) >= max_keys) if splits else 1
     kernel = functools.partial(_add_keys, rows=rows, splits=splits)
@@ -84,7 +81,7 @@ def attend_in_ranges(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(q_NKRD, positions_NR, jnp.max(positions_NR, axis=1) + 1, page_table, keys_POKD, values_POKD)
+    )(tiles.q_NKRD, positions_NR, jnp.max(positions_NR, axis=1) + 1, page_table, keys_POKD, values_POKD)
     scale = jnp.exp2(peak - jnp.max(peak, axis=0, keepdims=True))
     whole = functools.reduce(operator.add, total * scale)
     return functools.reduce(operator.add, weighted * scale[..., None]) / jnp.maximum(whole, MIN_TOTAL)[..., None]

@@ -11,11 +11,14 @@ R row = (query, group) within a tile, W page within a key block, T key within a 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
+
+from simpo_pipeline.ops.paged_batch import PagedSequences, Pages
 
 # Keys read at once. Shorter blocks waste less work past a sequence's end; longer ones mean fewer and larger matmuls.
 KEYS_PER_BLOCK = 64
@@ -33,25 +36,23 @@ _LARGEST_VALUE = 1e30
 ReadBlock = Callable[[Int[Array, "N W"]], tuple[Float[Array, "N K D T"], Float[Array, "N K T D"]]]
 
 
-@runtime_checkable
-class AttendTiles(Protocol):
-    """Attention over tiles, in fp32, without scaling the scores. Rows with position -1 are masked and give zeros."""
+class QueryTiles(eqx.Module):
+    """Tiles of queries, and the pages of each tile's sequence."""
 
-    def __call__(
-        self,
-        q_NKRD: Float[Array, "N K R D"],
-        positions_NR: Int[Array, "N R"],
-        page_table: Int[Array, "N pages_per_seq"],
-        *,
-        is_single: bool,
-    ) -> Float[Array, "N K R D"]:
-        """Attend from each tile to its pages. With `is_single`, each tile is one query of a separate sequence."""
-        ...
+    q_NKRD: Float[Array, "N K R D"]
+    positions_NR: Int[Array, "N R"]
+    """Position of each row's query in its sequence; -1 for padding."""
+    page_table: Int[Array, "N pages_per_seq"]
+    is_single: bool = eqx.field(static=True)
+    """Whether each tile is one query of a separate sequence."""
 
 
-def copy_pages(
-    pages: tuple[Shaped[Array, "pages ..."], ...], source: Int[Array, " n"], target: Int[Array, " n"]
-) -> tuple[Shaped[Array, "pages ..."], ...]:
+# Attends from each row to the keys of its tile's pages, up to and including its position. The result is fp32, and
+# scores are not scaled. Padding gives zeros.
+AttendTiles = Callable[[QueryTiles], Float[Array, "N K R D"]]
+
+
+def copy_pages(pages: Pages, source: Int[Array, " n"], target: Int[Array, " n"]) -> Pages:
     """Implement `PagedAttention.copy`."""
     return tuple(array.at[target].set(array.at[source].get(mode="clip"), mode="drop") for array in pages)
 
@@ -66,40 +67,28 @@ def storable_values(v: Float[Array, "tokens kv_heads head_size"]) -> Float[Array
 
 
 def attend_in_tiles(
-    q: Float[Array, "tokens heads head_size"],
-    attend: AttendTiles,
-    page_table: Int[Array, "seqs pages_per_seq"],
-    query_starts: Int[Array, " seqs_and_end"],
-    kv_lens: Int[Array, " seqs"],
-    *,
-    num_single: int,
-    kv_heads: int,
+    q: Float[Array, "tokens heads head_size"], attend: AttendTiles, sequences: PagedSequences, kv_heads: int
 ) -> Float[Array, "tokens heads head_size"]:
     """Implement `PagedAttention.attend` by splitting the queries into tiles."""
-    group = q.shape[1] // kv_heads
+    num_single = sequences.num_single
     parts = []
     if num_single:
-        tiles = _tiles_of_single_queries(kv_lens[:num_single], group)
-        parts.append(_attend(q[:num_single], tiles, attend, page_table[:num_single], kv_heads, is_single=True))
-    if num_single < kv_lens.shape[0]:
-        chunks = q[num_single:]
-        tiles = _tiles(query_starts[num_single:] - num_single, kv_lens[num_single:], chunks.shape[0])
-        parts.append(_attend(chunks, tiles, attend, page_table[num_single:], kv_heads, is_single=False))
+        single = sequences.single()
+        tiling = _tiling_of_single_queries(single.kv_lens, q.shape[1] // kv_heads)
+        parts.append(_attend(q[:num_single], tiling, attend, single.page_table, kv_heads, is_single=True))
+    if num_single < sequences.kv_lens.shape[0]:
+        chunks = sequences.chunks()
+        tiling = _tiling(chunks.query_starts, chunks.kv_lens, q.shape[0] - num_single)
+        parts.append(_attend(q[num_single:], tiling, attend, chunks.page_table, kv_heads, is_single=False))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
     """Return `AttendTiles` in plain XLA, over pages of `page_size` tokens that `read_block` reads."""
 
-    def attend(
-        q_NKRD: Float[Array, "N K R D"],
-        positions_NR: Int[Array, "N R"],
-        page_table: Int[Array, "N pages_per_seq"],
-        *,
-        is_single: bool,
-    ) -> Float[Array, "N K R D"]:
-        del is_single
-        blocks = _page_blocks(page_table, page_size)
+    def attend(tiles: QueryTiles) -> Float[Array, "N K R D"]:
+        q_NKRD, positions_NR = tiles.q_NKRD, tiles.positions_NR
+        blocks = _page_blocks(tiles.page_table, page_size)
         keys_per_block = blocks.shape[2] * page_size
 
         def add_block(index: Int[Array, ""], sums: _Sums) -> _Sums:
@@ -113,8 +102,8 @@ def in_blocks(read_block: ReadBlock, page_size: int) -> AttendTiles:
     return attend
 
 
-class _Tiles(NamedTuple):
-    """Queries split into tiles of one size. Each tile belongs to one sequence."""
+class _Tiling(NamedTuple):
+    """Assignment of queries to tiles of one size. Each tile belongs to one sequence."""
 
     tokens: Int[Array, "tiles tile_size"]  # index of each query in q; arbitrary for padding
     positions: Int[Array, "tiles tile_size"]  # position of each query in its sequence; -1 for padding
@@ -131,12 +120,12 @@ class _Sums(NamedTuple):
     weighted: Float[Array, "N K R D"]  # sum of exp(score - peak) * value
 
 
-def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles:
+def _tiling_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiling:
     """Return one tile per sequence, with one query and at least two rows: matmuls with one row round differently."""
     seqs = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
     tile_size = max(1, 2 // group)
     padding = jnp.full((kv_lens.shape[0], tile_size - 1), -1, jnp.int32)
-    return _Tiles(
+    return _Tiling(
         tokens=jnp.repeat(seqs[:, None], tile_size, axis=1),
         positions=jnp.concatenate([kv_lens[:, None] - 1, padding], axis=1),
         seqs=seqs,
@@ -145,7 +134,7 @@ def _tiles_of_single_queries(kv_lens: Int[Array, " seqs"], group: int) -> _Tiles
     )
 
 
-def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int) -> _Tiles:
+def _tiling(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs"], num_tokens: int) -> _Tiling:
     size, num_seqs = QUERIES_PER_TILE, kv_lens.shape[0]
     num_queries = query_starts[1:] - query_starts[:-1]
     ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
@@ -158,7 +147,7 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     owner = jnp.sum(tokens[:, None] >= query_starts[None, 1:], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, num_seqs - 1)
-    return _Tiles(
+    return _Tiling(
         tokens=jnp.where(exists, query_starts[seqs][:, None] + query, 0),
         positions=jnp.where(exists, (kv_lens - num_queries)[seqs][:, None] + query, -1),
         seqs=seqs,
@@ -169,7 +158,7 @@ def _tiles(query_starts: Int[Array, " seqs_and_end"], kv_lens: Int[Array, " seqs
 
 def _attend(
     q: Float[Array, "tokens heads head_size"],
-    tiles: _Tiles,
+    tiling: _Tiling,
     attend: AttendTiles,
     page_table: Int[Array, "seqs pages_per_seq"],
     kv_heads: int,
@@ -177,26 +166,26 @@ def _attend(
     is_single: bool,
 ) -> Float[Array, "tokens heads head_size"]:
     group = q.shape[1] // kv_heads
-    q_NKRD = _by_tile(q * (1 / math.sqrt(q.shape[2])), tiles, kv_heads)
-    positions_NR = jnp.repeat(tiles.positions, group, axis=1)
-    out_NKRD = attend(q_NKRD, positions_NR, page_table[tiles.seqs], is_single=is_single)
-    return _by_token(out_NKRD, tiles, group).astype(q.dtype)
+    q_NKRD = _by_tile(q * (1 / math.sqrt(q.shape[2])), tiling, kv_heads)
+    positions_NR = jnp.repeat(tiling.positions, group, axis=1)
+    out_NKRD = attend(QueryTiles(q_NKRD, positions_NR, page_table[tiling.seqs], is_single))
+    return _by_token(out_NKRD, tiling, group).astype(q.dtype)
 
 
 def _by_tile(
-    q: Float[Array, "tokens heads head_size"], tiles: _Tiles, kv_heads: int
+    q: Float[Array, "tokens heads head_size"], tiling: _Tiling, kv_heads: int
 ) -> Float[Array, "N K R head_size"]:
-    num_tiles, tile_size = tiles.tokens.shape
-    q_NQKGD = q[tiles.tokens].reshape(num_tiles, tile_size, kv_heads, -1, q.shape[2])
+    num_tiles, tile_size = tiling.tokens.shape
+    q_NQKGD = q[tiling.tokens].reshape(num_tiles, tile_size, kv_heads, -1, q.shape[2])
     return jnp.swapaxes(q_NQKGD, 1, 2).reshape(num_tiles, kv_heads, -1, q.shape[2])
 
 
-def _by_token(x_NKRD: Float[Array, "N K R D"], tiles: _Tiles, group: int) -> Float[Array, "tokens heads D"]:
+def _by_token(x_NKRD: Float[Array, "N K R D"], tiling: _Tiling, group: int) -> Float[Array, "tokens heads D"]:
     """Undo `_by_tile`; padding tokens give zeros."""
     num_tiles, kv_heads, _, head_size = x_NKRD.shape
     x_NQKGD = jnp.swapaxes(x_NKRD.reshape(num_tiles, kv_heads, -1, group, head_size), 1, 2)
-    x = x_NQKGD.reshape(-1, kv_heads * group, head_size)[tiles.tile_indices]
-    return jnp.where(tiles.is_query[:, None, None], x, 0)
+    x = x_NQKGD.reshape(-1, kv_heads * group, head_size)[tiling.tile_indices]
+    return jnp.where(tiling.is_query[:, None, None], x, 0)
 
 
 def _page_blocks(

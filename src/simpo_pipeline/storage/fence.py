@@ -1,15 +1,12 @@
-"""Fences around folders that only the holder of a lease may write.
+"""Fences: the right to write, as an object that can be taken away while its holder is writing.
 
-The executor puts a fence around the output path of each step that it runs. Every function of this package that writes
-calls `check_fences` before it begins, and makes its change visible inside `held_fences`. Thus a step whose job lost the
-lease cannot overwrite the files of the next holder.
+The executor gives the output folder of a running step a fence that depends on the step's lease. Each function that
+writes asks `check` before it begins, and makes its change visible inside `hold`. Thus a step whose job lost the lease
+cannot overwrite the files of the next holder.
 """
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Protocol, runtime_checkable
-
-from simpo_pipeline.storage.paths import strip_file_scheme
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, final, runtime_checkable
 
 
 @runtime_checkable
@@ -28,38 +25,16 @@ class Fence(Protocol):
         ...
 
 
-_fences: list[tuple[str, Fence]] = []
-"""The fences of this process, with their folders. Global because writers get only a path, in any thread of a step."""
+@final
+class _Open(Fence):
+    """Lets everything pass."""
+
+    def check(self) -> None:
+        pass
+
+    def hold(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
-@contextmanager
-def fenced(folder: str, fence: Fence) -> Generator[None]:
-    """During the block, make every write of this process below `folder` ask the fence, and raise what it raises."""
-    entry = (folder, fence)
-    _fences.append(entry)
-    try:
-        yield
-    finally:
-        _fences.remove(entry)
-
-
-def check_fences(path: str) -> None:
-    """Raise if a fence forbids writing at `path`. Every writer calls this before it begins."""
-    for fence in _around(path):
-        fence.check()
-
-
-@contextmanager
-def held_fences(path: str) -> Generator[None]:
-    """Hold the fences around `path` while a change there becomes visible to others."""
-    with ExitStack() as held:
-        for fence in _around(path):
-            held.enter_context(fence.hold())
-        yield
-
-
-def _around(path: str) -> list[Fence]:
-    if not _fences:
-        return []
-    path = strip_file_scheme(path)
-    return [fence for folder, fence in list(_fences) if path == folder or path.startswith(f"{folder}/")]
+OPEN: Fence = _Open()
+"""The fence of paths that no lease protects."""

@@ -1,7 +1,8 @@
 """Whole files and folders, local or remote: a reader sees the old content or the new content, never a mixture.
 
 Each function asks the store that serves the path (stores.py). Missing parent folders are created. Every failure is a
-StorageError.
+StorageError, except that of a fence, whose error passes unchanged. Steps write through an `OutputFolder`
+(output_folder.py), which passes the fence of their lease.
 """
 
 import io
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from simpo_pipeline.storage.entry import FileEntry
-from simpo_pipeline.storage.fence import check_fences, held_fences
+from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.filesystem import storage_border
 from simpo_pipeline.storage.stores import store_of
 
@@ -54,11 +55,11 @@ def read_json(path: str) -> Any:
         return json.loads(read_bytes(path))
 
 
-def write_bytes(path: str, data: bytes) -> None:
+def write_bytes(path: str, data: bytes, fence: Fence = OPEN) -> None:
     """Write or replace a file atomically."""
-    check_fences(path)
+    fence.check()
     with storage_border("write", path):
-        store_of(path).write_bytes(path, data, held_fences(path))
+        store_of(path).write_bytes(path, data, fence.hold())
 
 
 def write_text(path: str, text: str) -> None:
@@ -78,10 +79,10 @@ def json_bytes(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def open_write(path: str) -> AbstractContextManager[BinaryIO]:
+def open_write(path: str, fence: Fence = OPEN) -> AbstractContextManager[BinaryIO]:
     """Yield a binary file to stream into. It appears at `path` after the block; if the block raises, it never does."""
-    check_fences(path)
-    return store_of(path).open_write(path, held_fences(path))
+    fence.check()
+    return store_of(path).open_write(path, fence.hold())
 
 
 def open_read(path: str) -> io.BufferedReader:
@@ -94,11 +95,11 @@ def open_read(path: str) -> io.BufferedReader:
         return store_of(path).open_read(path)
 
 
-def upload(local_path: Path, path: str) -> None:
+def upload(local_path: Path, path: str, fence: Fence = OPEN) -> None:
     """Copy a local file to `path` atomically."""
-    check_fences(path)
+    fence.check()
     with storage_border("write", path):
-        store_of(path).upload(local_path, path, held_fences(path))
+        store_of(path).upload(local_path, path, fence.hold())
 
 
 def local_copy(path: str) -> AbstractContextManager[Path]:
@@ -130,10 +131,10 @@ def list_names(path: str) -> list[str]:
         return sorted(store_of(path).list_names(path))
 
 
-def remove_tree(path: str) -> None:
+def remove_tree(path: str, fence: Fence = OPEN) -> None:
     """Remove a file, or a folder with everything below it. A missing path is no error."""
     with storage_border("remove", path):
-        store_of(path).remove_tree(path, held_fences(path))
+        store_of(path).remove_tree(path, fence.hold())
 
 
 def make_parent(path: str) -> None:

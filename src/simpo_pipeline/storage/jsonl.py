@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from simpo_pipeline.errors import DataError, SimpoPipelineError
-from simpo_pipeline.storage.fence import held_fences
+from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.files import open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
 from simpo_pipeline.storage.stores import store_of
@@ -19,12 +19,13 @@ from simpo_pipeline.storage.stores import store_of
 class JsonlWriter:
     """Writes a new file of rows and replaces an earlier file, so a step that runs again starts its log again."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, fence: Fence = OPEN):
         self.path = path
+        self._fence = fence
         self._lines: list[bytes] = []
         self._closed = False
         with storage_border("write", path):
-            self._file = store_of(path).open_append(path, held_fences(path))
+            self._file = store_of(path).open_append(path, fence.hold())
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row.
@@ -39,7 +40,7 @@ class JsonlWriter:
             raise DataError(
                 f"A row for {self.path!r} is not JSON: {error}. Give str, int, float, bool, list, dict."
             ) from error
-        with storage_border("write", self.path), held_fences(self.path):
+        with storage_border("write", self.path), self._fence.hold():
             if self._closed:
                 raise ValueError("the writer is closed")
             if self._file is None:
@@ -51,7 +52,7 @@ class JsonlWriter:
     def flush(self) -> None:
         """Make all rows so far readable by others."""
         if self._file is None:
-            write_bytes(self.path, b"".join(self._lines))
+            write_bytes(self.path, b"".join(self._lines), self._fence)
 
     def close(self) -> None:
         """Write the remaining rows. A second call does nothing.

@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError, StorageError, TrainingError, first_line
 from simpo_pipeline.processes import Processes, joint_digest
-from simpo_pipeline.storage.fence import check_fences
-from simpo_pipeline.storage.files import list_names, read_json, remove_tree, write_json
+from simpo_pipeline.storage.files import list_names, read_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import absolute, join
 from simpo_pipeline.training.config import CheckpointConfig
 from simpo_pipeline.training.state import TrainState, state_digest
@@ -63,9 +63,12 @@ class CheckpointRecord:
 class Checkpoints:
     """The checkpoints of one step, in one folder."""
 
-    def __init__(self, folder: str, config: CheckpointConfig, processes: Processes, mesh: Mesh, *, version: str):
-        """Create the checkpointer; `folder` is local or `gs://`, `version` is the identity of the step."""
-        self._folder = absolute(folder)
+    def __init__(
+        self, output: OutputFolder, config: CheckpointConfig, processes: Processes, mesh: Mesh, *, version: str
+    ):
+        """Create the checkpointer; `output` is local or on `gs://`, `version` is the identity of the step."""
+        self._output = output
+        self._folder = absolute(output.path)
         self._keep = config.keep
         self._processes = processes
         self._version = version
@@ -144,7 +147,7 @@ class Checkpoints:
             StorageError: the previous checkpoint could not be written, or this one could not be started.
         """
         self.settle()
-        check_fences(self._folder)
+        self._output.check()
         own = state_digest(state, step=step, data_position=data_position)
         digest = joint_digest(self._processes.gather(own))
         self._all_written.clear()
@@ -171,7 +174,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
         self._pending = None
         if self._processes.is_leader:
-            write_json(self._path_of(pending) + _RECORD_SUFFIX, dataclasses.asdict(pending))
+            self._output.write_json(pending.name + _RECORD_SUFFIX, dataclasses.asdict(pending))
             logger.info("wrote checkpoint %s, after update %d", self._path_of(pending), pending.step)
             self._prune(pending)
 
@@ -210,11 +213,11 @@ class Checkpoints:
         kept = {newest.name, *others[max(0, len(others) - self._keep + 1) :]}
         for name in list_names(self._folder):
             if name.endswith(_RECORD_SUFFIX) and name.removesuffix(_RECORD_SUFFIX) not in kept:
-                remove_tree(join(self._folder, name))
+                self._output.remove(name)
         # Records are removed first: a folder that is partly removed must not count as a checkpoint.
         for name in list_names(self._folder):
             if not name.endswith(_RECORD_SUFFIX) and name not in kept:
-                remove_tree(join(self._folder, name))
+                self._output.remove(name)
 
 
 def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:

@@ -11,7 +11,7 @@ from simpo_pipeline.data.pairs import TokenizedPair, read_pairs
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.storage.files import exists
-from simpo_pipeline.storage.jsonl import JsonlWriter
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.tracking.tracker import Tracker
 from simpo_pipeline.training.evaluation import EVALUATIONS_FILE, accuracy
@@ -51,12 +51,12 @@ class Evaluator:
     """Evaluator of a trainer. Every process must call `evaluate`; only the leader writes a row each time."""
 
     def __init__(
-        self, trainer: Trainer, sweep: PairSweep, tracker: Tracker, output_path: str, *, is_leader: bool
+        self, trainer: Trainer, sweep: PairSweep, tracker: Tracker, output: OutputFolder, *, is_leader: bool
     ) -> None:
         self._trainer = trainer
         self._sweep = sweep
         self._tracker = tracker
-        self._file = JsonlWriter(join(output_path, EVALUATIONS_FILE)) if is_leader else None
+        self._file = output.open_rows(EVALUATIONS_FILE) if is_leader else None
         self.rows: list[dict[str, Any]] = []
         """The rows written so far."""
 

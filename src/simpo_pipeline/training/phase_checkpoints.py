@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
 from simpo_pipeline.executor.records.status import CHECKPOINTS_FOLDER
 from simpo_pipeline.executor.run import StepRun
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 from simpo_pipeline.training.config import CheckpointConfig
 
@@ -133,8 +134,11 @@ def _open(config: CheckpointConfig, run: StepRun, mesh: "Mesh") -> "Checkpoints"
     # Imported here because planning must not import jax, and a job without checkpoints needs no orbax.
     from simpo_pipeline.training.checkpoints import Checkpoints
 
-    folder = join(run.recorded_path or run.output_path, CHECKPOINTS_FOLDER)
-    return Checkpoints(folder, config, run.processes, mesh, version=run.version)
+    if run.replaying:  # it reads the checkpoints of the first run and writes none
+        output = OutputFolder(join(run.recorded_path, CHECKPOINTS_FOLDER))
+    else:
+        output = run.output.subfolder(CHECKPOINTS_FOLDER)
+    return Checkpoints(output, config, run.processes, mesh, version=run.version)
 
 
 class _StopSignals:

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from simpo_pipeline.errors import SimpoPipelineError
-from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
+from simpo_pipeline.executor import Executor, ExecutorStep
 from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.storage.conditional import ConditionalFiles
-from simpo_pipeline.storage.files import write_text
-from simpo_pipeline.storage.paths import join
+from simpo_pipeline.storage.output_folder import OutputFolder
 
 LEASE = LeaseConfig(heartbeat_seconds=0.25, expiry_seconds=0.5, poll_seconds=0.02)
 HEARTBEAT = -1
@@ -46,28 +45,24 @@ def stop_before(change: Callable[..., Any], point: int) -> Callable[..., Any]:
     return changed
 
 
-def work(config: list[Any]) -> None:
+def work(config: list[Any], output: OutputFolder) -> None:
     """Write two outputs that must come from one process, or work without end."""
-    output_path, name, endless = config
-    write(join(output_path, "first.txt"), name)
+    name, endless = config
+    output.write_text("first.txt", name)
     while endless:
-        write(join(output_path, "endless.txt"), name)
+        output.write_text("endless.txt", name)
         time.sleep(0.01)
-    write(join(output_path, "second.txt"), name)
-
-
-write = write_text
+    output.write_text("second.txt", name)
 
 
 def run(prefix: str, name: str, point: int) -> dict[str, Any]:
     """Run one process and return its result."""
-    global write
-    write = stop_before(write_text, point)
+    OutputFolder.write_text = stop_before(OutputFolder.write_text, point)
     ConditionalFiles.create = stop_before(ConditionalFiles.create, point)
     ConditionalFiles.replace = stop_before(ConditionalFiles.replace, point)
     ConditionalFiles.remove = stop_before(ConditionalFiles.remove, point)
     executor = Executor(prefix, lease=LEASE)
-    step = ExecutorStep("shared", work, [this_output_path(), name, point <= 0])
+    step = ExecutorStep("shared", work, [name, point <= 0])
     try:
         executor.run([step])
         error = None

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from simpo_pipeline.errors import LeaseLostError
-from simpo_pipeline.executor import Executor, ExecutorStep, this_output_path
+from simpo_pipeline.executor import Executor, ExecutorStep
 from simpo_pipeline.executor.records import holder as holder_module
 from simpo_pipeline.executor.records.lease import LeaseConfig
 from simpo_pipeline.executor.records.status import find_outputs, manifest_bytes
-from simpo_pipeline.storage.files import read_bytes, read_text, write_text
+from simpo_pipeline.storage.files import read_bytes, read_text
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
 PROCESSES = 8
@@ -36,13 +37,13 @@ def say(log: Path, word: str) -> None:
         file.write(f"{word} {os.getpid()}\n")
 
 
-def work(config: list[Any]) -> None:
+def work(config: list[Any], output: OutputFolder) -> None:
     """Log the start and end without any lock, and write two files that must come from one process."""
-    output_path, log = config[0], Path(config[1])
+    log = Path(config[0])
     say(log, "begin")
-    write_text(join(output_path, "first.txt"), str(os.getpid()))
+    output.write_text("first.txt", str(os.getpid()))
     time.sleep(0.02 + 0.06 * random.random())
-    write_text(join(output_path, "second.txt"), str(os.getpid()))
+    output.write_text("second.txt", str(os.getpid()))
     say(log, "end")
 
 
@@ -53,7 +54,7 @@ def contend(prefix: str, log: Path, hosts: str) -> None:
         holder_module._pid_space = lambda: space
     executor = Executor(prefix, lease=LEASE)
     try:
-        executor.run([ExecutorStep("shared", work, [this_output_path(), str(log)])])
+        executor.run([ExecutorStep("shared", work, [str(log)])])
         say(log, f"done-{executor.results[0].action}")
     except LeaseLostError:  # a heartbeat was late because the machine is busy
         say(log, "lost")
@@ -108,7 +109,7 @@ def kill_one(log: Path, living: list[int], choose: random.Random) -> int:
 def find_wrong(prefix: str, ran: list[int]) -> str | None:
     """Return what is wrong with the outputs at the end of a round, or None."""
     planned = Executor(prefix)
-    step = ExecutorStep("shared", work, [this_output_path(), ""])
+    step = ExecutorStep("shared", work, [""])
     planned.run([step], dry_run=True)
     path = planned.output_paths[step]
     first, second = read_text(join(path, "first.txt")), read_text(join(path, "second.txt"))

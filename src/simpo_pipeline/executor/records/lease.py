@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from simpo_pipeline.errors import ConfigError, FileLockedError, LeaseLostError, PathNotFoundError, StorageError
@@ -159,11 +159,8 @@ class LeaseKeeper:
             self.confirm(path)
 
     @contextmanager
-    def hold(self, path: str, shield: Callable[[], AbstractContextManager[None]] = nullcontext) -> Generator[None]:
+    def hold(self, path: str) -> Generator[None]:
         """Check that this job holds the lease. On a local disk, no job can take it over while the block runs.
-
-        `shield` is entered before the locks are acquired: an exception raised from another thread while they are held
-        could leave them locked.
 
         Raises:
             LeaseLostError: See `check`.
@@ -173,7 +170,7 @@ class LeaseKeeper:
             yield  # an upload may take longer than the expiry, and heartbeats must continue
             return
         lease = self._held(path)
-        with shield(), lease.lock, self._files.held(path, lease.version) as ours:
+        with lease.lock, self._files.held(path, lease.version) as ours:
             if ours:
                 yield
                 return
@@ -283,7 +280,6 @@ class LeaseFence:
 
     leases: LeaseKeeper
     path: str
-    shield: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def check(self) -> None:
         """See Fence.check."""
@@ -291,7 +287,7 @@ class LeaseFence:
 
     def hold(self) -> AbstractContextManager[None]:
         """See Fence.hold."""
-        return self.leases.hold(self.path, self.shield)
+        return self.leases.hold(self.path)
 
 
 class LeaseReader:

@@ -48,8 +48,9 @@ from simpo_pipeline.executor.running.stopping import StoppableCall
 from simpo_pipeline.executor.step import LiveInput
 from simpo_pipeline.processes import Processes, joint_digest
 from simpo_pipeline.storage.conditional import ConditionalFiles
-from simpo_pipeline.storage.fence import fenced
+from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.files import remove_tree, write_json
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline.executor")
@@ -102,14 +103,19 @@ class Job:
         return join(self.scratch_folder, name)
 
 
+def handles_of(step: Step) -> frozenset[str]:
+    """Return which of the parameters "output" and "run" the step's function has after its config."""
+    if step.fn is None:
+        return frozenset()
+    return frozenset(list(inspect.signature(step.fn).parameters)[1:]) & {"output", "run"}
+
+
 def takes_step_run(step: Step) -> bool:
-    """Return whether the step's function takes a `StepRun`, that is, whether its second parameter is named `run`.
+    """Return whether the step's function takes a `StepRun`.
 
     Only such functions can use the session. So only they, and steps with live values, are kept out of the thread pool.
     """
-    if step.fn is None:
-        return False
-    return list(inspect.signature(step.fn).parameters)[1:2] == ["run"]
+    return "run" in handles_of(step)
 
 
 class Attempt:
@@ -237,10 +243,14 @@ class Attempt:
         return live, joint_digest([report["live_digest"] for report in reports])
 
     def _call_here(self) -> Live | None:
+        job = self._job
         try:
-            if self._job.leases.holds(self._lease_path):
+            if job.leases.holds(self._lease_path):
                 return self._call_with_lease()
-            return self._call() if self._replaying else self._call_without_lease()
+            # The leader of a replay holds one lease for all scratch paths. Otherwise the leader holds the step's lease,
+            # and this process reads it before it writes.
+            reader = LeaseReader(self._lease_path, job.run_id, job.files, job.heartbeat_seconds)
+            return self._call(OPEN if self._replaying else reader)
         except Exception as error:
             self._own_error = error
         except SystemExit as error:
@@ -253,43 +263,36 @@ class Attempt:
 
     def _call_with_lease(self) -> Live | None:
         """Call the function in the process that holds the lease. If it is lost, refuse writes and stop the call."""
-        leases, call = self._job.leases, StoppableCall(self._job.heartbeat_seconds)
-        leases.when_lost(self._lease_path, call.stop)
-        self._job.calls.append(call)
+        job, fence = self._job, LeaseFence(self._job.leases, self._lease_path)
+        call = StoppableCall(fence, job.heartbeat_seconds, before_exit=lambda: self._record(Status.CANCELLED))
+        job.leases.when_lost(self._lease_path, call.lose)
+        job.calls.append(call)
         try:
-            with fenced(self._output_path, LeaseFence(leases, self._lease_path, call.shielded)):
-                return call.call(self._call)
+            return call.call(lambda: self._call(call))
         finally:
-            self._job.calls.remove(call)
-            leases.when_lost(self._lease_path, None)
+            job.calls.remove(call)
+            job.leases.when_lost(self._lease_path, None)
 
-    def _call_without_lease(self) -> Live | None:
-        """Call the function in another process, which checks that the leader still holds the lease before it writes."""
-        job = self._job
-        with fenced(self._output_path, LeaseReader(self._lease_path, job.run_id, job.files, job.heartbeat_seconds)):
-            return self._call()
-
-    def _call(self) -> Live | None:
+    def _call(self, fence: Fence) -> Live | None:
         job, step = self._job, self._step
         if step.fn is None:
             raise StepError("the step has no function; its outputs were expected to exist")
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
-        if takes_step_run(step):
-            run = StepRun(
-                name=step.name,
-                output_path=self._output_path,
-                processes=job.processes,
-                session=job.session,
-                plan=self._plan,
-                replaying=self._replaying,
-                recorded_path=job.graph.output_paths[step],
-                version=job.graph.identities[step].hash,
-                is_used_live=self._is_used_live,
-            )
-            result = step.fn(config, run)
-        else:
-            result = step.fn(config)
+        output = OutputFolder(self._output_path, fence)
+        run = StepRun(
+            name=step.name,
+            output=output,
+            processes=job.processes,
+            session=job.session,
+            plan=self._plan,
+            replaying=self._replaying,
+            recorded_path=job.graph.output_paths[step],
+            version=job.graph.identities[step].hash,
+            is_used_live=self._is_used_live,
+        )
+        handles = {"output": output, "run": run}
+        result = step.fn(config, **{name: handles[name] for name in handles_of(step)})
         if self._consumers and not isinstance(result, Live):
             users = ", ".join(consumer.name for consumer in self._consumers)
             raise StepError(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simpo_pipeline.errors import SimpoPipelineError, StepCancelledError, StepFailedError
+from simpo_pipeline.errors import SimpoPipelineError, StepFailedError
 from simpo_pipeline.executor.planning.graph import Step
 from simpo_pipeline.executor.planning.order import Order
 from simpo_pipeline.executor.planning.plan import Decision, Planner
@@ -114,7 +114,7 @@ class Rounds:
 
     def _cancel(self) -> None:
         for call in list(self._job.calls):
-            call.stop(StepCancelledError("The step was stopped because its job was interrupted."))
+            call.cancel()
 
     def _attemptable(self) -> list[Step]:
         """Return the steps that can be attempted without waiting for another job.

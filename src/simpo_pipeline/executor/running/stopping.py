@@ -1,99 +1,113 @@
-"""Calls of step functions that another thread can stop, when their job loses its lease or is interrupted."""
+"""Calls of step functions that are stopped when their job loses its lease or is interrupted."""
 
-import ctypes
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar, final
 
-from simpo_pipeline.errors import LeaseLostError, StepError
+from simpo_pipeline.errors import LeaseLostError, StepCancelledError, StepError
+from simpo_pipeline.storage.fence import Fence
 
 _logger = logging.getLogger("simpo_pipeline.executor")
 ResultT = TypeVar("ResultT")
-LOST_EXIT_CODE = 1
-_JUMPS = 100
+STOPPED_EXIT_CODE = 1
+_MAX_GRACE_SECONDS = 5.0
 
 
-class _Stopped(BaseException):
-    """Raised inside the function. It is not an `Exception`, so `except Exception` does not catch it."""
+@final
+class StoppableCall(Fence):
+    """One call of a step function, and the fence of its output folder.
 
+    Python cannot end a thread from outside. So after a stop, every write of the function raises the reason. If the
+    function has not ended after the grace time, the process exits: its results can no longer be used.
 
-class StoppableCall:
-    """One call of a function that `stop` can end with an error, anywhere in Python code.
-
-    A function that is in native code, such as a long device program, does not notice the error. After `grace_seconds`
-    the process exits, because the results of the function can no longer be used.
+    Args:
+        fence: The fence of the lease, which is asked before every write until the call is stopped.
+        heartbeat_seconds: The interval between two renewals of the lease. It limits the grace time.
+        before_exit: Called before the process exits because of a cancelled call.
     """
 
-    def __init__(self, grace_seconds: float):
-        self._grace_seconds = grace_seconds
+    def __init__(self, fence: Fence, heartbeat_seconds: float, before_exit: Callable[[], None]):
+        self._fence = fence
+        self._grace_seconds = min(heartbeat_seconds, _MAX_GRACE_SECONDS)
+        self._before_exit = before_exit
         self._lock = threading.Lock()
-        self._shield = threading.Lock()
-        self._thread: int | None = None
-        self._raised = False
-        self._reason: StepError = LeaseLostError("The step was stopped because this job lost its lease to another job.")
+        self._reason: StepError | None = None
         self._ended = threading.Event()
 
     def call(self, function: Callable[[], ResultT]) -> ResultT:
         """Call the function and return its result.
 
         Raises:
-            StepError: the error that `stop` was called with during the call.
+            StepError: The reason for which the call was stopped, whatever the function returned or raised.
         """
-        with self._lock:
-            self._thread = threading.get_ident()
         try:
-            try:
-                return function()
-            finally:
-                self._settle()
-        except _Stopped as stopped:
-            self._settle()  # the first call may itself have been interrupted
-            raise self._reason from stopped
+            result = function()
+        except Exception as error:
+            self._end()
+            if self._reason is not None and error is not self._reason:
+                raise self._reason from error
+            raise
+        finally:
+            self._end()
+        if self._reason is not None:
+            raise self._reason
+        return result
 
-    def _settle(self) -> None:
-        """Let `stop` raise nothing more in this thread. An exception that is not yet delivered arrives here."""
+    def _end(self) -> None:
         with self._lock:
-            self._thread = None
             self._ended.set()
-        self._await_pending_exception()
 
-    def _await_pending_exception(self) -> None:
-        if self._raised:
-            # Python delivers the exception at a backward jump. If it were withdrawn instead, the interpreter (at least
-            # 3.11) would keep checking for it forever: slowly, and without end under a profiler.
-            for _ in range(_JUMPS):
-                pass
+    def check(self) -> None:
+        """See Fence.check."""
+        if self._reason is not None:
+            raise self._reason
+        with self._noted():
+            self._fence.check()
 
     @contextmanager
-    def shielded(self) -> Generator[None]:
-        """Make `stop` wait while the block runs in the function's thread. Use it for short blocks that hold locks."""
-        with self._shield:
-            self._await_pending_exception()
+    def hold(self) -> Generator[None]:
+        """See Fence.hold."""
+        self.check()
+        with ExitStack() as held:
+            with self._noted():
+                held.enter_context(self._fence.hold())
             yield
 
-    def stop(self, reason: StepError | None = None) -> None:
-        """End the call from another thread, and return at once. Without a reason, the reason is a lost lease."""
-        with self._shield, self._lock:
-            if self._thread is None or self._raised:
+    @contextmanager
+    def _noted(self) -> Generator[None]:
+        """Stop the call if the fence is closed: a function that ignores a refused write must not count as succeeded."""
+        try:
+            yield
+        except LeaseLostError as error:
+            self._stop(error)
+            raise
+
+    def lose(self) -> None:
+        """Stop the call because its lease is lost. Return at once."""
+        self._stop(LeaseLostError("The step was stopped because this job lost its lease to another job."))
+
+    def cancel(self) -> None:
+        """Stop the call because its job was interrupted. Return at once."""
+        self._stop(StepCancelledError("The step was stopped because its job was interrupted."))
+
+    def _stop(self, reason: StepError) -> None:
+        with self._lock:
+            if self._reason is not None or self._ended.is_set():
                 return
-            self._raised = True
-            self._reason = reason or self._reason
-            _raise_in(self._thread, _Stopped)
-        threading.Thread(target=self._exit_unless_stopped, name="stop-step", daemon=True).start()
+            self._reason = reason
+        threading.Thread(target=self._exit_unless_ended, name="stop-step", daemon=True).start()
 
-    def _exit_unless_stopped(self) -> None:
-        if not self._ended.wait(self._grace_seconds):
-            _logger.critical(
-                "the step did not stop within %.1f s of the request (%s); this process exits",
-                self._grace_seconds,
-                self._reason,
-            )
-            os._exit(LOST_EXIT_CODE)
-
-
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
-    """Raise an exception in another thread, with CPython's own function for this."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
+    def _exit_unless_ended(self) -> None:
+        if self._ended.wait(self._grace_seconds):
+            return
+        _logger.critical(
+            "the step did not end within %.1f s of the request (%s); this process exits",
+            self._grace_seconds,
+            self._reason,
+        )
+        if isinstance(self._reason, StepCancelledError):
+            self._before_exit()
+        os._exit(STOPPED_EXIT_CODE)

@@ -112,7 +112,8 @@ def handles_of(step: Step) -> frozenset[str]:
     if step.fn is None:
         return frozenset()
     parameters = list(inspect.signature(step.fn).parameters.values())[1:]
-    given = step.fn.keywords if isinstance(step.fn, functools.partial) else {}
+    fn: Any = step.fn
+    given = fn.keywords if isinstance(fn, functools.partial) else {}
     by_name = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
     return frozenset({"output", "run"} & by_name - given.keys())
 

@@ -148,7 +148,7 @@ EXECUTOR = (
     Mutant(
         "refused-write-that-is-swallowed-counts-as-success",
         "src/simpo_pipeline/executor/running/stopping.py",
-        "            self._stop(error)\n",
+        "            self.stop(error)\n",
         "",
         "tests/executor/test_two_jobs.py",
     ),
@@ -221,8 +221,8 @@ STORAGE = (
     Mutant(
         "fence-ignored",
         "src/simpo_pipeline/storage/output_folder.py",
-        'files.write_bytes(self.path_of(name), text.encode("utf-8"), self._fence)',
-        'files.write_bytes(self.path_of(name), text.encode("utf-8"))',
+        'files.write_bytes(self._path_to_write(name), text.encode("utf-8"), self._fence)',
+        'files.write_bytes(self._path_to_write(name), text.encode("utf-8"))',
         "tests/storage/test_fence.py",
     ),
     Mutant(
@@ -475,7 +475,7 @@ DATA = (
     Mutant(
         "special-tokens-of-messages-parsed-in-spite-of-plain",
         "src/simpo_pipeline/data/tokenizer.py",
-        "stand_ins[text] = token[\"content\"] = ",
+        'stand_ins[text] = token["content"] = ',
         "stand_ins[text] = ",
         "tests/data/test_chat.py",
     ),

@@ -1,12 +1,14 @@
 """Experiments as users write them, and how the executor runs them."""
 
 import dataclasses
+import functools
 import gc
 import json
 import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +31,7 @@ from simpo_pipeline.executor.step import (
 )
 from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.storage.files import exists, list_files, read_bytes, read_json, read_text, remove_tree, write_text
+from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
 
@@ -679,3 +682,34 @@ def test_a_prefix_without_conditional_writes_is_used_only_with_unsafe_locks():
         except StepFailedError:
             failing.clear()
         assert [result.action for result in executor.results] == [expected]
+
+
+RECEIVED: list[Any] = []
+FUNCTIONS: list[tuple[Callable[..., Any], Any]] = [
+    (lambda config, output: RECEIVED.append(type(output)), OutputFolder),
+    (lambda config, *, run: RECEIVED.append(type(run)), StepRun),
+    (lambda config, run=None, output=None: RECEIVED.append((type(run), type(output))), (StepRun, OutputFolder)),
+    (functools.partial(lambda config, run: RECEIVED.append(run), run="ablation-3"), "ablation-3"),
+    (lambda config, **run: RECEIVED.append(run), {}),
+    (lambda config, *output: RECEIVED.append(output), ()),
+]
+
+
+@pytest.mark.parametrize(("fn", "received"), FUNCTIONS)
+def test_a_function_gets_what_its_parameters_name(prefix, fn: Callable[..., Any], received: Any):
+    RECEIVED.clear()
+    run(prefix, [ExecutorStep("step", fn, None)])
+    assert RECEIVED == [received]
+
+
+async def coroutine(config: Any) -> None: ...
+
+
+def generator(config: Any):
+    yield config
+
+
+@pytest.mark.parametrize("fn", [coroutine, generator])
+def test_a_function_whose_call_would_run_nothing_is_refused(fn):
+    with pytest.raises(PlanError, match="is a coroutine or a generator"):
+        ExecutorStep("step", fn, None)

@@ -234,3 +234,28 @@ def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_pa
     assert job.returncode != 0
     assert [path.read_text() for path in runs.glob("endless-*/.executor_status")] == ["CANCELLED"]
     assert not list(runs.glob("endless-*/.executor_status.lock"))
+
+
+def test_ctrl_c_starts_no_further_step_of_the_pool(tmp_path: Path):
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "import time\n"
+        "from simpo_pipeline.executor import ExecutorStep, executor_main\n"
+        "def work(config, output):\n"
+        "    output.write_text('begun', '')\n"
+        "    for _ in range(200):\n"
+        "        time.sleep(0.01)\n"
+        "        output.check()\n"
+        "executor_main(steps=[ExecutorStep(f'step-{i}', work, None) for i in range(100)])\n"
+    )
+    runs = tmp_path / "runs"
+    job = subprocess.Popen([sys.executable, str(script), "--prefix", str(runs)], stderr=subprocess.PIPE)
+    while not list(runs.glob("*/begun")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert {path.read_text() for path in runs.glob("*/.executor_status")} == {"CANCELLED"}
+    assert not list(runs.glob("*/.executor_status.lock"))
+    assert len(list(runs.glob("*/begun"))) < 100

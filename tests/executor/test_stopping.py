@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from simpo_pipeline.errors import LeaseLostError, StepCancelledError, StepError
-from simpo_pipeline.executor.running.stopping import STOPPED_EXIT_CODE, StoppableCall
+from simpo_pipeline.executor.running.stopping import STOPPED_EXIT_CODE, RunningCalls, StoppableCall
 from simpo_pipeline.storage.fence import OPEN
 
 STOPS: dict[str, tuple[Callable[[StoppableCall], None], type[StepError]]] = {
@@ -17,14 +17,18 @@ STOPS: dict[str, tuple[Callable[[StoppableCall], None], type[StepError]]] = {
 }
 
 
+def nothing() -> None:
+    pass
+
+
 def new_call() -> StoppableCall:
-    return StoppableCall(OPEN, 60.0, before_exit=lambda: None)
+    return StoppableCall("step", OPEN, nothing)
 
 
 def test_return_values_and_exceptions_pass_through():
-    assert new_call().call(lambda: 7) == 7
+    assert new_call().call(lambda: 7, nothing) == 7
     with pytest.raises(ZeroDivisionError):
-        new_call().call(lambda: 1 // 0)
+        new_call().call(lambda: 1 // 0, nothing)
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -44,7 +48,7 @@ def test_a_function_that_writes_without_end_is_stopped(stop: str):
     thread = threading.Thread(target=stop_when_begun)
     thread.start()
     with pytest.raises(kind):
-        call.call(endless)
+        call.call(endless, nothing)
     thread.join()
     with pytest.raises(kind):
         call.check()
@@ -55,7 +59,7 @@ def test_the_reason_replaces_the_result_or_the_error_of_a_stopped_function(stop:
     do_stop, kind = STOPS[stop]
     call = new_call()
     with pytest.raises(kind):
-        call.call(lambda: do_stop(call))
+        call.call(lambda: do_stop(call), nothing)
     call = new_call()
 
     def fail() -> None:
@@ -63,13 +67,13 @@ def test_the_reason_replaces_the_result_or_the_error_of_a_stopped_function(stop:
         raise ZeroDivisionError
 
     with pytest.raises(kind) as raised:
-        call.call(fail)
+        call.call(fail, nothing)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 def test_a_stop_after_the_function_returned_does_nothing():
     call = new_call()
-    assert call.call(lambda: 7) == 7
+    assert call.call(lambda: 7, nothing) == 7
     call.lose()
     call.check()
 
@@ -82,20 +86,46 @@ def test_only_the_first_stop_counts():
         call.lose()
 
     with pytest.raises(StepCancelledError):
-        call.call(stop_twice)
+        call.call(stop_twice, nothing)
 
 
-@pytest.mark.parametrize(("stop", "said"), [("lose", []), ("cancel", ["recorded"])])
-def test_the_process_exits_if_the_function_does_not_end(stop: str, said: list[str]):
-    program = (
-        "import threading, time\n"
-        "from simpo_pipeline.executor.running.stopping import StoppableCall\n"
-        "from simpo_pipeline.storage.fence import OPEN\n"
-        "call = StoppableCall(OPEN, 0.2, before_exit=lambda: print('recorded', flush=True))\n"
-        f"threading.Timer(0.1, call.{stop}).start()\n"
-        "call.call(lambda: time.sleep(600))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+def test_a_call_that_was_stopped_before_it_began_does_not_begin():
+    calls, called = RunningCalls(60.0), []
+    calls.interrupt()
+    with pytest.raises(StepCancelledError):
+        calls.call(new_call(), lambda: called.append(1))
+    assert called == []
+
+
+PROGRAM = """
+import threading, time
+from simpo_pipeline.executor.running.stopping import RunningCalls, StoppableCall
+from simpo_pipeline.storage.fence import OPEN
+
+calls = RunningCalls(0.2)
+record = {"quick": lambda name: print(name, flush=True), "stuck": lambda name: time.sleep(600)}[RECORD]
+steps = [StoppableCall(name, OPEN, lambda name=name: record(name)) for name in ("first", "second")]
+for step in steps:
+    threading.Thread(target=calls.call, args=(step, lambda: time.sleep(600)), daemon=True).start()
+time.sleep(0.1)
+{"lose": steps[0].lose, "interrupt": calls.interrupt}[STOP]()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "record", "recorded"),
+    [
+        ("lose", "quick", ["second"]),
+        ("interrupt", "quick", ["first", "second"]),
+        ("interrupt", "stuck", []),
+    ],
+)
+def test_the_process_exits_if_a_function_does_not_end_and_the_other_steps_are_cancelled(
+    stop: str, record: str, recorded: list[str]
+):
+    program = PROGRAM.replace("STOP", repr(stop)).replace("RECORD", repr(record))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert done.returncode == STOPPED_EXIT_CODE
-    assert done.stdout.split() == said
-    assert "did not end within 0.2 s" in done.stderr
+    assert sorted(done.stdout.split()) == recorded
+    assert "step first did not end within 0.2 s" in done.stderr or stop == "interrupt"

@@ -1,11 +1,12 @@
 """An output folder writes files below its path; a staged folder is uploaded completely or not at all."""
 
 import uuid
+from contextlib import nullcontext
 
 import pytest
 
-from simpo_pipeline.errors import StorageError
-from simpo_pipeline.storage.files import list_files, read_text
+from simpo_pipeline.errors import LeaseLostError, StorageError
+from simpo_pipeline.storage.files import list_files, read_text, write_text
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
@@ -51,3 +52,47 @@ def test_a_name_outside_the_folder_is_refused(target):
     for name in ("/etc/x", "gs://bucket/x", "../x"):
         with pytest.raises(StorageError, match="relative"):
             OutputFolder(target).write_text(name, "words")
+
+
+def test_names_of_the_folder_itself_and_of_its_owner_are_refused(target):
+    output = OutputFolder(target, reserved=("manifest.json",))
+    output.write_text("x", "words")
+    for name in ("", ".", "./x", "x/"):
+        with pytest.raises(StorageError, match="is no name inside the folder"):
+            output.remove(name)
+    for write in (output.remove, lambda name: output.write_json(name, 1), output.open_rows):
+        with pytest.raises(StorageError, match="is written by the executor"):
+            write("manifest.json")
+    assert [entry.relative_path for entry in list_files(target)] == ["x"]
+
+
+def test_staged_files_appear_only_after_the_block_and_what_a_killed_process_left_is_removed(tmp_path):
+    output = OutputFolder(str(tmp_path / "step"))
+    output.write_text("model", "old")
+    (tmp_path / "step" / ".staging-of-a-killed-process").mkdir()
+    with output.staged() as folder:
+        (folder / "model").write_text("new")
+        assert read_text(output.path_of("model")) == "old"
+    assert read_text(output.path_of("model")) == "new"
+    assert [entry.relative_path for entry in list_files(output.path)] == ["model"]
+    assert not list((tmp_path / "step").glob(".*"))
+
+
+def test_staged_files_do_not_replace_those_of_the_next_holder(tmp_path):
+    class Closing:
+        closed = False
+
+        def check(self) -> None:
+            if self.closed:
+                raise LeaseLostError("closed")
+
+        def hold(self):
+            self.check()
+            return nullcontext()
+
+    fence = Closing()
+    write_text(str(tmp_path / "model"), "of the next holder")
+    with pytest.raises(LeaseLostError), OutputFolder(str(tmp_path), fence).staged() as folder:
+        (folder / "model").write_text("late")
+        fence.closed = True
+    assert read_text(str(tmp_path / "model")) == "of the next holder"

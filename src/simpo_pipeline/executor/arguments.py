@@ -89,7 +89,9 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     while position < len(arguments):
         flag, has_value, value = arguments[position].partition("=")
         if not flag.startswith("--"):
-            raise ConfigError(f"{arguments[position]!r} does not belong to a flag. Write --flag value.")
+            raise ConfigError(
+                f"{arguments[position]!r} does not belong to a flag. Write --flag value. Run with --help to see all flags."
+            )
         position += 1
         words = [value] if has_value else []
         while position < len(arguments) and not arguments[position].startswith("--"):

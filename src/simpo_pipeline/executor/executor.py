@@ -30,6 +30,7 @@ from simpo_pipeline.executor.running.attempt import Job
 from simpo_pipeline.executor.running.live import LiveStore
 from simpo_pipeline.executor.running.rounds import Rounds, StepResult
 from simpo_pipeline.executor.running.step_info import run_record_path, step_info
+from simpo_pipeline.executor.running.stopping import RunningCalls
 from simpo_pipeline.executor.step import ExecutorStep, InputName
 from simpo_pipeline.executor.table import plan_table
 from simpo_pipeline.processes import Processes
@@ -149,6 +150,7 @@ class Executor:
             live=LiveStore(),
             provenance=find_provenance(processes.process_count) if processes.is_leader else None,
             heartbeat_seconds=self._lease.heartbeat_seconds,
+            calls=RunningCalls(self._lease.heartbeat_seconds),
         )
 
     def explain(self, name: str) -> list[Explanation]:

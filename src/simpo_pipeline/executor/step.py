@@ -81,6 +81,11 @@ class ExecutorStep(Generic[ConfigT]):
                 f"A step is named {self.name!r}. A name is one or more parts joined by '/'; no part may be empty "
                 "or begin with a dot. Rename the step."
             )
+        if inspect.iscoroutinefunction(self.fn) or inspect.isgeneratorfunction(self.fn):
+            raise PlanError(
+                f"The function of step {self.name!r} is a coroutine or a generator, so calling it would not run its "
+                "body. Give a plain function."
+            )
 
     def __repr__(self) -> str:
         return f"ExecutorStep(name={self.name!r})"

@@ -302,7 +302,8 @@ class LeaseReader:
 
     def check(self) -> None:
         """See Fence.check."""
-        if _now() - self._looked < self._heartbeat_seconds:
+        now = _now()  # before the read: if this process freezes during the read, the lease is read again
+        if now - self._looked < self._heartbeat_seconds:
             return
         try:
             holder = parse_holder(self._files.read(self._path)[0])
@@ -313,7 +314,7 @@ class LeaseReader:
             raise LeaseLostError(
                 f"This job lost its lease {self._path!r}, now held by {owner}; nothing more is written."
             )
-        self._looked = _now()
+        self._looked = now
 
     @contextmanager
     def hold(self) -> Generator[None]:

@@ -7,12 +7,13 @@ A RUN starts with whatever an earlier attempt left in the output path, because a
 lists the files that exist at the end. A REPLAY writes to a scratch path and never changes recorded outputs.
 """
 
+import functools
 import inspect
 import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -33,7 +34,7 @@ from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.info import Ended, info_record, read_info
 from simpo_pipeline.executor.records.lease import LeaseFence, LeaseKeeper, LeaseReader
 from simpo_pipeline.executor.records.provenance import Provenance
-from simpo_pipeline.executor.records.status import ERROR_FILE, LEASE_FILE, Status, read_record
+from simpo_pipeline.executor.records.status import ERROR_FILE, LEASE_FILE, OWN_FILES, Status, read_record
 from simpo_pipeline.executor.run import Live, PlanRow, StepRun
 from simpo_pipeline.executor.running.checkpoint_cleanup import remove_checkpoints
 from simpo_pipeline.executor.running.commit import StepFiles
@@ -45,7 +46,7 @@ from simpo_pipeline.executor.running.failures import (
     sort_failures,
 )
 from simpo_pipeline.executor.running.live import LiveStore
-from simpo_pipeline.executor.running.stopping import StoppableCall
+from simpo_pipeline.executor.running.stopping import RunningCalls, StoppableCall
 from simpo_pipeline.executor.step import LiveInput
 from simpo_pipeline.processes import Processes, joint_digest
 from simpo_pipeline.storage.conditional import ConditionalFiles
@@ -86,8 +87,8 @@ class Job:
     live: LiveStore
     provenance: Provenance | None
     heartbeat_seconds: float
-    calls: list[StoppableCall] = field(default_factory=list[StoppableCall])
-    """Calls of step functions that are currently running in this process under a lease."""
+    calls: RunningCalls
+    """The calls of step functions in this process."""
 
     def lease_path(self, step: Step) -> str:
         """Return the path of the lease of a step's output path."""
@@ -105,10 +106,17 @@ class Job:
 
 
 def handles_of(step: Step) -> frozenset[str]:
-    """Return which of the parameters "output" and "run" the step's function has after its config."""
+    """Return which of the parameters "output" and "run" the step's function has after its config.
+
+    Parameters that `functools.partial` has already given a value do not count.
+    """
     if step.fn is None:
         return frozenset()
-    return frozenset(list(inspect.signature(step.fn).parameters)[1:]) & {"output", "run"}
+    parameters = list(inspect.signature(step.fn).parameters.values())[1:]
+    fn: Any = step.fn
+    given = fn.keywords if isinstance(fn, functools.partial) else {}
+    by_name = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return frozenset({"output", "run"} & by_name - given.keys())
 
 
 def takes_step_run(step: Step) -> bool:
@@ -196,6 +204,8 @@ class Attempt:
         Returns:
             False if another job holds the step, or has finished it since the plan was made.
         """
+        if self._job.calls.interrupted:
+            raise StepCancelledError("The step was not started because its job was interrupted.")
         lease, leases = self._job.lease_path(self._step), self._job.leases
         if not leases.acquire(lease):
             return False
@@ -265,13 +275,11 @@ class Attempt:
     def _call_with_lease(self) -> Live | None:
         """Call the function in the process that holds the lease. If it is lost, refuse writes and stop the call."""
         job, fence = self._job, LeaseFence(self._job.leases, self._lease_path)
-        call = StoppableCall(fence, job.heartbeat_seconds, before_exit=lambda: self._record(Status.CANCELLED))
+        call = StoppableCall(self._step.name, fence, lambda: self._record(Status.CANCELLED))
         job.leases.when_lost(self._lease_path, call.lose)
-        job.calls.append(call)
         try:
-            return call.call(lambda: self._call(call))
+            return job.calls.call(call, lambda: self._call(call))
         finally:
-            job.calls.remove(call)
             job.leases.when_lost(self._lease_path, None)
 
     def _call(self, fence: Fence) -> Live | None:
@@ -281,7 +289,7 @@ class Attempt:
         self._check_outside_files()
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
-        output = OutputFolder(self._output_path, fence)
+        output = OutputFolder(self._output_path, fence, reserved=OWN_FILES)
         run = StepRun(
             name=step.name,
             output=output,
@@ -318,8 +326,8 @@ class Attempt:
 
     def _failed(self) -> StepError:
         first, count = self._failures[0], self._job.processes.process_count
-        lost = isinstance(self._own_error, LeaseLostError)
-        message = describe_failure(self._step.name, first, count, self._output_path, lost)
+        lost, cancelled = (isinstance(self._own_error, kind) for kind in (LeaseLostError, StepCancelledError))
+        message = describe_failure(self._step.name, first, count, self._output_path, lost, cancelled)
         error = LeaseLostError(message) if lost else StepFailedError(message)
         if self._own_error is None and first["traceback"]:
             error.add_note(f"On {host_and_process(first, count)}:\n{first['traceback']}")
@@ -338,7 +346,7 @@ class Attempt:
         self._committed = True
         self.left_checkpoints = self._files.has_checkpoints
         if self.left_checkpoints and not self._is_used_live:
-            remove_checkpoints(self._output_path)
+            remove_checkpoints(self._output_path, self._job.leases)
 
     def _check_replay(self, digest: str | None) -> None:
         try:

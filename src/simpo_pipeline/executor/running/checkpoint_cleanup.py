@@ -6,7 +6,7 @@ and every step that uses its live value have SUCCESS. Until then a replay may re
 
 import logging
 
-from simpo_pipeline.executor.records.lease import LeaseKeeper
+from simpo_pipeline.executor.records.lease import LeaseFence, LeaseKeeper
 from simpo_pipeline.executor.records.status import CHECKPOINTS_FOLDER, LEASE_FILE
 from simpo_pipeline.storage.files import remove_tree
 from simpo_pipeline.storage.paths import join
@@ -14,9 +14,15 @@ from simpo_pipeline.storage.paths import join
 _logger = logging.getLogger("simpo_pipeline.executor")
 
 
-def remove_checkpoints(output_path: str) -> None:
-    """Remove all checkpoints of a step. The caller must hold the step's lease."""
-    remove_tree(join(output_path, CHECKPOINTS_FOLDER))
+def remove_checkpoints(output_path: str, leases: LeaseKeeper) -> None:
+    """Remove all checkpoints of a step, whose lease this job must hold.
+
+    Raises:
+        LeaseLostError: Another job took the lease, so the checkpoints may be its own.
+    """
+    fence = LeaseFence(leases, join(output_path, LEASE_FILE))
+    fence.check()
+    remove_tree(join(output_path, CHECKPOINTS_FOLDER), fence)
 
 
 def remove_unused_checkpoints(output_path: str, leases: LeaseKeeper) -> None:
@@ -26,6 +32,6 @@ def remove_unused_checkpoints(output_path: str, leases: LeaseKeeper) -> None:
         _logger.info("keeping the checkpoints in %s, because another job holds the step", output_path)
         return
     try:
-        remove_checkpoints(output_path)
+        remove_checkpoints(output_path, leases)
     finally:
         leases.release(lease)

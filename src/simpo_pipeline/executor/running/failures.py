@@ -41,7 +41,9 @@ def sort_failures(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(failed, key=lambda report: report["followed"])
 
 
-def describe_failure(step_name: str, first: Mapping[str, Any], process_count: int, output_path: str, lost: bool) -> str:
+def describe_failure(
+    step_name: str, first: Mapping[str, Any], process_count: int, output_path: str, lost: bool, cancelled: bool
+) -> str:
     """Return the message for the user: where the step failed, why, and what to do.
 
     Args:
@@ -50,14 +52,16 @@ def describe_failure(step_name: str, first: Mapping[str, Any], process_count: in
         process_count: the number of processes in the job.
         output_path: the path that the step wrote to.
         lost: whether the job lost the step's lease to another job.
+        cancelled: whether the step was stopped because the job was interrupted.
     """
     where = host_and_process(first, process_count)
     at = f" (at {first['at']})" if first.get("at") else ""
-    advice = (
-        "Another job now holds the step; start again to use its outputs."
-        if lost
-        else f"The files that it wrote and {ERROR_FILE} are in {output_path}. Fix the cause and start again."
-    )
+    if lost:
+        advice = "Another job now holds the step; start again to use its outputs."
+    elif cancelled:
+        advice = f"The files that it wrote are in {output_path}. Start again to run the step again."
+    else:
+        advice = f"The files that it wrote and {ERROR_FILE} are in {output_path}. Fix the cause and start again."
     return f"Step {step_name!r} failed on {where}: {first['exception']}{at}\n{advice}"
 
 

@@ -110,11 +110,7 @@ class Rounds:
     def _round(self) -> dict[Step, Ending]:
         steps = self._attemptable()
         schedule = Schedule(steps, self._needs, self._order.implied, self._in_caller, self._attempt)
-        return schedule.run(self._pass_over, self._pool_size, self._cancel)
-
-    def _cancel(self) -> None:
-        for call in list(self._job.calls):
-            call.cancel()
+        return schedule.run(self._pass_over, self._pool_size, self._job.calls.interrupt)
 
     def _attemptable(self) -> list[Step]:
         """Return the steps that can be attempted without waiting for another job.

@@ -126,7 +126,10 @@ class Application:
         job = self._gke_job(options.run_id, tools)
         try:
             job.start(gke, options, uri)
-            job.follow() if options.foreground else job.tell_how_to_follow()
+            if options.foreground:
+                job.follow()
+            else:
+                job.tell_how_to_follow()
         except KeyboardInterrupt:
             job.interrupted()
             raise

@@ -210,12 +210,24 @@ def test_flags_that_leave_no_step_are_refused(main: Main, flags: tuple[str, ...]
     assert "select no step" in err
 
 
+def interrupt_when_begun(tmp_path: Path, script: str, *flags: str) -> Path:
+    """Send Ctrl-C to a script once a step has written `begun`. Return its prefix, where every step must have ended."""
+    file, runs = tmp_path / "experiment.py", tmp_path / "runs"
+    file.write_text("import time\nfrom simpo_pipeline.executor import ExecutorStep, executor_main\n" + script)
+    job = subprocess.Popen([sys.executable, str(file), "--prefix", str(runs), *flags], stderr=subprocess.PIPE)
+    while not list(runs.glob("*/begun")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert not list(runs.glob("*/.executor_status.lock"))
+    return runs
+
+
 @pytest.mark.parametrize("line", ["output.write_text('more', '')", "pass"], ids=["writes", "never-writes"])
 def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_path: Path, line: str):
-    script = tmp_path / "experiment.py"
-    script.write_text(
-        "import time\n"
-        "from simpo_pipeline.executor import ExecutorStep, executor_main\n"
+    script = (
         "def work(config, output):\n"
         "    output.write_text('begun', '')\n"
         "    while True:\n"
@@ -223,24 +235,12 @@ def test_ctrl_c_stops_the_steps_in_the_pool_and_records_them_as_cancelled(tmp_pa
         f"        {line}\n"
         "executor_main(steps=[ExecutorStep('endless', work, None)])\n"
     )
-    runs = tmp_path / "runs"
-    command = [sys.executable, str(script), "--prefix", str(runs), "--lease.heartbeat_seconds", "0.5"]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not list(runs.glob("endless-*/begun")):
-        assert job.poll() is None
-        time.sleep(0.01)
-    job.send_signal(signal.SIGINT)
-    job.communicate(timeout=60)
-    assert job.returncode != 0
+    runs = interrupt_when_begun(tmp_path, script, "--lease.heartbeat_seconds", "0.5")
     assert [path.read_text() for path in runs.glob("endless-*/.executor_status")] == ["CANCELLED"]
-    assert not list(runs.glob("endless-*/.executor_status.lock"))
 
 
 def test_ctrl_c_starts_no_further_step_of_the_pool(tmp_path: Path):
-    script = tmp_path / "experiment.py"
-    script.write_text(
-        "import time\n"
-        "from simpo_pipeline.executor import ExecutorStep, executor_main\n"
+    script = (
         "def work(config, output):\n"
         "    output.write_text('begun', '')\n"
         "    for _ in range(200):\n"
@@ -248,14 +248,6 @@ def test_ctrl_c_starts_no_further_step_of_the_pool(tmp_path: Path):
         "        output.check()\n"
         "executor_main(steps=[ExecutorStep(f'step-{i}', work, None) for i in range(100)])\n"
     )
-    runs = tmp_path / "runs"
-    job = subprocess.Popen([sys.executable, str(script), "--prefix", str(runs)], stderr=subprocess.PIPE)
-    while not list(runs.glob("*/begun")):
-        assert job.poll() is None
-        time.sleep(0.01)
-    job.send_signal(signal.SIGINT)
-    job.communicate(timeout=60)
-    assert job.returncode != 0
+    runs = interrupt_when_begun(tmp_path, script)
     assert {path.read_text() for path in runs.glob("*/.executor_status")} == {"CANCELLED"}
-    assert not list(runs.glob("*/.executor_status.lock"))
     assert len(list(runs.glob("*/begun"))) < 100

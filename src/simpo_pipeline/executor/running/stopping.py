@@ -54,23 +54,20 @@ class StoppableCall(Fence):
         """
         self._on_stop = on_stop
         try:
-            if self.reason is not None:
-                raise self.reason
-            result = function()
+            try:
+                if self.reason is not None:
+                    raise self.reason
+                result = function()
+            finally:
+                with self._lock:  # from here on a stop does nothing
+                    self.ended.set()
         except Exception as error:
-            self._end()
             if self.reason is not None and error is not self.reason:
                 raise self.reason from error
             raise
-        finally:
-            self._end()
         if self.reason is not None:
             raise self.reason
         return result
-
-    def _end(self) -> None:
-        with self._lock:
-            self.ended.set()
 
     def check(self) -> None:
         """See Fence.check."""

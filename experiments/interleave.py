@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.keeping import Keeping
 from experiments.schedule import TrainingPhase
+from experiments.settings.data import versioned_chat
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.training.config import TrainerConfig
@@ -97,6 +98,7 @@ def _infer_step(
             sampling=versioned(generation.sampling),
             chat=versioned(generation.chat),
             compute_dtype=versioned(generation.compute_dtype),
+            chat_config=versioned_chat(generation.chat_config),
             model_path=output_path_of(model),
             trainer=borrow(trained),
             step=versioned(step),

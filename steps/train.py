@@ -4,9 +4,17 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from simpo_pipeline.data.config import PAIRS_FILE, VALIDATION_FILE
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.executor.step import imported_step, unwrap_versioned_value
+from simpo_pipeline.executor.step import (
+    LiveUse,
+    imported_step,
+    outside_path,
+    require_live_use,
+    unwrap_versioned_value,
+)
 from simpo_pipeline.training.config import CheckpointConfig, TrainerConfig
+from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from simpo_pipeline.training.trainer import Trainer
@@ -16,7 +24,7 @@ if TYPE_CHECKING:
 class WeightedPairs:
     """One of several datasets: an output of `prepare_pairs`, and its weight relative to the others."""
 
-    path: str
+    path: str = dataclasses.field(metadata=outside_path((PAIRS_FILE, VALIDATION_FILE)))
     weight: float
 
     def __post_init__(self) -> None:
@@ -34,7 +42,8 @@ class TrainConfig:
     Attributes:
         trainer: Config of the whole run: its length, schedule, data order and loss. Equal in all phases of the run.
         model_path: Folder of the model: its tokenizer, and its weights to start from if `live` is None.
-        pairs_path: Output of `prepare_pairs`, or several outputs with their weights.
+        pairs_path: Output of `prepare_pairs`, or several outputs with their weights. A phase with the same pairs as the
+            phase before it continues where that phase stopped. Other pairs are read from their beginning.
         stop_step: The last update of this phase, counted over the whole run.
         eval_every: Number of updates between two evaluations of the pairs that `prepare_pairs` held out. They are also
             evaluated before the first and after the last update of the run. None disables evaluation.
@@ -46,8 +55,10 @@ class TrainConfig:
     """
 
     trainer: TrainerConfig
-    model_path: str
-    pairs_path: str | tuple[WeightedPairs, ...]
+    model_path: str = dataclasses.field(metadata=outside_path((*MODEL_FILES, *TOKENIZER_FILES)))
+    pairs_path: str | tuple[WeightedPairs, ...] = dataclasses.field(
+        metadata=outside_path((PAIRS_FILE, VALIDATION_FILE))
+    )
     stop_step: int
     eval_every: int | None = None
     tensor_parallel: int = 1
@@ -55,6 +66,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        require_live_use("TrainConfig.live", self.live, LiveUse.TAKE)
         stop_step = unwrap_versioned_value(self.stop_step)
         num_train_steps = unwrap_versioned_value(self.trainer).num_train_steps
         if not 1 <= stop_step <= num_train_steps:

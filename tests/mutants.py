@@ -104,6 +104,20 @@ EXECUTOR = (
         "tests/executor/test_identity.py",
     ),
     Mutant(
+        "file-from-outside-identified-by-its-path",
+        "src/simpo_pipeline/executor/planning/identity.py",
+        "    if path in contents:\n        return",
+        "    if path in ():\n        return",
+        "tests/executor/test_outside_files.py",
+    ),
+    Mutant(
+        "cached-checksum-of-a-file-changed-in-place",
+        "src/simpo_pipeline/storage/content.py",
+        "found.st_mtime_ns, found.st_ctime_ns, found.st_dev",
+        "found.st_mtime_ns, found.st_mtime_ns, found.st_dev",
+        "tests/executor/test_outside_files.py",
+    ),
+    Mutant(
         "success-written-before-the-manifest",
         "src/simpo_pipeline/executor/running/attempt.py",
         "self._files.put_manifest()",
@@ -274,6 +288,13 @@ STORAGE = (
         "pass",
         "tests/storage/test_jsonl.py",
     ),
+    Mutant(
+        "bare-nan-written",
+        "src/simpo_pipeline/storage/json_text.py",
+        "ensure_ascii=False, allow_nan=False",
+        "ensure_ascii=False",
+        "tests/storage/test_json_text.py",
+    ),
 )
 
 TRACKING = (
@@ -382,6 +403,20 @@ DISTRIBUTED = (
 
 DATA = (
     Mutant(
+        "pattern-wins-over-the-file-of-that-name",
+        "src/simpo_pipeline/data/source_files.py",
+        "_GLOB_CHARACTERS.search(source.path) and not exists(source.path)",
+        "_GLOB_CHARACTERS.search(source.path)",
+        "tests/data/test_record_formats.py",
+    ),
+    Mutant(
+        "unread-key-of-a-message-ignored",
+        "src/simpo_pipeline/data/messages.py",
+        "if key not in known and not is_empty(value):",
+        "if key in ():",
+        "tests/data/test_record_formats.py",
+    ),
+    Mutant(
         "shard-ends-one-prompt-early",
         "src/simpo_pipeline/data/prompts.py",
         "stop = (process_index + 1) * num_prompts // process_count",
@@ -412,16 +447,44 @@ DATA = (
     Mutant(
         "answer-begins-one-token-late",
         "src/simpo_pipeline/data/chat.py",
-        "answer = full[len(prompt) :] if",
-        "answer = full[len(prompt) + 1 :] if",
+        "return prompt, full[len(prompt) :], notes",
+        "return prompt, full[len(prompt) + 1 :], notes",
         "tests/data/test_chat.py",
     ),
     Mutant(
         "end-of-text-is-no-stop-token",
         "src/simpo_pipeline/data/chat.py",
-        "ends.add(int(tokenizer.eos_token_id))",
+        "ends.add(tokenizer.eos_token_id)",
         "pass",
         "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "answer-tokenized-as-the-start-of-a-text",
+        "src/simpo_pipeline/data/chat.py",
+        " and tokenizer.decode([*prompt, *answer]) == wanted:",
+        ":",
+        "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "message-cut-by-the-template-not-noticed",
+        "src/simpo_pipeline/data/chat.py",
+        "if content and start + content not in marked and content + end not in marked",
+        "if content and content not in marked",
+        "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "special-tokens-of-messages-parsed-in-spite-of-plain",
+        "src/simpo_pipeline/data/tokenizer.py",
+        'stand_ins[text] = token["content"] = ',
+        "stand_ins[text] = ",
+        "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "end-tokens-of-the-generation-config-ignored",
+        "src/simpo_pipeline/data/tokenizer_files.py",
+        "for file in (_MODEL_CONFIG, _GENERATION_CONFIG):",
+        "for file in (_MODEL_CONFIG,):",
+        "tests/data/test_tokenizer_files.py",
     ),
     Mutant(
         "order-without-the-runs-seed",
@@ -462,6 +525,13 @@ DATA = (
 
 CONFIG_FILES = (
     Mutant(
+        "text-flag-read-as-yaml",
+        "src/simpo_pipeline/config_files/parse.py",
+        "if not any(map(_is_text, members)):",
+        "if members:",
+        "tests/config_files/test_decode.py",
+    ),
+    Mutant(
         "unknown-key-accepted",
         "src/simpo_pipeline/config_files/check.py",
         'yield f"{self.source}: {inner_key} is not a setting; {self._nearest(str(name), key, hints)}{page}."',
@@ -484,9 +554,9 @@ CONFIG_FILES = (
     ),
     Mutant(
         "key-given-twice-accepted",
-        "src/simpo_pipeline/config_files/parse.py",
-        "if key.value in seen:",
-        "if key.value in ():",
+        "src/simpo_pipeline/config_files/yaml_core.py",
+        "if key in seen:",
+        "if key in ():",
         "tests/config_files/test_decode.py",
     ),
 )
@@ -540,6 +610,27 @@ MODEL = (
         "if config.rope_scaling is None:",
         "if True:",
         "tests/model/test_transformer.py",
+    ),
+    Mutant(
+        "own-head-of-a-tied-config-dropped",
+        "src/simpo_pipeline/model/hf_weights.py",
+        "if not config.tie_word_embeddings or not _has_own_head(tensors):",
+        "if True:",
+        "tests/model/test_hf_weights.py",
+    ),
+    Mutant(
+        "cut-off-weights-taken-for-whole",
+        "src/simpo_pipeline/model/safetensors_files.py",
+        "if end != file_bytes:",
+        "if False:",
+        "tests/model/test_safetensors_files.py",
+    ),
+    Mutant(
+        "keys-of-another-rope-type-ignored",
+        "src/simpo_pipeline/model/config.py",
+        "    if unknown:\n",
+        "    if False:\n",
+        "tests/model/test_config.py",
     ),
     Mutant(
         "untied-head-read-as-tied",
@@ -730,6 +821,13 @@ TRAINING = (
         "tests/training/test_trainer.py",
     ),
     Mutant(
+        "other-pairs-read-from-the-middle",
+        "src/simpo_pipeline/training/trainer.py",
+        "self._data_begins_after = self.step",
+        "self._data_begins_after = 0",
+        "tests/training/test_trainer.py",
+    ),
+    Mutant(
         "evaluation-is-a-mean-of-means",
         "src/simpo_pipeline/training/evaluation.py",
         ".get(name, self.num_pairs)",
@@ -810,6 +908,13 @@ INFERENCE = (
         "tests/inference/test_sampling.py",
     ),
     Mutant(
+        "logits-that-are-not-finite-sampled-from",
+        "src/simpo_pipeline/inference/engine.py",
+        "    if not wrong:\n",
+        "    if True:\n",
+        "tests/inference/test_not_finite.py",
+    ),
+    Mutant(
         "temperature-multiplied",
         "src/simpo_pipeline/inference/sampling.py",
         "(logits - peak) / temperature[:, None]",
@@ -847,16 +952,37 @@ INFERENCE = (
     Mutant(
         "stop-string-over-two-tokens-missed",
         "src/simpo_pipeline/inference/stop_strings.py",
-        "return any(text.find(string, max(0, num_same - len(string) + 1))",
-        "return any(text.find(string, num_same)",
+        "return any(text.find(string, max(start, known - len(string) + 1))",
+        "return any(text.find(string, max(start, known))",
         "tests/inference/test_stop_strings.py",
     ),
     Mutant(
         "stop-string-kept-in-the-text",
         "src/simpo_pipeline/inference/text.py",
-        "return text_before_stop(decode(tokens), completion.request.sampling.stop, seen=decode(tokens[:-1]))",
-        "return decode(tokens)",
+        "whole[start:], sampling.stop_strings, seen=",
+        "whole[start:], (), seen=",
         "tests/inference/test_generated_rows.py",
+    ),
+    Mutant(
+        "completion-decoded-without-its-prompt",
+        "src/simpo_pipeline/inference/text.py",
+        "start = known_length(texts_at_end(decode, prompt), whole)",
+        "start, whole = 0, decode(tokens)",
+        "tests/inference/test_text.py",
+    ),
+    Mutant(
+        "stop-string-found-in-the-prompt",
+        "src/simpo_pipeline/inference/stop_strings.py",
+        "start = known_length(self._prompt_texts, text)",
+        "start = 0",
+        "tests/inference/test_text.py",
+    ),
+    Mutant(
+        "frequency-penalty-subtracted-once",
+        "src/simpo_pipeline/inference/logit_adjustments.py",
+        "counts.astype(jnp.float32)) - once",
+        "(counts > 0).astype(jnp.float32)) - once",
+        "tests/inference/test_logit_adjustments.py",
     ),
     Mutant(
         "engine-sized-for-the-smallest-work",
@@ -1005,6 +1131,13 @@ STEPS = (
         "steps/bodies/infer.py",
         'min(host["memory_bytes"] for host in hosts)',
         'max(host["memory_bytes"] for host in hosts)',
+        "tests/steps/test_infer.py",
+    ),
+    Mutant(
+        "trainer-after-another-update-accepted",
+        "steps/bodies/infer.py",
+        "config.trainer.step != config.step",
+        "config.trainer.step < 0",
         "tests/steps/test_infer.py",
     ),
     Mutant(

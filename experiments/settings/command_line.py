@@ -2,7 +2,9 @@
 
     --config_path FILE.yaml [--prefix ...] [--dry_run] [--tracker ...] [--key.path value ...]
 
-Arguments that are not flags of the executor are settings, and are checked like those in the file.
+Arguments that are not flags of the executor are settings, and are checked like those in the file. The value of a text
+setting is taken as it is: `--trainer.tracker.name 010` is the text 010. For text that may be missing, `null` means
+none. All other values are YAML.
 """
 
 import dataclasses
@@ -23,6 +25,13 @@ SETTINGS_PAGE = "docs/settings.md"
 
 T = TypeVar("T")
 FlagsT = TypeVar("FlagsT", bound=JobFlags)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileFlags:
+    """The flag that names the settings file."""
+
+    config_path: str
 
 
 def read_settings(cls: type[T], path: str, flags: Sequence[str]) -> T:
@@ -49,7 +58,7 @@ def parse_command_line(cls: type[T], words: Sequence[str], flags_class: type[Fla
     if "-h" in own_words or "--help" in own_words:
         print(f"Settings: --config_path FILE.yaml and --key.path value, below {', '.join(setting_names(cls))}.")
     flags = parse_arguments(flags_class, own_words)
-    path = parse_flags(file_words, COMMAND_LINE).get("config_path")
+    path = parse_flags(file_words, COMMAND_LINE, _FileFlags).get("config_path")
     if not isinstance(path, str):
         raise ConfigError("--config_path is missing; give a YAML file, such as one of experiments/configs/")
     return read_settings(cls, path, settings_words), flags

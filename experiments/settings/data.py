@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import re
-from typing import cast
+from typing import Any, cast
 
-from simpo_pipeline.data.config import PreferenceSource, TooLong
+from simpo_pipeline.data.config import ChatConfig, PreferenceSource, TooLong
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.step import versioned
 
 SOURCE_TYPES = ("url", "hf")
 SLICE_STRATEGIES = ("raise", "truncate", "drop")
@@ -18,7 +19,7 @@ class SourceSettings:
 
     Attributes:
         type: `url` (files at any storage path) or `hf` (a dataset of the Hugging Face hub).
-        train_urls: For `url`: one path or glob of `.jsonl` or `.parquet` files, relative to the working directory.
+        train_urls: For `url`: one path or pattern of files (docs/data.md), relative to the working directory.
         id: For `hf`: the dataset's name.
         splits: For `hf`: the one split to train on.
         revision: For `hf`: commit, tag or branch.
@@ -76,11 +77,13 @@ class DataSettings:
         train_weights: Relative rates at which pairs are read from the components, above 0; the default is 1.
         tokenizer: Folder or hub id whose tokenizer replaces the model's own. Base models need one, because their own
             tokenizer has no chat template.
+        chat: How conversations become tokens, in training and in generation; see `ChatConfig`.
     """
 
     components: dict[str, ComponentSettings]
     train_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     tokenizer: str | None = None
+    chat: ChatConfig = dataclasses.field(default_factory=ChatConfig)
 
     def __post_init__(self) -> None:
         if not self.components:
@@ -121,3 +124,8 @@ class DataSettings:
     def weight(self, name: str) -> float:
         """Return the relative rate at which pairs are read from a component."""
         return self.train_weights.get(name, 1.0)
+
+
+def versioned_chat(chat: ChatConfig) -> Any:
+    """Return the chat config for a step's config, versioned unless it is the default, which changes no token."""
+    return chat if chat == ChatConfig() else versioned(chat)

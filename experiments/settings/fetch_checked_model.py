@@ -9,20 +9,18 @@ from typing import Any
 
 from experiments.settings.model import ModelSettings, contradictions
 from simpo_pipeline.errors import ModelError
-from simpo_pipeline.executor.step import ExecutorStep, versioned
-from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.executor.step import ExecutorStep, outside_path, versioned
 from simpo_pipeline.storage.output_folder import OutputFolder
-from steps.fetch_model import FetchModelConfig, fetch_model
+from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES, FetchModelConfig, fetch_model
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchCheckedModelConfig:
     """Source of a model as in `FetchModelConfig`, and its expected shape from `ModelSettings.stated_shape`."""
 
-    source: str
+    source: str = dataclasses.field(metadata=outside_path((*MODEL_FILES, *TOKENIZER_FILES)))
     stated_shape: dict[str, Any]
-    tokenizer_source: str | None = None
+    tokenizer_source: str | None = dataclasses.field(default=None, metadata=outside_path(TOKENIZER_FILES))
 
 
 def fetch_checked_model(config: FetchCheckedModelConfig, output: OutputFolder) -> None:
@@ -31,9 +29,11 @@ def fetch_checked_model(config: FetchCheckedModelConfig, output: OutputFolder) -
     Raises:
         ModelError: The source cannot be fetched, is not a supported model, or contradicts the settings.
     """
+    # Imported here because planning reads no model, and jax is slow to import.
+    from simpo_pipeline.model.hf_weights import load_config
+
     fetch_model(FetchModelConfig(source=config.source, tokenizer_source=config.tokenizer_source), output)
-    model_config = LlamaConfig.from_hf(read_json(output.path_of("config.json")))
-    found = contradictions(config.stated_shape, model_config)
+    found = contradictions(config.stated_shape, load_config(output.path))
     if found:
         raise ModelError(f"{'; '.join(found)}; leave these settings out, or name the model they belong to")
 

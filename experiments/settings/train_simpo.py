@@ -149,4 +149,5 @@ class TrainSimpoConfig:
             chat=settings.chat,
             mode=settings.mode,
             compute_dtype=self.trainer.compute_dtype,
+            chat_config=self.data.chat,
         )

@@ -8,9 +8,8 @@ from typing import Any
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.job.session import session_of
-from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_export import export_weights
-from simpo_pipeline.model.hf_weights import CONFIG_FILE
+from simpo_pipeline.model.hf_weights import CONFIG_FILE, load_config
 from simpo_pipeline.model.transformer import Llama
 from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.output_folder import OutputFolder
@@ -81,14 +80,16 @@ def _weights(config: ExportConfig, trainer: Trainer) -> Llama:
 
 def _model_config(config: ExportConfig, trainer: Trainer) -> dict[str, Any]:
     """Return all keys of the config.json that the run started from, with the dtype of the export."""
-    original = read_json(join(config.model_path, CONFIG_FILE))
-    if LlamaConfig.from_hf(original) != trainer.model_config:
+    original, found = read_json(join(config.model_path, CONFIG_FILE)), load_config(config.model_path)
+    if found != trainer.model_config:
         raise ConfigError(
             f"{config.model_path!r} contains a model whose shape differs from the trainer's, {trainer.model_config}; "
             "give the model_path that the run started from."
         )
     # transformers 5 calls it dtype and also reads torch_dtype; transformers 4 only reads torch_dtype.
     kept = {key: value for key, value in original.items() if key not in ("dtype", "torch_dtype")}
+    if kept.get("tie_word_embeddings", False) != found.tie_word_embeddings:
+        kept["tie_word_embeddings"] = found.tie_word_embeddings  # the weights have a head of their own
     return {**kept, "torch_dtype": config.dtype}
 
 

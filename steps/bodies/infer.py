@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from simpo_pipeline.data.chat import Tokenizer, encode_chat, load_tokenizer, stop_token_ids
-from simpo_pipeline.data.prompts import load_prompts, prompt_shard
+from simpo_pipeline.data.chat import encode_chat, encode_text, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.prompts import ChatPrompt, Prompt, TokenPrompt, load_prompts, prompt_shard
 from simpo_pipeline.data.records import Message
+from simpo_pipeline.data.tokenizer import Tokenizer
 from simpo_pipeline.distributed.mesh import global_mesh, local_mesh
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.errors import CapacityError, CoordinationError
+from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.handoff.handoff import InferenceWeights, build_handoff
 from simpo_pipeline.inference.config import EngineSizes
@@ -27,7 +28,7 @@ from simpo_pipeline.inference.host_rows import HostRows
 from simpo_pipeline.inference.row_files import merge_rows, merged_file, remove_rows
 from simpo_pipeline.inference.sequence import Completion, Request
 from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
-from simpo_pipeline.inference.text import make_decoder, with_end_tokens
+from simpo_pipeline.inference.text import make_decoder, with_bad_words, with_end_tokens
 from simpo_pipeline.job.session import session_of
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, load_weights
@@ -52,10 +53,12 @@ def infer(config: InferConfig, run: StepRun) -> None:
 
     Raises:
         CapacityError: A prompt does not fit the engine. Raised before any device work.
+        ConfigError: The trainer has finished another number of updates than `step`.
         DataError: The prompts cannot be read, or a host's rows are not those of its shard.
         CoordinationError: The hosts drew different tokens in mode `global_mesh`.
     """
     session, processes = session_of(run), run.processes
+    _check_step(config)
     if processes.is_leader:
         remove_rows(run.output)
     prompts = load_prompts(config.prompts)
@@ -79,8 +82,17 @@ def infer(config: InferConfig, run: StepRun) -> None:
         session.tracker.log_samples(samples, step=config.step)
 
 
+def _check_step(config: InferConfig) -> None:
+    if config.trainer is not None and config.trainer.step != config.step:
+        raise ConfigError(
+            f"step is {config.step}, but the borrowed trainer has finished {config.trainer.step} updates. Rows and "
+            "sampling keys contain the number of updates behind the parameters: set step to the last update of the "
+            "training step that is borrowed from"
+        )
+
+
 def _row_maker(
-    config: InferConfig, processes: Processes, prompts: Sequence[str], tokenizer: Tokenizer
+    config: InferConfig, processes: Processes, prompts: Sequence[Prompt], tokenizer: Tokenizer
 ) -> Callable[[Completion], dict[str, Any]]:
     origin = {
         "step": config.step,
@@ -90,7 +102,11 @@ def _row_maker(
     decode = make_decoder(tokenizer)
 
     def make_row(completion: Completion) -> dict[str, Any]:
-        return {**origin, **generated_row(completion, prompts[completion.request.global_prompt_index], decode)}
+        prompt = prompts[completion.request.global_prompt_index]
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, ChatPrompt):
+            text = tokenizer.decode(list(completion.request.prompt_tokens))
+        return {**origin, **generated_row(completion, text, decode)}
 
     return make_row
 
@@ -113,20 +129,34 @@ def check_same_tokens(processes: Processes, completions: Sequence[Completion]) -
 
 
 def _requests(
-    config: InferConfig, tokenizer: Tokenizer, served: Sequence[tuple[int, str]], vocab_size: int
+    config: InferConfig, tokenizer: Tokenizer, served: Sequence[tuple[int, Prompt]], vocab_size: int
 ) -> list[Request]:
-    """Return one request per sample of the prompts, which are pairs of index and text."""
-    sampling = with_end_tokens(config.sampling, stop_token_ids(tokenizer), vocab_size)
+    """Return one request per sample of the prompts, each of which comes with its index."""
+    sampling = with_bad_words(config.sampling, tokenizer)
+    sampling = with_end_tokens(sampling, stop_token_ids(tokenizer), vocab_size)
 
-    def encode(prompt: str) -> tuple[int, ...]:
+    def encode_messages(messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(encode_chat(tokenizer, messages, add_generation_prompt=True, config=config.chat_config))
+
+    def encode(prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        if isinstance(prompt, ChatPrompt):
+            return encode_messages(prompt.messages)
         if config.chat:
-            return tuple(encode_chat(tokenizer, [Message("user", prompt)], add_generation_prompt=True))
-        return tuple(tokenizer.encode(prompt))
+            return encode_messages([Message("user", prompt)])
+        return tuple(encode_text(tokenizer, prompt, config.chat_config))
+
+    def encode_row(index: int, prompt: Prompt) -> tuple[int, ...]:
+        try:
+            return encode(prompt)
+        except DataError as error:
+            raise DataError(f"prompt {index}: {error}") from error
 
     return [
         Request(prompt_tokens=tokens, global_prompt_index=index, sample_index=sample, sampling=sampling)
         for index, prompt in served
-        for tokens in [encode(prompt)]
+        for tokens in [encode_row(index, prompt)]
         for sample in range(sampling.n)
     ]
 
@@ -136,7 +166,7 @@ def _generate(
     programs: Programs,
     processes: Processes,
     tokenizer: Tokenizer,
-    served: Sequence[tuple[int, str]],
+    served: Sequence[tuple[int, Prompt]],
     rows: HostRows,
 ) -> tuple[list[Completion], dict[str, Any]]:
     """Return the completions in the order of the prompts, and statistics. `rows` gets each one as it finishes."""

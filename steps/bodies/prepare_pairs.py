@@ -31,6 +31,7 @@ def prepare_pairs(config: PreparePairsConfig, output: OutputFolder) -> None:
         config.max_length,
         too_long=config.too_long,
         unusable=config.unusable,
+        chat_config=config.chat_config,
     )
     training, held_out = split_pairs(pairs, config.validation_fraction)
     with output.open_write(PAIRS_FILE) as file:
@@ -40,6 +41,7 @@ def prepare_pairs(config: PreparePairsConfig, output: OutputFolder) -> None:
             write_pairs(file, held_out)
     seconds = round(time.perf_counter() - started, 3)
     counts = {"num_training": len(training), "num_validation": len(held_out)}
-    summary = {"source": config.source.path, **dataclasses.asdict(stats), **counts, "seconds": seconds}
+    chat = {"chat_config": dataclasses.asdict(config.chat_config)}
+    summary = {"source": config.source.path, **dataclasses.asdict(stats), **counts, **chat, "seconds": seconds}
     output.write_json("summary.json", summary)
     logger.info("pairs: %d kept, %d dropped, %d truncated", stats.num_pairs, stats.num_dropped, stats.num_truncated)

@@ -12,6 +12,7 @@ from simpo_pipeline.errors import DataError
 from simpo_pipeline.executor.records.info import read_info
 from simpo_pipeline.executor.run import PlanRow, StepRun
 from simpo_pipeline.storage.files import exists, list_files, read_json
+from simpo_pipeline.storage.json_text import without_nan
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.paths import base_name, join
 from simpo_pipeline.training.evaluation import EVALUATIONS_FILE, IntervalEstimate, accuracy_gain, margin_gain
@@ -88,7 +89,8 @@ def report(config: ReportConfig, run: StepRun) -> None:
     }
     run.output.write_text("report.html", render("report.html.jinja", page))
     run.output.write_text("report.md", render("report.md.jinja", page))
-    run.output.write_json("summary.json", _summarize(phases, updates, evaluations, generations))
+    # The numbers of a run that diverged are not finite.
+    run.output.write_json("summary.json", without_nan(_summarize(phases, updates, evaluations, generations)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,8 +141,15 @@ def _start(config: TrainConfig, run: StepRun, session: JobSession) -> tuple[Trai
     checkpoints = PhaseCheckpoints(config.checkpoint, run, mesh, after=0, until=config.stop_step)
     if checkpoints.record is None:
         return Trainer.start(config.trainer, config.model_path, programs=programs, mesh=mesh), checkpoints
-    step, load = checkpoints.record.step, checkpoints.load
-    trainer = Trainer.resume(config.trainer, config.model_path, step, load, programs=programs, mesh=mesh)
+    trainer = Trainer.resume(
+        config.trainer,
+        config.model_path,
+        checkpoints.record.step,
+        checkpoints.load,
+        data_position=checkpoints.record.data_position,
+        programs=programs,
+        mesh=mesh,
+    )
     return trainer, checkpoints
 
 
@@ -156,7 +163,8 @@ def _take(config: TrainConfig, run: StepRun) -> tuple[Trainer, PhaseCheckpoints]
         )
     checkpoints = PhaseCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
     if checkpoints.record is not None:
-        trainer.restore(checkpoints.record.step, checkpoints.load)
+        record = checkpoints.record
+        trainer.restore(record.step, checkpoints.load, data_position=record.data_position)
     return trainer, checkpoints
 
 

@@ -42,6 +42,11 @@ class Kitchen:
     mode: Literal["gas", "wood"] = "gas"
 
 
+@dataclasses.dataclass(frozen=True)
+class Note:
+    note: str | None = "empty"
+
+
 OVEN = "oven: {celsius: 180}\n"
 
 
@@ -114,6 +119,7 @@ def test_the_command_line_overrides_the_file_key_by_key():
         (OVEN + "owner: 3", "kitchen.yaml: owner is 3; expected true or false or text."),
         (OVEN + "mode: coal", "kitchen.yaml: mode is 'coal'; expected one of gas, wood."),
         (OVEN + "lamp: 3", "kitchen.yaml: lamp is 3; expected a mapping or null."),
+        (OVEN + "shelves: {1: {}}", "kitchen.yaml: shelves has the key 1, which is not text; put it in quotes."),
         (OVEN + "lamp: {celsius: hot}", "kitchen.yaml: lamp.celsius is 'hot'; expected an integer."),
         (
             OVEN + "shelves: {top: {items: salt}}",
@@ -229,3 +235,27 @@ def test_merging_keeps_all_leaves_of_the_second_and_the_untouched_leaves_of_the_
 def test_a_flag_carries_any_plain_value(value):
     text = str(value).lower() if isinstance(value, bool) else str(value)
     assert parse_flags([f"--a.b={text}"], "command line") == {"a": {"b": value}}
+
+
+@pytest.mark.parametrize("text", ["010", "1e3", "on", "~", "[", "{a: b", "'x'", "# a", "a: b", "", " ", "-1", "null"])
+def test_a_text_setting_on_the_command_line_has_exactly_the_given_text(text):
+    assert decode(OVEN, "--name", text).name == text
+    assert decode(OVEN, f"--name={text}").name == text
+
+
+@pytest.mark.parametrize(
+    ("word", "owner"), [("true", True), ("False", False), ("on", "on"), ("010", "010"), ("[", "[")]
+)
+def test_a_setting_that_may_be_text_or_true_is_text_unless_it_is_a_value_of_the_other_type(word, owner):
+    assert decode(OVEN, "--owner", word).owner is owner or decode(OVEN, "--owner", word).owner == owner
+
+
+def test_the_word_null_sets_a_text_that_may_be_missing_to_none():
+    assert parse_flags(["--note", "null"], "command line", Note) == {"note": None}
+    assert parse_flags(["--note", "~"], "command line", Note) == {"note": "~"}
+
+
+def test_a_flag_of_a_key_that_does_not_exist_is_named_whatever_its_value():
+    assert refusal(OVEN, "--oven.celcius", "[") == (
+        "command line: oven.celcius is not a setting; the nearest is oven.celsius."
+    )

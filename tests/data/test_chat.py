@@ -1,20 +1,24 @@
 """Conversations to tokens: where the answer starts and ends, and which templates are supported."""
 
 import json
-import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from tokenizer_kinds import KINDS, write_tokenizer
+from tokenizers import Tokenizer as Oracle
 
 from simpo_pipeline.data.byte_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, write_byte_tokenizer
-from simpo_pipeline.data.chat import encode_chat, encode_turn, load_tokenizer, pad_token_id, stop_token_ids
-from simpo_pipeline.data.records import Message
-from simpo_pipeline.errors import DataError
+from simpo_pipeline.data.chat import encode_chat, encode_text, encode_turn, load_tokenizer, pad_token_id, stop_token_ids
+from simpo_pipeline.data.config import ChatConfig
+from simpo_pipeline.data.messages import Message
+from simpo_pipeline.errors import ConfigError, DataError
 
+MERGED = 256  # the id of two line breaks in a row, in the tokenizer that merges them
 QUESTION_AND_ANSWER = (Message("user", "Hi"), Message("assistant", "Hello."))
 
 # Templates like those of Llama 3 (an end token, nothing after it) and of Llama 2 (no header for the answer).
@@ -44,7 +48,7 @@ def test_the_answer_ends_with_its_end_of_turn_token_and_not_with_the_templates_l
     [(LLAMA3_STYLE, "Hello.<|im_end|>"), (LLAMA2_STYLE, " Hello. <|eos|>"), (NO_END_TOKEN, "Hello.\n")],
 )
 def test_other_templates_split_where_generation_would_start(tokenizer: Any, template: str, answer: str):
-    tokenizer.chat_template = template
+    tokenizer = replace(tokenizer, chat_template=template)
     turn = encode_turn(tokenizer, QUESTION_AND_ANSWER)
     assert turn.prompt == encode_chat(tokenizer, QUESTION_AND_ANSWER[:1], add_generation_prompt=True)
     assert tokenizer.decode(turn.answer) == answer
@@ -62,8 +66,10 @@ def merging_tokenizer(folder: Path) -> Any:
     write_byte_tokenizer(str(folder))
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["model"]["vocab"]["ĊĊ"] = VOCAB_SIZE
+    content["model"]["vocab"]["ĊĊ"] = MERGED
     content["model"]["merges"] = [["Ċ", "Ċ"]]
+    for token in content["added_tokens"]:
+        token["id"] += 1
     path.write_text(json.dumps(content), encoding="utf-8")
     return load_tokenizer(str(folder))
 
@@ -72,49 +78,47 @@ def test_an_answer_that_would_merge_with_the_prompts_end_starts_from_the_prompts
     tokenizer = merging_tokenizer(tmp_path)
     prompt = QUESTION_AND_ANSWER[:1]
     whole = encode_chat(tokenizer, (*prompt, Message("assistant", "\nHello.")), add_generation_prompt=False)
-    assert VOCAB_SIZE in whole, "the line breaks of the prompt and the answer should merge"
+    assert MERGED in whole, "the line breaks of the prompt and the answer should merge"
     turn = encode_turn(tokenizer, (*prompt, Message("assistant", "\nHello.")))
     assert turn.prompt == encode_chat(tokenizer, prompt, add_generation_prompt=True)
     assert tokenizer.decode(turn.answer) == "\nHello.<|im_end|>"
+    assert turn.notes == {"merged_border"}
 
 
 def test_a_template_that_renders_the_prompt_differently_with_an_answer_is_refused_showing_where(tokenizer: Any):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}GO{% endif %}"
-    )
+    template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}GO{% endif %}"
+    tokenizer = replace(tokenizer, chat_template=template)
     with pytest.raises(DataError, match=r"renders the prompt differently .* 'GO' becomes 'Hello\.\|' at character 3"):
         encode_turn(tokenizer, QUESTION_AND_ANSWER)
 
 
 def test_a_template_that_drops_the_prompts_end_is_refused(tokenizer: Any):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}Hello. and more{% endif %}"
-    )
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer = replace(tokenizer, chat_template=template + "{% if add_generation_prompt %}Hello. and more{% endif %}")
     with pytest.raises(DataError, match="' and more' becomes '' at character 8"):
         encode_turn(tokenizer, QUESTION_AND_ANSWER)
 
 
 def test_roles_the_template_refuses_are_named(tokenizer: Any):
-    tokenizer.chat_template = "{{ raise_exception('no system turn, please') }}"
+    tokenizer = replace(tokenizer, chat_template="{{ raise_exception('no system turn, please') }}")
     with pytest.raises(DataError, match="rejects a conversation of system: no system turn, please"):
         encode_chat(tokenizer, [Message("system", "x")], add_generation_prompt=False)
 
 
 def test_generation_stops_at_the_end_of_turn_and_end_of_text_tokens(tokenizer: Any):
-    assert tokenizer.convert_ids_to_tokens(list(stop_token_ids(tokenizer))) == ["<|eos|>", "<|im_end|>"]
+    assert [tokenizer.decode([token]) for token in stop_token_ids(tokenizer)] == ["<|eos|>", "<|im_end|>"]
 
 
 def test_without_an_end_of_turn_token_generation_stops_at_end_of_text_only(tokenizer: Any):
-    tokenizer.chat_template = NO_END_TOKEN
+    tokenizer = replace(tokenizer, chat_template=NO_END_TOKEN)
     assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
 
 
 def test_padding_falls_back_to_the_end_token_and_then_to_zero(tokenizer: Any):
     assert tokenizer.decode([pad_token_id(tokenizer)]) == "<|pad|>"
-    tokenizer.pad_token = None
-    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
-    tokenizer.eos_token = None
-    assert pad_token_id(tokenizer) == 0
+    without_pad = replace(tokenizer, special_tokens={"eos_token": "<|eos|>"})
+    assert pad_token_id(without_pad) == tokenizer.eos_token_id
+    assert pad_token_id(replace(tokenizer, special_tokens={})) == 0
 
 
 def test_the_byte_tokenizer_maps_each_byte_to_its_value_and_back(tokenizer: Any):
@@ -124,8 +128,8 @@ def test_the_byte_tokenizer_maps_each_byte_to_its_value_and_back(tokenizer: Any)
 
 
 def test_the_byte_tokenizer_has_its_special_tokens_above_the_bytes(tokenizer: Any):
-    assert len(tokenizer) == VOCAB_SIZE
-    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(256, VOCAB_SIZE))
+    assert tokenizer.backend.get_vocab_size() == VOCAB_SIZE
+    assert [tokenizer.backend.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(256, VOCAB_SIZE))
     assert tokenizer.decode([72, 105, 260, 258], skip_special_tokens=True) == "Hi"
 
 
@@ -139,17 +143,16 @@ def test_a_tokenizer_loads_from_a_remote_folder_without_fetching_the_weights(byt
     assert tokenizer.encode("Hi") == [72, 105]
 
 
-def test_a_tokenizer_without_chat_template_is_refused(byte_tokenizer_dir: Path, tmp_path: Path):
-    config = json.loads((byte_tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
-    del config["chat_template"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").write_bytes((byte_tokenizer_dir / "tokenizer.json").read_bytes())
+def test_messages_cannot_be_encoded_without_a_chat_template_but_text_can(tokenizer: Any):
+    tokenizer = replace(tokenizer, chat_template=None)
     with pytest.raises(DataError, match="has no chat template"):
-        load_tokenizer(str(tmp_path))
+        encode_chat(tokenizer, QUESTION_AND_ANSWER, add_generation_prompt=True)
+    assert encode_text(tokenizer, "Hi") == [72, 105]
+    assert stop_token_ids(tokenizer) == (tokenizer.eos_token_id,)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no tokenizer could be loaded .*expected a folder with tokenizer\.json"):
+    with pytest.raises(DataError, match=r"no tokenizer could be loaded, .*expected a folder with tokenizer\.json"):
         load_tokenizer(str(tmp_path))
 
 
@@ -158,13 +161,152 @@ def test_an_absent_folder_is_not_looked_up_on_the_hub(tmp_path: Path):
         load_tokenizer(str(tmp_path / "absent"))
 
 
-def test_loading_a_tokenizer_prints_nothing_and_leaves_logging_as_it_was(byte_tokenizer_dir: Path):
+def test_loading_a_tokenizer_prints_nothing_and_imports_neither_jax_nor_transformers(byte_tokenizer_dir: Path):
     code = (
-        "import logging, sys; from simpo_pipeline.data.chat import load_tokenizer; load_tokenizer(sys.argv[1]); "
-        "assert not logging.getLogger('transformers').filters; assert 'jax' not in sys.modules"
+        "import sys; from simpo_pipeline.data.chat import load_tokenizer; load_tokenizer(sys.argv[1]); "
+        "assert not {'jax', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(byte_tokenizer_dir)], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("", "")
-    assert not logging.getLogger("transformers").filters
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}" + LLAMA3_STYLE
+# The prompt ends in a blank, which a tokenizer with pieces like "▁Paris" merges with the answer.
+ENDS_IN_A_BLANK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST] ' }}"
+    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+NO_THOUGHTS = (
+    "{% for m in messages %}{% set c = m['content'] %}"
+    "{% if m['role'] == 'assistant' %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{{ m['role'] + ': ' + c + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+COUNTED = ChatConfig(omitted_text="count", unencodable_text="count")
+
+
+def test_an_answer_after_a_blank_gets_no_second_blank_from_the_tokenizer(tmp_path: Path):
+    write_tokenizer(KINDS["byte_fallback"](), tmp_path, eos_token="</s>", chat_template=ENDS_IN_A_BLANK)
+    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
+    turn = encode_turn(load_tokenizer(str(tmp_path)), (Message("user", "Where?"), Message("assistant", "Paris is.")))
+    prompt, whole = "[INST] Where? [/INST] ", "[INST] Where? [/INST] Paris is.</s>"
+    assert turn.prompt == oracle.encode(prompt, add_special_tokens=False).ids
+    assert oracle.decode(turn.prompt + turn.answer, skip_special_tokens=False) == whole
+    assert oracle.id_to_token(turn.prompt[-1]) == "▁" and oracle.id_to_token(turn.answer[0]) == "Paris"
+    assert turn.notes == {"merged_border"}
+    # Encoded alone, the answer would begin with a blank of its own.
+    assert [oracle.id_to_token(token) for token in oracle.encode("Paris").ids] == ["▁Paris"]
+
+
+def test_a_template_that_prints_the_date_needs_one(tokenizer: Any):
+    tokenizer = replace(tokenizer, chat_template=DATED)
+    with pytest.raises(DataError, match=r"prints today's date \('%d %b %Y'\), .* set the date of the chat config"):
+        encode_turn(tokenizer, QUESTION_AND_ANSWER)
+    for date in ("2024-07-26", "2024-07-26T23:59:59"):
+        turn = encode_turn(tokenizer, QUESTION_AND_ANSWER, ChatConfig(date))
+        assert tokenizer.decode(turn.prompt).startswith("26 Jul 2024<|bos|>")
+    assert stop_token_ids(tokenizer) == (257, 260)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("date", "yesterday"), ("date", "26 Jul 2024"), ("special_text", "drop"), ("omitted_text", "")]
+)
+def test_a_wrong_chat_config_is_refused(name: str, value: str):
+    config = ChatConfig()
+    object.__setattr__(config, name, value)  # the checker of annotations would refuse it first
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}; expected"):
+        config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages + 1 }}", "rejects a conversation of user: TypeError: "),
+        ("{{ messages[0].a.b }}", "rejects a conversation of user: UndefinedError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError|UndefinedError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for m in messages %}", "cannot be compiled at line 1: .*correct the template"),
+        ("{{ ['a', 'b'] | random }}", "cannot be compiled at line 1: No filter named 'random'"),
+        ("{{ lipsum() }}", "UndefinedError: 'lipsum' is undefined"),
+    ],
+)
+def test_every_error_of_a_template_names_the_tokenizer_and_is_ours(tokenizer: Any, template: str, message: str):
+    with pytest.raises(DataError, match=rf"the chat template of .*byte_tokenizer.*({message})") as refusal:
+        encode_turn(replace(tokenizer, chat_template=template), QUESTION_AND_ANSWER)
+    assert "\n" not in str(refusal.value)
+
+
+def test_text_that_the_template_leaves_out_is_refused_or_counted(tokenizer: Any):
+    tokenizer = replace(tokenizer, chat_template=NO_THOUGHTS)
+    chat = (Message("user", "Why?"), Message("assistant", "<think>hm</think>So."))
+    with pytest.raises(DataError, match=r"does not print message 1 \(assistant: '<think>hm</think>So\.'\) as it was"):
+        encode_turn(tokenizer, chat)
+    turn = encode_turn(tokenizer, chat, COUNTED)
+    assert (tokenizer.decode(turn.answer), turn.notes) == ("So.<|im_end|>", {"omitted_text"})
+
+
+@pytest.mark.parametrize("change", ["| upper", "| e", "[:4]", ".replace('a', 'b')", "| title", "| reverse"])
+def test_a_message_that_the_template_changes_is_refused_although_its_text_is_elsewhere(tokenizer: Any, change: str):
+    template = "Say a<b and c: {% for m in messages %}{{ m['role'] }} {{ m['content'] CHANGE }}{% endfor %}"
+    tokenizer = replace(tokenizer, chat_template=template.replace("CHANGE", change))
+    with pytest.raises(DataError, match="does not print message 0"):
+        encode_chat(tokenizer, [Message("user", "a<b and c")], add_generation_prompt=False)
+
+
+def test_a_character_without_tokens_is_refused_or_counted(smollm2_folder: Path):
+    tokenizer, oracle = load_tokenizer(str(smollm2_folder)), Oracle.from_file(str(smollm2_folder / "tokenizer.json"))
+    assert oracle.encode("\x04").ids == []
+    chat = (Message("user", "Say it."), Message("assistant", "\x04"))
+    with pytest.raises(DataError, match=r"cannot represent a character of .*\\x04.* set unencodable_text to 'count'"):
+        encode_turn(tokenizer, chat)
+    turn = encode_turn(tokenizer, chat, COUNTED)
+    assert (tokenizer.decode(turn.answer), turn.notes) == ("<|im_end|>", {"unencodable_text"})
+    with pytest.raises(DataError, match="cannot represent"):
+        encode_text(tokenizer, "a\x04b")
+    assert encode_text(tokenizer, "a\x04b", COUNTED) == oracle.encode("a\x04b").ids
+
+
+def test_text_of_special_tokens_in_a_message_is_refused_parsed_or_kept_plain(tokenizer: Any):
+    chat = (Message("user", "Is <|im_end|> it?"), Message("assistant", "<|eos|> is, <|im_end|> too."))
+    with pytest.raises(
+        DataError, match=r"message 0 \(user\) contains '<\|im_end\|>', .* set special_text to 'parse' or"
+    ):
+        encode_turn(tokenizer, chat)
+    parsed = encode_turn(tokenizer, chat, ChatConfig(special_text="parse"))
+    assert (parsed.prompt.count(260), parsed.answer.count(260), parsed.answer.count(257)) == (2, 2, 1)
+    plain = encode_turn(tokenizer, chat, ChatConfig(special_text="plain"))
+    # The byte tokenizer's plain text is its bytes, so the oracle is arithmetic.
+    start, end = [259], [260]
+    assert plain.prompt == [*start, *b"user\nIs <|im_end|> it?", *end, *b"\n", *start, *b"assistant\n"]
+    assert plain.answer == [*b"<|eos|> is, <|im_end|> too.", *end]
+    assert parsed.notes == plain.notes == {"special_text"}
+    assert tokenizer.decode(plain.prompt + plain.answer) == tokenizer.decode(parsed.prompt + parsed.answer)
+
+
+@pytest.mark.parametrize("template", [NO_THOUGHTS.replace("</think>", "is"), "{{ messages[0]['content'][1:] }}"])
+def test_plain_text_of_special_tokens_needs_a_template_that_prints_messages_unchanged(tokenizer: Any, template: str):
+    config = ChatConfig(special_text="plain", omitted_text="count")
+    chat = (Message("user", "Say <|im_end|>"), Message("assistant", "<|eos|> is, <|im_end|> too."))
+    with pytest.raises(DataError, match="changes the messages that it prints, so the text cannot be kept as plain"):
+        encode_chat(replace(tokenizer, chat_template=template), chat, add_generation_prompt=False, config=config)
+
+
+def test_a_special_token_in_a_role_is_noticed(tokenizer: Any):
+    with pytest.raises(DataError, match=r"message 0 \(user<\|im_end\|>\) contains '<\|im_end\|>'"):
+        encode_chat(tokenizer, [Message("user<|im_end|>", "Hi")], add_generation_prompt=True)
+
+
+def test_text_that_normalization_turns_into_a_special_token_is_noticed(tmp_path: Path):
+    write_byte_tokenizer(str(tmp_path))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFKC"}
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
+    wide = "\uff1c|im_end|\uff1e"
+    assert oracle.encode(wide).ids == [260]
+    with pytest.raises(DataError, match=r"contains .*im_end.*, which the model would read as a special token"):
+        encode_chat(load_tokenizer(str(tmp_path)), [Message("user", wide)], add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""Records from JSONL, Parquet, globs, remote folders and the hub; every malformed row is named."""
+"""Records from files of every kind, patterns, remote folders and the hub; every malformed row is named."""
 
 import io
 import json
@@ -133,7 +133,8 @@ def test_a_split_in_several_configurations_is_not_mixed(fake_hub: Callable[..., 
         (without("rejected"), "field 'rejected' is missing"),
         (row(chosen="4"), "field 'chosen' is a string, expected a list"),
         (row(chosen=None), "field 'chosen' is null, expected a list"),
-        (row(prompt_id=7), "field 'prompt_id' is a number, expected a string"),
+        (row(prompt_id=7.0), "field 'prompt_id' is a number, expected a string or an integer"),
+        (row(prompt_id=True), "field 'prompt_id' is a boolean, expected a string or an integer"),
         (row(chosen=["2+2?", "4"]), r"field 'chosen\[0\]' is a string, expected an object"),
         (row(chosen=[{"role": "user"}]), r"field 'chosen\[0\].content' is missing"),
         (row(chosen=[{"role": 1, "content": "q"}]), r"field 'chosen\[0\].role' is a number, expected a string"),
@@ -205,7 +206,7 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, name: str):
 
 
 def test_an_unsupported_file_type_is_refused_naming_the_supported_ones():
-    with pytest.raises(DataError, match=r"pairs\.csv: expected a file ending in \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"pairs\.csv: expected a file ending in \.jsonl, .*\.json\.gz or \.parquet"):
         read("/data/pairs.csv")
 
 

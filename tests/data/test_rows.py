@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpo_pipeline.data.pairs import TokenizedPair
@@ -139,6 +139,41 @@ def test_a_shape_fits_every_batch_of_a_run():
         rows = packed_rows(_renumbered(batch), shape, PAD)
         assert_each_answer_is_predicted_from_its_beginning(rows, _renumbered(batch))
         assert_each_token_is_in_the_slot_of_its_pair(rows, shape, len(batch))
+
+
+LONG_PAIRS = st.lists(
+    st.tuples(st.integers(1, 99), st.integers(1, 90), st.integers(1, 90), st.booleans()), min_size=1, max_size=12
+).map(lambda sizes: [make_pair(index, *lens, same_prompt=same) for index, (*lens, same) in enumerate(sizes)])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(LONG_PAIRS, min_size=2, max_size=4), st.integers(1, 2))
+def test_the_shape_of_later_pairs_fits_them_and_all_earlier_ones(batches: list[list[TokenizedPair]], groups: int):
+    shape = None
+    for number, batch in enumerate(batches):
+        before, shape = shape, packed_shape([batch], groups, shape)
+        for earlier in batches[: number + 1]:
+            # `packed_rows` raises if a row, a slot or the predictions have too little room.
+            assert_each_answer_is_predicted_from_its_beginning(packed_rows(earlier, shape, PAD), earlier)
+        assert list(shape.slot_lens) == sorted(shape.slot_lens, reverse=True)
+        for done in batches[:number]:
+            assert packed_shape([done], groups, before) == before
+        assert packed_shape([batch], groups, shape) == shape
+
+
+def test_pairs_that_become_longer_and_longer_need_few_shapes():
+    padded, packed = [padded_shape([], 8, 200, 2)], [packed_shape([], 2)]
+    for length in range(10, 150):
+        batch = [make_pair(index, 5, length, length) for index in range(8)]
+        padded.append(padded_shape([batch], 8, 200, 2, padded[-1]))
+        packed.append(packed_shape([batch], 2, packed[-1]))
+    for shapes in (padded, packed):
+        sizes = [shape.num_predictions for shape in shapes]
+        assert sizes == sorted(sizes)
+        # From 8 to about 1,200 by a quarter or more each time: log(150) / log(1.25) = 22.
+        assert len(set(sizes)) <= 23 and len(set(shapes)) <= 30
+    longest = [make_pair(index, 1, 149, 149) for index in range(8)]
+    assert padded_shape([longest], 8, 150, 2, padded[100]).num_predictions <= 8 * 149 + 8, "no pair can have more"
 
 
 def test_slots_are_used_only_where_they_cost_less_than_the_row():

@@ -1,6 +1,5 @@
 """Records to pairs: policies for pairs that are too long or unusable, and their counts."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simpo_pipeline.data.config import ChatConfig
+from simpo_pipeline.data.messages import Message
 from simpo_pipeline.data.pairs import TokenizedPair, read_pairs, write_pairs
-from simpo_pipeline.data.records import Message, PreferenceRecord
+from simpo_pipeline.data.records import PreferenceRecord
 from simpo_pipeline.data.tokenize import tokenize_pairs
 from simpo_pipeline.errors import ConfigError, DataError
 from simpo_pipeline.storage.files import open_write
@@ -29,8 +30,8 @@ def record(chosen: str, rejected: str, question: str = "Hi", prompt_id: str = "p
 
 def answers(pair: TokenizedPair, tokenizer: Any) -> tuple[str, str]:
     return (
-        tokenizer.decode(pair.chosen_tokens[pair.chosen_response_start :]),
-        tokenizer.decode(pair.rejected_tokens[pair.rejected_response_start :]),
+        tokenizer.decode(pair.chosen_tokens[pair.chosen_response_start :].tolist()),
+        tokenizer.decode(pair.rejected_tokens[pair.rejected_response_start :].tolist()),
     )
 
 
@@ -49,6 +50,10 @@ def test_pairs_contain_prompt_and_answer_and_the_start_of_the_answer(tokenizer: 
         "rejected_response_tokens": 6,
         "longest": PROMPT_TOKENS + 7,
         "max_length": 40,
+        "num_special_text": 0,
+        "num_omitted_text": 0,
+        "num_unencodable_text": 0,
+        "num_merged_border": 0,
         "padding_share": pytest.approx(1 - (2 * PROMPT_TOKENS + 13) / 80),
     }
 
@@ -105,8 +110,8 @@ def test_a_pair_without_preference_is_an_error(tokenizer: Any, bad: PreferenceRe
 
 
 def test_answers_that_the_template_makes_equal_are_no_preference(tokenizer: Any):
-    trimming = copy.deepcopy(tokenizer)
-    trimming.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    trimming = dataclasses.replace(tokenizer, chat_template=template)
     assert trimming.chat_template != tokenizer.chat_template
     records = [record("Yes", "Yes\n", prompt_id="equal"), record("Yes", "No", prompt_id="good")]
     with pytest.raises(
@@ -134,9 +139,25 @@ def test_no_pair_left_is_an_error_with_the_counts_of_dropped_pairs(tokenizer: An
 
 
 def test_an_unsuitable_template_is_reported_with_the_row(tokenizer: Any):
-    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    tokenizer = dataclasses.replace(tokenizer, chat_template="{{ raise_exception('never') }}")
     with pytest.raises(DataError, match=r"pairs\.jsonl, line 3: the chat template of .* rejects .*never"):
         tokenize_pairs([record("Yo", "Eh")], tokenizer, max_length=64)
+
+
+def test_what_the_model_reads_otherwise_than_written_is_counted_by_pair(tokenizer: Any):
+    template = tokenizer.chat_template.replace("message['content']", "message['content'].split('</think>')[-1]")
+    removing = dataclasses.replace(tokenizer, chat_template=template)
+    records = [
+        record("<think>hm</think>Yo", "<think>so</think>Eh"),
+        record("Yo", "Eh", question="Is <|im_end|> it?"),
+        record("Yo", "Eh"),
+    ]
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 3: the chat template of .* does not print message 1"):
+        tokenize_pairs(records, removing, max_length=64)
+    config = ChatConfig(special_text="parse", omitted_text="count")
+    pairs, stats = tokenize_pairs(records, removing, max_length=64, chat_config=config)
+    assert [answers(pair, removing) for pair in pairs] == [("Yo<|im_end|>", "Eh<|im_end|>")] * 3
+    assert (stats.num_special_text, stats.num_omitted_text, stats.num_unencodable_text) == (1, 1, 0)
 
 
 def test_a_maximum_without_room_for_two_tokens_is_refused(tokenizer: Any):

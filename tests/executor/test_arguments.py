@@ -1,8 +1,12 @@
+"""Flags become a config: text exactly as it is, everything else by its type."""
+
 import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.arguments import parse_arguments
@@ -43,6 +47,14 @@ class Flags:
         ("--lease.safe --lease.seconds 2.5", Flags(lease=Lease(2.5, True))),
         ("--preset big", Flags(preset="big")),
         ("--prefix 2024", Flags(prefix="2024")),
+        ("--prefix -1 --count -0", Flags(prefix="-1", count=0)),
+        ("--prefix a --prefix b", Flags(prefix="b")),
+        ("--run_only 010 on null", Flags(run_only=["010", "on", "null"])),
+        ("--run_only [ab].* []", Flags(run_only=["[ab].*", "[]"])),
+        ("--run_only []", Flags(run_only=[])),
+        ("--count null --dry_run True", Flags(dry_run=True)),
+        ("--count 010 --lease.seconds 1e1", Flags(count=10, lease=Lease(10.0))),
+        ('--lease {"seconds":3}', Flags(lease=Lease(3.0))),
     ],
 )
 def test_flags_are_read_into_the_config(line, flags):
@@ -60,10 +72,20 @@ def test_flags_are_read_into_the_config(line, flags):
         ("--preset huge", "--preset is 'huge'; expected one of tiny, big"),
         ("--preset=huge", "--preset is 'huge'; expected one of tiny, big"),
         ("stray", "stray"),
-        ("--count", "count"),
-        ("--count -3", "--count is -3; it must be 0 or more"),
-        ("--prefix [", "Bad flags"),
-        ("--config_path /no/such/file", "No such file"),
+        ("--count", "--count has no value"),
+        ("--prefix", "--prefix has no value"),
+        ("--count 1e1", "count is 10.0; expected an integer"),
+        ("--count 1:30", "count is '1:30'; expected an integer"),
+        ("--count [", "command line: count: "),
+        ("--dry_run yes", "dry_run is 'yes'; expected true or false"),
+        ("--prefix a b", "--prefix has 2 values: a, b"),
+        ("--run_only [1]", r"run_only\[0\] is 1; expected text"),
+        ("--lease 3 --lease.safe", "--lease.safe is given twice, whole or in part"),
+        ("--lease.safe --lease {}", "--lease is given twice, whole or in part"),
+        ("-- a", "Unknown flag --"),
+        ("--count -3", "^--count is -3; it must be 0 or more"),
+        ("--config_path /no/such/file", "Cannot read '/no/such/file': nothing is stored there"),
+        ("--config_path on", "Cannot read 'on'"),
     ],
 )
 def test_a_bad_flag_is_one_sentence_that_names_it(line, message):
@@ -76,3 +98,31 @@ def test_a_config_file_is_read_and_flags_go_before_it(tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_text(json.dumps({"count": 3, "prefix": "/from/file"}))
     assert parse_arguments(Flags, ["--config_path", str(path), "--count", "4"]) == Flags(count=4, prefix="/from/file")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("count: 1:30", "count is '1:30'; expected an integer"),
+        ("prefix: 010", "prefix is 10; expected text"),
+        ("cuont: 3", "cuont is not a setting; the nearest is count"),
+        ("count: [", "flags.yaml: "),
+    ],
+)
+def test_a_config_file_is_yaml_1_2_and_a_wrong_one_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "flags.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(Flags, ["--config_path", str(path)])
+    assert sentence in str(caught.value)
+    path.write_text("prefix: off")
+    assert parse_arguments(Flags, ["--config_path", str(path)]) == Flags(prefix="off")
+
+
+@given(
+    text=st.text(max_size=8) | st.sampled_from(["on", "null", "~", "[", "{", "010", "1e3", "'x'", "a: b", "# a", ""])
+)
+def test_a_text_flag_has_exactly_the_given_text(text):
+    assert parse_arguments(Flags, [f"--prefix={text}"]) == Flags(prefix=text)
+    if not text.startswith("--") and text != "-h":
+        assert parse_arguments(Flags, ["--prefix", text, "--dry_run"]) == Flags(prefix=text, dry_run=True)

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from experiments.settings.fetch_checked_model import FetchCheckedModelConfig, fetch_checked_model, fetch_step
 from experiments.settings.model import ModelSettings, RopeSettings, contradictions
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.executor.step import unwrap_versioned_value
 from simpo_pipeline.model.config import Llama3RopeScaling, LlamaConfig
+from simpo_pipeline.model.hf_weights import stored_shapes
+from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.storage.output_folder import OutputFolder
 from steps.fetch_model import fetch_model
 
@@ -41,7 +45,8 @@ def model_folder(tmp_path):
     (folder / "config.json").write_text(json.dumps(LLAMA_3_1.to_hf()))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
+    shapes = stored_shapes(abstract_llama(LLAMA_3_1, np.float32))
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, folder / "model.safetensors")
     return str(folder)
 
 

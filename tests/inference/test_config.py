@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.planning.identity import canonical
 from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineConfig, SamplingParams
 
 
@@ -27,7 +28,7 @@ def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
         ({"stop_token_ids": tuple(range(MAX_STOP_TOKENS + 1))}, "stop_token_ids"),
         ({"seed": 2**32}, "seed"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, r"top_k must lie in \[0, 2147483647\] \(0 or -1 keeps every token\), got -2"),
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"n": 0}, "n must be at least 1"),
@@ -42,18 +43,56 @@ def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
         ({"top_k": 2**31}, r"top_k must lie in \[0, 2147483647\]"),
         ({"stop_token_ids": (1.5,)}, "each of stop_token_ids must be an integer, got 1.5"),
         ({"stop_token_ids": None}, r"stop_token_ids must be a tuple, \(\) for none, got None"),
-        ({"stop": "end"}, r"stop must be a tuple, \(\) for none, got 'end'"),
+        ({"stop": 5}, r"stop must be a text or a tuple of texts, \(\) for none, got 5"),
+        ({"stop": ""}, "stop must be a tuple of non-empty strings"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"temperature": 1e-40}, "temperature must be 0 .* or at least 1e-06, got 1e-40"),
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
         ({"repetition_penalty": 1e-50}, "repetition_penalty must lie in"),
         ({"min_p": math.nan}, "min_p"),
         ({"ignore_eos": 1}, "ignore_eos must be true or false"),
+        ({"seed": -1}, "seed must lie in .* or be None"),
+        ({"presence_penalty": 2.5}, r"presence_penalty must lie in \[-2.0, 2.0\]"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must lie in"),
+        ({"frequency_penalty": "1"}, "frequency_penalty must be a number, got '1'"),
+        ({"logit_bias": 3}, "logit_bias must be a mapping from token ids to numbers, got 3"),
+        ({"logit_bias": ((1, 2, 3),)}, r"logit_bias must be a mapping, or pairs .*, got \(1, 2, 3\)"),
+        ({"logit_bias": {"5": 1.0}}, "each token id of logit_bias must be an integer, got '5'"),
+        ({"logit_bias": {5: "1"}}, r"logit_bias\[5\] must be a number, got '1'"),
+        ({"logit_bias": {-5: 1.0}}, "logit_bias has token id -5; token ids are not negative"),
+        ({"logit_bias": {5: math.inf}}, r"logit_bias\[5\] must lie in .* or be -inf \(a ban\), got inf"),
+        ({"logit_bias": {5: math.nan}}, r"logit_bias\[5\] must lie in"),
+        ({"logit_bias": ((5, 1.0), (5, 2.0))}, "logit_bias has token id 5 twice"),
+        ({"logit_bias": dict.fromkeys(range(513), 1.0)}, "at most 512 tokens may have a logit_bias, got 513"),
+        ({"bad_words": (" ",)}, "bad_words must be a tuple of texts that are not blank"),
+        ({"bad_words": (5,)}, r"bad_words must be a text or a tuple of texts, \(\) for none, got \(5,\)"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs is 0, but log-probabilities of prompt tokens are not supported"),
     ],
 )
 def test_invalid_sampling_params_are_refused_by_name(wrong: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check(SamplingParams, **{"max_tokens": 1, **wrong})
+
+
+def test_values_written_in_several_ways_are_equal() -> None:
+    plain = SamplingParams(stop=("\n",), logit_bias={7: 1.0, 5: -2.0}, bad_words=("x",), stop_token_ids=(3,))
+    other = SamplingParams(stop="\n", logit_bias=((5, -2.0), (7, 1.0)), bad_words=["x"], stop_token_ids=[3], top_k=-1)
+    assert plain == other and hash(plain) == hash(other)
+    assert canonical(plain, "x") == canonical(other, "x")
+    assert SamplingParams(stop=["\n"]) == SamplingParams(stop="\n")
+    assert SamplingParams(stop=None, logit_bias=None, bad_words=None) == SamplingParams()
+
+
+def test_parameters_added_later_leave_the_identity_of_older_steps_unchanged() -> None:
+    older = {
+        **{"!dataclass": "SamplingParams", "ignore_eos": False, "logprobs": None, "max_tokens": 32, "min_p": 0.0},
+        **{"min_tokens": 0, "n": 1, "repetition_penalty": 1.0, "seed": 0, "stop": [], "stop_token_ids": []},
+        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    }
+    assert canonical(SamplingParams(max_tokens=32), "x") == older
+    assert canonical(SamplingParams(max_tokens=32, presence_penalty=0.5), "x") == {**older, "presence_penalty": 0.5}
+    biased = canonical(SamplingParams(max_tokens=32, logit_bias={5: 1.0}), "x")
+    assert biased == {**older, "logit_bias": [[5, 1.0]]}
 
 
 @pytest.mark.parametrize("field", ["max_seqs", "max_seq_len", "page_size", "num_pages", "prefill_chunk_tokens"])

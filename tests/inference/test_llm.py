@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import logging
+import math
 import pathlib
 import random
 import signal
@@ -10,13 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizer_kinds import byte_fallback, write_tokenizer
+from tokenizers import processors
 
 from simpo_pipeline import LLM, SamplingParams
 from simpo_pipeline.data.byte_tokenizer import write_byte_tokenizer
 from simpo_pipeline.distributed.programs import Programs, allow_strays, forbid_strays
-from simpo_pipeline.errors import CapacityError, ConfigError, DataError, PathNotFoundError
+from simpo_pipeline.errors import CapacityError, ConfigError, DataError, ModelError, PathNotFoundError
 from simpo_pipeline.inference.engine import Engine
 from simpo_pipeline.inference.generated_rows import read_finished_rows
+from simpo_pipeline.inference.model_folder import model_folder
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import save_weights
 
@@ -147,6 +153,142 @@ def test_all_programs_are_compiled_at_construction(llm: LLM, monkeypatch: pytest
         allow_strays()
 
 
+def test_a_single_stop_string_and_top_k_of_minus_one_mean_what_they_mean_in_vllm(llm: LLM) -> None:
+    drawn = SamplingParams(max_tokens=20, temperature=2.0, seed=7, ignore_eos=True)
+    (every,) = llm.generate("ab", drawn)
+    assert llm.generate("ab", dataclasses.replace(drawn, top_k=-1)) == [every]
+    text = every.outputs[0].text
+    stop = next(letter for letter in text[3:] if letter != "\ufffd")
+    (sample,) = llm.generate("ab", dataclasses.replace(drawn, stop=stop))[0].outputs
+    assert (sample.finish_reason, sample.text) == ("stop_string", text[: text.index(stop)])
+
+
+def test_a_seed_of_none_is_drawn_logged_and_recorded_so_that_the_call_can_be_repeated(
+    llm: LLM, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, fresh = ["ab", "xy"], SamplingParams(max_tokens=12, seed=None, ignore_eos=True)
+    path = str(tmp_path / "rows.jsonl")
+    with caplog.at_level(logging.INFO, logger="simpo_pipeline.inference.llm"):
+        outputs = llm.generate(prompts, fresh, output_path=path)
+    (seed,) = {output.seed for output in outputs}
+    assert f"seed {seed}" in caplog.text
+    assert {row["seed"] for row in read_finished_rows(path)} == {seed}
+    assert llm.generate(prompts, dataclasses.replace(fresh, seed=seed)) == outputs
+    again = llm.generate(prompts, fresh)
+    assert again[0].seed != seed and tokens_of(again) != tokens_of(outputs)
+    given = llm.generate(prompts, [fresh, GREEDY], output_path=path)
+    assert given[1].seed == GREEDY.seed
+    assert ["seed" in row for row in sorted(read_finished_rows(path), key=lambda row: row["prompt"])] == [True, False]
+
+
+def test_biases_and_bad_words_change_only_the_tokens_they_name(llm: LLM) -> None:
+    (plain,) = llm.generate("ab", GREEDY)[0].outputs
+    (forced,) = llm.generate("ab", dataclasses.replace(GREEDY, logit_bias={ord("q"): 100}))[0].outputs
+    assert forced.text == "q" * 20
+    first = plain.token_ids[0]
+    (banned,) = llm.generate("ab", dataclasses.replace(GREEDY, logit_bias={first: -math.inf}))[0].outputs
+    assert first not in banned.token_ids and len(banned.token_ids) == 20
+    word = dataclasses.replace(GREEDY, logit_bias={ord("q"): 100, ord("r"): 50}, bad_words=["q"])
+    assert llm.generate("ab", word)[0].outputs[0].text == "r" * 20
+    # A bias below any logit and a penalty that it outweighs leave every token as it was.
+    (same,) = llm.generate("ab", dataclasses.replace(GREEDY, logit_bias={261: -100}))[0].outputs
+    assert same == plain or 261 in plain.token_ids
+
+
+def test_log_probabilities_are_the_models_even_with_biases_and_penalties(llm: LLM) -> None:
+    forced = dataclasses.replace(GREEDY, logit_bias={ord("q"): 100}, frequency_penalty=0.5, logprobs=0)
+    (sample,) = llm.generate("ab", forced)[0].outputs
+    (next_one,) = llm.generate("ab" + "q" * 5, dataclasses.replace(forced, max_tokens=1))[0].outputs
+    assert sample.logprobs is not None and next_one.logprobs is not None
+    assert sample.logprobs[5][ord("q")] == pytest.approx(next_one.logprobs[0][ord("q")], abs=1e-5) and (
+        sample.logprobs[5][ord("q")] < -0.01
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Return a folder with a tokenizer like Llama 2's: BOS and a blank before each text, no chat template."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = byte_fallback()
+    first = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    write_tokenizer(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_llm(llama_tokenizer: pathlib.Path, random_llama: Callable) -> LLM:
+    """Return a model without a chat template."""
+    vocab_size = tokenizers.Tokenizer.from_file(str(llama_tokenizer / "tokenizer.json")).get_vocab_size()
+    save_weights(str(llama_tokenizer), random_llama(dataclasses.replace(TINY, vocab_size=vocab_size), seed=1))
+    return LLM(model=str(llama_tokenizer), max_seqs=8, num_pages=64)
+
+
+def test_a_model_without_a_chat_template_continues_texts_and_refuses_chats(
+    base_llm: LLM, llama_tokenizer: pathlib.Path
+) -> None:
+    oracle = tokenizers.Tokenizer.from_file(str(llama_tokenizer / "tokenizer.json"))
+    text = "The capital of France is"
+    (output,) = base_llm.generate(text, GREEDY)
+    assert list(output.prompt_token_ids) == oracle.encode(text).ids
+    with pytest.raises(DataError, match="has no chat template"):
+        base_llm.chat([{"role": "user", "content": "hi"}])
+
+
+def test_prompt_and_text_are_what_the_whole_sequence_decodes_to(base_llm: LLM, llama_tokenizer: pathlib.Path) -> None:
+    oracle = tokenizers.Tokenizer.from_file(str(llama_tokenizer / "tokenizer.json"))
+    text = "The capital of France is"
+    paris = oracle.token_to_id("▁Paris")
+    forced = dataclasses.replace(GREEDY, logit_bias={paris: 100}, max_tokens=2)
+    (sample,) = base_llm.generate(text, forced)[0].outputs
+    assert sample.text == " Paris Paris"
+    (stopped,) = base_llm.generate(text, dataclasses.replace(forced, stop=" Paris"))[0].outputs
+    assert (stopped.text, stopped.finish_reason, stopped.token_ids) == ("", "stop_string", (paris,))
+    for output in base_llm.generate([text] * 30, SamplingParams(max_tokens=20, temperature=1.5, ignore_eos=True)):
+        whole = oracle.decode([*output.prompt_token_ids, *output.outputs[0].token_ids], skip_special_tokens=True)
+        assert text + output.outputs[0].text == whole
+
+
+def test_a_text_that_begins_with_the_bos_text_is_encoded_as_it_is_with_a_warning(
+    base_llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    (doubled,) = base_llm.generate(["<s>The end"], GREEDY)
+    assert doubled.prompt_token_ids[:2] == (1, 1)
+    assert "1 of 1 prompts, the first of them prompts[0], begin with '<s>'" in caplog.text
+    caplog.clear()
+    base_llm.generate(["The end", [1, 1, 5], "the <s>"], GREEDY)
+    assert "begin with" not in caplog.text
+
+
+def test_a_bad_word_of_several_tokens_is_refused(base_llm: LLM) -> None:
+    with pytest.raises(ConfigError, match=r"bad_words has 'Tokyo', which is \d tokens .*only words of one token are"):
+        base_llm.generate("a", SamplingParams(bad_words=("Paris", "Tokyo")))
+
+
+def test_a_model_of_the_hub_is_the_folder_in_the_hubs_cache(
+    model_path: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(model_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("org/tiny", f"org/tiny@{commit}"):
+        assert pathlib.Path(model_folder(name)).resolve() == pathlib.Path(model_path)
+    with pytest.raises(ModelError, match="'org/other' is not an existing folder, and could not be loaded from the hub"):
+        LLM(model="org/other")
+
+
+def test_a_path_is_never_looked_up_on_the_hub(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.chdir(pathlib.Path(model_path).parent)
+    for path in (model_path, pathlib.Path(model_path).name, "/no/such/folder", "./none", "gs://bucket/model"):
+        assert model_folder(path) == path
+
+
 LONG = [1] * 120
 
 
@@ -175,6 +317,14 @@ LONG = [1] * 120
         ([1, 2], None, ConfigError, r"prompts is a list with integers; pass \[\[...\]\] for one prompt"),
         ([["a"]], None, ConfigError, r"prompts\[0\] is \['a'\]; a prompt must be a text or a list of token ids"),
         ([b"ab"], None, ConfigError, r"prompts\[0\] is b'ab'; a prompt must be"),
+        (
+            ["ab"],
+            SamplingParams(logit_bias={264: 1.0}),
+            ConfigError,
+            "logit_bias has 264; the model's token ids are 0 to",
+        ),
+        (["ab"], SamplingParams(bad_words=("bad",)), ConfigError, "bad_words has 'bad', which is 3 tokens of this"),
+        (["ab"], {"max_tokens": 3}, ConfigError, "sampling_params is .*; pass SamplingParams, or a list with one per"),
         (None, None, ConfigError, "prompts is a NoneType; pass a text, or a list"),
     ],
 )
@@ -198,7 +348,12 @@ def test_no_prompts_give_no_outputs(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "messages", [[[]], [[{"role": "user"}]], ["hi"], [[{"role": "user", "content": "a"}, "b"]], [{"content": "a"}]]
+    "messages",
+    [
+        *([[]], [[{"role": "user"}]], ["hi"], [[{"role": "user", "content": "a"}, "b"]], [{"content": "a"}]),
+        [[{"role": "user", "content": "a", "tool_calls": [1]}]],
+        [[{"role": "user", "content": [{"type": "image"}]}]],
+    ],
 )
 def test_an_invalid_conversation_is_refused(llm: LLM, messages: Any) -> None:
     with pytest.raises(ConfigError, match=r"messages\[0\] is .*a conversation must be a list of turns with role and"):
@@ -229,7 +384,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: pathlib.Path, model_path:
         LLM(str(tmp_path))
     (tmp_path / "config.json").write_bytes(pathlib.Path(model_path, "config.json").read_bytes())
     with pytest.raises(DataError, match="no tokenizer could be loaded"):
-        LLM(str(tmp_path))
+        LLM(model=str(tmp_path))
 
 
 def test_the_row_file_contains_the_returned_samples_and_none_of_earlier_calls(llm: LLM, tmp_path) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ POSITION = 7
 
 def rows_of(num_rows: int, stop_tokens: tuple[int, ...] = (), **settings) -> SamplingRows:
     """Return rows that differ only in their prompt; each setting is one value, or one per row."""
-    fields = {
+    fields: dict[str, Any] = {
         name: np.broadcast_to(np.asarray(settings.pop(name, value), value.dtype), num_rows)
         for name, value in NEUTRAL.items()
     }

@@ -163,6 +163,7 @@ def test_strings_of_real_text_are_found_at_their_end(
 EOS_ID = 257  # of the byte tokenizer
 NUM_TOKENS = 6000
 ENDLESS = {
+    "a byte that is not text, then others": [255, *b"abc " * (NUM_TOKENS // 4)],
     "text": random.Random(0).choices(b"abc ", k=NUM_TOKENS),
     "characters of many bytes": list(("日本🎉" * (NUM_TOKENS // 10)).encode()),
     "no text at all": [255] * NUM_TOKENS,
@@ -192,7 +193,10 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(
         num_decoded += len(tokens)
         return cached_decode(tokens)
 
-    matcher = StopMatcher(decode, stop)
+    prompt = [*b"A prompt of many words. " * 50]
+    matcher = StopMatcher(decode, stop, prompt)
+    matcher.push([])
+    assert num_decoded < 4 * len(prompt)
     costs = []
     for start in range(0, NUM_TOKENS, size):
         num_decoded = 0
@@ -235,4 +239,4 @@ def test_leading_spaces_are_seen_although_the_first_is_stripped() -> None:
 
 
 def test_a_special_token_has_no_text(byte_tokenizer: Tokenizer) -> None:
-    assert first_by_matcher(decode_with(byte_tokenizer), [*b"ab", byte_tokenizer.eos_token_id], (EOS,), [1]) is None
+    assert first_by_matcher(decode_with(byte_tokenizer), [*b"ab", EOS_ID], (EOS,), [1]) is None

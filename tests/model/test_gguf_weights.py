@@ -38,6 +38,8 @@ def _write_gguf(path, **changes):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
+    for key, value in changes.pop("keys", {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32)
     if changes.pop("chat_template", True):
         writer.add_chat_template("{{ messages[0]['content'] }}")
     for name, tensor in (_tensors() | changes.pop("tensors", {})).items():
@@ -140,9 +142,23 @@ def test_an_output_tensor_unties_the_head(tmp_path):
         ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; only 'smollm'"),
         ({"chat_template": False}, "no chat template"),
         ({"tensors": {"blk.0.attn_q.bias": np.zeros(8, np.float32)}}, "'blk.0.attn_q.bias'"),
+        ({"keys": {"llama.rope.dimension_count": 2}}, "llama.rope.dimension_count is 2; only the size of a head, 4"),
+        ({"keys": {"llama.attention.value_length": 8}}, "llama.attention.value_length is 8; only the size of a head"),
+        ({"keys": {"llama.vocab_size": 6}}, "llama.vocab_size is 6, but its tokenizer has 5 tokens"),
+        ({"keys": {"llama.expert_count": 8}}, "llama.expert_count is 8, which may change what the model computes"),
+        ({"keys": {"llama.attention.sliding_window": 8}}, "llama.attention.sliding_window is 8"),
     ],
 )
 def test_unsupported_files_are_refused_by_name(tmp_path, changes, words):
     path = _write_gguf(tmp_path / "small.gguf", **changes)
     with pytest.raises(ModelError, match=words):
         convert_gguf(path, tmp_path / "out")
+
+
+def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path):
+    path = _write_gguf(tmp_path / "small.gguf")
+    whole = path.read_bytes()
+    for num_bytes in (0, 3, 20, 300, len(whole) // 2, len(whole) - 200):
+        path.write_bytes(whole[:num_bytes])
+        with pytest.raises(ModelError, match=r"small\.gguf (is cut off or is no GGUF file|has no|: )|small\.gguf: "):
+            convert_gguf(path, tmp_path / "out")

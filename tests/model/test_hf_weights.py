@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.hf_weights import load_config, load_weights, save_weights
 from simpo_pipeline.model.sharding import TRAINING_RULES, with_shardings
-from simpo_pipeline.model.transformer import abstract_llama
+from simpo_pipeline.model.transformer import abstract_llama, unembedding
 
 
 def _assert_equal(one, other):
@@ -129,6 +129,124 @@ def test_leftovers_of_old_exports_are_not_parameters(small_config, random_llama,
     save_weights(str(tmp_path), model)
     _rewrite(tmp_path, add)
     _assert_equal(load_weights(str(tmp_path), abstract_llama(config, jnp.float32)), model)
+
+
+def _save_head(folder, head):
+    """Add a head to the file of a tied model."""
+    _rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+
+
+@pytest.fixture
+def tied_folder(small_config, random_llama, tmp_path):
+    config = dataclasses.replace(small_config, tie_word_embeddings=True)
+    save_weights(str(tmp_path), random_llama(config, seed=1))
+    return tmp_path
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_loaded_untied_with_a_warning(small_config, tied_folder, caplog):
+    head = np.random.default_rng(0).normal(size=(96, 24)).astype(np.float32)
+    _save_head(tied_folder, head)
+    config = load_config(str(tied_folder))
+    assert config == dataclasses.replace(small_config, tie_word_embeddings=False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "lm_head.weight differs from model.embed_tokens.weight" in record.message
+    model = load_weights(str(tied_folder), abstract_llama(config, jnp.float32))
+    assert model.head is not None
+    np.testing.assert_array_equal(model.head.array, load_file(tied_folder / "model.safetensors")["lm_head.weight"])
+    np.testing.assert_array_equal(unembedding(model).array, head)
+
+
+def test_one_last_number_unties_a_head(tied_folder):
+    head = load_file(tied_folder / "model.safetensors")["model.embed_tokens.weight"].copy()
+    head[-1, -1] = np.nextafter(head[-1, -1], np.float32(9))
+    _save_head(tied_folder, head)
+    assert not load_config(str(tied_folder)).tie_word_embeddings
+
+
+def test_a_head_that_equals_the_embedding_stays_tied_in_silence(tied_folder, caplog):
+    _save_head(tied_folder, load_file(tied_folder / "model.safetensors")["model.embed_tokens.weight"])
+    config = load_config(str(tied_folder))
+    assert config.tie_word_embeddings and not caplog.records
+    assert load_weights(str(tied_folder), abstract_llama(config, jnp.float32)).head is None
+
+
+def test_a_head_that_differs_is_never_dropped_even_without_load_config(small_config, tied_folder):
+    _save_head(tied_folder, np.zeros((96, 24), np.float32))
+    tied = abstract_llama(dataclasses.replace(small_config, tie_word_embeddings=True), jnp.float32)
+    with pytest.raises(ModelError, match=r"lm_head\.weight with other values .*; take its config from load_config"):
+        load_weights(str(tied_folder), tied)
+
+
+def test_a_tied_head_of_another_shape_is_refused(tied_folder):
+    _save_head(tied_folder, np.zeros((95, 24), np.float32))
+    with pytest.raises(ModelError, match=r"lm_head\.weight has shape \(95, 24\) instead of \(96, 24\)"):
+        load_config(str(tied_folder))
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("F8_E4M3", 1), ("F64", 8), ("I8", 1), ("U16", 2), ("I32", 4)])
+def test_weights_of_other_dtypes_are_refused_by_name(small_model, tmp_path, dtype, itemsize):
+    save_weights(str(tmp_path), small_model)
+    path = tmp_path / "model.safetensors"
+    header = {"model.norm.weight": {"dtype": dtype, "shape": [24], "data_offsets": [0, 24 * itemsize]}}
+    end = 24 * itemsize
+    for tensor, array in load_file(path).items():
+        if tensor not in header:
+            header[tensor] = {"dtype": "F32", "shape": [*array.shape], "data_offsets": [end, end := end + array.nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    for check in (load_config, lambda folder: load_weights(folder, abstract_llama(small_model.config, jnp.float32))):
+        with pytest.raises(
+            ModelError, match=rf"model\.norm\.weight has dtype {dtype}, which is none of F32, F16, BF16"
+        ):
+            check(str(tmp_path))
+
+
+def test_half_a_file_is_refused_without_a_fetch_step(small_config, small_model, tmp_path):
+    save_weights(str(tmp_path), small_model)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for check in (load_config, lambda folder: load_weights(folder, abstract_llama(small_config, jnp.float32))):
+        with pytest.raises(
+            ModelError, match=r"model\.safetensors is cut off or is no safetensors file: it has \d+ bytes"
+        ):
+            check(str(tmp_path))
+
+
+def test_weights_of_another_shape_than_config_json_are_refused_with_the_config(small_model, tmp_path):
+    save_weights(str(tmp_path), small_model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": 4}))
+    with pytest.raises(ModelError, match=r"q_proj\.weight has shape \(48, 24\) instead of \(24, 24\)"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_would_not_be_applied_is_refused(small_model, tmp_path, name):
+    save_weights(str(tmp_path), small_model)
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ModelError, match=rf"contains {name}, an adapter that would not be applied; merge it"):
+        load_config(str(tmp_path))
+
+
+def test_a_folder_without_weights_has_its_config_read(small_config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small_config.to_hf()))
+    assert load_config(str(tmp_path)) == small_config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{torn", "is not JSON"),
+        ("[]", r"holds \[\]; it must be a JSON object"),
+        ('{"hidden_size": 8, "hidden_size": 16}', "'hidden_size' occurs twice"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        ("[" * 60_000, "is not JSON"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=rf"config\.json.*{words}"):
+        load_config(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused_naming_the_expected_files(small_config, tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.errors import ConfigError, StorageError, TrainingError
 from simpo_pipeline.executor.run import StepRun
 from simpo_pipeline.processes import Processes
+from simpo_pipeline.storage.files import open_write
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import CheckpointConfig
@@ -42,7 +44,7 @@ def run_train(model_path, pairs_path, trainer_config, session, tmp_path):
         config = TrainConfig(
             trainer=dataclasses.replace(trainer_config, ema_decay=0.5),
             model_path=model_path,
-            pairs_path=pairs_path,
+            pairs_path=changes.pop("pairs_path", pairs_path),
             stop_step=stop_step,
             live=live,
             checkpoint=checkpoint,
@@ -97,6 +99,33 @@ def test_a_step_killed_in_its_third_update_resumes_from_the_second(run_train, st
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("again", "whole")]
     for name in ("first_step", "step", "tokens", "state_digest", "loss"):
         assert summaries[0][name] == summaries[1][name]
+
+
+def test_a_phase_with_other_pairs_resumes_where_it_was_in_these_pairs(
+    run_train, stop_in_update, pairs_path, tmp_path, monkeypatch
+):
+    others = tmp_path / "others"
+    others.mkdir()
+    with open_write(f"{others}/pairs.parquet") as file:
+        write_pairs(file, read_pairs(f"{pairs_path}/pairs.parquet")[::-1])
+
+    def phases(name, checkpoint=NEVER, **second):
+        first = run_train(f"{name}-1", checkpoint, stop_step=1, is_used_live=True)
+        return run_train(name, checkpoint, live=first.value, pairs_path=str(others), **second)
+
+    whole = phases("whole", is_used_live=True)
+    restore = stop_in_update(3, Killed())
+    with pytest.raises(Killed):
+        phases("again", EVERY, is_used_live=True)
+    restore()
+    restore = stop_in_update(1, AssertionError("training started over"))
+    resumed = phases("again", EVERY, is_used_live=True)
+    assert resumed.digest == whole.digest
+    assert resumed.value.data_position == 4, "two updates of two pairs each"
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    restore()
+    stop_in_update(3, AssertionError("the replay computed an update"))
+    assert phases("scratch", EVERY, replaying=True, recorded="again").digest == whole.digest
 
 
 def test_a_failed_step_leaves_the_state_before_the_update_that_failed(run_train, stop_in_update, tmp_path):

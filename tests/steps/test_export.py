@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.storage.files import list_files, read_bytes, read_json
 from simpo_pipeline.storage.output_folder import OutputFolder
+from steps.bodies.export import _model_config
 from steps.export import ExportConfig, export
 from steps.train import TrainConfig, train
 
@@ -145,6 +147,18 @@ def test_the_folder_of_another_model_is_refused(trainer, step_run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(other.to_hf()))
     with pytest.raises(ConfigError, match="contains a model whose shape differs"):
         export(ExportConfig(trainer, str(tmp_path)), step_run)
+
+
+def test_a_head_that_config_json_calls_tied_but_is_not_is_exported_as_untied(model_path, tmp_path):
+    tensors = load_file(f"{model_path}/model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(read_bytes(f"{model_path}/config.json"))
+    trainer: Any = SimpleNamespace(model_config=load_config(str(tmp_path)))
+    exported = _model_config(ExportConfig(trainer, str(tmp_path)), trainer)
+    assert (read_json(f"{model_path}/config.json")["tie_word_embeddings"], exported["tie_word_embeddings"]) == (
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

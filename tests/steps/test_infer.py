@@ -1,6 +1,7 @@
 """infer writes one row per sample, from a live trainer or from a model folder, and leaves both unchanged."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -86,7 +87,9 @@ def test_a_borrowed_trainer_generates_and_is_left_unchanged(model_path, pairs_pa
     )
     live = train(phase, step_run)
     for name, trainer in (("live", live.value), ("file", None)):
-        infer(config_for(model_path, trainer=trainer), at(tmp_path / name, step_run))
+        infer(config_for(model_path, trainer=trainer, step=3), at(tmp_path / name, step_run))
+    with pytest.raises(ConfigError, match="step is 2, but the borrowed trainer has finished 3 updates"):
+        infer(config_for(model_path, trainer=live.value, step=2), at(tmp_path / "live", step_run))
     assert live.value.digest() == live.digest
     assert [row["generated_tokens"] for row in rows_of(tmp_path / "live")] != [
         row["generated_tokens"] for row in rows_of(tmp_path / "file")
@@ -171,6 +174,22 @@ def test_rows_of_an_earlier_attempt_are_removed(model_path, step_run, tmp_path):
 def test_a_wrong_mode_is_refused():
     with pytest.raises(ConfigError, match=r"Unknown inference_mode='everywhere'\. Expected one of: host_data_p"):
         config_for("model", mode="everywhere")
+
+
+def test_a_step_without_a_seed_is_refused():
+    with pytest.raises(ConfigError, match=r"sampling\.seed is None; set a seed"):
+        config_for("model", sampling=SamplingParams(seed=None))
+
+
+def test_a_bad_word_is_never_generated(model_path, step_run, tmp_path):
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logit_bias={ord("q"): 100})
+    infer(config_for(model_path, sampling=sampling), at(tmp_path / "with", step_run))
+    infer(
+        config_for(model_path, sampling=dataclasses.replace(sampling, bad_words=("q",))),
+        at(tmp_path / "without", step_run),
+    )
+    assert {row["generated_text"] for row in rows_of(tmp_path / "with")} == {"q" * 12}
+    assert not any(ord("q") in row["generated_tokens"] for row in rows_of(tmp_path / "without"))
 
 
 def test_rows_are_readable_while_others_are_still_generated(model_path, step_run, tmp_path, monkeypatch):
@@ -307,3 +326,26 @@ def test_the_engine_is_sized_for_the_largest_shard_of_all_hosts(model_path, step
 def test_the_engine_is_sized_for_the_least_memory_of_all_hosts(model_path, step_run, tmp_path):
     with pytest.raises(CapacityError, match=r"the engine needs .* it may use 0\.00 GiB"):
         infer(config_for(model_path, engine=EngineConfig()), at(tmp_path, beside_a_host(step_run, None, 1000)))
+
+
+def test_rows_of_texts_conversations_and_token_ids_are_served(model_path, step_run, tmp_path):
+    # The byte tokenizer's ids are bytes; 259 starts a turn and 260 ends it.
+    system, user = [259, *b"system\nBe brief.", 260, *b"\n"], [259, *b"user\none?", 260, *b"\n", 259, *b"assistant\n"]
+    turn = {"role": "user", "content": "one?"}
+    prompts = [
+        *({"prompt": "one?"}, {"messages": [turn]}, {"prompt_token_ids": user}),
+        {"messages": [{"role": "system", "content": "Be brief."}, turn]},
+    ]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    config = config_for(
+        model_path,
+        prompts=PromptsConfig(prompts_path=str(tmp_path / "prompts.json")),
+        sampling=SamplingParams(max_tokens=6, temperature=0.0),
+    )
+    infer(config, at(tmp_path / "out", step_run))
+    rows = rows_of(tmp_path / "out")
+    assert [row["prompt_token_count"] for row in rows] == [len(user)] * 3 + [len(system + user)]
+    assert rows[0]["generated_tokens"] == rows[1]["generated_tokens"] == rows[2]["generated_tokens"]
+    rendered = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    with_system = "<|im_start|>system\nBe brief.<|im_end|>\n" + rendered
+    assert [row["prompt"] for row in rows] == ["one?", rendered, None, with_system]

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
-from simpo_pipeline.errors import ConfigError, DataError
+from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.errors import ConfigError, DataError, LiveEdgeError
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take
+from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.job.session import JobSession
 from simpo_pipeline.storage.files import open_write, read_json
 from simpo_pipeline.storage.jsonl import read_jsonl
 from simpo_pipeline.storage.output_folder import OutputFolder
+from simpo_pipeline.training.config import TrainerConfig
+from steps.export import ExportConfig
+from steps.infer import InferConfig
 from steps.train import TrainConfig, WeightedPairs, train
+
+TRAINER = TrainerConfig(num_train_steps=3, train_batch_size=2, train_seq_len=96)
+PROMPTS = PromptsConfig(prompts=("one?",))
 
 
 def write_file(path, pairs):
@@ -64,6 +73,21 @@ def test_a_trainer_of_another_run_is_refused(run_phase, trainer_config):
     first, _, _ = run_phase(1)
     with pytest.raises(ConfigError, match="live trainer belongs to another run"):
         run_phase(2, live=first.value, trainer=dataclasses.replace(trainer_config, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("config", "use", "allowed"),
+    [
+        (lambda live: TrainConfig(TRAINER, "model", "pairs", 2, live=live), borrow, "take"),
+        (lambda live: TrainConfig(TRAINER, "model", "pairs", 2, live=live), output_path_of, "take"),
+        (lambda live: InferConfig(PROMPTS, SamplingParams(), EngineConfig(), "model", trainer=live), take, "borrow"),
+        (lambda live: ExportConfig(live, "model"), take, "borrow"),
+        (lambda live: ExportConfig(live, "model"), lambda step: step, "borrow"),
+    ],
+)
+def test_a_live_value_that_is_used_in_another_way_than_the_step_does_is_refused_in_the_plan(config, use, allowed):
+    with pytest.raises(LiveEdgeError, match=rf"but only {allowed}\(.*\) is allowed there"):
+        config(use(ExecutorStep("train-1", train, None)))
 
 
 @pytest.mark.parametrize("stop_step", [0, 4])

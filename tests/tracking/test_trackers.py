@@ -1,6 +1,7 @@
 """Every tracker fulfills the same contract, which is checked by reading back what it wrote."""
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -110,6 +111,14 @@ def test_every_tracker_refuses_what_is_not_a_python_number_by_name(open_tracker:
     metrics: dict[str, Any] = {"train/fine": 1.0, "train/loss": value}
     with pytest.raises(DataError, match=r"metric 'train/loss' is .*, expected a Python int or float"):
         tracker.log(metrics, step=1)
+    tracker.finish()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_tracker_refuses_a_metric_that_is_not_finite_by_name(open_tracker: Callable[[], Tracker], value: float):
+    tracker = open_tracker()
+    with pytest.raises(DataError, match=r"metric 'train/loss' is -?(nan|inf), but metrics must be finite"):
+        tracker.log({"train/fine": 1.0, "train/loss": value}, step=1)
     tracker.finish()
 
 

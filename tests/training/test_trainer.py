@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
+from simpo_pipeline.data.loader import PairLoader
+from simpo_pipeline.data.order import Mixture
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig
@@ -44,6 +47,61 @@ def test_interleaving_changes_nothing(changes, start, tiny_run, five_pairs, make
     interleaved.train_until(7, loader, ignore)
     assert interleaved.digest() == whole.digest()
     assert (whole.step, whole.data_position) == (7, 14)
+
+
+def test_other_pairs_are_read_from_their_beginning_and_the_same_pairs_continue(
+    start, tiny_run, five_pairs, make_loader, monkeypatch
+):
+    read: list[tuple[int, ...]] = []
+    serve = PairLoader.batch
+
+    def record(self: PairLoader, step: int):
+        read.extend(tuple(self.pairs[index].chosen_tokens) for index in self.indices(step))
+        return serve(self, step)
+
+    monkeypatch.setattr(PairLoader, "batch", record)
+    trainer = start()
+    trainer.train_until(3, make_loader(five_pairs, tiny_run), ignore)
+    # The same pairs, stored elsewhere under other names.
+    renamed = [dataclasses.replace(pair, prompt_id=f"renamed-{pair.prompt_id}") for pair in five_pairs]
+    trainer.train_until(5, make_loader(renamed, tiny_run), ignore)
+    assert trainer.data_position == 10
+    assert Counter(read) == {tuple(pair.chosen_tokens): 2 for pair in five_pairs}
+    read.clear()
+    others = [dataclasses.replace(pair, chosen_tokens=pair.chosen_tokens[::-1].copy()) for pair in five_pairs[:4]]
+    trainer.train_until(6, make_loader(others, tiny_run), ignore)
+    trainer.train_until(7, make_loader(others, tiny_run), ignore)
+    assert Counter(read) == {tuple(pair.chosen_tokens): 1 for pair in others}
+    assert (trainer.step, trainer.data_position) == (7, 4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_other_pairs_that_are_no_longer_compile_nothing(
+    packing, start, tiny_run, five_pairs, make_loader, programs, monkeypatch
+):
+    config = dataclasses.replace(tiny_run, packing=packing)
+    trainer = start(packing=packing)
+    trainer.train_until(1, make_loader(five_pairs, config), ignore)
+    trainer.evaluate(PairSweep(five_pairs, batch_size=2, seq_len=16, pad_id=0, packing=packing))
+    shorter = [
+        dataclasses.replace(pair, chosen_tokens=pair.chosen_tokens[:-1], rejected_tokens=pair.rejected_tokens[:-2])
+        for pair in five_pairs
+    ]
+    monkeypatch.setattr(programs, "compile", None)
+    trainer.train_until(3, make_loader(shorter, config), ignore)
+    trainer.evaluate(PairSweep(shorter, batch_size=2, seq_len=16, pad_id=0, packing=packing))
+    trainer.train_until(4, make_loader(five_pairs[1:], config), ignore)
+
+
+def test_a_mixture_with_other_weights_counts_as_other_pairs_unless_their_ratio_is_the_same(five_pairs, loader):
+    def digest(*weights: float) -> str:
+        return dataclasses.replace(loader, mixture=Mixture((2, 3), weights)).data_digest
+
+    assert digest(1.0, 2.0) == digest(2.0, 4.0) != digest(2.0, 1.0)
+    assert dataclasses.replace(loader, mixture=Mixture((5,), (3.0,))).data_digest == loader.data_digest
+    shorter = dataclasses.replace(five_pairs[0], chosen_response_start=five_pairs[0].chosen_response_start + 1)
+    for pairs in (five_pairs[::-1], five_pairs[:4], [shorter, *five_pairs[1:]]):
+        assert dataclasses.replace(loader, pairs=pairs).data_digest != loader.data_digest
 
 
 def test_a_replay_from_the_start_reproduces_every_digest(start, loader):

@@ -39,11 +39,13 @@ class _Checker:
             yield from self._dataclass(typing.cast(type, kind), raw, key)
         elif origin is dict and isinstance(raw, dict):
             for name, inner in raw.items():
+                if not isinstance(name, str):
+                    yield f"{self.source}: {key} has the key {_show(name)}, which is not text; put it in quotes."
                 yield from self.value(arguments[1], inner, _below(key, name))
         elif origin in (list, tuple) and isinstance(raw, list):
             for index, inner in enumerate(raw):
                 yield from self.value(arguments[0], inner, f"{key}[{index}]")
-        elif not _fits(kind, raw):
+        elif not fits(kind, raw):
             yield f"{self.source}: {key} is {_show(raw)}; expected {_describe(kind)}."
 
     def _union(self, kinds: tuple[Any, ...], raw: Any, key: str) -> Iterator[str]:
@@ -118,7 +120,8 @@ def _missing_below(kind: Any, raw: Any, source: str, key: str) -> list[str]:
     return []
 
 
-def _fits(kind: Any, raw: Any) -> bool:
+def fits(kind: Any, raw: Any) -> bool:
+    """Return whether a value is of a scalar type, or one of the values of a `Literal`."""
     if typing.get_origin(kind) is Literal:
         return any(raw == allowed and type(raw) is type(allowed) for allowed in typing.get_args(kind))
     if kind not in _SCALARS:

@@ -4,8 +4,8 @@ This module checks the keys, with one sentence for each that is wrong; draccus t
 reads the files: this module knows text, but not where it is stored.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import draccus
 from draccus.utils import DraccusException
@@ -34,7 +34,13 @@ def decode_yaml(cls: type[T], text: str, *, source: str, flags: Sequence[str] = 
             a dataclass rejects the combination of values.
     """
     in_file = parse_yaml(text, source)
-    in_flags = parse_flags(flags, COMMAND_LINE)
+    return decode_mappings(cls, in_file, parse_flags(flags, COMMAND_LINE, cls), source=source, page=page)
+
+
+def decode_mappings(
+    cls: type[T], in_file: Mapping[str, Any], in_flags: Mapping[str, Any], *, source: str, page: str | None = None
+) -> T:
+    """Return the settings in `in_file`, overridden by those of `in_flags`; see `decode_yaml`."""
     misfits = find_type_errors(cls, in_file, source, page) + find_type_errors(cls, in_flags, COMMAND_LINE, page)
     if misfits:
         raise ConfigError("\n".join(misfits))
@@ -45,8 +51,11 @@ def decode_yaml(cls: type[T], text: str, *, source: str, flags: Sequence[str] = 
     try:
         return draccus.decode(cls, merged)
     except (DraccusException, SimpoPipelineError) as error:
+        reason = _innermost_reason(error)
+        if source == COMMAND_LINE:  # there is no file, and the reason names the flag
+            raise ConfigError(reason) from error
         origin = f"{source} with the {COMMAND_LINE}" if in_flags else source
-        raise ConfigError(f"{origin}: {_innermost_reason(error)}") from error
+        raise ConfigError(f"{origin}: {reason}") from error
 
 
 def _innermost_reason(error: BaseException) -> str:

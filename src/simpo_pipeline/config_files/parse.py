@@ -1,51 +1,22 @@
-"""Parsing of YAML text and command-line words to plain mappings; this module does not know the keys' meaning.
+"""Parsing of YAML text and command-line words to plain mappings.
 
-Scalars are those of YAML, with two corrections to PyYAML's YAML 1.1: `6e-7` and `1.5e7` are numbers, and a duplicate
-key is an error.
+The type of a setting decides how its word on the command line is read (`typed_value`), so that a path such as `on` or
+`010` stays as it is. Apart from that, this module does not know the keys' meaning.
 """
 
+import dataclasses
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union
 
-import yaml
-
+from simpo_pipeline.config_files.check import fits
+from simpo_pipeline.config_files.yaml_core import load_yaml
 from simpo_pipeline.errors import ConfigError
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key.value!r} is given twice, the second time on line {line}; keep one")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 requires a dot and a signed exponent, so PyYAML reads 6e-7 and 1.5e7 as text.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    [*"-+.0123456789"],
-)
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML document, made of mappings, lists and scalars; errors name it `source`.
-
-    Raises:
-        ConfigError: it is not YAML, or gives a key twice.
-    """
-    try:
-        # The loader is a SafeLoader, which creates only plain values.
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}.") from error
+NONE_WORD = "null"
+"""The word that sets a text setting to None on the command line, if the setting may be None."""
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -80,8 +51,14 @@ def split_flags(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], l
     return chosen, others
 
 
-def parse_flags(argv: Sequence[str], source: str) -> dict[str, Any]:
+def parse_flags(argv: Sequence[str], source: str, kind: Any = Any) -> dict[str, Any]:
     """Return the nested mapping for flags such as `--trainer.num_train_steps 3`; a bare flag is true.
+
+    Args:
+        argv: The words of the command line.
+        source: What errors name as the origin.
+        kind: The dataclass that the mapping is meant for. The types of its fields decide how values are read; the value
+            of a key that it does not have is text. By default, all values are YAML.
 
     Raises:
         ConfigError: a word does not belong to a flag, a value is not YAML, or a key is set twice.
@@ -97,8 +74,64 @@ def parse_flags(argv: Sequence[str], source: str) -> dict[str, Any]:
         key, separator, value = flag[2:].partition("=")
         if not separator and words and not words[0].startswith("--"):
             separator, value = "=", words.pop(0)
-        _insert(settings, key, load_yaml(value, f"{source}: {key}") if separator else True, source)
+        _insert(settings, key, _flag_value(kind, key, value, source) if separator else True, source)
     return settings
+
+
+def _flag_value(kind: Any, key: str, word: str, source: str) -> Any:
+    field_kind = kind_of_key(kind, key)
+    members = _members(field_kind)
+    if word == NONE_WORD and type(None) in members and any(map(_is_text, members)):
+        return None
+    return typed_value(field_kind, word, f"{source}: {key}")
+
+
+def kind_of_key(kind: Any, key: str) -> Any:
+    """Return the type of the field at a dotted key below the dataclass `kind`, or `str` if it has no such field."""
+    for name in key.split("."):
+        if kind is Any:
+            return Any
+        inner = [part for part in _members(kind) if dataclasses.is_dataclass(part) or typing.get_origin(part) is dict]
+        if not inner:
+            return str
+        if dataclasses.is_dataclass(inner[0]):
+            kind = typing.get_type_hints(inner[0]).get(name, str)
+        else:
+            kind = typing.get_args(inner[0])[1]
+    return kind
+
+
+def typed_value(kind: Any, word: str, source: str) -> Any:
+    """Return the value of a command-line word for a field of type `kind`.
+
+    Text is taken as it is. If a field may be text or something else, such as `bool | str`, a word that is not a value
+    of the other types is text. All other fields are YAML. Whether the value fits is checked later.
+
+    Raises:
+        ConfigError: the field is not text, and the word is not YAML.
+    """
+    members = _members(kind)
+    if not any(map(_is_text, members)):
+        return load_yaml(word, source)
+    others = [member for member in members if not _is_text(member) and member is not type(None)]
+    if others:
+        try:
+            value = load_yaml(word, source)
+        except ConfigError:
+            return word
+        if any(fits(member, value) for member in others):
+            return value
+    return word
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, and any other type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _is_text(kind: Any) -> bool:
+    allowed = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return kind is str or (bool(allowed) and all(isinstance(each, str) for each in allowed))
 
 
 def _insert(settings: dict[str, Any], key: str, value: Any, source: str) -> None:

@@ -1,10 +1,11 @@
-"""Configuration of preference data: its source, and the treatment of rows that cannot be used as they are.
+"""Configuration of preference data: its source, the treatment of rows that cannot be used as they are, and of chats.
 
 Plain values: this module does not look up or read anything.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from datetime import datetime
+from typing import Literal, get_args
 
 from simpo_pipeline.errors import ConfigError
 
@@ -19,13 +20,56 @@ TooLong = Literal["raise", "truncate", "drop"]
 Unusable = Literal["raise", "drop"]
 """Treatment of a pair without a preference (an empty answer or two equal ones): raise an error or drop it (counted)."""
 
+SpecialText = Literal["raise", "parse", "plain"]
+"""Treatment of the text of a special token inside a message, such as `<|im_end|>` in a user's sentence: raise an error,
+parse it as that token (counted), or encode it as ordinary text (counted)."""
+
+LostText = Literal["raise", "count"]
+"""Treatment of text of a message that the model would not read: raise an error, or accept and count it."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How conversations become tokens. All fields change tokens: a step whose config differs marks it with `versioned`.
+
+    Attributes:
+        date: The date for templates that print today's date, as ISO text (`2024-07-26`, or with a time). None: such a
+            template is refused, because its tokens would change from day to day.
+        special_text: Treatment of the text of special tokens inside a message.
+        omitted_text: Treatment of a message that the template does not print whole (a template that removes the
+            reasoning of earlier turns, for example). White space around a message may be trimmed in any case.
+        unencodable_text: Treatment of characters that the tokenizer cannot represent.
+    """
+
+    date: str | None = None
+    special_text: SpecialText = "raise"
+    omitted_text: LostText = "raise"
+    unencodable_text: LostText = "raise"
+
+    def __post_init__(self) -> None:
+        choices = {"special_text": SpecialText, "omitted_text": LostText, "unencodable_text": LostText}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")
+        if self.date is not None:
+            try:
+                datetime.fromisoformat(self.date)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"date is {self.date!r}; expected an ISO date such as 2024-07-26") from error
+
+
+DEFAULT_CHAT = ChatConfig()
+"""Everything that the model would not read as it was written is refused."""
+
 
 @dataclass(frozen=True)
 class PreferenceSource:
     """Preference data: files, or one split of a dataset on the Hugging Face hub.
 
-    Without `split`, `path` is a `.jsonl` or `.parquet` file at any local path or fsspec URL; `*`, `?` and `[...]`
-    match within one folder level, and all matching files are read in name order.
+    Without `split`, `path` is a JSONL, JSON or Parquet file (`data/source_files.py`) at any local path or fsspec URL.
+    If nothing of that name exists, it is a pattern: `*`, `?` and `[...]` match within one folder level, and all
+    matching files are read in name order.
     With `split`, `path` is a dataset id (`HuggingFaceH4/ultrafeedback_binarized`). The Parquet files of that split are
     read at `revision` (a commit, tag or branch; None is the default branch).
     """

@@ -1,13 +1,15 @@
 """Batches of pairs, in an order that is a pure function of (seed, step).
 
 Invariant: update `step` (0-based) reads positions [step * batch_size, (step + 1) * batch_size) of the run's
-`PairOrder`. A run that stops and restarts at any step therefore reads the same batches as one that does not stop. A
-batch may span epochs. A batch larger than the dataset is allowed and contains some pairs more than once.
+`PairOrder`. A run that stops and restarts at any step therefore reads the same batches as one that does not stop. If a
+run changes its pairs, the updates of each loader are counted from the first that reads it. A batch may span epochs. A
+batch larger than the dataset is allowed and contains some pairs more than once.
 
 This module does not know devices, shards or processes: every process builds the same global batch in numpy.
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +27,8 @@ class PairLoader:
 
     With `packing`, each group has one row, long enough for every batch of the run (`rows.packed_shape`). Without it,
     each sequence has a row of `seq_len` tokens. Rows are divided into `num_groups` groups of equal size. `pad_id` is
-    the padding token. `mixture` assigns the pairs to datasets; without it, all pairs form one dataset.
+    the padding token. `mixture` assigns the pairs to datasets; without it, all pairs form one dataset. `earlier_shape`
+    is the shape of the pairs that the run read before, which is kept if these pairs fit (`rows.packed_shape`).
 
     Raises:
         ConfigError: batch_size < 1, seq_len < 2, num_updates < 1, num_groups < 1, a negative seed or pad_id, or a
@@ -42,6 +45,7 @@ class PairLoader:
     packing: bool = False
     num_groups: int = 1
     mixture: Mixture | None = None
+    earlier_shape: RowShape | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -61,8 +65,24 @@ class PairLoader:
         """The shape of every batch of the run."""
         batches = [self._pairs_of(step) for step in range(self.num_updates)]
         if self.packing:
-            return packed_shape(batches, self.num_groups)
-        return padded_shape(batches, self.batch_size, self.seq_len, self.num_groups)
+            return packed_shape(batches, self.num_groups, self.earlier_shape)
+        return padded_shape(batches, self.batch_size, self.seq_len, self.num_groups, self.earlier_shape)
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 (hex) of the tokens of all pairs and of their mixture.
+
+        Loaders of one run with equal digests serve the same batches, wherever their pairs are stored.
+        """
+        mixture = self._mixture
+        rates = [round(weight / min(mixture.weights), 2) for weight in mixture.weights]  # as exact as `Mixture` is
+        digest = hashlib.sha256(f"{mixture.sizes} {rates}\n".encode())
+        for pair in self.pairs:
+            starts = pair.chosen_response_start, pair.rejected_response_start
+            digest.update(f"{starts} {len(pair.chosen_tokens)} {len(pair.rejected_tokens)}\n".encode())
+            digest.update(pair.chosen_tokens.tobytes())
+            digest.update(pair.rejected_tokens.tobytes())
+        return digest.hexdigest()
 
     def batch(self, step: int) -> RowBatch:
         """Return the batch of update `step` (0-based); every call returns the same batch."""
@@ -80,4 +100,8 @@ class PairLoader:
 
     @functools.cached_property
     def _order(self) -> PairOrder:
-        return PairOrder(self.mixture or Mixture((len(self.pairs),), (1.0,)), self.seed)
+        return PairOrder(self._mixture, self.seed)
+
+    @property
+    def _mixture(self) -> Mixture:
+        return self.mixture or Mixture((len(self.pairs),), (1.0,))

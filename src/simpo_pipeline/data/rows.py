@@ -10,7 +10,7 @@ prompt:
 A token attends to the earlier tokens of its segment (its pair) on branch 0 and on its own branch. Each answer thus
 sees exactly what it would see in a row of its own, and the prompt is computed once. The last token of an answer is
 predicted but never fed to the model. Attention does not need the whole row: each pair occupies a slot, and the slot
-lengths are fixed for the whole run.
+lengths are the same for all updates that read the same pairs.
 
 Numpy only; this module does not know devices. Every process builds the same arrays.
 """
@@ -99,8 +99,14 @@ class _Piece(NamedTuple):
     sequence: int
 
 
-def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) -> RowShape:
-    """Return the smallest shape, up to rounding, that fits each of the batches in packed rows."""
+def packed_shape(
+    batches: Sequence[Sequence[TokenizedPair]], num_groups: int, earlier: RowShape | None = None
+) -> RowShape:
+    """Return the smallest shape, up to rounding, that fits each of the batches in packed rows.
+
+    A program is compiled for each shape. So `earlier`, the shape of other pairs of the run, is returned if it fits.
+    Otherwise, every size is at least that of `earlier`, and sizes that grow do so by a quarter or more.
+    """
     by_slot: list[int] = []
     row_len = num_predictions = 1
     for batch in batches:
@@ -110,6 +116,16 @@ def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) ->
             by_slot = [max(both) for both in itertools.zip_longest(by_slot, in_row, fillvalue=0)]
             row_len = max(row_len, sum(in_row))
             num_predictions = max(num_predictions, sum(_num_answer_tokens(batch[index]) for index in row))
+    if earlier is not None:
+        if earlier.slot_lens:
+            longest_first = itertools.zip_longest(by_slot, earlier.slot_lens, fillvalue=0)
+            by_slot = [_grown(length, most) for length, most in longest_first]
+            by_slot = list(itertools.accumulate(reversed(by_slot), max))[::-1]
+        row_len = _grown(row_len, earlier.row_len)
+        num_predictions = _grown(num_predictions, earlier.num_predictions)
+        fits = (row_len, num_predictions) == (earlier.row_len, earlier.num_predictions)
+        if fits and (not earlier.slot_lens or by_slot == list(earlier.slot_lens)):
+            return earlier
     row_len = _rounded_up(row_len, _ROW_STEP)
     slot_lens = _merge_lens([_rounded_up(length, _SLOT_STEP) for length in by_slot])
     # Attention covers all slots of every row. They are long if rows have few pairs whose lengths vary between rows.
@@ -119,15 +135,25 @@ def packed_shape(batches: Sequence[Sequence[TokenizedPair]], num_groups: int) ->
 
 
 def padded_shape(
-    batches: Sequence[Sequence[TokenizedPair]], batch_size: int, seq_len: int, num_groups: int
+    batches: Sequence[Sequence[TokenizedPair]],
+    batch_size: int,
+    seq_len: int,
+    num_groups: int,
+    earlier: RowShape | None = None,
 ) -> RowShape:
-    """Return the shape of batches of `batch_size` pairs with one row of `seq_len` tokens per sequence."""
+    """Return the shape of batches of `batch_size` pairs with one row of `seq_len` tokens per sequence.
+
+    `earlier` is as in `packed_shape`.
+    """
     rows_per_group, most = 2 * batch_size // num_groups, 1
     for batch in batches:
         num_predictions = [0] * num_groups
         for number, pair in enumerate(batch):
             num_predictions[2 * number // rows_per_group] += _num_answer_tokens(pair)
         most = max(most, *num_predictions)
+    if earlier is not None:
+        limit = max_padded_shape(batch_size, seq_len, num_groups).num_predictions
+        most = min(_grown(most, earlier.num_predictions), limit)
     return RowShape(2 * batch_size, seq_len, num_groups, _rounded_up(most, _PREDICTIONS_STEP))
 
 
@@ -244,6 +270,11 @@ def _build_batch(
         num_tokens=sum(pair.num_tokens for pair in pairs),
         padding_share=1 - sum(len(piece.tokens) for pieces in rows.values() for piece in pieces) / tokens.size,
     )
+
+
+def _grown(needed: int, earlier: int) -> int:
+    """Return `earlier` if it is enough, otherwise a size that is larger by a quarter or more."""
+    return earlier if needed <= earlier else max(needed, earlier + -(-earlier // 4))
 
 
 def _merge_lens(slot_lens: Sequence[int]) -> tuple[int, ...]:

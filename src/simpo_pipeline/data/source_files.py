@@ -1,6 +1,10 @@
-"""Resolution of a preference source (a path, a glob, or one split of a hub dataset) to its files.
+"""Resolution of a preference source (a path, a pattern, or one split of a hub dataset) to its files.
 
 Lists names through the storage package. Does not open the files.
+
+A path that exists is that path, whatever characters its name has. It is a pattern only if nothing of that name exists.
+The same holds for its folders: in `run[1]/*.jsonl`, `run[1]` is the folder of that name if there is one, and then no
+other folder is read.
 """
 
 import re
@@ -8,47 +12,68 @@ from pathlib import PurePosixPath
 
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.errors import DataError
-from simpo_pipeline.storage.files import list_files
+from simpo_pipeline.storage.files import exists, list_files
 from simpo_pipeline.storage.paths import join
+
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+"""Endings of the names of files that contain rows."""
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SUFFIXES = (".jsonl", ".parquet")
 
 
 def source_files(source: PreferenceSource) -> list[str]:
     """Return the files of `source`, sorted by name.
 
     Raises:
-        DataError: no file matches, one is neither JSONL nor Parquet, or the split exists in several configurations.
+        DataError: no file matches, one is neither JSON nor Parquet, or the split exists in several configurations.
+        StorageError: a folder cannot be listed.
     """
     if source.split is not None:
         return _hub_split_files(source.path, source.split, source.revision)
-    paths = _matching_files(source.path) if _GLOB_CHARACTERS.search(source.path) else [source.path]
-    if not paths:
-        raise DataError(f"no file matches {source.path!r}; check the pattern (* matches within one folder level)")
+    is_pattern = _GLOB_CHARACTERS.search(source.path) and not exists(source.path)
+    paths = _matching_files(source.path) if is_pattern else [source.path]
     for path in paths:
-        if not path.endswith(_SUFFIXES):
+        if not path.endswith(ROW_SUFFIXES):
             raise DataError(
-                f"{path}: expected a file ending in {' or '.join(_SUFFIXES)}; for a hub dataset, also give its split"
+                f"{path}: expected a file ending in {', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]}; for a hub "
+                f"dataset, also give its split"
             )
     return paths
 
 
 def _matching_files(pattern: str) -> list[str]:
-    first_glob = _GLOB_CHARACTERS.search(pattern)
-    assert first_glob is not None
-    folder, _, _ = pattern[: first_glob.start()].rpartition("/")
-    if not folder and not pattern.startswith("/"):
-        folder, relative_pattern = ".", pattern
-    else:
-        relative_pattern = pattern[len(folder) + 1 :]
+    folder, relative_pattern = _split_pattern(pattern)
     # The leading slashes anchor the pattern, so it must match the whole relative path.
-    return [
+    paths = [
         join(folder or "/", entry.relative_path)
         for entry in list_files(folder or "/")
         if PurePosixPath("/" + entry.relative_path).match("/" + relative_pattern)
     ]
+    if not paths:
+        raise DataError(
+            f"no file matches {pattern!r}: nothing has that name, and nothing in {folder or '/'!r} matches the pattern "
+            f"{relative_pattern!r}; check the path (*, ? and [...] match within one folder level)"
+        )
+    return paths
+
+
+def _split_pattern(pattern: str) -> tuple[str, str]:
+    """Return the folder that a pattern starts from, and the pattern of the paths below it.
+
+    Folders at its beginning that exist under their literal names belong to the first part.
+    """
+    first_glob = _GLOB_CHARACTERS.search(pattern)
+    assert first_glob is not None
+    folder, _, _ = pattern[: first_glob.start()].rpartition("/")
+    rest = pattern[len(folder) + 1 :] if folder or pattern.startswith("/") else pattern
+    while "/" in rest:
+        name, _, below = rest.partition("/")
+        literal = pattern[: len(pattern) - len(below) - 1]
+        if not name or (_GLOB_CHARACTERS.search(name) and not exists(literal)):
+            break
+        folder, rest = literal, below
+    return (folder if folder or pattern.startswith("/") else "."), rest
 
 
 def _hub_split_files(dataset: str, split: str, revision: str | None) -> list[str]:

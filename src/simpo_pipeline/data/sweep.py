@@ -23,6 +23,7 @@ class PairSweep:
     pad_id: int
     packing: bool = False
     num_groups: int = 1
+    earlier_shape: RowShape | None = None
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -33,8 +34,8 @@ class PairSweep:
     def shape(self) -> RowShape:
         """The shape of every batch."""
         if self.packing:
-            return packed_shape(self._batches, self.num_groups)
-        return padded_shape(self._batches, self.batch_size, self.seq_len, self.num_groups)
+            return packed_shape(self._batches, self.num_groups, self.earlier_shape)
+        return padded_shape(self._batches, self.batch_size, self.seq_len, self.num_groups, self.earlier_shape)
 
     def batches(self) -> Iterator[RowBatch]:
         """Yield the batches; the last one may have fewer pairs."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simpo_pipeline.data.chat import Tokenizer, encode_turn
-from simpo_pipeline.data.config import TooLong, Unusable
+from simpo_pipeline.data.chat import Note, encode_turn
+from simpo_pipeline.data.config import DEFAULT_CHAT, ChatConfig, TooLong, Unusable
 from simpo_pipeline.data.pairs import TokenizedPair
 from simpo_pipeline.data.records import PreferenceRecord
+from simpo_pipeline.data.tokenizer import Tokenizer
 from simpo_pipeline.errors import ConfigError, DataError
 
 
@@ -23,6 +24,8 @@ class PairStats:
 
     Token counts cover both sequences of each kept pair, without padding.
     num_records == num_pairs + num_dropped_too_long + num_dropped_unusable; num_truncated of num_pairs are truncated.
+    Of num_pairs, the last four counts have text of special tokens inside a message, text that the chat template left
+    out, characters that the tokenizer cannot represent, and an answer that was tokenized apart from its prompt.
     `padding_share` is the fraction of the batches' positions that would be padding with `max_length` positions per row.
     """
 
@@ -37,6 +40,10 @@ class PairStats:
     longest: int
     max_length: int
     padding_share: float
+    num_special_text: int
+    num_omitted_text: int
+    num_unencodable_text: int
+    num_merged_border: int
 
     @property
     def num_dropped(self) -> int:
@@ -51,6 +58,7 @@ def tokenize_pairs(
     *,
     too_long: TooLong = "raise",
     unusable: Unusable = "raise",
+    chat_config: ChatConfig = DEFAULT_CHAT,
 ) -> tuple[list[TokenizedPair], PairStats]:
     """Tokenize the records in order; no sequence of the result is longer than `max_length`.
 
@@ -59,32 +67,39 @@ def tokenize_pairs(
 
     Raises:
         ConfigError: max_length < 2.
-        DataError: a pair is too long or unusable and the policy is "raise", the chat template cannot be used, or no
-            pair is left.
+        DataError: a pair is too long or unusable and the policy is "raise", the model would read other text than the
+            messages have, the chat template cannot be used, or no pair is left.
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; a pair needs at least 2 tokens: prompt and answer")
     outcomes: Counter[str] = Counter()
+    notes: Counter[Note] = Counter()
     pairs: list[TokenizedPair] = []
     for record in records:
-        outcome, pair = _tokenize_record(record, tokenizer, max_length, too_long, unusable)
+        complaint = _complaint(record)
+        pair, noted = (None, frozenset()) if complaint else _tokenize_pair(record, tokenizer, chat_config)
+        outcome, pair = _apply_policies(record, pair, complaint, max_length, too_long, unusable)
         outcomes[outcome] += 1
         if pair is not None:
             pairs.append(pair)
+            notes.update(noted)
     if not pairs:
         raise DataError(
             f"none of {outcomes.total()} pairs is left: {outcomes['too long']} longer than max_length {max_length}, "
             f"{outcomes['unusable']} without a preference; raise max_length or check the data"
         )
-    return pairs, _stats(pairs, outcomes, max_length)
+    return pairs, _stats(pairs, outcomes, notes, max_length)
 
 
-def _tokenize_record(
-    record: PreferenceRecord, tokenizer: Tokenizer, max_length: int, too_long: TooLong, unusable: Unusable
+def _apply_policies(
+    record: PreferenceRecord,
+    pair: TokenizedPair | None,
+    complaint: str | None,
+    max_length: int,
+    too_long: TooLong,
+    unusable: Unusable,
 ) -> tuple[str, TokenizedPair | None]:
     """Return the outcome of a record ('kept', 'truncated', 'too long' or 'unusable'), and its pair if it is kept."""
-    complaint = _complaint(record)
-    pair = None if complaint else _tokenize_pair(record, tokenizer)
     if pair is not None and np.array_equal(pair.chosen_tokens, pair.rejected_tokens):
         complaint = "the chat template renders 'chosen' and 'rejected' to equal tokens, expected two different answers"
     if complaint and unusable == "raise":
@@ -111,18 +126,23 @@ def _complaint(record: PreferenceRecord) -> str | None:
     return None
 
 
-def _tokenize_pair(record: PreferenceRecord, tokenizer: Tokenizer) -> TokenizedPair:
+def _tokenize_pair(
+    record: PreferenceRecord, tokenizer: Tokenizer, chat_config: ChatConfig
+) -> tuple[TokenizedPair, frozenset[Note]]:
     try:
-        chosen, rejected = encode_turn(tokenizer, record.chosen), encode_turn(tokenizer, record.rejected)
+        chosen, rejected = (
+            encode_turn(tokenizer, messages, chat_config) for messages in (record.chosen, record.rejected)
+        )
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from error
-    return TokenizedPair(
+    pair = TokenizedPair(
         prompt_id=record.prompt_id,
         chosen_tokens=np.array(chosen.prompt + chosen.answer, dtype=np.int32),
         rejected_tokens=np.array(rejected.prompt + rejected.answer, dtype=np.int32),
         chosen_response_start=len(chosen.prompt),
         rejected_response_start=len(rejected.prompt),
     )
+    return pair, chosen.notes | rejected.notes
 
 
 def _truncate(pair: TokenizedPair, max_length: int) -> TokenizedPair | None:
@@ -133,7 +153,7 @@ def _truncate(pair: TokenizedPair, max_length: int) -> TokenizedPair | None:
     return replace(pair, chosen_tokens=chosen, rejected_tokens=rejected)
 
 
-def _stats(pairs: Sequence[TokenizedPair], outcomes: Counter[str], max_length: int) -> PairStats:
+def _stats(pairs: Sequence[TokenizedPair], outcomes: Counter[str], notes: Counter[Note], max_length: int) -> PairStats:
     return PairStats(
         num_records=outcomes.total(),
         num_pairs=len(pairs),
@@ -146,4 +166,8 @@ def _stats(pairs: Sequence[TokenizedPair], outcomes: Counter[str], max_length: i
         longest=max(pair.longest for pair in pairs),
         max_length=max_length,
         padding_share=1.0 - sum(pair.num_tokens for pair in pairs) / (2 * len(pairs) * max_length),
+        num_special_text=notes["special_text"],
+        num_omitted_text=notes["omitted_text"],
+        num_unencodable_text=notes["unencodable_text"],
+        num_merged_border=notes["merged_border"],
     )

@@ -21,6 +21,7 @@ from simpo_pipeline.executor.planning.order import Order, live_order
 from simpo_pipeline.executor.planning.plan import Planner
 from simpo_pipeline.executor.planning.resolve import Resolver
 from simpo_pipeline.executor.planning.selection import named, select_steps
+from simpo_pipeline.executor.records.code import SourceFingerprints
 from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper
 from simpo_pipeline.executor.records.provenance import find_provenance, script_name
@@ -115,6 +116,9 @@ class Executor:
         order = live_order(graph)
         self._fill_marin_attributes(graph)
         self._graph, self._order = graph, order
+        if self._processes.is_leader:
+            for warning in graph.warnings:
+                _logger.warning("%s", warning)
         selection = select_steps(
             graph, order, run_only=run_only, until=until, force=force, force_run_failed=force_run_failed
         )
@@ -133,10 +137,10 @@ class Executor:
         return self.results
 
     def _job(self, graph: Graph, run_id: str, leases: LeaseKeeper) -> Job:
-        processes = self._processes
+        processes, code = self._processes, SourceFingerprints()
         return Job(
             graph=graph,
-            infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
+            infos={step: step_info(graph, step, self.configs[step], code.of(step.fn)) for step in graph.steps},
             prefix=self.prefix,
             run_id=run_id,
             processes=processes,

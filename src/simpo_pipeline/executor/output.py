@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.executor.running.rounds import StepResult
 from simpo_pipeline.executor.table import format_table, plan_table
 from simpo_pipeline.storage.files import read_json
+from simpo_pipeline.storage.json_text import without_nan
 from simpo_pipeline.storage.paths import join
 
 _logger = logging.getLogger("simpo_pipeline")
@@ -70,20 +70,7 @@ def results_text(
 
 def json_document(value: Any) -> str:
     """Return a value as indented JSON text."""
-    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with NaN and infinities as text, because JSON has no such numbers."""
-    match value:
-        case float() if not math.isfinite(value):
-            return str(value)
-        case dict():
-            return {key: _without_nan(inner) for key, inner in cast(dict[str, Any], value).items()}
-        case list() | tuple():
-            return [_without_nan(inner) for inner in cast(list[Any], value)]
-        case _:
-            return value
+    return json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _result_row(result: StepResult, summary: dict[str, Any], columns: SummaryColumns) -> list[str]:

@@ -6,6 +6,7 @@ These markers may appear in a config, at any depth of dataclasses, lists, tuples
     step, step / "sub"        becomes the output path of another step, or a path below it
     this_output_path("sub")   becomes the step's own output path, or a path below it
     versioned(x)              becomes x, and makes x part of the step's identity
+    content_of(path)          becomes path, and makes the content of the files there part of the step's identity
     borrow(step), take(step)  becomes the live value that the other step published, in this process
 
 Functions that make markers are annotated to return `Any`, so that a config field can be annotated with the type that
@@ -15,7 +16,7 @@ the step function reads (`str`, `float`), not with the marker that an experiment
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar, cast
@@ -23,6 +24,9 @@ from typing import Any, Generic, TypeVar, cast
 from simpo_pipeline.errors import IdentityError, LiveEdgeError, PlanError
 
 ConfigT = TypeVar("ConfigT")
+
+BODY_MODULE = "body_module"
+"""Attribute of a step function with the name of the module that has its code. See `imported_step`."""
 
 StepFunction = Callable[..., Any]
 """fn(config), with or without the parameters `output: OutputFolder` and `run: StepRun`; it returns None or a Live."""
@@ -43,6 +47,7 @@ def imported_step(path: str, *, module: str, takes: tuple[str, ...]) -> StepFunc
         return getattr(importlib.import_module(body), function)(*arguments, **handles)
 
     call.__module__, call.__name__, call.__qualname__ = module, function, function
+    setattr(call, BODY_MODULE, body)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     setattr(call, "__signature__", inspect.Signature([inspect.Parameter(name, kind) for name in ("config", *takes)]))  # noqa: B010
     return call
@@ -163,10 +168,51 @@ def versioned(value: Any) -> Any:
     Raises:
         IdentityError: The value is a marker or is already versioned, so it needs no `versioned`.
     """
-    if isinstance(value, VersionedValue | InputName | ExecutorStep | OutputName | LiveInput):
+    if isinstance(value, VersionedValue | InputName | ExecutorStep | OutputName | LiveInput | ContentOf):
         kind = type(cast(object, value)).__name__
         raise IdentityError(f"versioned() got a {kind}. Pass a plain value; markers need no versioned().")
     return VersionedValue(cast(object, value))
+
+
+@dataclass(frozen=True)
+class ContentOf:
+    """Files that no step wrote. Their content is part of the step's identity."""
+
+    path: str
+    """The value in the config that the step function gets. It also stands for the files if none exist."""
+    files: Callable[[], Sequence[str]]
+    """Returns the paths of the files, or of one folder."""
+
+
+def content_of(path: str) -> Any:
+    """Return a marker for a file, or all files below a folder. It becomes the path, and versions the content."""
+    return ContentOf(path, lambda: [path])
+
+
+OUTSIDE_FILES = "simpo_pipeline.outside_files"
+"""Key of the metadata of config fields that are declared with `outside_path`."""
+
+
+def outside_path(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the metadata of a dataclass field that contains the path of a file or folder that no step wrote.
+
+    If files exist at the path, their content and the ending of a single file's name are part of the identity of a step
+    with such a config, whether or not the path is versioned. The path itself is not. Otherwise, as for the id of a
+    model on a hub, the value is treated like any other.
+
+    Args:
+        names: Patterns of names. If given, only the matching files directly in the folder count.
+    """
+    return {OUTSIDE_FILES: tuple(names)}
+
+
+ADDED_LATER = "simpo_pipeline.added_later"
+"""Key of the metadata of config fields that are declared with `added_later`."""
+
+
+def added_later(*, default: Any) -> Any:
+    """Return a dataclass field that older outputs did not have: its default is left out of a step's identity."""
+    return dataclasses.field(default=default, metadata={ADDED_LATER: True})
 
 
 def ensure_versioned(value: Any) -> Any:
@@ -179,7 +225,7 @@ def unwrap_versioned_value(value: Any) -> Any:
     if isinstance(value, VersionedValue):
         return unwrap_versioned_value(cast(Any, value).value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if isinstance(value, ExecutorStep | InputName | OutputName | LiveInput):
+        if isinstance(value, ExecutorStep | InputName | OutputName | LiveInput | ContentOf):
             return cast(Any, value)
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **{name: unwrap_versioned_value(inner) for name, inner in fields.items()})
@@ -243,3 +289,32 @@ def _producer(step: object, use: LiveUse) -> "ExecutorStep[Any]":
     if not isinstance(step, ExecutorStep):
         raise LiveEdgeError(f"{use}() got {step!r}. Pass the ExecutorStep that publishes the value, not a path.")
     return cast(ExecutorStep[Any], step)
+
+
+_WHY = {
+    LiveUse.TAKE: "The step changes the value, and other steps that borrow it would see the change",
+    LiveUse.BORROW: "The step only reads the value, and a value that is taken is never freed for it",
+}
+
+
+def require_live_use(field: str, value: Any, use: LiveUse) -> None:
+    """Check that a config uses a live value in the only way that its step function supports.
+
+    Call it in `__post_init__`. It accepts everything that is no marker, which includes the value that the step function
+    gets.
+
+    Args:
+        field: Name of the config and its field, for the message.
+        value: Content of the field.
+        use: The supported use.
+
+    Raises:
+        LiveEdgeError: The field contains another marker.
+    """
+    if isinstance(value, LiveInput) and value.use is not use:
+        found, producer = f"{value.use}({value.step.name!r})", value.step.name
+    elif isinstance(value, ExecutorStep | InputName | OutputName | VersionedValue | ContentOf):
+        found, producer = f"{cast(object, value)!r}", "step"
+    else:
+        return
+    raise LiveEdgeError(f"{field} is {found}, but only {use}({producer}) is allowed there. {_WHY[use]}.")

@@ -6,7 +6,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from simpo_pipeline.inference.config import MAX_STOP_TOKENS, EngineSizes
+from simpo_pipeline.inference.config import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, EngineSizes
+from simpo_pipeline.inference.logit_adjustments import LogitAdjustments
 from simpo_pipeline.inference.sampling import SamplingRows
 from simpo_pipeline.inference.scheduler import PrefillChunk, Round
 from simpo_pipeline.inference.seen_tokens import seen_bits, seen_words
@@ -57,8 +58,10 @@ def prefill_batch(chunks: Sequence[PrefillChunk], sizes: EngineSizes, num_tokens
     return PrefillBatch(tokens, positions, seqs, page_table, query_starts, kv_lens)
 
 
-def decode_batch(current: Round, sizes: EngineSizes, num_rows: int, vocab_size: int) -> DecodeBatch:
-    """Return the decoding sequences of a round, padded to `num_rows` rows."""
+def decode_batch(
+    current: Round, sizes: EngineSizes, num_rows: int, vocab_size: int, *, adjusts_logits: bool = False
+) -> DecodeBatch:
+    """Return the decoding sequences of a round, padded to `num_rows` rows, with or without `LogitAdjustments`."""
     rows = current.decoding
     tokens, positions, num_steps = (
         np.zeros(num_rows, np.int32),
@@ -77,12 +80,12 @@ def decode_batch(current: Round, sizes: EngineSizes, num_rows: int, vocab_size: 
         num_steps,
         np.array(current.num_ended, np.int32),
         page_table,
-        _sampling_rows(rows, num_rows),
+        _sampling_rows(rows, num_rows, _adjustments(rows, sizes, num_rows) if adjusts_logits else None),
         _seen_rows(rows, num_rows, vocab_size),
     )
 
 
-def _sampling_rows(rows: Sequence[SequenceState], num_rows: int) -> SamplingRows:
+def _sampling_rows(rows: Sequence[SequenceState], num_rows: int, adjustments: LogitAdjustments | None) -> SamplingRows:
     temperature, top_p, penalty = (
         np.zeros(num_rows, np.float32),
         np.ones(num_rows, np.float32),
@@ -95,6 +98,7 @@ def _sampling_rows(rows: Sequence[SequenceState], num_rows: int) -> SamplingRows
     for row, sequence in enumerate(rows):
         request = sequence.request
         sampling = request.sampling
+        assert sampling.seed is not None, "the engine serves no request without a seed"
         temperature[row], top_k[row], top_p[row] = sampling.temperature, sampling.top_k, sampling.top_p
         min_p[row], penalty[row] = sampling.min_p, sampling.repetition_penalty
         seed[row], prompt_index[row], sample_index[row] = (
@@ -118,7 +122,22 @@ def _sampling_rows(rows: Sequence[SequenceState], num_rows: int) -> SamplingRows
         first_stop=first_stop,
         stop_tokens=stop_tokens,
         logprobs=logprobs,
+        adjustments=adjustments,
     )
+
+
+def _adjustments(rows: Sequence[SequenceState], sizes: EngineSizes, num_rows: int) -> LogitAdjustments:
+    presence, frequency = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
+    bias_tokens = np.full((num_rows, MAX_LOGIT_BIAS), -1, np.int32)
+    biases = np.zeros((num_rows, MAX_LOGIT_BIAS), np.float32)
+    generated = np.full((num_rows, sizes.max_seq_len), -1, np.int32)
+    for row, sequence in enumerate(rows):
+        sampling = sequence.request.sampling
+        presence[row], frequency[row] = sampling.presence_penalty, sampling.frequency_penalty
+        for at, (token, bias) in enumerate(sampling.biases):
+            bias_tokens[row, at], biases[row, at] = token, bias
+        generated[row, : len(sequence.generated)] = sequence.generated
+    return LogitAdjustments(presence, frequency, bias_tokens, biases, generated)
 
 
 def _seen_rows(rows: Sequence[SequenceState], num_rows: int, vocab_size: int) -> UInt32[np.ndarray, "rows words"]:

@@ -5,14 +5,22 @@ never change the generated tokens.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.step import added_later
 
 # Width of the array of stop token ids that each sampled token is compared with on the device.
 MAX_STOP_TOKENS = 8
 # Maximum number of top log-probabilities that a program reports per token; vLLM's default.
 MAX_LOGPROBS = 20
+# Width of the arrays of biased tokens in the programs that add biases.
+MAX_LOGIT_BIAS = 512
+# Bounds of the penalties per generated token, as in vLLM, and of a bias. A larger bias would leave no other digit of
+# the logit.
+_MAX_PENALTY, _MAX_BIAS = 2.0, 1e4
 # The largest int32, for values sent to the device, and the smallest divisor of logits whose quotients fit float32.
 _MAX_INT32, _MIN_DIVISOR = 2**31 - 1, 1e-6
 
@@ -21,46 +29,62 @@ _MAX_INT32, _MIN_DIVISOR = 2**31 - 1, 1e-6
 class SamplingParams:
     """Sampling parameters and stop conditions of one prompt's samples; names as in vLLM.
 
-    Filters apply in the order of Hugging Face: repetition penalty, temperature, top_k, top_p, min_p. Each filter also
-    keeps tokens that tie with the least likely token it keeps.
+    Biases and penalties apply in the order of vLLM: logit_bias, repetition, frequency and presence penalty. Filters
+    follow in the order of Hugging Face: temperature, top_k, top_p, min_p. Each filter also keeps tokens that tie with
+    the least likely token it keeps. docs/generation.md compares each parameter with vLLM's.
 
     Attributes:
         max_tokens: Maximum number of generated tokens. A sample that reaches it finishes with reason "length".
         temperature: Divisor of the logits; 0 selects the most likely token (greedy).
-        top_k: Number of most likely tokens to sample from; 0 keeps every token.
+        top_k: Number of most likely tokens to sample from; 0, or -1 as in vLLM, keeps every token.
         top_p: Tokens are sampled from the smallest set of most likely tokens with at least this total probability.
         min_p: Minimum probability of a token, as a fraction of the most likely token's probability.
         repetition_penalty: For tokens in the prompt or generated so far, positive logits are divided by the penalty
             and negative logits are multiplied by it (Keskar et al. 2019, arXiv:1909.05858); 1 disables it.
         n: Number of samples per prompt.
         seed: 32-bit seed. Each token's key is derived from the seed, the step, the prompt index, the sample index and
-            the position.
+            the position. None: `LLM` draws a seed and reports it with the outputs; steps refuse None.
         stop_token_ids: Token ids that end a sample with finish reason "stop" when sampled.
-        stop: Strings that end a sample with finish reason "stop_string" when its text contains one of them.
+        stop: Strings that end a sample with finish reason "stop_string" when its text contains one of them; a single
+            string is one stop string.
         min_tokens: Minimum number of generated tokens. Before that, stop tokens are not sampled and stop strings do
             not end the sample.
         ignore_eos: Whether to continue past the end of turn and the tokenizer's EOS, which are otherwise stop tokens.
         logprobs: Number of most likely tokens to report log-probabilities for, in addition to the log-probability of
-            each sampled token; None reports no log-probabilities. They are the model's, before penalty, temperature
-            and filters.
+            each sampled token; None reports no log-probabilities. They are the model's, before biases, penalties,
+            temperature and filters.
+        presence_penalty: Subtracted from the logit of each token that the sample already contains; prompts do not
+            count. 0 disables it.
+        frequency_penalty: Subtracted as often as the sample contains the token; prompts do not count. 0 disables it.
+        logit_bias: Numbers to add to the logits of tokens, by token id; -inf bans a token. Kept as pairs, sorted by
+            token id.
+        bad_words: Texts that must not be generated. As in vLLM, a word is banned as it is tokenized alone, and also
+            after a blank if that is as many tokens. Each must be a single token of the vocabulary.
+        prompt_logprobs: Log-probabilities of prompt tokens are not supported; must be None.
     """
 
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = 0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     n: int = 1
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] | None = ()
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    presence_penalty: float = added_later(default=0.0)
+    frequency_penalty: float = added_later(default=0.0)
+    logit_bias: Mapping[int, int | float] | Sequence[tuple[int, int | float]] | None = added_later(default=())
+    bad_words: Sequence[str] | None = added_later(default=())
+    prompt_logprobs: int | None = added_later(default=None)
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._normalize()
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -70,7 +94,7 @@ class SamplingParams:
         if 0 < self.temperature < _MIN_DIVISOR:
             raise ConfigError(f"temperature must be 0 (greedy) or at least {_MIN_DIVISOR}, got {self.temperature}")
         if not 0 <= self.top_k <= _MAX_INT32:
-            raise ConfigError(f"top_k must lie in [0, {_MAX_INT32}] (0 keeps every token), got {self.top_k}")
+            raise ConfigError(f"top_k must lie in [0, {_MAX_INT32}] (0 or -1 keeps every token), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1] (1 keeps every token), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -82,26 +106,59 @@ class SamplingParams:
             )
         if self.n < 1:
             raise ConfigError(f"n must be at least 1, got {self.n}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32) or be None (a seed is drawn), got {self.seed}")
         self._check_ends()
+        self._check_adjustments()
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"logprobs must be None or lie in [0, {MAX_LOGPROBS}], got {self.logprobs}")
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings of `stop`."""
+        return _texts(self.stop)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """The pairs of token id and bias of `logit_bias`, sorted by token id."""
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias or ()
+        return tuple(sorted((token, float(bias)) for token, bias in pairs))
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the sample needs the programs that count generated tokens and add biases."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+    def _normalize(self) -> None:
+        """Give each of several ways to write a value the same form, so that they are equal and have one identity."""
+        forms = {
+            "stop": _texts(self.stop),
+            "bad_words": _texts(self.bad_words),
+            "stop_token_ids": tuple(self.stop_token_ids),
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "logit_bias": self.biases,
+        }
+        for name, value in forms.items():
+            object.__setattr__(self, name, value)
+
     def _check_types(self) -> None:
-        for name in ("max_tokens", "top_k", "n", "seed", "min_tokens"):
+        for name in ("max_tokens", "top_k", "n", "min_tokens"):
             _require_integer(name, getattr(self, name))
-        if self.logprobs is not None:
-            _require_integer("logprobs", self.logprobs)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{name} must be a number, got {value!r}")
-        for name in ("stop_token_ids", "stop"):
-            if not isinstance(getattr(self, name), tuple | list):
-                raise ConfigError(f"{name} must be a tuple, () for none, got {getattr(self, name)!r}")
+        for name in ("seed", "logprobs"):
+            if getattr(self, name) is not None:
+                _require_integer(name, getattr(self, name))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            _require_number(name, getattr(self, name))
+        if not isinstance(self.stop_token_ids, tuple | list):
+            raise ConfigError(f"stop_token_ids must be a tuple, () for none, got {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
             _require_integer("each of stop_token_ids", token)
+        for name in ("stop", "bad_words"):
+            value = getattr(self, name)
+            is_text = isinstance(value, str | None)
+            if not is_text and not (isinstance(value, tuple | list) and all(isinstance(each, str) for each in value)):
+                raise ConfigError(f"{name} must be a text or a tuple of texts, () for none, got {value!r}")
+        self._check_pairs()
         if not isinstance(self.ignore_eos, bool):
             raise ConfigError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
 
@@ -110,10 +167,46 @@ class SamplingParams:
             raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_token_ids)}")
         if any(token < 0 for token in self.stop_token_ids):
             raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
-        if not all(isinstance(string, str) and string for string in self.stop):
+        if not all(self.stop_strings):
             raise ConfigError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"min_tokens must lie in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
+
+    def _check_adjustments(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -_MAX_PENALTY <= getattr(self, name) <= _MAX_PENALTY:
+                raise ConfigError(
+                    f"{name} must lie in [-{_MAX_PENALTY}, {_MAX_PENALTY}] (0 disables it), got {getattr(self, name)}"
+                )
+        if not all(word.strip() for word in _texts(self.bad_words)):
+            raise ConfigError(f"bad_words must be a tuple of texts that are not blank, got {self.bad_words!r}")
+        if self.prompt_logprobs is not None:
+            raise ConfigError(
+                f"prompt_logprobs is {self.prompt_logprobs!r}, but log-probabilities of prompt tokens are not "
+                "supported; leave it None. Those of generated tokens are: set logprobs"
+            )
+        for token, bias in self.biases:
+            if token < 0:
+                raise ConfigError(f"logit_bias has token id {token}; token ids are not negative")
+            if not -_MAX_BIAS <= bias <= _MAX_BIAS and bias != -math.inf:
+                raise ConfigError(
+                    f"logit_bias[{token}] must lie in [-{_MAX_BIAS:g}, {_MAX_BIAS:g}] or be -inf (a ban), got {bias}"
+                )
+        twice = [token for (token, _), (after, _) in itertools.pairwise(self.biases) if token == after]
+        if twice:
+            raise ConfigError(f"logit_bias has token id {twice[0]} twice; give each token one bias")
+        if len(self.biases) > MAX_LOGIT_BIAS:
+            raise ConfigError(f"at most {MAX_LOGIT_BIAS} tokens may have a logit_bias, got {len(self.biases)}")
+
+    def _check_pairs(self) -> None:
+        pairs = () if self.logit_bias is None else self.logit_bias
+        if not isinstance(pairs, Mapping | tuple | list):
+            raise ConfigError(f"logit_bias must be a mapping from token ids to numbers, got {pairs!r:.80}")
+        for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"logit_bias must be a mapping, or pairs of token id and number, got {pair!r:.80}")
+            _require_integer("each token id of logit_bias", pair[0])
+            _require_number(f"logit_bias[{pair[0]}]", pair[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +270,15 @@ class EngineSizes:
 def _require_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be an integer, got {value!r}")
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+
+
+def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.distributed.programs import Programs
-from simpo_pipeline.errors import CapacityError, ConfigError
+from simpo_pipeline.errors import CapacityError, ConfigError, ModelError
 from simpo_pipeline.inference.config import EngineSizes, pages_for
 from simpo_pipeline.inference.engine_programs import EnginePrograms, EngineWeights
-from simpo_pipeline.inference.forward import SampledTokens
+from simpo_pipeline.inference.forward import NOT_FINITE, SampledTokens
 from simpo_pipeline.inference.scheduler import Round, Scheduler
 from simpo_pipeline.inference.sequence import Completion, Request, SequenceState, TokenLogprobs
 from simpo_pipeline.inference.stop_strings import StopMatcher
@@ -143,11 +144,16 @@ class Engine:
 
         Raises:
             CapacityError: See `check_requests`.
-            ConfigError: A request has stop strings, but the engine was created without `decode`.
+            ConfigError: A request has stop strings, but the engine was created without `decode`; or it has no seed, or
+                bad words that are not yet tokens (`with_bad_words`).
         """
         check_requests(requests, self.sizes, self.model_config.vocab_size)
         if self._text_of is None and any(request.sampling.stop for request in requests):
             raise ConfigError("requests have stop strings, but the engine was created without `decode`; pass `decode`")
+        if any(request.sampling.seed is None or request.sampling.bad_words for request in requests):
+            raise ConfigError(
+                "requests have seed None or bad_words; draw a seed, and convert words with `with_bad_words`"
+            )
 
     def lay_out(self, weights: Llama) -> EngineWeights:
         """Convert the weights to the programs' layouts, once for several calls of `generate` with the same weights."""
@@ -174,10 +180,13 @@ class Engine:
 
         Raises:
             CapacityError, ConfigError: See `check`; raised before any device work.
+            ModelError: The logits of a request are not finite. The message names the request.
         """
         self.check(requests)
         if not requests:
             return [], GenerationStats()
+        if any(request.sampling.adjusts_logits for request in requests):
+            self._programs.compile_adjusted()
         scheduler = Scheduler(self.sizes, self._programs.chunk_sizes)
         work = [SequenceState(request, index, self._matcher(request)) for index, request in enumerate(requests)]
         for sequence in work:
@@ -217,7 +226,7 @@ class Engine:
     def _matcher(self, request: Request) -> StopMatcher | None:
         if not request.sampling.stop or self._text_of is None:
             return None
-        return StopMatcher(self._text_of, request.sampling.stop)
+        return StopMatcher(self._text_of, request.sampling.stop_strings, request.prompt_tokens)
 
 
 def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> None:
@@ -251,10 +260,15 @@ def check_requests(requests: Requests, sizes: EngineSizes, vocab_size: int) -> N
 
 
 def _fetch_drawn(current: Round, drawn: SampledTokens | None) -> list[tuple[list[int], list[TokenLogprobs]]]:
-    """Wait for a round and return each decoding sequence's sampled tokens, with log-probabilities if requested."""
+    """Wait for a round and return each decoding sequence's sampled tokens, with log-probabilities if requested.
+
+    Raises:
+        ModelError: The logits of a sequence are not finite.
+    """
     if drawn is None:
         return []
     rows = np.asarray(drawn.tokens)[: len(current.decoding)]
+    _refuse_not_finite(current, rows)
     counts = np.sum(rows >= 0, axis=1).tolist()
     tokens = [row[:count] for row, count in zip(rows.tolist(), counts, strict=True)]
     num_tops = [sequence.request.sampling.logprobs for sequence in current.decoding]
@@ -269,15 +283,36 @@ def _fetch_drawn(current: Round, drawn: SampledTokens | None) -> list[tuple[list
             else [
                 TokenLogprobs(
                     float(chosen[row, at]),
-                    tuple(
-                        zip(top_ids[row, at, :num_top].tolist(), top_logprobs[row, at, :num_top].tolist(), strict=True)
-                    ),
+                    _top_pairs(top_ids[row, at, :num_top], top_logprobs[row, at, :num_top]),
                 )
                 for at in range(len(each))
             ],
         )
         for row, (each, num_top) in enumerate(zip(tokens, num_tops, strict=True))
     ]
+
+
+def _top_pairs(
+    token_ids: Int[np.ndarray, " tops"], logprobs: Float[np.ndarray, " tops"]
+) -> tuple[tuple[int, float], ...]:
+    """Return the pairs of the most likely tokens; fewer than requested if the vocabulary is smaller."""
+    pairs = zip(token_ids.tolist(), logprobs.tolist(), strict=True)
+    return tuple((token, logprob) for token, logprob in pairs if token >= 0)
+
+
+def _refuse_not_finite(current: Round, rows: Int[np.ndarray, "rows max_steps"]) -> None:
+    wrong = np.argwhere(rows == NOT_FINITE).tolist()
+    if not wrong:
+        return
+    row, at = wrong[0]
+    sequence = current.decoding[row]
+    request, num_tokens = sequence.request, len(sequence.generated) + at
+    others = f", and neither are those of {len(wrong) - 1} other requests" if len(wrong) > 1 else ""
+    raise ModelError(
+        f"the logits of prompt {request.global_prompt_index}, sample {request.sample_index} are not finite after "
+        f"{len(request.prompt_tokens)} prompt tokens and {num_tokens} generated tokens{others}. The weights hold NaN "
+        "or infinity, or the data type cannot hold what they compute: check where they come from, or use float32"
+    )
 
 
 class _Tally:

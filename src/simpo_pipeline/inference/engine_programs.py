@@ -87,6 +87,9 @@ class EnginePrograms:
         self._decode = {size: self._compile_decode(size) for size in rows}
         self._mixed_rows = rows[-1]
         self._mixed = {size: self._compile_mixed(size, self._mixed_rows) for size in chunks}
+        # The same for rounds in which a row has `LogitAdjustments`.
+        self._adjusted_decode: dict[int, Program] = {}
+        self._adjusted_mixed: dict[int, Program] = {}
         # Prefill-only rounds with few tokens are rare; they use a mixed program without decode rows.
         self._prefill_tokens = chunks[-1]
         self._prefill = self._compile_prefill(self._prefill_tokens)
@@ -99,7 +102,8 @@ class EnginePrograms:
     @property
     def all(self) -> list[Program]:
         """Every program that updates the cache."""
-        return [self._copy_pages, *self._decode.values(), *self._mixed.values(), self._prefill]
+        decode, mixed = self._decode | self._adjusted_decode, self._mixed | self._adjusted_mixed
+        return [self._copy_pages, *decode.values(), *mixed.values(), self._prefill]
 
     @property
     def temporary_bytes(self) -> int:
@@ -108,6 +112,14 @@ class EnginePrograms:
         return second_layout + max(
             each.memory_bytes.temporary + each.memory_bytes.outputs - each.memory_bytes.aliased for each in self.all
         )
+
+    def compile_adjusted(self) -> None:
+        """Compile the programs for rounds in which a row has `LogitAdjustments`, once. Few jobs need them."""
+        if not self._adjusted_decode:
+            self._adjusted_mixed = {
+                size: self._compile_mixed(size, self._mixed_rows, adjusts_logits=True) for size in self._mixed
+            }
+            self._adjusted_decode = {size: self._compile_decode(size, adjusts_logits=True) for size in self._decode}
 
     def lay_out(self, weights: Llama) -> EngineWeights:
         """Convert the weights to the programs' layouts; the layers are copied where that makes programs faster."""
@@ -125,18 +137,21 @@ class EnginePrograms:
         """Launch a round and return immediately; the devices fill the returned arrays asynchronously."""
         cache = self._copied(cache, current)
         chunks, rows = current.chunks, current.decoding
+        adjusts = any(sequence.request.sampling.adjusts_logits for sequence in rows)
+        decode = self._adjusted_decode if adjusts else self._decode
+        mixed = self._adjusted_mixed if adjusts else self._mixed
         if not chunks:
-            batch = self._decode_batch(current, _smallest_fitting(len(rows), self._decode))
-            return self._decode[batch.tokens.shape[0]](weights.by_layer, cache, self._placed(pack((batch, step))))
+            batch = self._decode_batch(current, _smallest_fitting(len(rows), decode), adjusts_logits=adjusts)
+            return decode[batch.tokens.shape[0]](weights.by_layer, cache, self._placed(pack((batch, step))))
         size = _smallest_fitting(sum(chunk.num_tokens for chunk in chunks), self._mixed)
         prefills = prefill_batch(chunks, self._sizes, size)
         if not rows and size == self._prefill_tokens:
             return self._prefill(weights.stacked, cache, self._placed(pack((prefills,)))), None
-        batch = self._decode_batch(current, self._mixed_rows)
-        return self._mixed[size](weights.stacked, cache, self._placed(pack((prefills, batch, step))))
+        batch = self._decode_batch(current, self._mixed_rows, adjusts_logits=adjusts)
+        return mixed[size](weights.stacked, cache, self._placed(pack((prefills, batch, step))))
 
-    def _decode_batch(self, current: Round, num_rows: int) -> DecodeBatch:
-        return decode_batch(current, self._sizes, num_rows, self._model.vocab_size)
+    def _decode_batch(self, current: Round, num_rows: int, *, adjusts_logits: bool) -> DecodeBatch:
+        return decode_batch(current, self._sizes, num_rows, self._model.vocab_size, adjusts_logits=adjusts_logits)
 
     def _copied(self, cache: KVCache, current: Round) -> KVCache:
         for start in range(0, len(current.copies), _PAGES_PER_COPY):
@@ -186,18 +201,20 @@ class EnginePrograms:
             out_shardings=_placement(self._cache),
         )
 
-    def _compile_mixed(self, num_tokens: int, num_rows: int) -> Program:
+    def _compile_mixed(self, num_tokens: int, num_rows: int, *, adjusts_logits: bool = False) -> Program:
+        batch = self._decode_batch(_EMPTY_ROUND, num_rows, adjusts_logits=adjusts_logits)
         return self._compile_round(
-            f"prefill_{num_tokens}_decode_{num_rows}",
+            f"prefill_{num_tokens}_{'adjusted_' if adjusts_logits else ''}decode_{num_rows}",
             functools.partial(prefill_and_decode, dtype=self._dtype, split=self._split),
             self._weights.stacked,
-            (prefill_batch((), self._sizes, num_tokens), self._decode_batch(_EMPTY_ROUND, num_rows), np.uint32(0)),
+            (prefill_batch((), self._sizes, num_tokens), batch, np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
         )
 
-    def _compile_decode(self, num_rows: int) -> Program:
+    def _compile_decode(self, num_rows: int, *, adjusts_logits: bool = False) -> Program:
+        batch = self._decode_batch(_EMPTY_ROUND, num_rows, adjusts_logits=adjusts_logits)
         return self._compile_round(
-            f"decode_{num_rows}",
+            f"{'adjusted_' if adjusts_logits else ''}decode_{num_rows}",
             functools.partial(
                 decode,
                 max_steps=self._sizes.decode_steps_per_call,
@@ -206,7 +223,7 @@ class EnginePrograms:
                 head_parts=self._head_parts or 1,
             ),
             self._weights.by_layer,
-            (self._decode_batch(_EMPTY_ROUND, num_rows), np.uint32(0)),
+            (batch, np.uint32(0)),
             out_shardings=(_placement(self._cache), self._replicated),
             options=self._decode_options,
         )

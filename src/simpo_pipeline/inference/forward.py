@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from simpo_pipeline.inference.batches import DecodeBatch, PrefillBatch
 from simpo_pipeline.inference.config import MAX_LOGPROBS
 from simpo_pipeline.inference.kv_cache import KVCache, TokenLocations
+from simpo_pipeline.inference.logit_adjustments import counted, first_counts
 from simpo_pipeline.inference.logprobs import token_logprobs
-from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit, draw_tokens
+from simpo_pipeline.inference.sampling import UNSPLIT, VocabSplit, are_finite, draw_tokens
 from simpo_pipeline.inference.seen_tokens import mark_seen
 from simpo_pipeline.model.transformer import (
     AnyLlama,
@@ -34,11 +35,15 @@ from simpo_pipeline.model.transformer import (
 )
 from simpo_pipeline.ops.paged_batch import PagedSequences
 
+# Stands for the token of a row whose logits are not finite, which no token can be sampled from. It ends the row.
+NOT_FINITE = -2
+
 
 class SampledTokens(NamedTuple):
     """Tokens that the rows of a decode round sampled at each step, including stop tokens; -1 after a row has finished.
 
-    Log-probabilities are zeros if no row requests them.
+    `NOT_FINITE` stands for the token of a row whose logits are not finite. Log-probabilities are zeros if no row
+    requests them.
     """
 
     tokens: Int[Array, "rows max_steps"]
@@ -90,7 +95,7 @@ def prefill_and_decode(
 ) -> tuple[KVCache, SampledTokens]:
     """Add the keys and values of `chunks` to the cache and sample one token per row of `batch`, in one forward pass."""
     num_rows = batch.tokens.shape[0]
-    state = _first_state(cache, batch, max_steps=1)
+    state = _first_state(cache, batch, weights.config.vocab_size, max_steps=1)
     locations = _joined(_decode_locations(batch, state), _prefill_locations(chunks, cache))
     tokens = jnp.concatenate([state.tokens, jnp.asarray(chunks.tokens)])
     hidden, cache = _hidden(weights, cache, tokens, locations, dtype)
@@ -126,7 +131,8 @@ def decode(
         num_ended = jnp.sum(may_draw & ~state.alive, dtype=jnp.int32)
         return jnp.any(state.alive) & (num_ended < batch.num_ended)
 
-    end = lax.while_loop(should_continue, decode_step, _first_state(cache, batch, max_steps))
+    first = _first_state(cache, batch, weights.config.vocab_size, max_steps)
+    end = lax.while_loop(should_continue, decode_step, first)
     return end.cache, end.drawn
 
 
@@ -137,17 +143,20 @@ class _Decoding(NamedTuple):
     tokens: Int[Array, " rows"]  # the next input tokens
     alive: Bool[Array, " rows"]
     seen: UInt32[Array, "rows words"]
+    counts: Int[Array, "rows vocab"] | None  # of generated tokens; None in programs without adjustments
     drawn: SampledTokens
     num_done: Int[Array, ""]
 
 
-def _first_state(cache: KVCache, batch: DecodeBatch, max_steps: int) -> _Decoding:
+def _first_state(cache: KVCache, batch: DecodeBatch, vocab_size: int, max_steps: int) -> _Decoding:
     num_rows = batch.tokens.shape[0]
+    adjustments = batch.sampling.adjustments
     return _Decoding(
         cache=cache,
         tokens=jnp.asarray(batch.tokens),
         alive=jnp.asarray(batch.num_steps) > 0,
         seen=jnp.asarray(batch.seen),
+        counts=None if adjustments is None else first_counts(adjustments, vocab_size),
         drawn=SampledTokens(
             tokens=jnp.full((num_rows, max_steps), -1, jnp.int32),
             chosen=jnp.zeros((num_rows, max_steps), jnp.float32),
@@ -169,17 +178,20 @@ def _after_draw(
     """Return the state after each active row has sampled a token from its hidden state [token, embed]."""
     out = logits(weights, hidden).array
     positions = _positions(batch, state)
-    tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen, split)
+    tokens = draw_tokens(out, batch.sampling, step, positions + 1, state.seen, split, state.counts)
     chosen, top_ids, top_logprobs = token_logprobs(out, tokens, batch.sampling)
     at = state.num_done
     stopped = jnp.any(tokens[:, None] == batch.sampling.stop_tokens, axis=-1)
+    # Before penalties and bans, which may set logits to -inf.
+    finite = are_finite(out, state.alive)
     return _Decoding(
         cache=state.cache,
         tokens=tokens,
-        alive=state.alive & ~stopped & (at + 1 < batch.num_steps),
+        alive=state.alive & finite & ~stopped & (at + 1 < batch.num_steps),
         seen=mark_seen(state.seen, tokens, state.alive),
+        counts=None if state.counts is None else counted(state.counts, tokens, state.alive),
         drawn=SampledTokens(
-            tokens=state.drawn.tokens.at[:, at].set(jnp.where(state.alive, tokens, -1)),
+            tokens=state.drawn.tokens.at[:, at].set(jnp.where(state.alive, jnp.where(finite, tokens, NOT_FINITE), -1)),
             chosen=state.drawn.chosen.at[:, at].set(chosen),
             top_ids=state.drawn.top_ids.at[:, at].set(top_ids),
             top_logprobs=state.drawn.top_logprobs.at[:, at].set(top_logprobs),

@@ -31,11 +31,20 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its completions; `prompt` is None if the prompt was passed as token ids."""
+    """A prompt and its completions.
+
+    Attributes:
+        prompt: Text of the prompt; None if it was passed as token ids.
+        prompt_token_ids: Token ids of the prompt.
+        outputs: One completion per sample. What the prompt decodes to, followed by the text of a completion, is what
+            the whole sequence decodes to.
+        seed: The seed of the samples. It repeats them in a call with the same prompts.
+    """
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    seed: int
 
 
 def completion_output(completion: Completion, decode: Decode) -> CompletionOutput:
@@ -62,7 +71,11 @@ def request_outputs(
     samples: list[list[Completion]] = [[] for _ in prompts]
     for completion in completions:
         samples[completion.request.global_prompt_index].append(completion)
-    return [
-        RequestOutput(prompt, own[0].request.prompt_tokens, tuple(completion_output(each, decode) for each in own))
-        for prompt, own in zip(prompts, samples, strict=True)
-    ]
+    return [_request_output(prompt, own, decode) for prompt, own in zip(prompts, samples, strict=True)]
+
+
+def _request_output(prompt: str | None, completions: Sequence[Completion], decode: Decode) -> RequestOutput:
+    request = completions[0].request
+    assert request.sampling.seed is not None, "the engine serves no request without a seed"
+    outputs = tuple(completion_output(each, decode) for each in completions)
+    return RequestOutput(prompt, request.prompt_tokens, outputs, request.sampling.seed)

@@ -63,6 +63,10 @@ class Matcher(Protocol):
         """Add tokens and return after how many of them the text contains a stop string, counted from 1, or None."""
         ...
 
+    def ignore(self, tokens: Sequence[int]) -> None:
+        """Add tokens whose stop strings do not count; all calls come before those of `push`."""
+        ...
+
 
 class SequenceState:
     """State of a request during generation: its tokens so far and the pages with their keys and values.
@@ -148,7 +152,6 @@ class SequenceState:
         if self._matcher is None:
             return None
         num_early = min(max(0, self.request.sampling.min_tokens - 1 - num_before), len(tokens))
-        num_pushed = num_early
-        self._matcher.push(tokens[:num_early])
+        self._matcher.ignore(tokens[:num_early])
         found = self._matcher.push(tokens[num_early:])
-        return None if found is None else num_pushed + found
+        return None if found is None else num_early + found

@@ -1,13 +1,14 @@
 """Conversion between token ids and text: end tokens of a sample, and the text of its tokens."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
-from simpo_pipeline.data.chat import Tokenizer
+from simpo_pipeline.data.tokenizer import Tokenizer
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.inference.config import MAX_STOP_TOKENS, SamplingParams
 from simpo_pipeline.inference.sequence import Completion
-from simpo_pipeline.inference.stop_strings import text_before_stop
+from simpo_pipeline.inference.stop_strings import known_length, text_before_stop, texts_at_end
 
 # Decodes token ids to text.
 Decode = Callable[[Sequence[int]], str]
@@ -17,7 +18,7 @@ def make_decoder(tokenizer: Tokenizer) -> Decode:
     """Return a decoder of generated tokens that skips special tokens and does not clean up spaces."""
 
     def decode(tokens: Sequence[int]) -> str:
-        return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     return decode
 
@@ -26,11 +27,12 @@ def with_end_tokens(sampling: SamplingParams, end_tokens: Sequence[int], vocab_s
     """Return `sampling` with the tokenizer's `end_tokens` added as stop tokens, unless it has `ignore_eos`.
 
     Raises:
-        ConfigError: A stop token is not in the model's vocabulary, or there are too many stop tokens.
+        ConfigError: A stop token or a biased token is not in the model's vocabulary, or there are too many stop tokens.
     """
-    unknown = [token for token in sampling.stop_token_ids if token >= vocab_size]
-    if unknown:
-        raise ConfigError(f"stop_token_ids has {unknown[0]}; the model's token ids are 0 to {vocab_size - 1}")
+    for name, tokens in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", dict(sampling.biases))):
+        unknown = [token for token in tokens if token >= vocab_size]
+        if unknown:
+            raise ConfigError(f"{name} has {unknown[0]}; the model's token ids are 0 to {vocab_size - 1}")
     if sampling.ignore_eos:
         return sampling
     stop_token_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *end_tokens)))
@@ -42,14 +44,43 @@ def with_end_tokens(sampling: SamplingParams, end_tokens: Sequence[int], vocab_s
     return dataclasses.replace(sampling, stop_token_ids=stop_token_ids)
 
 
+def with_bad_words(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """Return `sampling` with its bad words as bans of tokens in `logit_bias`.
+
+    As in vLLM, a word is banned as it is tokenized alone, and as it is tokenized after a blank if that is the same
+    number of tokens with another first token.
+
+    Raises:
+        ConfigError: A word takes several tokens. To ban it, the programs would have to compare the last tokens too.
+    """
+    banned: set[int] = set()
+    for word in sampling.bad_words or ():
+        alone, after_blank = (
+            list(tokenizer.encode(start + word.lstrip(), add_special_tokens=False)) for start in ("", " ")
+        )
+        if len(alone) != 1:
+            raise ConfigError(
+                f"bad_words has {word!r}, which is {len(alone)} tokens of this vocabulary, {alone[:8]}; only words of "
+                "one token are supported. Ban single tokens with logit_bias (-inf), or end the text with stop"
+            )
+        banned.update(alone, after_blank if len(after_blank) == 1 else ())
+    if not banned:
+        return sampling
+    biases = dict(sampling.biases) | dict.fromkeys(banned, -math.inf)
+    return dataclasses.replace(sampling, bad_words=(), logit_bias=biases)
+
+
 def text_of(completion: Completion, decode: Decode) -> str:
-    """Return the generated text, without the stop token or stop string that ended it."""
-    tokens = completion.tokens
-    match completion.finish_reason:
-        case "stop":
-            return decode(tokens[:-1])
-        case "stop_string":
-            # Stop strings before `min_tokens` did not count; the one that ended the sample came with the last token.
-            return text_before_stop(decode(tokens), completion.request.sampling.stop, seen=decode(tokens[:-1]))
-        case "length":
-            return decode(tokens)
+    """Return the generated text, without the stop token or stop string that ended it.
+
+    It is what the tokens add to the text of the prompt, so both together are what the whole sequence decodes to. If the
+    prompt ends inside a character, the generated text begins with that character.
+    """
+    prompt, sampling = completion.request.prompt_tokens, completion.request.sampling
+    tokens = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
+    whole = decode((*prompt, *tokens))
+    start = known_length(texts_at_end(decode, prompt), whole)
+    if completion.finish_reason != "stop_string":
+        return whole[start:]
+    ignored = texts_at_end(decode, (*prompt, *tokens[: max(0, sampling.min_tokens - 1)]))
+    return text_before_stop(whole[start:], sampling.stop_strings, seen=whole[start : known_length(ignored, whole)])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from simpo_pipeline.data.prompts import load_prompts
+from simpo_pipeline.data.prompts import load_prompts, num_bytes
 from simpo_pipeline.data.rows import RowShape, max_padded_shape
 from simpo_pipeline.distributed.mesh import DATA_AXIS, local_mesh, training_mesh
 from simpo_pipeline.distributed.programs import LoweredProgram
@@ -193,7 +193,7 @@ def _largest_workload(job: PreflightJob, num_hosts: int) -> Workload:
     """Return the workload of the host with the most prompts, if each has the maximum length of the longest prompt."""
     prompts = load_prompts(job.prompts)
     # A byte-level tokenizer produces at most one token per byte, and a beginning-of-sequence token.
-    longest = max(len(prompt.encode()) + 1 for prompt in prompts)
+    longest = max(num_bytes(prompt) + 1 for prompt in prompts)
     num_requests = math.ceil(len(prompts) / num_hosts) * job.sampling.n
     total = longest + job.sampling.max_tokens
     return Workload(num_requests, longest, total, num_requests * total)

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo_pipeline.errors import ModelError
+from simpo_pipeline.model.hf_config import named, number, refuse_unsupported, refused, whole_number
 
-# Keys of config.json that change what the model computes, with the only value that is supported.
-_REQUIRED_VALUES: Mapping[str, object] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-}
+# Array indices are int32 on the devices.
+_MAX_SIZE = 2**31 - 1
+# Every layer has its own tensors, so a wrong number of layers would mean names without end.
+_MAX_LAYERS = 10_000
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_LLAMA3_KEYS = frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,9 @@ class Llama3RopeScaling:
     original_max_seq_len: int
 
     def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            if not math.isfinite(getattr(self, name)):
+                raise ModelError(f"rope scaling has {name} {getattr(self, name)}; it must be a finite number")
         if self.factor < 1 or self.original_max_seq_len < 1:
             raise ModelError(
                 f"rope scaling has factor {self.factor} and original_max_position_embeddings "
@@ -66,6 +68,9 @@ class LlamaConfig:
             size = getattr(self, field.name)
             if field.type is int and size < 1:
                 raise ModelError(f"{field.name} must be at least 1, got {size}")
+            most = _MAX_LAYERS if field.name == "num_layers" else _MAX_SIZE
+            if field.type is int and size > most:
+                raise ModelError(f"{field.name} must be at most {most}, got {size!r:.40}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}): "
@@ -89,33 +94,33 @@ class LlamaConfig:
     def from_hf(cls, hf_config: Mapping[str, Any]) -> "LlamaConfig":
         """Convert a Hugging Face config of `LlamaForCausalLM`, in the format of transformers 4 or 5.
 
+        A null means what it means there: for `num_key_value_heads`, `head_dim` and the rope dictionaries, the default.
+
         Raises:
-            ModelError: The config requires something that this model does not support, or lacks a size.
+            ModelError: The config requires something that this model does not support, lacks a size, or has a value
+                of another type. The message names the key.
         """
-        _refuse_unsupported(hf_config)
-        try:
-            num_heads = int(hf_config["num_attention_heads"])
-            hidden_size = int(hf_config["hidden_size"])
-            rope_theta, rope_scaling = _rope_from_hf(hf_config)
-            return cls(
-                hidden_size=hidden_size,
-                intermediate_size=int(hf_config["intermediate_size"]),
-                num_layers=int(hf_config["num_hidden_layers"]),
-                num_heads=num_heads,
-                num_kv_heads=int(hf_config.get("num_key_value_heads") or num_heads),
-                head_dim=int(hf_config.get("head_dim") or hidden_size // num_heads),
-                vocab_size=int(hf_config["vocab_size"]),
-                max_seq_len=int(hf_config["max_position_embeddings"]),
-                rms_norm_eps=float(hf_config["rms_norm_eps"]),
-                rope_theta=rope_theta,
-                rope_scaling=rope_scaling,
-                tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-                initializer_range=float(hf_config.get("initializer_range", 0.02)),
-            )
-        except KeyError as missing:
-            raise ModelError(
-                f"the model's config.json has no {missing}; a complete config of LlamaForCausalLM is required"
-            ) from None
+        refuse_unsupported(hf_config)
+        num_heads, hidden_size = whole_number(hf_config, "num_attention_heads"), whole_number(hf_config, "hidden_size")
+        rope_theta, rope_scaling = _rope_from_hf(hf_config)
+        tied = hf_config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise refused("tie_word_embeddings", tied, "it must be true or false")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=whole_number(hf_config, "intermediate_size"),
+            num_layers=whole_number(hf_config, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=whole_number(hf_config, "num_key_value_heads", unset=num_heads),
+            head_dim=_head_dim(hf_config, hidden_size, num_heads),
+            vocab_size=whole_number(hf_config, "vocab_size"),
+            max_seq_len=whole_number(hf_config, "max_position_embeddings"),
+            rms_norm_eps=number(hf_config, "rms_norm_eps"),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_word_embeddings=tied,
+            initializer_range=number(hf_config, "initializer_range", default=0.02),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """Return this config as a Hugging Face `config.json`. `from_hf` converts it back to an equal config.
@@ -155,33 +160,75 @@ class LlamaConfig:
         }
 
 
-def _refuse_unsupported(hf_config: Mapping[str, Any]) -> None:
-    architectures = hf_config.get("architectures") or ["LlamaForCausalLM"]
-    model_type = hf_config.get("model_type", "llama")
-    if model_type != "llama" or list(architectures) != ["LlamaForCausalLM"]:
+def _head_dim(hf_config: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
+    if hf_config.get("head_dim") is not None:
+        return whole_number(hf_config, "head_dim")
+    if num_heads < 1 or hidden_size % num_heads:
         raise ModelError(
-            f"architecture {', '.join(map(str, architectures))} (model_type {model_type!r}) is not supported; "
-            "only LlamaForCausalLM (model_type 'llama') is"
+            f"config.json has no head_dim, and hidden_size ({hidden_size!r:.40}) is not a multiple of "
+            f"num_attention_heads ({num_heads!r:.40}); add head_dim, or correct the sizes"
         )
-    for key, supported in _REQUIRED_VALUES.items():
-        value = hf_config.get(key, supported)
-        if value != supported:
-            raise ModelError(f"config.json has {key}: {value!r}; only {supported!r} is supported")
+    return hidden_size // num_heads
 
 
 def _rope_from_hf(hf_config: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     """Return (theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", hf_config.get("rope_theta", 10_000.0)))
+    theta = number(hf_config, "rope_theta", default=10_000.0)
+    if hf_config.get("partial_rotary_factor") is not None:
+        _refuse_partial_rotation(hf_config)
+    found = {key: hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key) is not None}
+    ropes = {key: _rope_of(key, rope, theta) for key, rope in found.items() if rope != {}}
+    if len(set(ropes.values())) > 1:
+        raise ModelError(
+            "config.json has rope_parameters and rope_scaling, which contradict each other; remove the wrong one"
+        )
+    theta_of_rope, scaling = next(iter(ropes.values()), (theta, None))
+    if "rope_theta" in hf_config and theta_of_rope != theta:
+        raise ModelError(
+            f"config.json has rope_theta: {theta} and {theta_of_rope} in {next(iter(ropes))}; remove the wrong one"
+        )
+    original = hf_config.get("original_max_position_embeddings")
+    if scaling is not None and original not in (None, scaling.original_max_seq_len):
+        raise refused(
+            "original_max_position_embeddings", original, f"its rope scaling has {scaling.original_max_seq_len}"
+        )
+    return theta_of_rope, scaling
+
+
+def _rope_of(name: str, rope: Any, default_theta: float) -> tuple[float, Llama3RopeScaling | None]:
+    """Return (theta, scaling) from the dictionary with this name."""
+    if not isinstance(rope, Mapping):
+        raise refused(name, rope, "it must be an object or null")
     # Before transformers 4.43 the key was "type".
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope] or ["default"]
+    if any(kind != kinds[0] for kind in kinds) or not isinstance(kinds[0], str):
+        raise refused(f"{name}.rope_type", kinds, "it must be one name; remove the wrong one")
+    if kinds[0] not in ("default", "llama3"):
+        raise ModelError(
+            f"config.json has {name}: rope type {kinds[0]!r:.40} is not supported; only 'default' and 'llama3' are"
+        )
+    known = _ROPE_KEYS | (_LLAMA3_KEYS if kinds[0] == "llama3" else frozenset())
+    unknown = sorted(map(str, rope.keys() - known))
+    if unknown:
+        raise refused(
+            f"{name}.{unknown[0]}",
+            rope.get(unknown[0]),
+            f"rope type {kinds[0]!r} has only the keys {', '.join(sorted(known))}",
+        )
+    if "partial_rotary_factor" in rope:
+        _refuse_partial_rotation(rope, name)
+    theta = number(rope, "rope_theta", default=default_theta, within=name)
+    if kinds[0] == "default":
         return theta, None
-    if rope_type != "llama3":
-        raise ModelError(f"rope type {rope_type!r} is not supported; only 'default' and 'llama3' are")
     return theta, Llama3RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_seq_len=int(rope["original_max_position_embeddings"]),
+        factor=number(rope, "factor", within=name),
+        low_freq_factor=number(rope, "low_freq_factor", within=name),
+        high_freq_factor=number(rope, "high_freq_factor", within=name),
+        original_max_seq_len=whole_number(rope, "original_max_position_embeddings", within=name),
     )
+
+
+def _refuse_partial_rotation(values: Mapping[str, Any], within: str = "") -> None:
+    key = "partial_rotary_factor"
+    if number(values, key, within=within) != 1:
+        raise refused(named(key, within), values[key], "only 1 is supported: whole heads are rotated")

@@ -37,6 +37,17 @@ TOP_TENSORS: Mapping[str, str] = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+_NEEDED_KEYS = (
+    *("llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length"),
+    *("llama.attention.head_count", "llama.attention.head_count_kv", "llama.attention.layer_norm_rms_epsilon"),
+    *("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"),
+    *("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id"),
+)
+# Other keys of a model that are heeded or checked.
+_OTHER_KEYS = (
+    *("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count"),
+    *("llama.rope.freq_base", "llama.rope.scaling.type", "llama.vocab_size"),
+)
 CONTROL_TOKEN = 3  # GGUF's type for tokens that mark structure and are never text
 
 
@@ -44,14 +55,18 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
     """Write config.json, generation_config.json, model.safetensors (fp32) and the tokenizer's files to `folder`.
 
     Raises:
-        ModelError: The file is not a Llama with a SmolLM tokenizer and a chat template.
+        ModelError: The file is not a whole Llama with a SmolLM tokenizer and a chat template.
     """
     gguf_path, folder = Path(gguf_path), Path(folder)
-    reader = GGUFReader(gguf_path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        reader = GGUFReader(gguf_path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ModelError(f"{gguf_path} is cut off or is no GGUF file ({error}); download it again") from error
     _refuse_unsupported(gguf_path, fields)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _model_config(fields, tied="output.weight" not in tensors)
+    _refuse_other_heads(gguf_path, fields, config)
     weights = {_hf_name(name): _weights(tensor, config) for name, tensor in tensors.items()}
     special_ids = {
         f"{role}_token_id": int(fields[f"tokenizer.ggml.{name}_token_id"])
@@ -78,8 +93,33 @@ def _refuse_unsupported(gguf_path: Path, fields: Mapping[str, Any]) -> None:
             )
     if "tokenizer.chat_template" not in fields:
         raise ModelError(f"{gguf_path}: the tokenizer has no chat template; use the instruction-tuned model")
+    missing = [key for key in _NEEDED_KEYS if key not in fields]
+    if missing:
+        raise ModelError(f"{gguf_path} has no {', '.join(missing)}; download it again, or use the model's safetensors")
+    unknown = [key for key in fields if key.startswith("llama.") and key not in _NEEDED_KEYS + _OTHER_KEYS]
+    if unknown:
+        raise ModelError(
+            f"{gguf_path}: {unknown[0]} is {fields[unknown[0]]!r:.80}, which may change what the model computes and is "
+            "not supported in GGUF files; use the model's safetensors"
+        )
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ModelError(f"{gguf_path}: rope scaling is not supported in GGUF files; use the model's safetensors")
+
+
+def _refuse_other_heads(gguf_path: Path, fields: Mapping[str, Any], config: LlamaConfig) -> None:
+    """Refuse values and rotations of only a part of each head."""
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if fields.get(key, config.head_dim) != config.head_dim:
+            raise ModelError(
+                f"{gguf_path}: {key} is {fields[key]!r:.40}; only the size of a head, {config.head_dim}, is supported, "
+                "use the model's safetensors"
+            )
+    num_tokens = fields.get("llama.vocab_size", config.vocab_size)
+    if num_tokens != config.vocab_size:
+        raise ModelError(
+            f"{gguf_path}: llama.vocab_size is {num_tokens!r:.40}, but its tokenizer has {config.vocab_size} tokens; "
+            "use the model's safetensors"
+        )
 
 
 def _model_config(fields: Mapping[str, Any], *, tied: bool) -> LlamaConfig:

@@ -6,10 +6,12 @@ stacked:
     model.layers.{i}.self_attn.q_proj.weight [heads * head_size, embed] <-> layers.wq [layers, heads, head_size, embed]
 
 Tensors are read one at a time, directly into the shards of this process's devices. A host reads only these shards, and
-needs memory for about one copy of them. This module does not know about tokenizers or other formats (see
-`gguf_weights`).
+needs memory for about one copy of them. The files are checked before (see `safetensors_files`). This module does not
+know about tokenizers or other formats (see `gguf_weights`).
 """
 
+import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,19 +22,30 @@ import numpy as np
 from haliax import Axis, NamedArray
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
-from simpo_pipeline.model.transformer import Llama, LlamaLayers
-from simpo_pipeline.storage.files import exists, local_copy, read_json, write_json
+from simpo_pipeline.model.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    parse_object,
+    same_values,
+    stored_tensors,
+)
+from simpo_pipeline.model.transformer import Llama, LlamaLayers, abstract_llama
+from simpo_pipeline.storage.files import list_names, local_copy, read_bytes, write_json
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# A LoRA adapter changes the weights of the model in the same folder.
+_ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+_DTYPES = ("F32", "F16", "BF16")
 
 # The size at which Hugging Face itself splits weights.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -63,13 +76,37 @@ ReadTensor = Callable[[str, Index], np.ndarray]
 
 
 def load_config(path: str) -> LlamaConfig:
-    """Return the config of the model in a folder.
+    """Return the config of the model in a folder, after a check of the folder's weights against it.
+
+    The check reads the headers of all weight files (see `stored_tensors`). A head that config.json calls tied is
+    compared with the embedding, and if their values differ, the returned config is untied, as in transformers. A folder
+    without weights has only its config checked.
 
     Raises:
-        ModelError: The model is not a Llama that this package supports.
+        ModelError: The model is not a Llama that this package supports, or its weights are not whole or do not match.
         PathNotFoundError: There is no config.json.
     """
-    return LlamaConfig.from_hf(read_json(join(path, CONFIG_FILE)))
+    config_path = join(path, CONFIG_FILE)
+    config = LlamaConfig.from_hf(parse_object(read_bytes(config_path), config_path))
+    names = list_names(path)
+    adapters = sorted(_ADAPTER_FILES.intersection(names))
+    if adapters:
+        raise ModelError(
+            f"{path!r} contains {' and '.join(adapters)}, an adapter that would not be applied; merge it into the "
+            "weights, or remove it"
+        )
+    if not any(name.endswith((".safetensors", INDEX_FILE)) for name in names):
+        return config
+    tensors = stored_tensors(path)
+    _check_tensors(path, abstract_llama(config, np.float32), tensors)
+    if not config.tie_word_embeddings or not _has_own_head(tensors):
+        return config
+    logger.warning(
+        "%s has tie_word_embeddings: true, but %s differs from %s in the weights, so they are NOT tied, as in "
+        "transformers; set it to false in config.json to make this explicit",
+        *(config_path, TOP_TENSORS["head"], TOP_TENSORS["embedding"]),
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def load_weights(path: str, abstract: Llama) -> Llama:
@@ -81,13 +118,19 @@ def load_weights(path: str, abstract: Llama) -> Llama:
             determine the part that each device gets; a leaf without a sharding goes to the first device.
 
     Raises:
-        ModelError: Tensors are missing, unexpected, or have another shape. The message names them.
+        ModelError: A file is not whole (see `stored_tensors`), or tensors are missing, unexpected, or have another
+            shape or dtype. The message names them. Or the head is tied in `abstract`, but not in the files.
     """
-    with ExitStack() as stack:
-        tensors = _open_tensors(path, stack)
-        _check_tensors(
-            path, abstract, {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+    stored = stored_tensors(path)
+    _check_tensors(path, abstract, stored)
+    if abstract.head is None and _has_own_head(stored):
+        raise ModelError(
+            f"{path!r} has {TOP_TENSORS['head']} with other values than {TOP_TENSORS['embedding']}, but was to be "
+            "loaded as a model without a head of its own; take its config from load_config"
         )
+    with ExitStack() as stack:
+        files = {file: _open_file(file, stack) for file in sorted({tensor.path for tensor in stored.values()})}
+        tensors = {name: files[tensor.path] for name, tensor in stored.items()}
 
         def read(name: str, part: Index) -> np.ndarray:
             return tensors[name].get_slice(name)[part]
@@ -175,34 +218,40 @@ def _stored_shape(axes: tuple[Axis, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _open_tensors(path: str, stack: ExitStack) -> dict[str, Any]:
-    """Return the open safetensors file of each tensor. Files are memory-mapped, not read."""
-    # A folder may contain the same weights twice, e.g. consolidated and sharded. These two names select the files.
-    if exists(join(path, SINGLE_FILE)):
-        file_names = [SINGLE_FILE]
-    elif exists(join(path, INDEX_FILE)):
-        file_names = sorted(set(read_json(join(path, INDEX_FILE))["weight_map"].values()))
-    else:
-        raise ModelError(f"{path!r} contains neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not supported")
-    tensors: dict[str, Any] = {}
-    for file_name in file_names:
-        local = stack.enter_context(local_copy(join(path, file_name)))
-        file = stack.enter_context(safe_open(local, framework="numpy"))
-        tensors |= dict.fromkeys(file.keys(), file)
-    return tensors
+def _open_file(path: str, stack: ExitStack) -> Any:
+    """Return an open safetensors file. It is memory-mapped, not read."""
+    local = stack.enter_context(local_copy(path))
+    try:
+        return stack.enter_context(safe_open(local, framework="numpy"))
+    except SafetensorError as error:
+        raise ModelError(f"{path} is no safetensors file ({error}); copy or download it again") from error
 
 
-def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, tuple[int, ...]]) -> None:
+def _has_own_head(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Return whether a head is stored whose values differ from those of the embedding."""
+    head = tensors.get(TOP_TENSORS["head"])
+    return head is not None and not same_values(head, tensors[TOP_TENSORS["embedding"]])
+
+
+def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, StoredTensor]) -> None:
     expected = stored_shapes(abstract)
-    # Old exports contain the rotary frequencies, and some tied models repeat the head. Neither is a parameter.
-    known = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-    known |= {TOP_TENSORS["head"]} if abstract.head is None else set()
+    if abstract.head is None and TOP_TENSORS["head"] in stored:
+        # Some tied models repeat the head.
+        expected[TOP_TENSORS["head"]] = expected[TOP_TENSORS["embedding"]]
     problems = [f"{name} is missing" for name in expected if name not in stored]
-    problems += [f"{name} is unexpected" for name in stored if name not in expected and name not in known]
+    # Old exports contain the rotary frequencies, which are no parameter.
     problems += [
-        f"{name} has shape {stored[name]} instead of {shape}"
+        f"{name} is unexpected" for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    ]
+    problems += [
+        f"{name} has shape {stored[name].shape} instead of {shape}"
         for name, shape in expected.items()
-        if name in stored and stored[name] != shape
+        if name in stored and stored[name].shape != shape
+    ]
+    problems += [
+        f"{name} has dtype {stored[name].dtype}, which is none of {', '.join(_DTYPES)}"
+        for name in expected
+        if name in stored and stored[name].dtype not in _DTYPES
     ]
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""

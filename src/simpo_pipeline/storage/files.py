@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.filesystem import storage_border
+from simpo_pipeline.storage.json_text import json_text
 from simpo_pipeline.storage.stores import store_of
 
 _NUM_READERS = 32
@@ -68,13 +69,21 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write or replace a file of indented JSON atomically."""
-    write_bytes(path, json_bytes(value))
+    """Write or replace a file of indented JSON atomically.
+
+    Raises:
+        DataError: The value contains something that JSON does not have, such as NaN.
+    """
+    write_bytes(path, json_bytes(value, path))
 
 
-def json_bytes(value: Any) -> bytes:
-    """Return the content of a JSON file, formatted like all JSON files here. Equal values give equal bytes."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def json_bytes(value: Any, path: str = "a JSON file") -> bytes:
+    """Return the content of a JSON file, formatted like all JSON files here. Equal values give equal bytes.
+
+    Raises:
+        DataError: The value contains something that JSON does not have, such as NaN. The message names `path`.
+    """
+    text = json_text(value, path, indent=2) + "\n"
     # Half of a surrogate pair, as in a file name that is not UTF-8, is written as a JSON escape: \udc80.
     return text.encode(errors="backslashreplace")
 

@@ -13,6 +13,7 @@ from simpo_pipeline.errors import DataError, SimpoPipelineError
 from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.files import open_read, write_bytes
 from simpo_pipeline.storage.filesystem import storage_border
+from simpo_pipeline.storage.json_text import json_text
 from simpo_pipeline.storage.stores import store_of
 
 
@@ -31,15 +32,11 @@ class JsonlWriter:
         """Append one row.
 
         Raises:
-            DataError: The row contains values that JSON does not have.
+            DataError: The row contains values that JSON does not have, such as NaN. The message names the key.
             StorageError: The writer is closed, or the line could not be written.
         """
-        try:
-            line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
-        except TypeError as error:
-            raise DataError(
-                f"A row for {self.path!r} is not JSON: {error}. Give str, int, float, bool, list, dict."
-            ) from error
+        # Half of a surrogate pair is written as a JSON escape, as in files.json_bytes.
+        line = json_text(dict(row), self.path).encode("utf-8", errors="backslashreplace") + b"\n"
         with storage_border("write", self.path), self._fence.hold():
             if self._closed:
                 raise ValueError("the writer is closed")

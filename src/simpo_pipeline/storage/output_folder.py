@@ -69,8 +69,13 @@ class OutputFolder:
         files.write_bytes(self._path_to_write(name), text.encode("utf-8"), self._fence)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write or replace a file of indented JSON."""
-        files.write_bytes(self._path_to_write(name), files.json_bytes(value), self._fence)
+        """Write or replace a file of indented JSON.
+
+        Raises:
+            DataError: The value contains something that JSON does not have, such as NaN.
+        """
+        path = self._path_to_write(name)
+        files.write_bytes(path, files.json_bytes(value, path), self._fence)
 
     def open_write(self, name: str) -> AbstractContextManager[BinaryIO]:
         """Yield a binary file to stream into. It appears after the block; if the block raises, it never does."""

@@ -5,6 +5,7 @@ device, or start a program there, unnoticed by the caller and on one host only. 
 results of a job.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +23,7 @@ class Tracker(Protocol):
         """Record numbers for `step` (finished updates); steps may come in any order, and none is dropped.
 
         Raises:
-            DataError: a value is not a Python number; the message names it.
+            DataError: a value is not a finite Python number; the message names it.
         """
         ...
 
@@ -60,14 +61,19 @@ class NoTracker:
 
 
 def check_metrics(metrics: Mapping[str, object]) -> None:
-    """Reject metrics that are not Python numbers.
+    """Reject metrics that are not finite Python numbers.
 
     Raises:
-        DataError: a value has another type; the message names it.
+        DataError: a value has another type, or is NaN or infinite; the message names it.
     """
     for name, value in metrics.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise DataError(
                 f"metric {name!r} is {type(value).__module__}.{type(value).__qualname__}, expected a Python int or "
                 f"float; convert it where it is computed, on every host, before it is logged"
+            )
+        if not math.isfinite(value):
+            raise DataError(
+                f"metric {name!r} is {value}, but metrics must be finite; find out why the computation gave it, on "
+                "every host: something before it has diverged"
             )

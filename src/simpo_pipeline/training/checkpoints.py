@@ -44,7 +44,7 @@ class CheckpointRecord:
     Attributes:
         name: Name of its folder within the folder of all checkpoints.
         step: Number of finished updates of the state.
-        data_position: Number of pairs read by then.
+        data_position: `Trainer.data_position` by then.
         digest: The joint digest of the processes' states.
         version: Identity of the step that wrote it.
         layout: Number of processes and mesh of the state; a digest is valid for this layout only.

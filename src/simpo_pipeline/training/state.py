@@ -52,7 +52,7 @@ def abstract_state(model_config: LlamaConfig, config: TrainerConfig, mesh: Mesh)
 
 
 def state_digest(state: TrainState, *, step: int, data_position: int) -> str:
-    """Return the SHA-256 (hex) of the state's bytes and the numbers of finished updates and of pairs read so far.
+    """Return the SHA-256 (hex) of the state's bytes, the number of finished updates and the position in the pairs.
 
     The digest covers the path, dtype, shape and bytes of each leaf, in tree order. Each process hashes its own shards,
     each one once even if it is replicated, ordered by position in the array. Hosts therefore have different digests,

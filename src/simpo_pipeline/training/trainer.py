@@ -6,12 +6,15 @@ that took the trainer may call `train_until` or `free`. Each update donates the 
 
     invariant: train_until(2), anything that only reads, train_until(7)  ==  train_until(7), bit for bit
 
-because an update depends only on the state, the update's number and the loader's batch of that number.
+because an update depends only on the state, the update's number and the loader's batch of that number. The trainer
+remembers which pairs it reads and after which update it began: with a loader of other pairs, it reads these from their
+beginning. It also remembers the shape of its batches, so that other pairs of similar lengths compile no new program.
 A failed update leaves no state rather than a partial one: from then on the trainer raises.
 
 This module does not know what happens between updates, or where metrics go.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from jax.sharding import Mesh
 
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.pairs import check_vocabulary
+from simpo_pipeline.data.rows import RowShape
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.distributed.mesh import DATA_AXIS, place
 from simpo_pipeline.distributed.programs import Program, Programs
@@ -72,6 +76,10 @@ class Trainer:
         self._programs = programs
         self._state: TrainState | None = None
         self._why_no_state = "none was loaded yet"
+        self._train_shape: RowShape | None = None
+        self._eval_shape: RowShape | None = None
+        self._data: str | None = None
+        self._data_begins_after = 0
         abstract = _abstract(config, model_config, mesh)
         if params is None:
             return
@@ -112,7 +120,15 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, config: TrainerConfig, model_path: str, step: int, load: LoadState, *, programs: Programs, mesh: Mesh
+        cls,
+        config: TrainerConfig,
+        model_path: str,
+        step: int,
+        load: LoadState,
+        *,
+        data_position: int,
+        programs: Programs,
+        mesh: Mesh,
     ) -> "Trainer":
         """Return a run after `step` updates, with the state from `load` (see `restore`).
 
@@ -122,21 +138,23 @@ class Trainer:
             ConfigError: the run does not fit the model or the mesh.
         """
         trainer = cls(config, load_config(model_path), None, programs=programs, mesh=mesh)
-        trainer.restore(step, load)
+        trainer.restore(step, load, data_position=data_position)
         return trainer
 
-    def restore(self, step: int, load: LoadState) -> None:
+    def restore(self, step: int, load: LoadState, *, data_position: int) -> None:
         """Replace the state with that of the same run after `step` updates.
 
         Args:
             step: Number of finished updates of the state that `load` returns.
             load: Returns the state for an abstract state, with its shapes, dtypes and shardings. The old state is freed
                 before the call, so the devices never hold two states.
+            data_position: The position at which the next loader is read on, as `data_position` gave it for that state.
         """
         if self._state is not None:
             self._lose_state(f"it was being replaced with the state after update {step}")
         self._state = load(_abstract(self.config, self.model_config, self.mesh))
         self.step = step
+        self._data, self._data_begins_after = None, step - data_position // self.config.train_batch_size
 
     @property
     def has_state(self) -> bool:
@@ -171,8 +189,12 @@ class Trainer:
 
     @property
     def data_position(self) -> int:
-        """Number of pairs read since the start of the run."""
-        return self.step * self.config.train_batch_size
+        """Number of pairs read since the run began to read its current pairs: all updates, if it had no others."""
+        return self._num_batches_read * self.config.train_batch_size
+
+    @property
+    def _num_batches_read(self) -> int:
+        return self.step - self._data_begins_after
 
     def digest(self) -> str:
         """Return the digest of state, finished updates and data position; equal digests continue identically."""
@@ -183,7 +205,8 @@ class Trainer:
 
         Args:
             stop: Number of finished updates at the end; at least `step`, and at most `config.num_train_steps`.
-            loader: The batches of the run; update n reads `loader.batch(n - 1)`.
+            loader: The batches of the run; update n reads `loader.batch(n - 1)`. If earlier updates read a loader of
+                other pairs, the first update from now on reads `loader.batch(0)`.
             on_step: Called after each update with `step` and the metrics of the update: those of `part_loss`,
                 `grad_norm` (before clipping), `learning_rate`, `tokens` (without padding), `padding_share`,
                 `tokens_per_second` and `step_seconds`.
@@ -204,6 +227,12 @@ class Trainer:
                 f"the loader serves {loader.num_updates} updates, but the run has {self.config.num_train_steps} "
                 "(num_train_steps). Build the loader from the config of the run."
             )
+        if self._data not in (None, loader.data_digest):
+            self._data_begins_after = self.step
+        self._data = loader.data_digest
+        if self._train_shape not in (None, loader.shape):
+            loader = dataclasses.replace(loader, earlier_shape=self._train_shape)
+        self._train_shape = loader.shape
         program = build_train_step(self._programs, self.model_config, self.config, self.mesh, loader.shape)
         while self.step < stop:
             metrics = self._update(loader, program)
@@ -217,6 +246,9 @@ class Trainer:
             DataError: a pair contains a token outside the vocabulary of the model.
         """
         self._check_loader(sweep)
+        if self._eval_shape not in (None, sweep.shape):
+            sweep = dataclasses.replace(sweep, earlier_shape=self._eval_shape)
+        self._eval_shape = sweep.shape
         program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
         batches: list[BatchMetrics] = []
         margins: list[float] = []
@@ -235,12 +267,12 @@ class Trainer:
 
     def _update(self, loader: PairLoader, program: Program) -> dict[str, float]:
         start = time.perf_counter()
-        batch = loader.batch(self.step)
+        batch = loader.batch(self._num_batches_read)
         metrics = self._advance(place_batch(batch, self.config, self.mesh), program)
         wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if wrong:
             self._lose_state(f"update {self.step + 1} was not finite")
-            ids = [loader.pairs[index].prompt_id for index in loader.indices(self.step)]
+            ids = [loader.pairs[index].prompt_id for index in loader.indices(self._num_batches_read)]
             raise TrainingError(
                 f"update {self.step + 1} gave {wrong}, but training needs finite values; the run stops. "
                 f"Check its pairs, {ids}, or lower optimizer.learning_rate ({self.config.optimizer.learning_rate})."

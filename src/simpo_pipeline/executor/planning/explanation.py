@@ -1,19 +1,23 @@
 """Explanation of why a step is new: its identity compared with those of steps of the same name in the same folder."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 from simpo_pipeline.errors import StorageError
+from simpo_pipeline.executor.planning.changed_code import changed_code, with_changed_code
 from simpo_pipeline.executor.planning.graph import Graph, Step
-from simpo_pipeline.executor.planning.identity import SHORT_HASH_LENGTH
+from simpo_pipeline.executor.planning.identity import SHORT_HASH_LENGTH, field_below
 from simpo_pipeline.executor.planning.order import Order
+from simpo_pipeline.executor.records.code import SourceFingerprints
 from simpo_pipeline.executor.records.info import read_info
-from simpo_pipeline.executor.run import PlanRow
+from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.executor.table import format_table
 from simpo_pipeline.storage.files import in_parallel, list_names
-from simpo_pipeline.storage.paths import base_name, join, parent
+from simpo_pipeline.storage.json_text import without_nan
+from simpo_pipeline.storage.paths import base_name, is_local, join, parent
 
 _MAX_SIBLINGS = 20
 _MAX_RECORDS_READ = 200
@@ -22,6 +26,8 @@ _MAX_SHOWN = 3
 _MAX_DEPTH = 100
 """Maximum nesting of a recorded value that is compared. Deeper values might overflow the caller's stack."""
 _MAX_VALUE_CHARACTERS = 60
+_ABSENT = object()
+_NO_FILES: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ def stem_of(output_path: str) -> str:
 
 
 def explain_new_steps(
-    configs: Mapping[str, Mapping[str, Any]], names_beside: Mapping[str, Sequence[str]]
+    configs: Mapping[str, Mapping[str, Any]],
+    names_beside: Mapping[str, Sequence[str]],
+    files: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Explain how each step that never ran differs from the nearest step of the same name that did.
 
@@ -62,6 +70,7 @@ def explain_new_steps(
         configs: The versioned config of each new step, by output path. The first steps have priority, because the
             number of records that are read is limited.
         names_beside: The names in each folder, by folder.
+        files: The files whose content is among the versioned values, by field path, for each output path.
 
     Returns:
         One sentence for each output path that has siblings.
@@ -72,7 +81,11 @@ def explain_new_steps(
     chosen = [found[:limit] for found in siblings.values() if found][:_MAX_RECORDS_READ]
     read = list(dict.fromkeys(path for found in chosen for path in found))
     recorded = dict(zip(read, in_parallel(recorded_config, read), strict=True))
-    return {path: _explanation(config, siblings[path], recorded) for path, config in configs.items() if siblings[path]}
+    return {
+        path: _explanation(config, siblings[path], recorded, files.get(path, _NO_FILES))
+        for path, config in configs.items()
+        if siblings[path]
+    }
 
 
 def _siblings(output_path: str, stems: Mapping[str, list[str]]) -> list[str]:
@@ -81,12 +94,15 @@ def _siblings(output_path: str, stems: Mapping[str, list[str]]) -> list[str]:
 
 
 def _explanation(
-    config: Mapping[str, Any], siblings: Sequence[str], recorded: Mapping[str, dict[str, Any] | None]
+    config: Mapping[str, Any],
+    siblings: Sequence[str],
+    recorded: Mapping[str, dict[str, Any] | None],
+    files: Mapping[str, str],
 ) -> str:
     known = {base_name(path): old for path in siblings if (old := recorded.get(path)) is not None}
     if not known:
         return "never ran with this version; --explain shows what changed"
-    nearest = nearest_sibling(config, known)
+    nearest = nearest_sibling(config, known, files)
     return summarized(*nearest) if nearest is not None else "never ran"
 
 
@@ -117,10 +133,10 @@ def _members(value: Any) -> Iterable[Any]:
 
 
 def nearest_sibling(
-    config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any], siblings: Mapping[str, Mapping[str, Any]], files: Mapping[str, str] = _NO_FILES
 ) -> tuple[str, list[Difference]] | None:
     """Return the sibling with the fewest differences from `config`, and the differences. None if no sibling differs."""
-    found = {sibling: differences(old, config) for sibling, old in siblings.items()}
+    found = {sibling: differences(old, config, files) for sibling, old in siblings.items()}
     differing = {sibling: changes for sibling, changes in found.items() if changes}
     if not differing:
         return None
@@ -134,16 +150,38 @@ def summarized(sibling: str, changes: Sequence[Difference]) -> str:
     return f"changed since {sibling}: {'; '.join(str(change) for change in changes[:_MAX_SHOWN])}{more}"
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the differences between two versioned configs, sorted by field path."""
-    absent = object()
-    found: list[Difference] = []
-    for path in sorted({*old, *new}):
-        before, after = old.get(path, absent), new.get(path, absent)
-        if before != after:
-            shown = ["absent" if value is absent else shown_value(value) for value in (before, after)]
-            found.append(Difference(path, shown[0], shown[1]))
-    return found
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], files: Mapping[str, str] = _NO_FILES
+) -> list[Difference]:
+    """Return the differences between two versioned configs, sorted by field path, with the files that changed.
+
+    Fields of versioned dataclasses and dicts are compared one by one.
+    """
+    return [
+        found
+        for path in sorted({*old, *new})
+        for found in _differences_at(path, old.get(path, _ABSENT), new.get(path, _ABSENT), files)
+    ]
+
+
+def _differences_at(path: str, before: Any, after: Any, files: Mapping[str, str]) -> Iterator[Difference]:
+    # Records hold numbers that are not finite as text.
+    if without_nan(before) == without_nan(after):
+        return
+    if _has_fields(before) and _has_fields(after) and before.get("!dataclass") == after.get("!dataclass"):
+        for key in sorted({*before, *after}):
+            inner = before.get(key, _ABSENT), after.get(key, _ABSENT)
+            yield from _differences_at(field_below(path, key.removeprefix("!")), *inner, files)
+        return
+    shown = ["absent" if value is _ABSENT else shown_value(value) for value in (before, after)]
+    content_of = f" (content of {files[path]})" if path in files else ""
+    yield Difference(path, shown[0], f"{shown[1]}{content_of}")
+
+
+def _has_fields(value: Any) -> bool:
+    """Return whether the value is the form of a dataclass or of a dict, which has no tag."""
+    tags = [key for key in cast(dict[str, Any], value) if key.startswith("!")] if isinstance(value, dict) else ["!"]
+    return all(tag == "!dataclass" or tag.startswith("!!") for tag in tags)
 
 
 def shown_value(value: Any) -> str:
@@ -155,6 +193,8 @@ def shown_value(value: Any) -> str:
         kind = "" if use.get("use") == "saved" else f" ({use.get('use')})"
         below = f"/{use['sub_path']}" if use.get("sub_path") else ""
         return f"{name}-{identity[:SHORT_HASH_LENGTH]}{below}{kind}"
+    if isinstance(value, dict) and "!content" in value:
+        value = cast(dict[str, Any], value)["!content"]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[: _MAX_VALUE_CHARACTERS - 3]}..."
 
@@ -200,6 +240,14 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _reason(row: PlanRow | None, step: Step, output_path: str) -> str:
+    if row is None:
+        return "it was not requested, and no step that this run executes needs it"
+    if row.action not in (Action.SKIP, Action.REPLAY) or is_local(output_path):
+        return row.reason  # a plan itself compares the code of local steps
+    return with_changed_code(row.reason, step.name, changed_code(output_path, step.fn, SourceFingerprints()))
+
+
 def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) -> Explanation:
     """Explain one step. Reads the records of the other versions in the folder of its output path."""
     path, identity = graph.output_paths[step], graph.identities[step]
@@ -210,10 +258,14 @@ def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) ->
     return Explanation(
         step.name,
         row.action.value if row is not None else "NONE",
-        row.reason if row is not None else "it was not requested, and no step that this run executes needs it",
+        _reason(row, step, path),
         identity.hash,
         path,
         dict(sorted(config.items())),
         tuple(user.name for user in order.steps if any(edge.step is step for edge in graph.edges[user])),
-        {base_name(other): tuple(differences(old, config)) for other, old in recorded.items() if old is not None},
+        {
+            base_name(other): tuple(differences(old, config, graph.files[step]))
+            for other, old in recorded.items()
+            if old is not None
+        },
     )

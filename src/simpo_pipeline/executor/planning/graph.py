@@ -1,6 +1,7 @@
 """Graph of an experiment: every step with its identity, its output path and the steps it uses.
 
-Pure: nothing is read from storage. No function recurses along the DAG, so its depth is not limited.
+Nothing is read from storage but the checksums of files that no step wrote (outside.py). No function recurses along the
+DAG, so its depth is not limited.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from simpo_pipeline.errors import PlanError
 from simpo_pipeline.executor.planning.identity import Edge, EdgeKind, Identity, Markers, find_markers, identify
+from simpo_pipeline.executor.planning.merging import merge_warnings
 from simpo_pipeline.executor.step import ExecutorStep, InputName, get_executor_step
 from simpo_pipeline.storage.paths import absolute, is_relative, join
 
@@ -30,6 +32,10 @@ class Graph:
     output_paths: Mapping[Step, str]
     edges: Mapping[Step, tuple[Edge, ...]]
     """The edges of each distinct step. They refer to distinct steps, too."""
+    files: Mapping[Step, Mapping[str, str]]
+    """The files that no step wrote and whose content is in the identity of each distinct step, by field path."""
+    warnings: tuple[str, ...]
+    """One for each step that stands for others whose configs differ from its own."""
     runnable: frozenset[Step]
     """The distinct steps that are requested or that a runnable step needs. The others only contribute to identities."""
 
@@ -49,6 +55,7 @@ def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
         IdentityError: A versioned value has no canonical form.
         PlanError: The steps form a cycle, the output paths of two different steps are equal or nested, or a request
             does not refer to a step.
+        StorageError: A file that no step wrote cannot be read.
     """
     roots = [get_executor_step(request) for request in requested]
     markers = _reach(roots)
@@ -64,7 +71,9 @@ def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
     edges = {step: tuple(_onto_canonical(markers[step].edges, canonical)) for step in steps}
     _check_output_paths({step: output_paths[step] for step in steps}, identities)
     runnable = _runnable({canonical[root] for root in roots}, edges)
-    return Graph(steps, canonical, identities, output_paths, edges, runnable)
+    files = {step: markers[step].files for step in steps}
+    warnings = tuple(merge_warnings(canonical))
+    return Graph(steps, canonical, identities, output_paths, edges, files, warnings, runnable)
 
 
 def _reach(roots: Iterable[Step]) -> dict[Step, Markers]:

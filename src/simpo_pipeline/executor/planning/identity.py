@@ -1,9 +1,11 @@
 """Step identity: the name, the versioned values and the identities of the dependencies. A new identity is a new step.
 
+Files that no step wrote are identified by the checksums of their content, not by their paths.
+
 Nothing else is part of the identity: not the prefix, region, output path, host count, accelerator, location of the
 code, values not marked `versioned`, or the order of fields or keys. The identity is a JSON text, named by its SHA-256.
 
-    version(step) = sha256(name, {field path: versioned value | version(dependency) and how it is used})
+    version(step) = sha256(name, {field path: versioned value | checksum | version(dependency) and how it is used})
 """
 
 import dataclasses
@@ -16,12 +18,24 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from enum import Enum, StrEnum
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Any, cast
 
 from simpo_pipeline.errors import IdentityError
-from simpo_pipeline.executor.step import ExecutorStep, InputName, LiveInput, OutputName, VersionedValue
+from simpo_pipeline.executor.planning.outside import Content, OutsideFiles, find_outside
+from simpo_pipeline.executor.step import (
+    ADDED_LATER,
+    ContentOf,
+    ExecutorStep,
+    InputName,
+    LiveInput,
+    OutputName,
+    VersionedValue,
+)
+from simpo_pipeline.storage.paths import join
 
-_MARKERS = (VersionedValue, ExecutorStep, InputName, OutputName, LiveInput)
+_MARKERS = (VersionedValue, ExecutorStep, InputName, OutputName, LiveInput, ContentOf)
+_NO_CONTENTS: Mapping[str, Content] = MappingProxyType({})
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 SHORT_HASH_LENGTH = 8
 
@@ -52,6 +66,8 @@ class Markers:
     versioned: Mapping[str, Any]
     """Canonical values by field path."""
     edges: tuple[Edge, ...]
+    files: Mapping[str, str]
+    """The files whose content is among the versioned values, by field path."""
 
 
 def find_markers(config: Any) -> Markers:
@@ -59,14 +75,28 @@ def find_markers(config: Any) -> Markers:
 
     Raises:
         IdentityError: A versioned value has no canonical form. The message names its field path.
+        StorageError: A file that no step wrote cannot be read.
     """
     versioned: dict[str, Any] = {}
     edges: list[Edge] = []
-    for keys, marker in _locate_markers(config):
+    files: dict[str, str] = {}
+    markers = _locate_markers(config)
+    contents: dict[str, Content] = {}
+    for outside in _locate_outside(config, markers):
+        path = _path_of(outside.keys)
+        contents[path] = outside.content
+        files |= _file_paths(outside, path)
+        if not outside.is_versioned_above:
+            versioned |= _content_values(outside.content, path)
+    for keys, marker in markers:
         path = _path_of(keys)
         match marker:
+            case VersionedValue() | ContentOf() if path in contents:
+                pass  # identified by content
             case VersionedValue():
-                versioned[path] = canonical(cast(Any, marker).value, path)
+                versioned[path] = canonical(cast(Any, marker).value, path, contents)
+            case ContentOf():
+                versioned[path] = marker.path
             case InputName(step=None):
                 versioned[path] = marker.name
             case ExecutorStep():
@@ -80,7 +110,41 @@ def find_markers(config: Any) -> Markers:
                 pass  # where a step writes is a consequence of its identity, not a part of it
             case _:
                 raise AssertionError(f"unhandled marker {marker!r}")
-    return Markers(versioned, tuple(edges))
+    return Markers(versioned, tuple(edges), files)
+
+
+def changed_files(config: Any, identified: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
+    """Return the files that no step wrote and that changed after the identity of their step was computed.
+
+    Args:
+        config: The config of the step.
+        identified: The values in the identity, by field path.
+        files: The files that the identity covers, by field path.
+    """
+    now = find_markers(config)
+    return [
+        file
+        for path, file in {**files, **now.files}.items()
+        if _value_with(path, identified) != _value_with(path, now.versioned)
+    ]
+
+
+def _value_with(path: str, values: Mapping[str, Any]) -> Any:
+    """Return the value at a field path, or the one that contains it."""
+    return next((value for at, value in values.items() if path == at or path.startswith((f"{at}.", f"{at}["))), None)
+
+
+def _content_values(content: Content, path: str) -> dict[str, Any]:
+    """Return the versioned values of outside files. Each file of a folder is a value, so that plans can name it."""
+    if isinstance(content, str) or not content:
+        return {path: content}
+    return {field_below(path, name): checksum for name, checksum in content.items()}
+
+
+def _file_paths(outside: OutsideFiles, path: str) -> dict[str, str]:
+    if isinstance(outside.content, str):
+        return {path: outside.path}
+    return {field_below(path, name): join(outside.path, name) for name in outside.content}
 
 
 def _locate_markers(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -88,6 +152,16 @@ def _locate_markers(config: Any) -> list[tuple[tuple[Any, ...], Any]]:
         return list(_walk(config, ()))
     except RecursionError as error:
         raise IdentityError("A config contains itself or is nested too deeply. Flatten it.") from error
+
+
+def _locate_outside(config: Any, markers: list[tuple[tuple[Any, ...], Any]]) -> list[OutsideFiles]:
+    try:
+        return list(find_outside(config))
+    except RecursionError as error:
+        for keys, marker in markers:
+            if isinstance(marker, VersionedValue):
+                canonical(cast(Any, marker).value, _path_of(keys))  # raises an error that names the field
+        raise IdentityError("A versioned value contains itself or is nested too deeply. Flatten it.") from error
 
 
 def _walk(value: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -117,11 +191,11 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
 def _path_of(keys: tuple[Any, ...]) -> str:
     path = ""
     for key in keys:
-        path = _below(path, key)
+        path = field_below(path, key)
     return path
 
 
-def _below(path: str, key: Any) -> str:
+def field_below(path: str, key: Any) -> str:
     """Append a key to a field path. Keys that are not identifiers are quoted, so that every path is unique."""
     if isinstance(key, str):
         name = str.__str__(key)
@@ -132,14 +206,19 @@ def _below(path: str, key: Any) -> str:
     return f"{path}[{shown}]"
 
 
-def canonical(value: Any, path: str) -> Any:
+def canonical(value: Any, path: str, contents: Mapping[str, Content] = _NO_CONTENTS) -> Any:
     """Convert the value to plain JSON that is the same for equal values, across processes and machines.
+
+    Args:
+        value: The value.
+        path: Its field path.
+        contents: Checksums that stand for the values at some field paths.
 
     Raises:
         IdentityError: The value has no such form. The message names `path` and what to do.
     """
     try:
-        return _canonical(value, path)
+        return _canonical(value, path, contents)
     except RecursionError as error:
         raise IdentityError(
             f"The versioned value at {path or 'the config itself'!r} contains itself or is nested too deeply. "
@@ -147,7 +226,9 @@ def canonical(value: Any, path: str) -> Any:
         ) from error
 
 
-def _canonical(value: Any, path: str) -> Any:
+def _canonical(value: Any, path: str, contents: Mapping[str, Content]) -> Any:
+    if path in contents:
+        return {"!content": contents[path]}
     if isinstance(value, _MARKERS):
         raise _no_form(value, path, "versioned(...) must not contain steps, paths of steps or other markers.")
     if isinstance(value, Enum):
@@ -163,28 +244,34 @@ def _canonical(value: Any, path: str) -> Any:
     if isinstance(value, type):
         return {"!class": value.__name__}
     if isinstance(value, list | tuple | set | frozenset | dict) or dataclasses.is_dataclass(value):
-        return _canonical_container(value, path)
+        return _canonical_container(value, path, contents)
     return {f"!{type(value).__name__}": _canonical_text(value, path)}
 
 
-def _canonical_container(value: Any, path: str) -> Any:
+def _canonical_container(value: Any, path: str, contents: Mapping[str, Content]) -> Any:
     if isinstance(value, list | tuple):
-        return [_canonical(inner, _below(path, index)) for index, inner in _children(value)]
+        return [_canonical(inner, field_below(path, index), contents) for index, inner in _children(value)]
     if isinstance(value, set | frozenset):
-        members = [_canonical(member, f"{path}{{}}") for member in cast(frozenset[Any], value)]
+        members = [_canonical(member, f"{path}{{}}", contents) for member in cast(frozenset[Any], value)]
         return {"!set": sorted(members, key=_json)}
     if isinstance(value, dict):
-        return _canonical_dict(cast(dict[Any, Any], value), path)
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return {"!dataclass": type(value).__name__, **_canonical_dict(fields, path)}
+        return _canonical_dict(cast(dict[Any, Any], value), path, contents)
+    fields = {
+        field.name: inner
+        for field in dataclasses.fields(value)
+        for inner in [getattr(value, field.name)]
+        if not (ADDED_LATER in field.metadata and inner == field.default)
+    }
+    return {"!dataclass": type(value).__name__, **_canonical_dict(fields, path, contents)}
 
 
-def _canonical_dict(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
+def _canonical_dict(value: Mapping[Any, Any], path: str, contents: Mapping[str, Content]) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
             raise _no_form(key, path, "dict keys must be str. Convert the keys to str.")
     return {
-        f"!{key}" if key.startswith("!") else key: _canonical(value[key], _below(path, key)) for key in sorted(value)
+        f"!{key}" if key.startswith("!") else key: _canonical(value[key], field_below(path, key), contents)
+        for key in sorted(value)
     }
 
 

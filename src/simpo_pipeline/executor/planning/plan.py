@@ -16,21 +16,23 @@ RUN         otherwise
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo_pipeline.errors import PlanError
+from simpo_pipeline.executor.planning.changed_code import changed_code, with_changed_code
 from simpo_pipeline.executor.planning.explanation import explain_new_steps
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.order import Order
 from simpo_pipeline.executor.planning.selection import Selection
+from simpo_pipeline.executor.records.code import SourceFingerprints
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.records.status import Status, StepRecord, read_record
 from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import in_parallel, list_names
-from simpo_pipeline.storage.paths import base_name, parent
+from simpo_pipeline.storage.paths import base_name, is_local, parent
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def make_plan(graph: Graph, order: Order, situation: Situation) -> dict[Step, De
     needed = _decide_backwards(graph, order, situation, decisions)
     while _block_forwards(graph, order, decisions):
         needed = _decide_backwards(graph, order, situation, decisions)
-    return {step: decisions[step] for step in order.steps if step in needed}
+    return {step: _with_changed_code(step, decisions[step], situation) for step in order.steps if step in needed}
 
 
 def _first_decision(step: Step, graph: Graph, situation: Situation, decisions: Mapping[Step, Decision]) -> Decision:
@@ -94,6 +96,13 @@ def _skip_reason(step: Step, graph: Graph, situation: Situation) -> str:
         return "SUCCESS is recorded"
     names = _named(list(dict.fromkeys(forced)))
     return f"SUCCESS is recorded, based on earlier results of {names}; to run this step again too, force it"
+
+
+def _with_changed_code(step: Step, decision: Decision, situation: Situation) -> Decision:
+    if decision.action not in (Action.SKIP, Action.REPLAY):
+        return decision
+    changed = situation.records[step].changed_code
+    return replace(decision, reason=with_changed_code(decision.reason, step.name, changed))
 
 
 def _run_reason(record: StepRecord) -> str:
@@ -175,6 +184,8 @@ def _block_forwards(graph: Graph, order: Order, decisions: dict[Step, Decision])
 
 
 _MANY_IN_ONE_FOLDER = 16
+_MAX_RECORDS_READ = 200
+"""Limit on the records of finished steps that are read to compare code, so that large plans stay fast."""
 
 
 class Planner:
@@ -187,6 +198,7 @@ class Planner:
         self._selection = selection
         self._processes = processes
         self._what_changed: dict[Step, str] | None = None
+        self._changed_code: dict[Step, tuple[str, ...]] = {}
         self.with_checkpoints: set[Step] = set()
         """In the leader, the steps that had checkpoints when their records were last read."""
 
@@ -269,9 +281,12 @@ class Planner:
         if self._what_changed is None:
             new = [step for step, record in records.items() if record.status is None]
             self._what_changed = self._explain(new, names_beside)
+            self._changed_code = self._compare_code([step for step, record in records.items() if record.done])
         self.with_checkpoints = {step for step, record in records.items() if record.has_checkpoints}
         for step, text in self._what_changed.items():
             records[step] = replace(records[step], what_changed=text)
+        for step, modules in self._changed_code.items():
+            records[step] = replace(records[step], changed_code=modules)
         return records
 
     def _list_shared_folders(self, paths: Collection[str]) -> dict[str, frozenset[str]]:
@@ -284,7 +299,19 @@ class Planner:
         missing = list(dict.fromkeys(folder for path in paths if (folder := parent(path)) not in names_beside))
         names = {folder: sorted(found) for folder, found in {**names_beside, **_list_folders(missing)}.items()}
         configs = {path: self._graph.identities[step].version["config"] for path, step in paths.items()}
-        return {paths[path]: text for path, text in explain_new_steps(configs, names).items()}
+        files = {path: self._graph.files[step] for path, step in paths.items()}
+        return {paths[path]: text for path, text in explain_new_steps(configs, names, files).items()}
+
+    def _compare_code(self, done: Sequence[Step]) -> dict[Step, tuple[str, ...]]:
+        """Return the modules whose source changed since a step ran, by step.
+
+        Reads a limited number of records, and only local ones: elsewhere each would be one more request.
+        """
+        paths = self._graph.output_paths
+        compared = [step for step in done if is_local(paths[step])][:_MAX_RECORDS_READ]
+        fingerprints = SourceFingerprints()
+        changed = in_parallel(lambda step: changed_code(paths[step], step.fn, fingerprints), compared)
+        return {step: modules for step, modules in zip(compared, changed, strict=True) if modules}
 
 
 def _list_folders(folders: Collection[str]) -> dict[str, frozenset[str]]:

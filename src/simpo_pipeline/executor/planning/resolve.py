@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any, cast
 
 from simpo_pipeline.executor.planning.graph import Step
-from simpo_pipeline.executor.step import ExecutorStep, InputName, LiveInput, OutputName, VersionedValue
+from simpo_pipeline.executor.step import ContentOf, ExecutorStep, InputName, LiveInput, OutputName, VersionedValue
 from simpo_pipeline.storage.paths import is_relative, join
 
 
@@ -28,6 +28,8 @@ class Resolver:
         match value:
             case VersionedValue():
                 return value.value
+            case ContentOf():
+                return value.path
             case ExecutorStep():
                 return self.output_paths[cast(Step, value)]
             case InputName():

@@ -72,6 +72,8 @@ class StepRecord:
     lease: LeaseSight | None = None
     what_changed: str | None = None
     """For a step that never ran: how it differs from the nearest step of the same name that did."""
+    changed_code: tuple[str, ...] = ()
+    """For a step that is done: the modules of its function whose source changed since it ran."""
     versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     """The version of each existing executor file, by name. None where the listing does not report versions."""
     has_checkpoints: bool = False
@@ -101,7 +103,15 @@ def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
         manifest_problem = _find_damage(output_path, entries)
     own = {name: entry.version for name, entry in entries.items() if name in OWN_FILES}
     checkpoints = any(is_of_checkpoint(name) for name in entries)
-    return StepRecord(status, unreadable, manifest_problem, ERROR_FILE in entries, lease, None, own, checkpoints)
+    return StepRecord(
+        status,
+        unreadable,
+        manifest_problem,
+        has_error=ERROR_FILE in entries,
+        lease=lease,
+        versions=own,
+        has_checkpoints=checkpoints,
+    )
 
 
 _TOKENS = {(len(token), crc32c_of_bytes(token)): token for token in (status.value.encode() for status in Status)}

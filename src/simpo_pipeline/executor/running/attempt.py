@@ -28,6 +28,7 @@ from simpo_pipeline.errors import (
     StorageError,
 )
 from simpo_pipeline.executor.planning.graph import Graph, Step
+from simpo_pipeline.executor.planning.identity import changed_files
 from simpo_pipeline.executor.planning.resolve import Resolver
 from simpo_pipeline.executor.records.holder import utc_now
 from simpo_pipeline.executor.records.info import Ended, info_record, read_info
@@ -285,6 +286,7 @@ class Attempt:
         job, step = self._job, self._step
         if step.fn is None:
             raise StepError("the step has no function; its outputs were expected to exist")
+        self._check_outside_files()
         resolver = Resolver(job.prefix, self._output_path, job.graph.output_paths, self._live_value)
         config = resolver.resolve(step.config)
         output = OutputFolder(self._output_path, fence, reserved=OWN_FILES)
@@ -307,6 +309,17 @@ class Attempt:
                 f"the step returned {type(result).__name__}, but its live value is used by {users}. Return Live(value)."
             )
         return result if isinstance(result, Live) else None
+
+    def _check_outside_files(self) -> None:
+        """Check that the files which no step wrote are still those that the step's identity covers."""
+        graph, step = self._job.graph, self._step
+        files, identified = graph.files[step], graph.identities[step].version["config"]
+        changed = changed_files(step.config, identified, files) if files else []
+        if changed:
+            raise StepError(
+                f"{', '.join(changed)} changed after this job made its plan. Start the job again, so that the step "
+                "gets the version of what it reads."
+            )
 
     def _live_value(self, marker: LiveInput) -> Any:
         return self._job.live.give(self._job.graph.canonical[marker.step], self._step, marker.use)

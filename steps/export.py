@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import (
+    LiveInput,
     LiveUse,
     imported_step,
     outside_path,
@@ -12,6 +13,7 @@ from simpo_pipeline.executor.step import (
     unwrap_versioned_value,
 )
 from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES
+from steps.train import TrainConfig
 
 if TYPE_CHECKING:
     from simpo_pipeline.training.trainer import Trainer
@@ -51,6 +53,21 @@ class ExportConfig:
         max_shard_bytes = unwrap_versioned_value(self.max_shard_bytes)
         if max_shard_bytes < 1:
             raise ConfigError(f"export max_shard_bytes is {max_shard_bytes}; expected at least 1.")
+        if isinstance(self.trainer, LiveInput) and isinstance(self.trainer.step.config, TrainConfig):
+            run = unwrap_versioned_value(self.trainer.step.config.trainer)
+            self.check_kept(has_average=run.ema_decay is not None)
+
+    def check_kept(self, *, has_average: bool) -> None:
+        """Check that the run keeps the requested weights.
+
+        Raises:
+            ConfigError: The moving average is requested, but the run keeps none.
+        """
+        if unwrap_versioned_value(self.weights) == "ema" and not has_average:
+            raise ConfigError(
+                "export weights is 'ema', but this run keeps no moving average: set trainer.ema_decay, or export "
+                "'params'."
+            )
 
 
 export = imported_step("steps.bodies.export.export", module=__name__, takes=("run",))

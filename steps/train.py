@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from simpo_pipeline.data.config import PAIRS_FILE, VALIDATION_FILE
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.executor.step import (
+    LiveInput,
     LiveUse,
     imported_step,
     outside_path,
@@ -76,6 +77,28 @@ class TrainConfig:
             raise ConfigError(f"eval_every is {eval_every}; expected None or a number of updates of at least 1")
         if self.pairs_path == ():
             raise ConfigError("pairs_path is empty; give one output of prepare_pairs, or several with their weights")
+        if isinstance(self.live, LiveInput) and isinstance(self.live.step.config, TrainConfig):
+            before = self.live.step.config
+            self.check_continues(unwrap_versioned_value(before.trainer), unwrap_versioned_value(before.stop_step))
+
+    def check_continues(self, trainer: TrainerConfig, step: int) -> None:
+        """Check that this phase can follow `step` updates of a run with the config `trainer`.
+
+        Raises:
+            ConfigError: The run is another one, or has no update left for this phase.
+        """
+        own = unwrap_versioned_value(self.trainer)
+        if trainer != own:
+            raise ConfigError(
+                f"the live trainer belongs to another run: its config is {trainer}, but this step's is {own}; all "
+                "phases of a run must have the same trainer config"
+            )
+        stop_step = unwrap_versioned_value(self.stop_step)
+        if stop_step <= step:
+            raise ConfigError(
+                f"stop_step is {stop_step}, but the live trainer has finished {step} updates; expected {step + 1} to "
+                f"{own.num_train_steps}, so that this phase has at least one update"
+            )
 
     @property
     def datasets(self) -> tuple[WeightedPairs, ...]:

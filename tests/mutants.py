@@ -410,6 +410,20 @@ DATA = (
         "tests/data/test_record_formats.py",
     ),
     Mutant(
+        "broken-link-left-out-of-a-pattern",
+        "src/simpo_pipeline/data/source_files.py",
+        "if name in files or name.endswith(ROW_SUFFIXES)",
+        "if name in files",
+        "tests/data/test_record_formats.py",
+    ),
+    Mutant(
+        "one-of-two-columns-of-a-name-read",
+        "src/simpo_pipeline/data/record_files.py",
+        "if names.count(name) > 1:",
+        "if names.count(name) > 2:",
+        "tests/data/test_records.py",
+    ),
+    Mutant(
         "unread-key-of-a-message-ignored",
         "src/simpo_pipeline/data/messages.py",
         "if key not in known and not is_empty(value):",
@@ -463,6 +477,20 @@ DATA = (
         "src/simpo_pipeline/data/chat.py",
         " and tokenizer.decode([*prompt, *answer]) == wanted:",
         ":",
+        "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "answer-that-merges-with-the-prompt-kept-in-silence",
+        "src/simpo_pipeline/data/chat.py",
+        'if config.merged_border == "raise":',
+        "if False:",
+        "tests/data/test_chat.py",
+    ),
+    Mutant(
+        "loops-of-a-template-not-counted",
+        "src/simpo_pipeline/data/template_sandbox.py",
+        "node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))",
+        "",
         "tests/data/test_chat.py",
     ),
     Mutant(
@@ -553,6 +581,13 @@ CONFIG_FILES = (
         "tests/config_files/test_decode.py",
     ),
     Mutant(
+        "quoted-true-taken-for-true",
+        "src/simpo_pipeline/config_files/decode.py",
+        "return float(raw) if kind is float else raw",
+        'return float(raw) if kind is float else raw == "true" or raw',
+        "tests/config_files/test_decode.py",
+    ),
+    Mutant(
         "key-given-twice-accepted",
         "src/simpo_pipeline/config_files/yaml_core.py",
         "if key in seen:",
@@ -572,8 +607,8 @@ MODEL = (
     Mutant(
         "gguf-key-rows-left-in-pairs",
         "src/simpo_pipeline/model/gguf_weights.py",
-        'if ".attn_q." in tensor.name or ".attn_k." in tensor.name:',
-        'if ".attn_q." in tensor.name:',
+        'if ".attn_q." not in tensor.name and ".attn_k." not in tensor.name:',
+        'if ".attn_q." not in tensor.name:',
         "tests/model/test_gguf_weights.py",
     ),
     Mutant(
@@ -624,6 +659,20 @@ MODEL = (
         "if end != file_bytes:",
         "if False:",
         "tests/model/test_safetensors_files.py",
+    ),
+    Mutant(
+        "gguf-tensors-that-overlap-read",
+        "src/simpo_pipeline/model/gguf_file.py",
+        "tensor.data_offset < end or (",
+        "(",
+        "tests/model/test_gguf_weights.py",
+    ),
+    Mutant(
+        "end-token-outside-the-vocabulary-fetched",
+        "steps/fetch_model.py",
+        "0 <= index < config.vocab_size",
+        "0 <= index",
+        "tests/steps/test_fetch_model.py",
     ),
     Mutant(
         "keys-of-another-rope-type-ignored",
@@ -896,7 +945,7 @@ INFERENCE = (
     Mutant(
         "stop-token-ignored",
         "src/simpo_pipeline/inference/sequence.py",
-        "tokens[-1] in sampling.stop_token_ids and",
+        "tokens[-1] in sampling.stop_tokens and",
         "tokens[-1] in () and",
         "tests/inference/test_scheduler.py",
     ),
@@ -1142,9 +1191,9 @@ STEPS = (
     ),
     Mutant(
         "trainer-of-another-run-accepted",
-        "steps/bodies/train.py",
-        "if trainer.config != config.trainer:",
-        "if trainer.config is None:",
+        "steps/train.py",
+        "if trainer != own:",
+        "if own is None:",
         "tests/steps/test_train.py",
     ),
     Mutant(

@@ -11,7 +11,7 @@ from experiments.settings.model import ModelSettings, contradictions
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.executor.step import ExecutorStep, outside_path, versioned
 from simpo_pipeline.storage.output_folder import OutputFolder
-from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES, FetchModelConfig, fetch_model
+from steps.fetch_model import MODEL_FILES, TOKENIZER_FILES, FetchModelConfig, checked_config, fetch_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,8 @@ def fetch_checked_model(config: FetchCheckedModelConfig, output: OutputFolder) -
     Raises:
         ModelError: The source cannot be fetched, is not a supported model, or contradicts the settings.
     """
-    # Imported here because planning reads no model, and jax is slow to import.
-    from simpo_pipeline.model.hf_weights import load_config
-
     fetch_model(FetchModelConfig(source=config.source, tokenizer_source=config.tokenizer_source), output)
-    found = contradictions(config.stated_shape, load_config(output.path))
+    found = contradictions(config.stated_shape, checked_config(output.path))
     if found:
         raise ModelError(f"{'; '.join(found)}; leave these settings out, or name the model they belong to")
 

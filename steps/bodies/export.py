@@ -69,13 +69,9 @@ def export(config: ExportConfig, run: StepRun) -> None:
 
 
 def _weights(config: ExportConfig, trainer: Trainer) -> Llama:
-    if config.weights == "params":
-        return trainer.params
-    if trainer.state.ema is None:
-        raise ConfigError(
-            "export weights is 'ema', but this run keeps no moving average: set trainer.ema_decay, or export 'params'."
-        )
-    return trainer.state.ema
+    average = trainer.state.ema
+    config.check_kept(has_average=average is not None)
+    return trainer.params if config.weights == "params" or average is None else average
 
 
 def _model_config(config: ExportConfig, trainer: Trainer) -> dict[str, Any]:

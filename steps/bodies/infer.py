@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from simpo_pipeline.data.chat import encode_chat, encode_text, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.chat import EncodedPrompt, encode_prompt, load_tokenizer, stop_token_ids
 from simpo_pipeline.data.prompts import ChatPrompt, Prompt, TokenPrompt, load_prompts, prompt_shard
 from simpo_pipeline.data.records import Message
 from simpo_pipeline.data.tokenizer import Tokenizer
@@ -42,8 +42,11 @@ logger = logging.getLogger("simpo_pipeline.steps.infer")
 # Number of rows sent to the tracker; the step's files contain all rows.
 MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
-# Statistics of the engine that are summed over hosts.
-COUNTS = ("prompt_tokens", "shared_tokens", "generated_tokens", "decoded_tokens", "num_preemptions")
+# Counts of prompts that the model reads otherwise than they were written, by the note of their encoding. The names are
+# those in the summary of `prepare_pairs`.
+NOTES = {f"num_{note}": note for note in ("special_text", "omitted_text", "unencodable_text")}
+# Counts that are summed over hosts.
+COUNTS = ("prompt_tokens", "shared_tokens", "generated_tokens", "decoded_tokens", "num_preemptions", *NOTES)
 
 
 def infer(config: InferConfig, run: StepRun) -> None:
@@ -130,35 +133,31 @@ def check_same_tokens(processes: Processes, completions: Sequence[Completion]) -
 
 def _requests(
     config: InferConfig, tokenizer: Tokenizer, served: Sequence[tuple[int, Prompt]], vocab_size: int
-) -> list[Request]:
-    """Return one request per sample of the prompts, each of which comes with its index."""
+) -> tuple[list[Request], dict[str, int]]:
+    """Return one request per sample of the prompts, each of which comes with its index, and the counts of `NOTES`."""
     sampling = with_bad_words(config.sampling, tokenizer)
     sampling = with_end_tokens(sampling, stop_token_ids(tokenizer), vocab_size)
-
-    def encode_messages(messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(encode_chat(tokenizer, messages, add_generation_prompt=True, config=config.chat_config))
-
-    def encode(prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, TokenPrompt):
-            return prompt.token_ids
-        if isinstance(prompt, ChatPrompt):
-            return encode_messages(prompt.messages)
-        if config.chat:
-            return encode_messages([Message("user", prompt)])
-        return tuple(encode_text(tokenizer, prompt, config.chat_config))
-
-    def encode_row(index: int, prompt: Prompt) -> tuple[int, ...]:
-        try:
-            return encode(prompt)
-        except DataError as error:
-            raise DataError(f"prompt {index}: {error}") from error
-
-    return [
-        Request(prompt_tokens=tokens, global_prompt_index=index, sample_index=sample, sampling=sampling)
-        for index, prompt in served
-        for tokens in [encode_row(index, prompt)]
+    encoded = {index: _encoded(config, tokenizer, index, prompt) for index, prompt in served}
+    requests = [
+        Request(prompt_tokens=prompt.tokens, global_prompt_index=index, sample_index=sample, sampling=sampling)
+        for index, prompt in encoded.items()
         for sample in range(sampling.n)
     ]
+    counts = {name: sum(note in prompt.notes for prompt in encoded.values()) for name, note in NOTES.items()}
+    return requests, counts
+
+
+def _encoded(config: InferConfig, tokenizer: Tokenizer, index: int, prompt: Prompt) -> EncodedPrompt:
+    if isinstance(prompt, TokenPrompt):
+        return EncodedPrompt(prompt.token_ids)
+    if isinstance(prompt, ChatPrompt):
+        text_or_messages = prompt.messages
+    else:
+        text_or_messages = [Message("user", prompt)] if config.chat else prompt
+    try:
+        return encode_prompt(tokenizer, text_or_messages, config.chat_config)
+    except DataError as error:
+        raise DataError(f"prompt {index}: {error}") from error
 
 
 def _generate(
@@ -172,7 +171,7 @@ def _generate(
     """Return the completions in the order of the prompts, and statistics. `rows` gets each one as it finishes."""
     mesh = global_mesh() if config.mode == "global_mesh" else local_mesh()
     model = load_config(config.model_path) if config.trainer is None else config.trainer.model_config
-    requests = _requests(config, tokenizer, served, model.vocab_size)
+    requests, notes = _requests(config, tokenizer, served, model.vocab_size)
     sizes = _sizes(config, processes, model, mesh, requests)
     check_requests(requests, sizes, model.vocab_size)
     # If a host cannot serve its shard, all hosts fail here, before any device is touched.
@@ -193,7 +192,7 @@ def _generate(
             )
     finally:
         weights.free()
-    return completions, dataclasses.asdict(stats) | cost | {"engine": dataclasses.asdict(sizes)}
+    return completions, dataclasses.asdict(stats) | cost | notes | {"engine": dataclasses.asdict(sizes)}
 
 
 def _sizes(
@@ -280,6 +279,7 @@ def _merge(
         **{name: round(value, 6) for name, value in slowest.items()},
         "tokens": totals["generated_tokens"],
         "tokens_per_second": round(tokens_per_second, 1),
+        "chat_config": dataclasses.asdict(config.chat_config),
         "engine": figures[0]["engine"],
     }
     return summary, samples

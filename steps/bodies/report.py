@@ -105,13 +105,15 @@ class TrainedPhase:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """Evaluation of the weights after an update. The gains since the first evaluation are None in the first one."""
+    """Evaluation of the weights after an update. The gains are None in the first evaluation of its pairs."""
 
     step: int
     pairs: int
     loss: float
     margin: float
     accuracy: IntervalEstimate
+    first_accuracy: float
+    """Accuracy in the first evaluation of the same pairs."""
     gain: IntervalEstimate | None
     margin_gain: IntervalEstimate | None
 
@@ -144,8 +146,11 @@ def _read_phase(path: str, names: dict[str, str]) -> TrainedPhase:
 
 
 def _compare(rows: Sequence[Row]) -> list[Evaluated]:
-    """Return the evaluations in order, each with the gains on the same pairs since the first evaluation."""
+    """Return the evaluations in order, each with the gains since the first evaluation of the same pairs."""
     rows = sorted(rows, key=lambda row: row["step"])
+    first: dict[Any, Row] = {}
+    for row in rows:
+        first.setdefault(_pairs_of(row), row)
     return [
         Evaluated(
             step=row["step"],
@@ -153,11 +158,18 @@ def _compare(rows: Sequence[Row]) -> list[Evaluated]:
             loss=row["loss"],
             margin=row["rewards/margins"],
             accuracy=IntervalEstimate(**row["accuracy"]),
-            gain=accuracy_gain(rows[0]["margins"], row["margins"]) if number else None,
-            margin_gain=margin_gain(rows[0]["margins"], row["margins"]) if number else None,
+            first_accuracy=before["accuracy"]["value"],
+            gain=accuracy_gain(before["margins"], row["margins"]) if before is not row else None,
+            margin_gain=margin_gain(before["margins"], row["margins"]) if before is not row else None,
         )
-        for number, row in enumerate(rows)
+        for row in rows
+        for before in [first[_pairs_of(row)]]
     ]
+
+
+def _pairs_of(row: Row) -> tuple[int, str | None]:
+    """Return what the evaluations of the same pairs have in common. Earlier releases recorded only their number."""
+    return row["pairs"], row.get("pairs_digest")
 
 
 def _read_generation(path: str, names: dict[str, str], num_samples: int) -> Generation:
@@ -211,8 +223,8 @@ def _headline(updates: Sequence[Row], evaluations: Sequence[Evaluated], generati
         if values:
             words.append(f"{name} {show_number(values[0])} to {show_number(values[-1])}")
     if evaluations:
-        accuracies = (show_number(one.accuracy.value) for one in (evaluations[0], evaluations[-1]))
-        words.append(f"held-out accuracy {' to '.join(accuracies)}")
+        last = evaluations[-1]
+        words.append(f"held-out accuracy {show_number(last.first_accuracy)} to {show_number(last.accuracy.value)}")
     for one in generations:
         tokens, rate = one.summary.get("generated_tokens"), one.summary.get("tokens_per_second")
         words.append(f"{show_number(tokens)} tokens generated at {show_number(rate)} tok/s")

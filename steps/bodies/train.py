@@ -48,7 +48,7 @@ def train(config: TrainConfig, run: StepRun) -> Live:
     from it, and the outputs are the same as those of an uninterrupted job.
 
     Raises:
-        ConfigError: The live trainer belongs to another run or is already beyond `stop_step`, or `checkpoint`,
+        ConfigError: The live trainer belongs to another run or has reached `stop_step`, or `checkpoint`,
             `eval_every` or `--profile` is impossible in this job.
         DataError: A pair has a token outside the model's vocabulary, or too many tokens. Raised before any device work.
         TrainingError: The contents of a checkpoint differ from what was written.
@@ -156,11 +156,7 @@ def _start(config: TrainConfig, run: StepRun, session: JobSession) -> tuple[Trai
 def _take(config: TrainConfig, run: StepRun) -> tuple[Trainer, PhaseCheckpoints]:
     trainer = config.live
     assert trainer is not None, "the step has no trainer to take"
-    if trainer.config != config.trainer:
-        raise ConfigError(
-            f"the live trainer belongs to another run: its config is {trainer.config}, but this step's is "
-            f"{config.trainer}; all phases of a run must have the same trainer config"
-        )
+    config.check_continues(trainer.config, trainer.step)
     checkpoints = PhaseCheckpoints(config.checkpoint, run, trainer.mesh, after=trainer.step, until=config.stop_step)
     if checkpoints.record is not None:
         record = checkpoints.record

@@ -63,7 +63,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, by
         requests: list[str] = []
         server = ThreadingHTTPServer(("127.0.0.1", 0), _hub_handler(files, requests))
         servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": f"http://127.0.0.1:{server.server_port}"})
         return requests
 

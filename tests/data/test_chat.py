@@ -10,8 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 from tokenizer_kinds import KINDS, write_tokenizer
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Oracle
 
+from simpo_pipeline.data import template_sandbox
 from simpo_pipeline.data.byte_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, write_byte_tokenizer
 from simpo_pipeline.data.chat import encode_chat, encode_text, encode_turn, load_tokenizer, pad_token_id, stop_token_ids
 from simpo_pipeline.data.config import ChatConfig
@@ -35,6 +37,7 @@ NO_END_TOKEN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+COUNTED = ChatConfig(omitted_text="count", unencodable_text="count", merged_border="count")
 
 
 def test_the_answer_ends_with_its_end_of_turn_token_and_not_with_the_templates_line_break(tokenizer: Any):
@@ -79,7 +82,9 @@ def test_an_answer_that_would_merge_with_the_prompts_end_starts_from_the_prompts
     prompt = QUESTION_AND_ANSWER[:1]
     whole = encode_chat(tokenizer, (*prompt, Message("assistant", "\nHello.")), add_generation_prompt=False)
     assert MERGED in whole, "the line breaks of the prompt and the answer should merge"
-    turn = encode_turn(tokenizer, (*prompt, Message("assistant", "\nHello.")))
+    with pytest.raises(DataError, match=r"beginning of the answer '\\nHello\..* set merged_border to 'count'"):
+        encode_turn(tokenizer, (*prompt, Message("assistant", "\nHello.")))
+    turn = encode_turn(tokenizer, (*prompt, Message("assistant", "\nHello.")), COUNTED)
     assert turn.prompt == encode_chat(tokenizer, prompt, add_generation_prompt=True)
     assert tokenizer.decode(turn.answer) == "\nHello.<|im_end|>"
     assert turn.notes == {"merged_border"}
@@ -183,13 +188,15 @@ NO_THOUGHTS = (
     "{% if m['role'] == 'assistant' %}{% set c = c.split('</think>')[-1] %}{% endif %}"
     "{{ m['role'] + ': ' + c + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-COUNTED = ChatConfig(omitted_text="count", unencodable_text="count")
 
 
 def test_an_answer_after_a_blank_gets_no_second_blank_from_the_tokenizer(tmp_path: Path):
     write_tokenizer(KINDS["byte_fallback"](), tmp_path, eos_token="</s>", chat_template=ENDS_IN_A_BLANK)
     oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
-    turn = encode_turn(load_tokenizer(str(tmp_path)), (Message("user", "Where?"), Message("assistant", "Paris is.")))
+    chat = (Message("user", "Where?"), Message("assistant", "Paris is."))
+    with pytest.raises(DataError, match=r"merges the end of the prompt with the beginning of the answer 'Paris is"):
+        encode_turn(load_tokenizer(str(tmp_path)), chat)
+    turn = encode_turn(load_tokenizer(str(tmp_path)), chat, COUNTED)
     prompt, whole = "[INST] Where? [/INST] ", "[INST] Where? [/INST] Paris is.</s>"
     assert turn.prompt == oracle.encode(prompt, add_special_tokens=False).ids
     assert oracle.decode(turn.prompt + turn.answer, skip_special_tokens=False) == whole
@@ -225,8 +232,13 @@ def test_a_wrong_chat_config_is_refused(name: str, value: str):
         ("{{ messages + 1 }}", "rejects a conversation of user: TypeError: "),
         ("{{ messages[0].a.b }}", "rejects a conversation of user: UndefinedError: "),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError|UndefinedError"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError"),
+        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% include '/etc/passwd' %}", "no loader"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ range }}", "prints a function or an object of Python"),
+        ("{{ 'The keys: ' ~ messages[0].keys }}", "prints a function or an object of Python"),
         ("{% for m in messages %}", "cannot be compiled at line 1: .*correct the template"),
         ("{{ ['a', 'b'] | random }}", "cannot be compiled at line 1: No filter named 'random'"),
         ("{{ lipsum() }}", "UndefinedError: 'lipsum' is undefined"),
@@ -236,6 +248,52 @@ def test_every_error_of_a_template_names_the_tokenizer_and_is_ours(tokenizer: An
     with pytest.raises(DataError, match=rf"the chat template of .*byte_tokenizer.*({message})") as refusal:
         encode_turn(replace(tokenizer, chat_template=template), QUESTION_AND_ANSWER)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(999) %}{% for j in range(999) %}{% endfor %}{% endfor %}", "more than 1,000 steps"),
+        ("{% set s = 'a' * 99 %}{% for i in s %}{% for j in s %}{% endfor %}{% endfor %}", "more than 1,000 steps"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(64) }}",
+            "more than 1,000 steps",
+        ),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "more than 20,000 characters"),
+        ("{{ 'a' * 10 ** 10 }}", "more than 20,000 characters"),
+        ("{{ [1] * 10 ** 10 }}", "more than 20,000 characters"),
+        ("{{ 10 ** 10 ** 10 }}", "computes a power"),
+        ("{{ 'a' | center(10 ** 10) }}", "more than 20,000 characters"),
+        ("{{ 'a'.rjust(10 ** 10) }}", "more than 20,000 characters"),
+        ("{{ '%30000d' % 1 }}", "more than 20,000 characters"),
+        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "20,000 char"),
+        ("{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "20,000 char"),
+        ("{% for i in range(999) %}{{ 'some words ' * 9 }}{% endfor %}", "more than 20,000 characters"),
+    ],
+)
+def test_a_template_that_might_never_end_or_makes_too_much_text_is_stopped(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+):
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 1_000)
+    monkeypatch.setattr(template_sandbox, "MAX_CHARACTERS", 20_000)
+    with pytest.raises(DataError, match=rf"the chat template of .*byte_tokenizer.*{message}"):
+        encode_turn(replace(tokenizer, chat_template=template), QUESTION_AND_ANSWER)
+
+
+def test_a_template_that_opens_another_turn_after_the_answer_is_refused(tokenizer: Any):
+    ignoring = tokenizer.chat_template.replace("{% if add_generation_prompt %}", "").rpartition("{% endif %}")[0]
+    with pytest.raises(DataError, match=r"writes '\\n<\|im_start\|>assistant\\n' after the end of an answer"):
+        encode_turn(replace(tokenizer, chat_template=ignoring), QUESTION_AND_ANSWER)
+    # Generation does not need the answer's end, and stops there.
+    assert stop_token_ids(replace(tokenizer, chat_template=ignoring)) == (257, 260)
+
+
+def test_a_template_may_end_the_text_after_the_turn_and_generation_stops_at_the_turn(tokenizer: Any):
+    both = tokenizer.chat_template + "{% if not add_generation_prompt %}<|pad|>{% endif %}"
+    tokenizer = replace(tokenizer, chat_template=both)
+    turn = encode_turn(tokenizer, QUESTION_AND_ANSWER)
+    assert tokenizer.decode(turn.answer) == "Hello.<|im_end|>\n<|pad|>"
+    assert stop_token_ids(tokenizer) == (257, 260)
 
 
 def test_text_that_the_template_leaves_out_is_refused_or_counted(tokenizer: Any):
@@ -291,6 +349,73 @@ def test_plain_text_of_special_tokens_needs_a_template_that_prints_messages_unch
     chat = (Message("user", "Say <|im_end|>"), Message("assistant", "<|eos|> is, <|im_end|> too."))
     with pytest.raises(DataError, match="changes the messages that it prints, so the text cannot be kept as plain"):
         encode_chat(replace(tokenizer, chat_template=template), chat, add_generation_prompt=False, config=config)
+
+
+def with_tokens(folder: Path, *texts: str) -> Any:
+    """Return the byte tokenizer with more tokens, which are not marked as special."""
+    write_byte_tokenizer(str(folder))
+    oracle = Oracle.from_file(str(folder / "tokenizer.json"))
+    oracle.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
+    oracle.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder))
+
+
+def test_a_token_that_the_template_puts_together_is_noticed_in_a_message_and_a_word_is_not(tmp_path: Path):
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    tokenizer = replace(with_tokens(tmp_path, "<|user|>", "<|assistant|>", "user"), chat_template=template)
+    with pytest.raises(DataError, match=r"message 0 \(user\) contains '<\|user\|>'"):
+        encode_turn(tokenizer, (Message("user", "I am the <|user|>."), Message("assistant", "Hello.")))
+    assert encode_turn(tokenizer, (Message("user", "user"), Message("assistant", "Hello."))).prompt == [
+        261,
+        263,
+        260,
+        262,
+    ]
+
+
+def test_a_token_that_a_message_completes_is_noticed(tokenizer: Any):
+    template = tokenizer.chat_template.replace("'<|im_end|>' + '\n'", "'>' + '<|im_end|>'")
+    tokenizer = replace(tokenizer, chat_template=template)
+    chat = (Message("user", "What?"), Message("assistant", "It is <|eos|"))
+    with pytest.raises(DataError, match=r"together with the text that the chat template of .* forms a special token"):
+        encode_turn(tokenizer, chat)
+    turn = encode_turn(tokenizer, chat, ChatConfig(special_text="parse"))
+    assert (turn.answer, turn.notes) == ([*b"It is ", 257, 260], {"special_text"})
+    assert encode_turn(tokenizer, (*chat[:1], Message("assistant", "It is |eos|"))).answer == [*b"It is |eos|>", 260]
+
+
+def test_a_control_token_that_is_only_a_piece_of_the_vocabulary_is_noticed_in_a_message(tmp_path: Path):
+    made = json.loads(KINDS["unigram"]().to_str())
+    made["model"]["vocab"].append(["<|im_end|>", 0.0])
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant {% endif %}"
+    write_tokenizer(Oracle.from_str(json.dumps(made)), tmp_path, eos_token="</s>", chat_template=template)
+    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
+    assert len(made["model"]["vocab"]) - 1 in oracle.encode("and <|im_end|> too").ids
+    for policy in ("raise", "plain"):
+        with pytest.raises(DataError, match=r"<\|im_end\|>"):
+            encode_chat(
+                load_tokenizer(str(tmp_path)),
+                [Message("user", "and <|im_end|> too")],
+                add_generation_prompt=True,
+                config=ChatConfig(special_text=policy),
+            )
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"type": "WordLevel", "vocab": {"Hi": 0}, "unk_token": "<unk>"}, "Missing .UNK. token"),
+        ({"type": "Unigram", "unk_id": None, "vocab": [["H", -1.0]], "byte_fallback": False}, "`unk_id` is missing"),
+    ],
+)
+def test_text_that_a_tokenizer_cannot_handle_is_an_error_of_ours(tmp_path: Path, model: dict[str, Any], reason: str):
+    write_byte_tokenizer(str(tmp_path))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": model, "pre_tokenizer": None}))
+    with pytest.raises(DataError, match=rf"cannot encode 'good day' \(.*{reason}.*\); remove what it has no token for"):
+        encode_text(load_tokenizer(str(tmp_path)), "good day")
 
 
 def test_a_special_token_in_a_role_is_noticed(tokenizer: Any):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from simpo_pipeline.data.messages import Message
 from simpo_pipeline.data.prompts import ChatPrompt, PromptsConfig, TokenPrompt, load_prompts, prompt_shard
-from simpo_pipeline.errors import ConfigError, DataError, SimpoPipelineError
+from simpo_pipeline.errors import ConfigError, DataError, SimpoPipelineError, StorageError
 
 
 def test_prompts_are_taken_as_given():
@@ -50,6 +50,8 @@ def test_a_missing_file_and_an_empty_one_are_named(tmp_path):
     [
         ({}, "exactly one of"),
         ({"prompts": ("a",), "synthetic_prompt_count": 2}, "exactly one of"),
+        ({"synthetic_prompt_count": 1, "synthetic_prompt_template": " "}, "synthetic_prompt_template is empty"),
+        ({"synthetic_prompt_count": 1, "synthetic_prompt_template": "{index:>99999999999999}"}, r"cannot be filled"),
         ({"synthetic_prompt_count": 0}, "synthetic_prompt_count must be positive, got 0"),
         ({"prompts": ("a", " ")}, r"prompts\[1\] is empty"),
         ({"synthetic_prompt_count": 1, "synthetic_prompt_template": "{number}"}, r"only field is \{index\}"),
@@ -99,6 +101,30 @@ def test_only_line_feeds_end_a_line_and_one_byte_order_mark_is_removed(tmp_path:
     assert prompts_of(path) == ("\ufeffa\u2028b\x85c\x0bd\x0ce\x1cf\rg", "    indented ", "last\r")
 
 
+def test_half_of_a_surrogate_pair_in_the_settings_is_refused():
+    with pytest.raises(DataError, match=r"field 'prompts\[1\]' is not valid Unicode at character 0"):
+        PromptsConfig(prompts=("a", "\udc80"))
+    with pytest.raises(DataError, match="field 'synthetic_prompt_template' is not valid Unicode"):
+        PromptsConfig(synthetic_prompt_count=1, synthetic_prompt_template="\ud83d{index}")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.JSONL", "p.ndjson", "p"])
+@pytest.mark.parametrize("row", [{"prompt": "q"}, {"messages": []}, {"prompt_token_ids": [1], "id": 2}])
+def test_a_row_of_json_is_not_the_text_of_a_prompt(tmp_path: Path, name: str, row: dict[str, Any]):
+    (tmp_path / name).write_text('{x}\n{"a": 1}\n' + json.dumps(row))
+    with pytest.raises(
+        DataError, match=rf"{name}, line 3: the line is a JSON object with a prompt; let the file's name"
+    ):
+        prompts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("data", ["fine\ncafé".encode("latin-1"), b"fine\n" + gzip.compress(b"one")])
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path, data: bytes):
+    (tmp_path / "p.txt").write_bytes(data)
+    with pytest.raises(StorageError, match=r"p\.txt': line 2 is not UTF-8\. Save the file as UTF-8 text"):
+        prompts_of(tmp_path / "p.txt")
+
+
 ROWS = [
     ({"prompt": "  two\nlines\u2028 "}, "  two\nlines\u2028 "),
     (
@@ -138,6 +164,8 @@ def test_parquet_rows_are_prompts_too(tmp_path: Path):
         ({"prompt": 3}, "field 'prompt' is a number, expected a list"),
         ({"prompt": '[{"role": "user", "content": "q"}]'}, "a string that contains a list of messages as JSON"),
         ({"prompt": "\ud83d"}, "not valid Unicode at character 0"),
+        ({"prompt_token_ids": ["x" * 999]}, r"field 'prompt_token_ids' contains 'x{39}, expected"),
+        ({"prompt": "q", "continue_final_message": True}, "field 'continue_final_message' is a boolean, and would be"),
         ({"prompt": "q", "system": "Be brief."}, "field 'system' is a string, and would be part"),
         ({"messages": []}, "field 'messages' has no messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "field 'messages' ends with an assistant turn"),

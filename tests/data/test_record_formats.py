@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.messages import Message
+from simpo_pipeline.data.pairs import write_pairs
 from simpo_pipeline.data.records import PreferenceRecord, parse_record, read_records
-from simpo_pipeline.errors import DataError
+from simpo_pipeline.data.tokenize import tokenize_pairs
+from simpo_pipeline.errors import DataError, StorageError
 
 SHIPPED = Path(__file__).parents[2] / "experiments" / "data" / "preferences.jsonl"
-ROWS: list[dict[str, Any]] = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()[::8]]
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()[::32]]
 USER, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
 )
@@ -78,36 +81,50 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-FORMATS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "json": ("a.json", lambda: json.dumps(ROWS).encode()),
-    "jsonl-gz": ("a.jsonl.gz", lambda: gzip.compress(jsonl(ROWS))),
-    "json-gz": ("a.json.gz", lambda: gzip.compress(json.dumps(ROWS).encode())),
-    "parquet": ("a.parquet", lambda: parquet(ROWS)),
-    "byte-order-mark": ("a.jsonl", lambda: b"\xef\xbb\xbf" + jsonl(ROWS)),
-    "carriage-returns": ("a.jsonl", lambda: jsonl(ROWS).replace(b"\n", b"\r\n")),
-    "explicit-messages": ("a.jsonl", lambda: jsonl([explicit(row) for row in ROWS])),
-    "explicit-messages-parquet": ("a.parquet", lambda: parquet([explicit(row) for row in ROWS])),
-    "repeated-messages": ("a.jsonl", lambda: jsonl([row | {"prompt": row["chosen"][:1]} for row in ROWS])),
+FORMATS: dict[str, tuple[str, Callable[[list[dict[str, Any]]], bytes]]] = {
+    "json": ("a.json", lambda rows: json.dumps(rows).encode()),
+    "jsonl-gz": ("a.jsonl.gz", lambda rows: gzip.compress(jsonl(rows))),
+    "json-gz": ("a.json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
+    "parquet": ("a.parquet", parquet),
+    "byte-order-mark": ("a.jsonl", lambda rows: b"\xef\xbb\xbf" + jsonl(rows)),
+    "carriage-returns": ("a.jsonl", lambda rows: jsonl(rows).replace(b"\n", b"\r\n")),
+    "explicit-messages": ("a.jsonl", lambda rows: jsonl([explicit(row) for row in rows])),
+    "explicit-messages-parquet": ("a.parquet", lambda rows: parquet([explicit(row) for row in rows])),
+    "repeated-messages": ("a.jsonl", lambda rows: jsonl([row | {"prompt": row["chosen"][:1]} for row in rows])),
     "implicit-messages": (
         "a.jsonl",
-        lambda: jsonl([{name: row[name] for name in ("prompt_id", "chosen", "rejected")} for row in ROWS]),
+        lambda rows: jsonl([{name: row[name] for name in ("prompt_id", "chosen", "rejected")} for row in rows]),
     ),
-    "content-parts": ("a.jsonl", lambda: jsonl([in_parts(row) for row in ROWS])),
-    "content-parts-parquet": ("a.parquet", lambda: parquet([in_parts(row) for row in ROWS])),
-    "plain-text": ("a.jsonl", lambda: jsonl([plain(row) for row in ROWS])),
-    "plain-text-parquet": ("a.parquet", lambda: parquet([plain(row) for row in ROWS])),
+    "content-parts": ("a.jsonl", lambda rows: jsonl([in_parts(row) for row in rows])),
+    "content-parts-parquet": ("a.parquet", lambda rows: parquet([in_parts(row) for row in rows])),
+    "plain-text": ("a.jsonl", lambda rows: jsonl([plain(row) for row in rows])),
+    "plain-text-parquet": ("a.parquet", lambda rows: parquet([plain(row) for row in rows])),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_of_the_same_pairs_gives_the_same_records(tmp_path: Path, name: str):
     file, content = FORMATS[name]
-    (tmp_path / file).write_bytes(content())
+    (tmp_path / file).write_bytes(content(ROWS))
     found = read(tmp_path / file)
     assert [record.prompt_id for record in found] == [row["prompt_id"] for row in ROWS]
     for side in ("chosen", "rejected"):
         expected = [[(turn["role"], turn["content"]) for turn in row[side]] for row in ROWS]
         assert [[(turn.role, turn.content) for turn in getattr(record, side)] for record in found] == expected
+
+
+def test_every_format_of_the_same_pairs_gives_the_same_tokenized_pairs(tmp_path: Path, tokenizer: Any):
+    def pairs_file(path: Path) -> bytes:
+        pairs, _ = tokenize_pairs(read_records(PreferenceSource(str(path))), tokenizer, max_length=10_000)
+        with (tmp_path / "pairs.parquet").open("wb") as file:
+            write_pairs(file, pairs)
+        return (tmp_path / "pairs.parquet").read_bytes()
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:2]))
+    expected = pairs_file(tmp_path / "a.jsonl")
+    for name, (file, content) in FORMATS.items():
+        (tmp_path / file).write_bytes(content(ROWS[:2]))
+        assert pairs_file(tmp_path / file) == expected, name
 
 
 def test_plain_text_is_two_turns_for_the_template_and_a_log_line_says_so(
@@ -174,7 +191,22 @@ def test_a_shared_prompt_and_its_answers_are_the_texts_or_are_refused(prompt: st
             {"prompt": [USER], "chosen": [{**USER, "content": "r"}, GOOD], "rejected": [BAD]},
             "field 'chosen' has 2 messages",
         ),
+        (
+            {"question": "q", "chosen": "It is a", "rejected": "It is b"},
+            "field 'question' may be the prompt; rename it",
+        ),
+        ({"prompt": USER, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "field 'prompt' is an object, expected a"),
+        ({"prompt": 3, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "field 'prompt' is a number, expected a list"),
+        ({"prompt": json.dumps([USER]), "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "a list of messages as JSON"),
         ({"prompt": [USER], "chosen": [], "rejected": [BAD]}, "field 'chosen' has 0 messages"),
+        (
+            {"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]},
+            "an assistant turn before the answer, which may",
+        ),
+        (
+            {"chosen": [USER, BAD, GOOD], "rejected": [USER, BAD, BAD]},
+            "'chosen' has an assistant turn before the answer",
+        ),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "'rejected' does not end with an assistant turn"),
         ({"prompt": "\ud83d", "chosen": "a", "rejected": "b"}, "field 'prompt' is not valid Unicode at character 0"),
     ],
@@ -265,7 +297,13 @@ GOOD_LINE = json.dumps({"chosen": [USER, GOOD], "rejected": [USER, BAD]}).encode
         ("a.jsonl.gz", gzip.compress(GOOD_LINE * 99)[:-9], r"a\.jsonl\.gz: not a whole gzip file"),
         ("a.json", b"[" + GOOD_LINE, r"a\.json: not JSON \(.*\), expected a list of objects"),
         ("a.json", GOOD_LINE + b"\n" + GOOD_LINE, r"a\.json: not JSON \(Extra data.*ends in \.jsonl"),
-        ("a.json", GOOD_LINE, r"a\.json: the file does not contain a list; write its rows as one list"),
+        ("a.json", GOOD_LINE, r"a\.json: the file contains an object, expected a list; write its rows as one list"),
+        ("a.json", b'{"data": [' + GOOD_LINE + b"]}", r"a\.json: the file contains an object, expected a list"),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE) + b"garbage", r"a\.jsonl\.gz: not a whole gzip file"),
+        ("a.jsonl", gzip.compress(GOOD_LINE), r"a\.jsonl, line 1: the content is compressed; let the name"),
+        ("a.jsonl", GOOD_LINE.decode().encode("utf-16"), r"a\.jsonl, line 1: byte 0 is not UTF-8"),
+        ("a.jsonl", b'{"score": NaN}', r"a\.jsonl, line 1: the value NaN is not JSON"),
+        ("a.json", b'[{"a": [-Infinity]}]', r"a\.json: the value -Infinity is not JSON"),
         ("a.json", b"[" + GOOD_LINE + b", 3]", r"a\.json, row 2: got a number, expected an object"),
         ("a.json", b"[]", r"a\.json: the dataset is empty"),
         ("a.jsonl", b'{"chosen": [], "chosen": []}', r"a\.jsonl, line 1: an object has the key 'chosen' twice"),
@@ -306,11 +344,28 @@ def test_a_folder_that_exists_is_that_folder_and_no_other_matches(tmp_path: Path
     assert [record.prompt_id for record in read(Path("run[1]/*/a.jsonl"))] == ["literal"]
 
 
+def test_a_pattern_reads_through_links_and_leaves_out_nothing_that_is_named_like_its_files(tmp_path: Path):
+    write(tmp_path / "elsewhere" / "a.jsonl", "linked")
+    write(tmp_path / "runs" / "1" / "a.jsonl", "plain")
+    (tmp_path / "runs" / "2").symlink_to("../elsewhere")
+    (tmp_path / "runs" / "notes.md").touch()
+    (tmp_path / "runs" / "1" / "a.folder").mkdir()
+    pattern = tmp_path / "runs" / "*" / "a.*"
+    assert [record.prompt_id for record in read(pattern)] == ["plain", "linked"]
+    other = tmp_path / "runs" / "1" / "a.json"
+    makers: tuple[Callable[[Path], None], ...] = (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere"))
+    for number, make in enumerate(makers):
+        make(other)
+        with pytest.raises(StorageError, match=r"Cannot read '.*/runs/1/a\.json'"):
+            read(pattern)
+        other.rename(tmp_path / f"moved-{number}")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name"]), inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "\ud83d"]), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -326,6 +381,6 @@ def test_any_row_is_a_record_or_a_data_error(row: Any):
     try:
         record = parse(row)
     except DataError as error:
-        assert "\n" not in str(error) or "\n" in repr(row)
+        assert str(error).encode() and "\n" not in str(error)
     else:
         assert record.chosen[:-1] == record.rejected[:-1] and record.prompt

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from simpo_pipeline.data.config import PreferenceSource
 from simpo_pipeline.data.records import Message, PreferenceRecord, read_records
@@ -43,6 +46,9 @@ def parquet_bytes(*rows: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
     return buffer.getvalue()
+
+
+SOUND_PARQUET = parquet_bytes(row(), row())
 
 
 def read(path: object, split: str | None = None, revision: str | None = None) -> list[PreferenceRecord]:
@@ -194,6 +200,59 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path):
         read(tmp_path / "bad.parquet")
 
 
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SIDES = [pa.array([messages("q", text)] * 2, MESSAGES) for text in ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "complaint"),
+    [
+        (["chosen", "rejected", "chosen"], [*SIDES, SIDES[0]], "the file has the column 'chosen' twice"),
+        (["Chosen", "Rejected"], SIDES, "the file has 'Chosen', 'Rejected', none of which is read"),
+        (
+            ["chosen", "rejected", "prompt_id"],
+            [*SIDES, pa.array([1000, 1], pa.timestamp("ns"))],
+            "row 2: a value cannot be read",
+        ),
+        (
+            ["chosen", "rejected", "system"],
+            [*SIDES, pa.array([0, 10**18], pa.date64())],
+            r"row 2: a value cannot be read \(days",
+        ),
+        (
+            ["chosen", "rejected"],
+            [
+                pa.ListArray.from_arrays(
+                    [0, 1], pa.StructArray.from_arrays([pa.array(["q"])] * 3, ["role", "content", "content"])
+                ),
+                SIDES[1][:1],
+            ],
+            "row 1: a value cannot be read .*duplicate field names",
+        ),
+    ],
+)
+def test_parquet_columns_that_cannot_be_taken_as_they_are_are_refused(
+    tmp_path: Path, names: list[str], columns: list[Any], complaint: str
+):
+    pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet(, |: ){complaint}"):
+        read(tmp_path / "a.parquet")
+
+
+@settings(max_examples=30)
+@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+@example([(SOUND_PARQUET.rindex(b"rejected"), 0xFF)])
+def test_a_damaged_parquet_file_is_read_or_refused(changes: list[tuple[int, int]]):
+    damaged = bytearray(SOUND_PARQUET)
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
+    fsspec.filesystem("memory").pipe_file("/damaged.parquet", bytes(damaged))
+    try:
+        read("memory://damaged.parquet")
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.parquet"])
 def test_an_empty_data_set_is_an_error(tmp_path: Path, name: str):
     schema = pa.schema([("chosen", pa.list_(pa.string())), ("rejected", pa.list_(pa.string()))])
@@ -218,6 +277,25 @@ def test_a_hub_id_without_its_split_says_that_split_is_missing():
 def test_a_pattern_without_a_match_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match="no file matches"):
         read(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
+def test_what_is_no_file_is_refused_without_reading_it(tmp_path: Path, name: str):
+    os.mkfifo(tmp_path / name)  # reading it would never end, nor would reading the device
+    with pytest.raises(StorageError, match=r"it is a pipe or a device\. Give the path of a file"):
+        read(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(StorageError, match="it is a pipe or a device"):
+        read(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)
+    with pytest.raises(StorageError, match="symbolic links"):
+        read(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(StorageError, match="it is a folder"):
+        read(tmp_path / name)
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path):

@@ -52,6 +52,7 @@ def test_pairs_contain_prompt_and_answer_and_the_start_of_the_answer(tokenizer: 
         "max_length": 40,
         "num_special_text": 0,
         "num_omitted_text": 0,
+        "num_trimmed_text": 0,
         "num_unencodable_text": 0,
         "num_merged_border": 0,
         "padding_share": pytest.approx(1 - (2 * PROMPT_TOKENS + 13) / 80),
@@ -122,6 +123,8 @@ def test_answers_that_the_template_makes_equal_are_no_preference(tokenizer: Any)
     pairs, stats = tokenize_pairs(records, trimming, max_length=64, unusable="drop")
     assert [pair.prompt_id for pair in pairs] == ["good"]
     assert stats.num_dropped_unusable == 1
+    _, stats = tokenize_pairs([record("Yes\n", "No"), records[1]], trimming, max_length=64)
+    assert (stats.num_trimmed_text, stats.num_omitted_text) == (1, 0)
     assert len(tokenize_pairs(records, tokenizer, max_length=64)[0]) == 2
 
 

@@ -1,20 +1,24 @@
 """Folders of tokenizers: tokenizer.json determines the ids, and what contradicts it or needs code is refused."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import huggingface_hub
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, write_tokenizer
 from tokenizers import Tokenizer as Oracle
 from tokenizers import processors
 
 from simpo_pipeline.data.byte_tokenizer import write_byte_tokenizer
-from simpo_pipeline.data.chat import encode_text, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.chat import encode_text, encode_turn, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.messages import Message
 from simpo_pipeline.errors import DataError
 
 TEXTS = (
@@ -24,15 +28,7 @@ TEXTS = (
     "<|im_start|>user\nHi<|im_end|>\n",
     "é東🎉 def f(a):\n\treturn",
 )
-CLASSES = (
-    "GPT2Tokenizer",
-    "LlamaTokenizerFast",
-    "BertTokenizer",
-    "T5Tokenizer",
-    "Qwen2Tokenizer",
-    "NoSuchTokenizer",
-    7,
-)
+CLASSES = ("GPT2Tokenizer", "LlamaTokenizerFast", "NoSuchTokenizer", 7)
 
 
 def edit_json(folder: Path, name: str, **changes: Any) -> None:
@@ -48,16 +44,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_ids_are_those_of_tokenizer_json_whatever_class_the_config_names(
-    smollm2_folder: Path, tmp_path: Path, name: object
-):
+def test_the_ids_are_those_of_tokenizer_json_whatever_class_the_config_names(smollm2_folder: Path, tmp_path: Path):
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / file).write_bytes((smollm2_folder / file).read_bytes())
-    edit_json(tmp_path, "tokenizer_config.json", tokenizer_class=name, add_prefix_space=True, do_lower_case=True)
-    oracle, tokenizer = Oracle.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(str(tmp_path))
-    for text in TEXTS:
-        assert tokenizer.encode(text) == oracle.encode(text).ids
+    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
+    expected = [oracle.encode(text).ids for text in TEXTS]
+    for name in CLASSES:
+        edit_json(tmp_path, "tokenizer_config.json", tokenizer_class=name, add_prefix_space=True, do_lower_case=True)
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert [tokenizer.encode(text) for text in TEXTS] == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,6 +105,19 @@ REFUSED: list[tuple[str, dict[str, Any] | str | None, str]] = [
         {"chat_template": [{"name": "tool_use", "template": "a"}]},
         "templates tool_use, and none",
     ),
+    (CONFIG, {"chat_template": ["a"]}, "chat_template of .* contains 'a'; expected an object with a name of its own"),
+    (CONFIG, {"chat_template": [{"name": "default"}]}, "contains {'name': 'default'}; expected"),
+    (
+        CONFIG,
+        {"chat_template": [{"name": "default", "template": "a"}, {"name": "default", "template": "b"}]},
+        "contains {'name': 'default', 'template': 'b'}; expected an object with a name of its own",
+    ),
+    (CONFIG, {"chat_template": "\ufeffa"}, r"template in tokenizer_config\.json begins with a byte order mark"),
+    ("chat_template.jinja", "\ufeffa", r"template in chat_template\.jinja begins with a byte order mark"),
+    (CONFIG, '{"a": {"b": 1, "b": 2}}', r"tokenizer_config\.json is not JSON \(the key 'b' occurs twice\)"),
+    ("generation_config.json", '{"eos_token_id": 1, "eos_token_id": 2}', "the key 'eos_token_id' occurs twice"),
+    (CONFIG, "[" * 100_000, "is not JSON .*recursion"),
+    (CONFIG, {"additional_special_tokens": ["\ud800"]}, "expected the text of a token"),
     (CONFIG, {"chat_template": 1}, "chat_template of .* is 1; expected"),
     (
         "generation_config.json",
@@ -136,6 +144,69 @@ def test_a_folder_that_cannot_be_read_exactly_is_refused(
         load_tokenizer(str(folder))
     assert str(refusal.value).startswith(str(folder))
     assert "\n" not in str(refusal.value)
+
+
+JUNK = st.sampled_from(
+    [None, True, 0, -1, 2**40, 10**30, 1.5, "", "x", "<|im_end|>", "\ud800", "{{ x", [], [1], [[]], {}, {"content": 1}]
+)
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the paths to all values inside a JSON value, apart from the vocabulary."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        if key != "vocab":
+            yield from places(inner, (*path, key))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(("tokenizer.json", CONFIG, "special_tokens_map.json")), data=st.data())
+def test_with_anything_in_its_files_a_tokenizer_fails_only_with_an_error_of_ours(
+    folder: Path, file: str, data: st.DataObject
+):
+    write_byte_tokenizer(str(folder))
+    content = json.loads((folder / file).read_text())
+    *path, last = data.draw(st.sampled_from(list(places(content))))
+    inner = content
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(JUNK)
+    (folder / file).write_text(json.dumps(content))
+    try:
+        tokenizer = load_tokenizer(str(folder))
+        stop_token_ids(tokenizer)
+        encode_turn(tokenizer, (Message("user", "Hi"), Message("assistant", "Hello.")))
+    except DataError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+def test_a_link_without_its_target_and_a_pipe_are_refused_instead_of_ignored(folder: Path, name: str):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "absent")
+    with pytest.raises(DataError, match=f"{name} is not a file, or a link to a file that is missing"):
+        load_tokenizer(str(folder))
+    os.mkfifo(folder / "absent")
+    with pytest.raises(DataError, match=f"{name} is not a file"):
+        load_tokenizer(str(folder))
+
+
+def test_ids_that_depend_on_chance_are_refused(folder: Path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"has a dropout of 0\.1.*, so the same text would get other ids each time"):
+        load_tokenizer(str(folder))
+
+
+def test_a_post_processor_that_fails_is_an_error_of_ours(folder: Path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    pieces = [{"SpecialToken": {"id": "<|absent|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="has a post_processor that fails"):
+        encode_text(load_tokenizer(str(folder)), "Hi")
 
 
 def test_two_tokens_with_one_id_are_refused(folder: Path):
@@ -169,15 +240,6 @@ def test_the_template_named_default_is_used_and_a_jinja_file_wins(folder: Path):
     assert load_tokenizer(str(folder)).chat_template == "b"
     (folder / "chat_template.jinja").write_text("c")
     assert load_tokenizer(str(folder)).chat_template == "c"
-
-
-def test_a_tokenizer_loads_from_a_remote_folder_without_fetching_the_weights(folder: Path):
-    remote = fsspec.filesystem("memory")
-    for file in folder.iterdir():
-        remote.pipe_file(f"/model/{file.name}", file.read_bytes())
-    remote.pipe_file("/model/model.safetensors", b"gigabytes")
-    remote.pipe_file("/model/original/tokenizer.json", b"another one")
-    assert load_tokenizer("memory://model").encode("Hi") == [72, 105]
 
 
 def test_a_hub_id_loads_only_the_tokenizers_files(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -104,7 +104,7 @@ def test_a_config_file_is_read_and_flags_go_before_it(tmp_path):
     ("text", "sentence"),
     [
         ("count: 1:30", "count is '1:30'; expected an integer"),
-        ("prefix: 010", "prefix is 10; expected text"),
+        ("prefix: 010", "prefix is 10; expected text or null; put text in quotes"),
         ("cuont: 3", "cuont is not a setting; the nearest is count"),
         ("count: [", "flags.yaml: "),
     ],

@@ -121,8 +121,8 @@ def kill_at_every_change(start_program: Any, gcs: Any, name: str, when: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_after_a_kill_at_any_change_of_the_bucket_the_next_run_finishes(start_program, gcs, when):
-    """Each step makes 9 changes: lease, RUNNING, info, two outputs, manifest, info, SUCCESS, lease."""
-    assert kill_at_every_change(start_program, gcs, f"kill-{when}-{os.getpid()}", when) >= 3 * 9
+    """Each step makes 10 changes: lease, RUNNING, info, two outputs, manifest, code, info, SUCCESS, lease."""
+    assert kill_at_every_change(start_program, gcs, f"kill-{when}-{os.getpid()}", when) >= 3 * 10
 
 
 @pytest.mark.parametrize("kind", ["503", "cut_after", "delete_lost"])
@@ -173,5 +173,5 @@ def test_the_files_of_a_commit_are_written_in_order(gcs, gcs_here):
     changed = [entry["path"].rsplit("/", 1)[1] for entry in gcs.log() if entry["kind"] in ("insert", "delete")]
     own = changed[changed.index(".executor_status.lock") :]
     expected = [".executor_status.lock", ".executor_status", ".executor_info", "out.txt"]
-    expected += ["manifest.json", ".executor_info", ".executor_status", ".executor_status.lock"]
+    expected += ["manifest.json", ".executor_code", ".executor_info", ".executor_status", ".executor_status.lock"]
     assert own[: len(expected)] == expected

@@ -25,7 +25,14 @@ from simpo_pipeline.executor.commands.survey import read_survey
 from simpo_pipeline.executor.executor import PROBE_PREFIX, Executor
 from simpo_pipeline.executor.records.holder import Holder, parse_holder
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseKeeper, LeaseWatch
-from simpo_pipeline.executor.records.status import ERROR_FILE, INFO_FILE, LEASE_FILE, MANIFEST_FILE, STATUS_FILE
+from simpo_pipeline.executor.records.status import (
+    CODE_FILE,
+    ERROR_FILE,
+    INFO_FILE,
+    LEASE_FILE,
+    MANIFEST_FILE,
+    STATUS_FILE,
+)
 from simpo_pipeline.executor.run import Live
 from simpo_pipeline.executor.step import ExecutorStep, output_path_of, take, this_output_path
 from simpo_pipeline.storage.conditional import ConditionalFiles
@@ -141,7 +148,7 @@ def test_only_files_missing_from_the_manifest_of_a_good_step_are_collected(prefi
     assert found(prefix, 0.9 * HOUR) == []
     (removal,) = collect(prefix)
     assert [base_name(entry.relative_path) for entry in removal.removed] == ["left"]
-    assert names(path) == [INFO_FILE, STATUS_FILE, MANIFEST_FILE, "more/rows.jsonl", "rows.jsonl"]
+    assert names(path) == [CODE_FILE, INFO_FILE, STATUS_FILE, MANIFEST_FILE, "more/rows.jsonl", "rows.jsonl"]
     assert read_survey(prefix).steps[0].record.done
 
 

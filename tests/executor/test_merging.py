@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.planning.graph import build_graph
-from simpo_pipeline.executor.step import ExecutorStep, borrow, this_output_path, versioned
+from simpo_pipeline.executor.step import ExecutorStep, borrow, outside_path, this_output_path, versioned
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Config:
     optimizer: Any = Optimizer()
 
 
+@dataclass(frozen=True)
+class WithFile:
+    path: str = field(metadata=outside_path())
+    size: int = 0
+
+
 def work(config: Any) -> None:
     """Do nothing."""
 
@@ -33,6 +40,35 @@ def with_rate(rate: float):
         return rate
 
     return train
+
+
+def with_default(default: Any):
+    def train(config: Any, *, rate: Any = default) -> None: ...
+
+    return train
+
+
+def with_itself():
+    def train(config: Any) -> Any:
+        return train, never_set
+
+    if len(__name__) < 0:
+        never_set = None
+    return train
+
+
+@dataclass(eq=False)
+class Callable:
+    rate: float
+
+    def __call__(self, config: Any) -> None: ...
+
+    def train(self, config: Any) -> None: ...
+
+
+class WithoutRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
 
 
 def warnings(*steps: ExecutorStep) -> tuple[str, ...]:
@@ -60,7 +96,16 @@ def test_a_field_that_differs_without_being_versioned_is_named_with_both_values(
 
 @pytest.mark.parametrize(
     "functions",
-    [(work, with_rate(1.0)), (with_rate(1.0), with_rate(2.0)), [functools.partial(work, {"x": x}) for x in (1, 2)]],
+    [
+        (work, with_rate(1.0)),
+        (with_rate(1.0), with_rate(2.0)),
+        [functools.partial(work, {"x": x}) for x in (1, 2)],
+        (lambda config: 1, lambda config: 2),
+        (lambda config: lambda: 1, lambda config: lambda: 2),
+        (with_default(1), with_default(2)),
+        (Callable(1.0), Callable(2.0)),
+        (Callable(1.0).train, Callable(2.0).train),
+    ],
 )
 def test_functions_that_differ_are_named_too(functions):
     (warning,) = warnings(*(ExecutorStep("train", function, None) for function in functions))
@@ -74,6 +119,22 @@ def test_steps_that_are_the_same_or_have_different_versions_give_no_warning():
     users = [ExecutorStep("user", with_rate(1.0), [step, borrow(step), object(), nan]) for step in (first, again)]
     assert warnings(*users) == ()
     assert warnings(first, ExecutorStep("first", work, Config(versioned(2), Optimizer(0.5)))) == ()
+
+
+def test_values_that_cannot_be_compared_are_no_error():
+    endless: list[Any] = []
+    endless.append(endless)
+    for make in (with_itself, lambda: functools.partial(work, endless), lambda: with_default(WithoutRepr())):
+        assert warnings(*(ExecutorStep("train", make(), [WithoutRepr()]) for _ in range(2))) == ()
+
+
+def test_equal_files_with_different_names_give_no_warning(tmp_path):
+    configs = [WithFile(str(tmp_path / name), size) for name, size in (("a.txt", 1), ("b.txt", 1), ("a.txt", 2))]
+    for config in configs:
+        Path(config.path).write_text("equal")
+    one, renamed, other = (ExecutorStep("read", work, config) for config in configs)
+    assert warnings(one, renamed) == ()
+    assert "version: size: 1 and 2. If" in warnings(one, other)[0]
 
 
 def test_a_plan_logs_the_warning(tmp_path, caplog):

@@ -1,15 +1,17 @@
 """What a step reads from outside is identified by its content, and the plan names the file that changed."""
 
 import dataclasses
+import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from simpo_pipeline.errors import StepFailedError, StorageError
+from simpo_pipeline.errors import ConfigError, IdentityError, StepFailedError, StorageError
 from simpo_pipeline.executor.executor import Executor
 from simpo_pipeline.executor.planning.graph import build_graph
 from simpo_pipeline.executor.step import ExecutorStep, content_of, outside_path, versioned
@@ -56,6 +58,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_is_identified_by_the_checksum_of_its_content_and_not_by_its_path(file, tmp_path):
     assert version_of({"vocabulary": content_of(str(file))}) == {"vocabulary": CHECK_VALUE}
     assert version_of(Config(prompts=Prompts(str(file)))) == {"prompts.path": f"{CHECK_VALUE}.txt"}
+    as_path: Any = file
+    assert version_of(Config(prompts=Prompts(as_path))) == version_of(Config(prompts=Prompts(f"file://{file}")))
     inside = version_of(Config(prompts=versioned(Prompts(str(file)))))
     assert inside["prompts"]["path"] == {"!content": f"{CHECK_VALUE}.txt"}
     elsewhere = tmp_path / "other" / "name.txt"
@@ -74,10 +78,49 @@ def test_a_path_where_nothing_exists_is_identified_as_any_other_value(tmp_path):
     assert version_of(Config(model=versioned("org/name"))) == {"model": "org/name"}
     assert version_of(Config(model="org/name")) == {}
     assert version_of(Config(model=versioned("https://example.org/model"))) == {"model": "https://example.org/model"}
-    assert version_of({"a": content_of(missing)}) == {"a": missing}
+    (tmp_path / "file").touch()
+    for path in (missing, f"{tmp_path}/file/name"):
+        assert version_of({"a": content_of(path)}) == {"a": path}
     assert version_of(Config(versioned(Prompts()))) == {
         "prompts": {"!dataclass": "Prompts", "path": None, "template": "{index}"}
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message"),
+    [
+        ("~/model", ConfigError, "'~' is not replaced by a home folder. Write the whole path"),
+        ("gs:/bucket/model", ConfigError, "is a URL that lost a slash. Write 'gs://bucket/model'"),
+        ("gs:///model", ConfigError, "names no bucket"),
+        ("loop", StorageError, "Too many levels of symbolic links"),
+    ],
+)
+def test_a_path_that_leads_nowhere_by_mistake_is_refused_in_the_plan(path, kind, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for config in (Config(model=path), Config(versioned(Prompts(path))), {"a": content_of(path)}):
+        with pytest.raises(kind, match=message):
+            version_of(config)
+
+
+def test_files_behind_links_to_folders_count_once_for_each_name(tmp_path):
+    folder, behind = tmp_path / "data", tmp_path / "behind"
+    folder.mkdir()
+    behind.mkdir()
+    (behind / "file").write_bytes(CHECKED)
+    for name in ("one", "two"):
+        (folder / name).symlink_to(behind)
+    (behind / "back").symlink_to(folder)
+    (folder / "gone").symlink_to("nowhere")
+    expected = {"[0]['one/file']": CHECK_VALUE, "[0]['two/file']": CHECK_VALUE}
+    assert version_of([content_of(str(folder))]) == expected
+    (tmp_path / "link").symlink_to(folder)
+    assert version_of([content_of(str(tmp_path / "link"))]) == expected
+
+
+def test_a_set_of_references_to_files_is_refused(file):
+    with pytest.raises(IdentityError, match=r"A set contains Prompts\(.*\), which refers to files .* Use a list"):
+        version_of(Config(versioned({Prompts(str(file))})))
 
 
 @pytest.mark.parametrize("where", ["local", "memory", "gs"])
@@ -145,12 +188,30 @@ def test_a_file_that_changes_while_it_is_read_is_refused(file, monkeypatch):
         content.content_checksums(str(file))
 
 
+def test_a_checksum_is_not_cached_if_the_file_could_change_again_without_another_time(file, tmp_path, monkeypatch):
+    file.write_bytes(bytes(2 << 20))
+    # Changed one second before it is read, which takes ten: a change meanwhile may leave the same time on FAT.
+    clock = [file.stat().st_ctime_ns + 1_000_000_000]
+    crc32c_of = content.crc32c_of
+
+    def read(path: str) -> str:
+        clock[0] += 10_000_000_000
+        return crc32c_of(path)
+
+    monkeypatch.setattr(content, "crc32c_of", read)
+    monkeypatch.setattr(content.time, "time_ns", lambda: clock[0])
+    for num_cached in (0, 1):
+        content.content_checksums(str(file))
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == num_cached
+
+
 def test_a_damaged_cache_or_one_that_cannot_be_written_only_warns(file, tmp_path, monkeypatch, caplog):
     file.write_bytes(bytes(2 << 20))
     monkeypatch.setattr(content, "_CLOCK_TICK_NS", 0)
     expected = content.content_checksums(str(file))
     (cached,) = (tmp_path / "cache").rglob("*.json")
-    for text in ("{", "[]", "{}"):
+    entry = json.loads(cached.read_text())
+    for text in ("{", "[]", "{}", json.dumps({**entry, "crc32c": "?"}), json.dumps({**entry, "crc32c": None})):
         cached.write_text(text)
         assert content.content_checksums(str(file)) == expected
     cached.parent.rename(tmp_path / "moved")
@@ -159,14 +220,26 @@ def test_a_damaged_cache_or_one_that_cannot_be_written_only_warns(file, tmp_path
     assert "cannot be cached" in caplog.text
 
 
-def test_a_file_that_changes_between_plan_and_run_fails_the_step(file, tmp_path):
-    def change(config: Any) -> None:
-        file.write_bytes(b"changed")
-
-    before = ExecutorStep("before", change, None)
-    step = ExecutorStep("infer", read, Config([before, versioned(Prompts(str(file)))]))
-    with pytest.raises(StepFailedError, match=rf"{file} changed after this job made its plan\. Start the job again"):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.write_bytes(b"changed"),
+        lambda file: file.unlink(),
+        lambda file: file.with_name("new.txt").write_text("appeared"),
+        lambda file: (file.unlink(), file.mkdir(), (file / "inside").write_text("now a folder")),
+    ],
+)
+def test_a_file_that_changes_between_plan_and_run_fails_the_step(change, file, tmp_path):
+    before = ExecutorStep("before", lambda config: change(file) and None, None)
+    new = str(tmp_path / "new.txt")
+    step = ExecutorStep("infer", read, Config([before, versioned(Prompts(str(file))), Prompts(new)]))
+    with pytest.raises(StepFailedError, match=rf"{tmp_path}/\S+ changed after this job made its plan\. Start the job"):
         Executor(str(tmp_path / "runs")).run([step])
+
+
+def test_a_nan_beside_a_path_does_not_count_as_a_change(file, tmp_path):
+    step = ExecutorStep("infer", read, Config(versioned([Prompts(str(file)), np.float64("nan")])))
+    Executor(str(tmp_path / "runs")).run([step])
 
 
 def test_the_step_function_gets_the_path(file, tmp_path):

@@ -42,7 +42,8 @@ def check(cls: type[SamplingParams | EngineConfig], **values: Any) -> None:
         ({"logprobs": 2.0}, "logprobs must be an integer, got 2.0"),
         ({"top_k": 2**31}, r"top_k must lie in \[0, 2147483647\]"),
         ({"stop_token_ids": (1.5,)}, "each of stop_token_ids must be an integer, got 1.5"),
-        ({"stop_token_ids": None}, r"stop_token_ids must be a tuple, \(\) for none, got None"),
+        ({"stop_token_ids": {5}}, r"stop_token_ids must be a tuple, \(\) for none, got \{5\}"),
+        ({"stop": "a\ud800"}, "stop is 'a.ud800', which is not valid Unicode"),
         ({"stop": 5}, r"stop must be a text or a tuple of texts, \(\) for none, got 5"),
         ({"stop": ""}, "stop must be a tuple of non-empty strings"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
@@ -80,7 +81,7 @@ def test_values_written_in_several_ways_are_equal() -> None:
     assert plain == other and hash(plain) == hash(other)
     assert canonical(plain, "x") == canonical(other, "x")
     assert SamplingParams(stop=["\n"]) == SamplingParams(stop="\n")
-    assert SamplingParams(stop=None, logit_bias=None, bad_words=None) == SamplingParams()
+    assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None, bad_words=None) == SamplingParams()
 
 
 def test_parameters_added_later_leave_the_identity_of_older_steps_unchanged() -> None:
@@ -101,9 +102,16 @@ def test_an_engine_size_below_one_is_refused_by_name(field: str) -> None:
         EngineConfig(**{"max_seqs": 1, "max_seq_len": 1, field: 0})
 
 
-def test_a_fractional_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"engine\.max_seqs must be an integer, got 2\.5"):
-        check(EngineConfig, max_seqs=2.5)
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"max_seqs": 2.5}, r"engine\.max_seqs must be an integer, got 2\.5"),
+        ({"memory_utilization": "0.5"}, r"engine\.memory_utilization must be a number, got '0\.5'"),
+    ],
+)
+def test_a_size_of_another_type_is_refused(size: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(EngineConfig, **size)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])

@@ -18,6 +18,7 @@ from tokenizers import processors
 
 from simpo_pipeline import LLM, SamplingParams
 from simpo_pipeline.data.byte_tokenizer import write_byte_tokenizer
+from simpo_pipeline.data.config import ChatConfig
 from simpo_pipeline.distributed.programs import Programs, allow_strays, forbid_strays
 from simpo_pipeline.errors import CapacityError, ConfigError, DataError, ModelError, PathNotFoundError
 from simpo_pipeline.inference.engine import Engine
@@ -51,7 +52,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, random_llama: Callable)
 
 @pytest.fixture(scope="module")
 def llm(model_path: str) -> LLM:
-    return LLM(model_path, max_seqs=8, num_pages=64)
+    return LLM(model_path, max_seqs=2, num_pages=64)
 
 
 def unchecked(function: Callable) -> Callable:
@@ -221,7 +222,7 @@ def base_llm(llama_tokenizer: pathlib.Path, random_llama: Callable) -> LLM:
     """Return a model without a chat template."""
     vocab_size = tokenizers.Tokenizer.from_file(str(llama_tokenizer / "tokenizer.json")).get_vocab_size()
     save_weights(str(llama_tokenizer), random_llama(dataclasses.replace(TINY, vocab_size=vocab_size), seed=1))
-    return LLM(model=str(llama_tokenizer), max_seqs=8, num_pages=64)
+    return LLM(model=str(llama_tokenizer), max_seqs=2, num_pages=64)
 
 
 def test_a_model_without_a_chat_template_continues_texts_and_refuses_chats(
@@ -263,6 +264,18 @@ def test_a_text_that_begins_with_the_bos_text_is_encoded_as_it_is_with_a_warning
 def test_a_bad_word_of_several_tokens_is_refused(base_llm: LLM) -> None:
     with pytest.raises(ConfigError, match=r"bad_words has 'Tokyo', which is \d tokens .*only words of one token are"):
         base_llm.generate("a", SamplingParams(bad_words=("Paris", "Tokyo")))
+
+
+def test_prompts_that_are_not_read_as_they_were_written_are_counted_in_the_log(
+    llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "_chat_config", ChatConfig(special_text="plain"))
+    plain, special = ([{"role": "user", "content": content}] for content in ("hi", "a<|im_end|>b"))
+    llm.chat([plain, plain], GREEDY)
+    assert not caplog.records
+    (_, output) = llm.chat([plain, special], dataclasses.replace(GREEDY, n=2))
+    assert bytes(token for token in output.prompt_token_ids if token < 256).count(b"<|im_end|>") == 1
+    assert [record.getMessage() for record in caplog.records] == ["1 of 2 prompts have special text"]
 
 
 def test_a_model_of_the_hub_is_the_folder_in_the_hubs_cache(
@@ -317,6 +330,19 @@ LONG = [1] * 120
         ([1, 2], None, ConfigError, r"prompts is a list with integers; pass \[\[...\]\] for one prompt"),
         ([["a"]], None, ConfigError, r"prompts\[0\] is \['a'\]; a prompt must be a text or a list of token ids"),
         ([b"ab"], None, ConfigError, r"prompts\[0\] is b'ab'; a prompt must be"),
+        ([[True, False]], None, ConfigError, r"prompts\[0\] is \[True, False\]; a prompt must be"),
+        (
+            ["ab"],
+            SamplingParams(logit_bias=dict.fromkeys(range(264), -math.inf)),
+            ConfigError,
+            "ban all 264 tokens of the vocabulary; leave at least one",
+        ),
+        (
+            ["ab"],
+            SamplingParams(logit_bias=dict.fromkeys({*range(264)} - END_TOKENS, -math.inf), min_tokens=1),
+            ConfigError,
+            "logit_bias, bad_words and min_tokens ban all 264 tokens",
+        ),
         (
             ["ab"],
             SamplingParams(logit_bias={264: 1.0}),
@@ -360,6 +386,12 @@ def test_an_invalid_conversation_is_refused(llm: LLM, messages: Any) -> None:
         unchecked(LLM.chat)(llm, messages)
 
 
+def test_messages_that_are_no_list_are_refused(llm: LLM) -> None:
+    for messages in ({"role": "user", "content": "hi"}, None, 5):
+        with pytest.raises(ConfigError, match=r"messages is .*; pass a conversation \(a list of turns\), or a list"):
+            unchecked(LLM.chat)(llm, messages)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -367,6 +399,7 @@ def test_an_invalid_conversation_is_refused(llm: LLM, messages: Any) -> None:
         ({"max_seqs": 0}, ConfigError, "max_seqs must be at least 1, got 0"),
         ({"max_seq_len": 129}, ConfigError, "max_seq_len is 129, but the model has only 128 positions; lower it"),
         ({"memory_utilization": 1.5}, ConfigError, r"memory_utilization must lie in \(0, 1\], got 1.5"),
+        ({"model": 5}, ConfigError, "model is 5; pass a folder, or the id of a model on the hub"),
         (
             {"num_pages": 10**9},
             CapacityError,
@@ -376,7 +409,7 @@ def test_an_invalid_conversation_is_refused(llm: LLM, messages: Any) -> None:
 )
 def test_an_impossible_engine_is_refused(model_path: str, options: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
-        unchecked(LLM.__init__)(object.__new__(LLM), model_path, **options)
+        unchecked(LLM.__init__)(object.__new__(LLM), **{"model": pathlib.Path(model_path), **options})
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: pathlib.Path, model_path: str) -> None:

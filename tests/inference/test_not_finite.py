@@ -50,6 +50,18 @@ def test_weights_that_are_not_finite_stop_generation_with_the_name_of_the_reques
         engine_of().generate(broken, requests, step=0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_values_that_the_cache_cannot_hold_stop_generation_too(
+    weights: Llama, engine_of: Callable[..., Engine], value: float
+) -> None:
+    changed = np.array(weights.layers.wv.array)
+    changed.flat[changed.size // 2] = value
+    wv = dataclasses.replace(weights.layers.wv, array=jax.device_put(changed, weights.layers.wv.array.sharding))
+    broken = dataclasses.replace(weights, layers=dataclasses.replace(weights.layers, wv=wv))
+    with pytest.raises(ModelError, match=r"sample 7 are not finite after \d prompt tokens and 0 generated tokens"):
+        engine_of().generate(broken, requests_of((1, 2, 3), (4,)), step=0)
+
+
 @pytest.mark.slow
 def test_the_request_whose_cache_holds_nan_is_named_and_finished_ones_are_kept(
     weights: Llama, engine_of: Callable[..., Engine], mesh: Mesh

@@ -1,13 +1,18 @@
 import bisect
+import dataclasses
+from typing import Any
 
 import pytest
 from jax.sharding import Mesh
 from tiny_model import TINY
 
+from simpo_pipeline.distributed.programs import Program, Programs
 from simpo_pipeline.errors import CapacityError
 from simpo_pipeline.inference.config import EngineConfig, EngineSizes, SamplingParams
+from simpo_pipeline.inference.engine_programs import EnginePrograms
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.inference.sizing import Workload, available_memory_bytes, size_engine
+from simpo_pipeline.model.config import LlamaConfig
 
 PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, head size, slots, bytes
 PLENTY = 2**32
@@ -27,6 +32,9 @@ def test_work_is_counted_and_merged_to_the_maximum_of_each_field() -> None:
     assert ours == Workload(num_requests=2, longest_prompt=9, longest_total=12, total_tokens=22)
     assert Workload.merged([ours, theirs]) == Workload(2, 9, 32, 32)
     assert Workload.of([]) == Workload(0, 0, 0, 0)
+    adjusted = Workload.of([Request((1,), 0, 0, SamplingParams(1, bad_words=("a",)))])
+    assert adjusted == Workload(1, 1, 2, 2, adjusts_logits=True)
+    assert Workload.merged([ours, adjusted]).adjusts_logits and not ours.adjusts_logits
 
 
 def test_sizes_follow_the_work(mesh: Mesh) -> None:
@@ -54,9 +62,36 @@ def test_memory_limits_the_number_of_pages(mesh: Mesh) -> None:
     assert roomy.num_pages == 50 * 13 and 100 < tight.num_pages < 130
 
 
-def _fits(config: EngineConfig, work: Workload, mesh: Mesh, memory_bytes: int) -> bool:
+class OnlyAdjustedDecode(Programs):
+    """Compiles the programs that decode with adjustments, which need the most memory for sampling, and no others."""
+
+    def compile(self, name: str, function: Any, *abstract_args: Any, **how: Any) -> Program:
+        if not (name.startswith("engine_decode") and name.endswith("_adjusted")):
+            return object.__new__(Program)
+        return super().compile(name, function, *abstract_args, **how)
+
+
+def test_the_memory_of_programs_with_adjustments_is_counted_where_requests_need_them(mesh: Mesh) -> None:
+    # The vocabulary is so large that sampling needs nearly all the memory.
+    model = dataclasses.replace(TINY, vocab_size=2**15, num_layers=1)
+    config, work = EngineConfig(page_size=16, num_pages=8, memory_utilization=1.0), work_of(*[(20, 30)] * 64)
+    sizes = size_engine(config, model, "float32", work, mesh, PLENTY)
+    programs = EnginePrograms(model, sizes, mesh, OnlyAdjustedDecode(), "float32")
+    programs.compile_adjusted()
+    (temporary,) = (each.memory_bytes.temporary for each in programs.all if hasattr(each, "name"))
+
+    def least_bytes(work: Workload) -> int:
+        return bisect.bisect_left(range(PLENTY), True, key=lambda free: _fits(config, work, mesh, free, model))
+
+    counted = least_bytes(dataclasses.replace(work, adjusts_logits=True))
+    assert temporary < counted - 2 * programs.weights_bytes - programs.cache_bytes < 1.2 * temporary
+    counts = 4 * sizes.max_seqs * model.vocab_size
+    assert counts < counted - least_bytes(work) < 1.5 * counts
+
+
+def _fits(config: EngineConfig, work: Workload, mesh: Mesh, memory_bytes: int, model: LlamaConfig = TINY) -> bool:
     try:
-        size(config, work, mesh, memory_bytes)
+        size_engine(config, model, "float32", work, mesh, memory_bytes)
     except CapacityError:
         return False
     return True

@@ -207,6 +207,17 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(
     assert sum(costs) / NUM_TOKENS < 400
 
 
+def test_a_string_that_begins_in_the_prompt_does_not_count_after_the_window_was_cut_inside_a_character() -> None:
+    def decode(tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    # The window is cut at its 50th token, "x", and then begins with the second byte of a character of the prompt.
+    matcher = StopMatcher(decode, ("bxy",), [*("é" * 23 + "zab").encode()])
+    assert matcher.push(list(b"x")) is None
+    assert matcher.push(list(b"y")) is None
+    assert matcher.push(list(b"bxy")) == 3
+
+
 def test_a_string_found_in_an_earlier_push_is_not_found_again() -> None:
     matcher = StopMatcher(lambda tokens: bytes(tokens).decode(), ("ab",))
     assert matcher.push(list(b"xaby")) == 3

@@ -131,10 +131,18 @@ def by_definition(kind: Kind, prompt: list[int], tokens: list[int], stop: tuple[
 
 
 def served(
-    kind: Kind, prompt: list[int], tokens: list[int], stop: tuple[str, ...], min_tokens: int, sizes: list[int]
+    kind: Kind,
+    prompt: list[int],
+    tokens: list[int],
+    stop: tuple[str, ...],
+    min_tokens: int,
+    sizes: list[int],
+    end: int = 0,
 ) -> Expected:
-    """Return how the sample ends when the engine samples `sizes` tokens at a time."""
-    sampling = SamplingParams(max_tokens=len(tokens), stop=stop, min_tokens=min_tokens)
+    """Return how the sample ends when the engine samples `sizes` tokens at a time; `end` is a stop token."""
+    sampling = SamplingParams(
+        max_tokens=len(tokens), stop=stop, min_tokens=min_tokens, stop_token_ids=(end,) * (end > 0)
+    )
     request = Request(tuple(prompt), 0, 0, sampling)
     sequence = SequenceState(request, 0, StopMatcher(kind.decode, sampling.stop_strings, request.prompt_tokens))
     done = 0
@@ -144,6 +152,21 @@ def served(
         done += size
     completion = sequence.completion()
     return Expected(len(completion.tokens), completion.finish_reason, text_of(completion, kind.decode))
+
+
+def test_a_stop_string_is_found_after_a_long_prompt_that_ends_inside_a_character(kind: Kind) -> None:
+    text = TEXTS[3] * 6 + "界。"
+    tokens = kind.oracle.encode(text, add_special_tokens=False).ids
+    whole = kind.whole(tokens)
+    inside = [at for at in range(len(tokens) // 2, len(tokens)) if kind.whole(tokens[:at]).endswith(INCOMPLETE)]
+    # The unigram tokenizer has no bytes, so that its tokens end where characters end.
+    for split in inside[-16:] or [len(tokens) // 2]:
+        prompt, generated = tokens[:split], tokens[split : split + 12]
+        text = expected_text(kind, prompt, generated)
+        for stop in (text[:1], text[1:3], whole[-3:]):
+            stops = (stop,) if stop and INCOMPLETE not in stop else ("zzz",)
+            expected = by_definition(kind, prompt, generated, stops, 0)
+            assert served(kind, prompt, generated, stops, 0, [1]) == expected, (split, stops)
 
 
 def random_stops(rng: random.Random, kind: Kind, prompt: list[int], tokens: list[int]) -> tuple[str, ...]:
@@ -219,6 +242,15 @@ def test_a_character_that_begins_in_the_prompt_belongs_to_the_completion(like_ll
     prompt, tokens = ids("a", "<0xE2>", "<0x82>"), ids("<0xAC>", "b")
     assert text_of(completion_of(prompt, tokens), like_llama_2.decode) == "€b"
     assert served(like_llama_2, prompt, tokens, ("€",), 0, [1]) == Expected(1, "stop_string", "")
+
+
+def test_the_text_of_a_stop_token_is_not_text_of_the_sample_and_completes_no_stop_string(like_llama_2: Kind) -> None:
+    ids = ids_of(like_llama_2)
+    prompt, tokens = ids("▁the"), ids("▁of", "▁and", "▁is")
+    (end,) = ids("▁is")
+    for size in (1, 3):
+        assert served(like_llama_2, prompt, tokens, (" is", "nd is"), 0, [size], end) == Expected(3, "stop", " of and")
+        assert served(like_llama_2, prompt, tokens, ("nd",), 0, [size], end) == Expected(2, "stop_string", " of a")
 
 
 def test_a_stop_string_before_min_tokens_does_not_count_when_the_decoder_retracts_it(like_llama_2: Kind) -> None:

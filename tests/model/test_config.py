@@ -52,6 +52,57 @@ def test_llama_3_1_8b_is_read_with_its_rope_scaling_and_parameter_count():
     assert config.num_parameters == 8_030_261_248
 
 
+# The keys in which the config.json of a published model differs from LLAMA_3_1_8B, shortened.
+OLDER: dict[str, Any] = {"rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 32000, "torch_dtype": "float16"}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama-7b": OLDER
+    | {"intermediate_size": 11008, "max_position_embeddings": 2048, "max_sequence_length": 2048, "pad_token_id": 0}
+    | {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "transformers_version": "4.30.0.dev0"},
+    "Llama-2-7b": OLDER
+    | {"intermediate_size": 11008, "max_position_embeddings": 4096, "num_key_value_heads": 32}
+    | {"_name_or_path": "meta-llama/Llama-2-7b-hf", "transformers_version": "4.31.0.dev0"},
+    "TinyLlama-1.1B-Chat": OLDER
+    | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
+    "Llama-3.2-1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+    | {"rope_scaling": {**LLAMA_3_1_8B["rope_scaling"], "factor": 32.0}, "tie_word_embeddings": True},
+    "SmolLM2-135M-Instruct": OLDER
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152, "rope_theta": 100000}
+    | {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {"q4": "x"}}},
+    "Yi-6B": OLDER | {"intermediate_size": 11008, "num_key_value_heads": 4, "rope_theta": 5000000.0},
+    "Falcon3-1B-Base": OLDER
+    | {"hidden_size": 2048, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    | {"activation": "swiglu", "rope_theta": 1000042},
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Qwen2": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+    "Qwen3": ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
+    "Mistral": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    "deepseek-coder": ({"rope_scaling": {"factor": 4.0, "type": "linear"}}, "'linear'"),
+    "longchat": ({"rope_condense_ratio": 8}, "rope_condense_ratio: 8"),
+    "granite-code": ({"attention_bias": True, "mlp_bias": True}, "attention_bias: True"),
+    "internlm": ({"bias": True}, "bias: True"),
+    "gptq": ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantization_config"),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_configs_mean_what_transformers_reads_from_them(model):
+    hf_config = LLAMA_3_1_8B | PUBLISHED[model]
+    ours, theirs = LlamaConfig.from_hf(hf_config), transformers.LlamaConfig(**json.loads(json.dumps(hf_config)))
+    rope: Any = theirs.rope_parameters
+    assert (ours.head_dim, ours.num_kv_heads) == (theirs.head_dim, theirs.num_key_value_heads)
+    assert (ours.rope_theta, ours.tie_word_embeddings) == (rope["rope_theta"], theirs.tie_word_embeddings)
+    assert (ours.rope_scaling is None) == (rope["rope_type"] == "default")
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_published_models_that_compute_something_else_are_refused_by_name(model):
+    changes, words = REFUSED[model]
+    with pytest.raises(ModelError, match=words):
+        LlamaConfig.from_hf(LLAMA_3_1_8B | changes)
+
+
 def test_the_spelling_of_transformers_5_is_equivalent():
     old = {key: value for key, value in LLAMA_3_1_8B.items() if key not in ("rope_scaling", "rope_theta")}
     new = old | {"rope_parameters": LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}}
@@ -198,6 +249,7 @@ def test_rope_settings_that_contradict_each_other_are_refused(changes, words):
         ("hidden_act", None),
         ("hidden_act", "gelu_pytorch_tanh"),
         ("hidden_activation", "gelu"),
+        ("activation", "geglu"),
         ("attention_bias", None),
         ("attention_bias", "false"),
         ("mlp_bias", "no"),

@@ -1,6 +1,7 @@
 """The conversion of SmolLM2's GGUF file, and of small ones made here, in which every value is known."""
 
 import json
+import struct
 import zlib
 from pathlib import Path
 
@@ -162,3 +163,95 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path):
         path.write_bytes(whole[:num_bytes])
         with pytest.raises(ModelError, match=r"small\.gguf (is cut off or is no GGUF file|has no|: )|small\.gguf: "):
             convert_gguf(path, tmp_path / "out")
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def _with_value(data: bytes, key: bytes, kind: int, value: bytes) -> bytes:
+    """Return the file with another type and value of a setting that is an integer or fp32."""
+    at = data.index(_text(key)) + len(_text(key))
+    return data[:at] + struct.pack("<I", kind) + value + data[at + 8 :]
+
+
+def _with_array(data: bytes, key: bytes, kind: int, length: int) -> bytes:
+    """Return the file with another type and length of an array, but the same elements."""
+    at = data.index(_text(key)) + len(_text(key))
+    return data[: at + 4] + struct.pack("<IQ", kind, length) + data[at + 16 :]
+
+
+def _with_norm(data: bytes, size: int = 8, kind: int = 0, offset: int | None = None) -> bytes:
+    """Return the file with another size, type or offset of the tensor output_norm.weight."""
+    at = data.index(_text(b"output_norm.weight")) + len(_text(b"output_norm.weight")) + 4
+    rest = data[at + 12 :] if offset is None else struct.pack("<Q", offset) + data[at + 20 :]
+    return data[:at] + struct.pack("<QI", size, kind) + rest
+
+
+_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9
+_F64, _I8 = 28, 24
+# Number of dimensions and shape of the query matrix.
+_QUERY_ROWS = _text(b"blk.0.attn_q.weight") + struct.pack("<IQQ", 2, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return _write_gguf(tmp_path_factory.mktemp("gguf") / "small.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: b"GGML" + data[4:], "is no GGUF file"),
+        (lambda data: data[:4] + struct.pack("<I", 99) + data[8:], "version 99"),
+        (lambda data: data[:8] + struct.pack("<Q", 2**63) + data[16:], "is cut off"),
+        (lambda data: data[:16] + struct.pack("<Q", 2**63) + data[24:], "is cut off"),
+        (lambda data: data[:-1], "is cut off"),
+        (lambda data: _with_array(data, b"tokenizer.ggml.token_type", _INT32, 2**60), "is cut off"),
+        (lambda data: _with_array(data, b"tokenizer.ggml.tokens", _STRING, 2**60), "is cut off"),
+        (lambda data: _with_array(data, b"tokenizer.ggml.token_type", 77, 5), "is no GGUF file"),
+        (lambda data: _with_array(data, b"tokenizer.ggml.token_type", _FLOAT32, 5), "it must be a list of integers"),
+        (
+            lambda data: _with_value(data, b"llama.rope.freq_base", _ARRAY, struct.pack("<IQ", 9, 1) * 2000),
+            "is cut off or is no GGUF file",
+        ),
+        (lambda data: _with_value(data, b"llama.block_count", _STRING, _text(b"1")), "block_count is '1'; .*integer"),
+        (lambda data: _with_value(data, b"llama.block_count", _FLOAT32, struct.pack("<f", 1.5)), "block_count is 1.5"),
+        (
+            lambda data: _with_value(data, b"llama.attention.head_count", _ARRAY, struct.pack("<IQI", _UINT32, 1, 2)),
+            r"head_count is \[2\]; it must be an integer",
+        ),
+        (
+            lambda data: _with_value(data, b"llama.attention.head_count", _UINT32, bytes(4)),
+            "num_heads must be at least",
+        ),
+        (lambda data: _with_value(data, b"llama.rope.freq_base", _STRING, _text(b"1e4")), "it must be a number"),
+        (
+            lambda data: _with_value(data, b"tokenizer.ggml.eos_token_id", _UINT32, struct.pack("<I", 99)),
+            r"eos_token_id is 99, but the ids of its tokens are 0 to 4",
+        ),
+        (
+            lambda data: _with_value(data, b"tokenizer.ggml.padding_token_id", _INT32, struct.pack("<i", -1)),
+            "padding_token_id is -1",
+        ),
+        (lambda data: data.replace(_text(b"a b"), _text(b"a_b")), "merges has 'a_b', which does not join"),
+        (lambda data: data.replace(_text(b"a b"), _text(b"b a")), "merges has 'b a', which does not join"),
+        (lambda data: data.replace(_text(b"b") + _text(b"ab"), _text(b"a") + _text(b"ab")), "the same token twice"),
+        (lambda data: data.replace(_text(b"ab"), _text(b"\xff\xfe")), "is no GGUF file"),
+        (lambda data: _with_norm(data, kind=999), "is no GGUF file"),
+        (lambda data: _with_norm(data, kind=_I8), "'output_norm.weight' has type I8, which cannot be converted"),
+        (lambda data: _with_norm(data, size=4, kind=_F64), "'output_norm.weight' has type F64"),
+        (lambda data: _with_norm(data, size=2**62), "is cut off"),
+        (lambda data: _with_norm(data, offset=2**40), "is cut off"),
+        (lambda data: _with_norm(data, offset=0), "inside other data"),
+        (lambda data: _with_norm(data, offset=3), "inside other data or not aligned"),
+        (lambda data: data.replace(_QUERY_ROWS, _QUERY_ROWS[:-8] + struct.pack("<Q", 7)), "rows must be whole heads"),
+    ],
+)
+def test_a_file_with_impossible_content_is_refused_in_one_paragraph(tmp_path, whole, damage, words):
+    path = tmp_path / "small.gguf"
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(ModelError, match=words) as refusal:
+        convert_gguf(path, tmp_path / "out")
+    assert "\n" not in str(refusal.value)

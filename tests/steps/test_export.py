@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,10 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from simpo_pipeline.errors import ConfigError
+from simpo_pipeline.executor.step import ExecutorStep, borrow, versioned
 from simpo_pipeline.model.hf_weights import load_config, load_weights
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.storage.files import list_files, read_bytes, read_json
 from simpo_pipeline.storage.output_folder import OutputFolder
+from simpo_pipeline.training.config import TrainerConfig
 from steps.bodies.export import _model_config
 from steps.export import ExportConfig, export
 from steps.train import TrainConfig, train
@@ -140,6 +143,14 @@ def test_an_average_that_the_run_does_not_keep_is_refused(trainer, run_export):
     trainer._state = dataclasses.replace(trainer.state, ema=None)
     with pytest.raises(ConfigError, match=r"set trainer\.ema_decay, or export 'params'"):
         run_export(trainer, weights="ema")
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_plan_refuses_an_average_that_the_run_does_not_keep(ema_decay):
+    run = TrainerConfig(num_train_steps=1, train_batch_size=1, train_seq_len=8, ema_decay=ema_decay)
+    trained = borrow(ExecutorStep("train", None, TrainConfig(versioned(run), "model", "pairs", 1)))
+    with nullcontext() if ema_decay else pytest.raises(ConfigError, match=r"set trainer\.ema_decay, or export"):
+        ExportConfig(trained, "model", weights="ema")
 
 
 def test_the_folder_of_another_model_is_refused(trainer, step_run, tmp_path):

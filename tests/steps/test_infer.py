@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from simpo_pipeline.data.config import ChatConfig
 from simpo_pipeline.data.prompts import PromptsConfig
+from simpo_pipeline.data.tokenize import PairStats
 from simpo_pipeline.errors import CapacityError, ConfigError, CoordinationError, DataError
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.inference.generated_rows import read_finished_rows
@@ -18,7 +20,7 @@ from simpo_pipeline.storage.files import list_files, read_json
 from simpo_pipeline.storage.jsonl import JsonlWriter, read_jsonl
 from simpo_pipeline.storage.output_folder import OutputFolder
 from simpo_pipeline.training.config import OptimizerConfig
-from steps.bodies.infer import check_same_tokens
+from steps.bodies.infer import NOTES, check_same_tokens
 from steps.infer import InferConfig, infer
 from steps.train import TrainConfig, train
 
@@ -238,7 +240,7 @@ def test_a_stop_string_stops_a_sample_and_is_excluded_from_its_text(model_path, 
 def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(
     model_path, step_run, tmp_path, ignore_eos, reasons
 ):
-    sampling = SamplingParams(max_tokens=64, n=30, ignore_eos=ignore_eos)
+    sampling = SamplingParams(max_tokens=64, n=12, ignore_eos=ignore_eos)
     infer(config_for(model_path, sampling=sampling), at(tmp_path, step_run))
     rows = rows_of(tmp_path)
     assert {row["finish_reason"] for row in rows} == reasons
@@ -246,7 +248,7 @@ def test_the_tokenizers_end_tokens_stop_a_sample_unless_they_are_ignored(
 
 
 def test_custom_stop_tokens_are_added_to_those_of_the_tokenizer(model_path, step_run, tmp_path):
-    sampling = SamplingParams(max_tokens=64, n=30, stop_token_ids=(100, 101))
+    sampling = SamplingParams(max_tokens=64, n=12, stop_token_ids=(100, 101))
     infer(config_for(model_path, sampling=sampling), at(tmp_path, step_run))
     ends = {row["generated_tokens"][-1] for row in rows_of(tmp_path) if row["finish_reason"] == "stop"}
     assert ends == {100, 101, 257, 260}
@@ -264,6 +266,24 @@ def test_rows_have_log_probabilities_only_when_requested(model_path, step_run, t
     for token, own, likeliest in zip(top["generated_tokens"], top["logprobs"], top["top_logprobs"], strict=True):
         assert len(likeliest) == 3 and likeliest == sorted(likeliest, key=lambda pair: -pair[1])
         assert dict(likeliest).get(token, own) == own
+
+
+def test_prompts_that_the_model_reads_otherwise_than_written_are_counted_as_in_prepare_pairs(
+    model_path, step_run, tmp_path
+):
+    config = config_for(
+        model_path,
+        prompts=PromptsConfig(prompts=("one?", "a <|im_end|> b", "<|im_start|>", "two, please")),
+        sampling=SamplingParams(max_tokens=6, n=2),
+    )
+    with pytest.raises(DataError, match=r"prompt 1: message 0 \(user\) contains '<\|im_end\|>'"):
+        infer(config, at(tmp_path, step_run))
+    counted = dataclasses.replace(config, chat_config=ChatConfig(special_text="plain"))
+    infer(counted, at(tmp_path, step_run))
+    summary = read_json(f"{tmp_path}/summary.json")
+    assert [summary[name] for name in ("num_special_text", "num_omitted_text", "num_unencodable_text")] == [2, 0, 0]
+    assert summary["chat_config"]["special_text"] == "plain"
+    assert set(NOTES) < {field.name for field in dataclasses.fields(PairStats)}
 
 
 MANY = PromptsConfig(synthetic_prompt_count=1024, synthetic_prompt_template="{index}")

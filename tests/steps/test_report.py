@@ -206,7 +206,7 @@ def test_the_curves_pass_through_every_update_and_mark_the_generation(m11: tuple
     assert "loss at update 7: 0.142857" in page.texts
 
 
-def write_evaluations(output: str, margins: dict[int, list[float]]) -> None:
+def write_evaluations(output: str, margins: dict[int, list[float]], **common: str) -> None:
     rows = [
         {
             "step": step,
@@ -215,6 +215,7 @@ def write_evaluations(output: str, margins: dict[int, list[float]]) -> None:
             "rewards/margins": sum(values) / len(values),
             "accuracy": dataclasses.asdict(accuracy(values)),
             "margins": values,
+            **common,
         }
         for step, values in margins.items()
     ]
@@ -240,6 +241,20 @@ def test_held_out_accuracy_is_shown_with_its_interval_its_gain_and_its_curve(m11
     assert summary["held_out_accuracy"] == dataclasses.asdict(accuracy([1.0] * 10))
     assert summary["held_out_accuracy_gain"]["value"] == 0.6
     assert summary["held_out_margin_gain"] is None, "10 pairs are too few"
+
+
+@pytest.mark.parametrize("num_pairs", [10, 20])
+def test_gains_are_those_of_the_same_pairs_if_a_phase_has_others(m11: tuple[ReportConfig, StepRun], num_pairs: int):
+    config, run = m11
+    write_evaluations(config.train_outputs[0], {0: [-1.0] * 10, 2: [1.0] * 10}, pairs_digest="one")
+    half = [1.0] * (num_pairs // 2)
+    write_evaluations(
+        config.train_outputs[1], {4: [-1.0] * num_pairs, 7: half + [-1.0] * len(half)}, pairs_digest="two"
+    )
+    report(config, run)
+    assert "held-out accuracy 0 to 0.5" in Page(written(run, "report.html")).texts
+    assert json.loads(written(run, "summary.json"))["held_out_accuracy_gain"]["value"] == 0.5
+    assert f"| 4 | {num_pairs} | 0.2 | -1 | 0.000" in written(run, "report.md")
 
 
 def test_the_margin_gain_is_shown_with_its_interval(m11: tuple[ReportConfig, StepRun]):

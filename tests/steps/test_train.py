@@ -10,7 +10,7 @@ import pytest
 from simpo_pipeline.data.pairs import read_pairs, write_pairs
 from simpo_pipeline.data.prompts import PromptsConfig
 from simpo_pipeline.errors import ConfigError, DataError, LiveEdgeError
-from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take
+from simpo_pipeline.executor.step import ExecutorStep, borrow, output_path_of, take, versioned
 from simpo_pipeline.inference.config import EngineConfig, SamplingParams
 from simpo_pipeline.job.session import JobSession
 from simpo_pipeline.storage.files import open_write, read_json
@@ -73,6 +73,23 @@ def test_a_trainer_of_another_run_is_refused(run_phase, trainer_config):
     first, _, _ = run_phase(1)
     with pytest.raises(ConfigError, match="live trainer belongs to another run"):
         run_phase(2, live=first.value, trainer=dataclasses.replace(trainer_config, seed=1))
+    with pytest.raises(ConfigError, match="stop_step is 1, but the live trainer has finished 1 updates; expected 2 to"):
+        run_phase(1, live=first.value)
+
+
+@pytest.mark.parametrize(
+    ("stop_step", "trainer", "message"),
+    [
+        (2, TRAINER, "stop_step is 2, but the live trainer has finished 2 updates; expected 3 to 3"),
+        (versioned(1), TRAINER, "stop_step is 1, but the live trainer has finished 2 updates"),
+        (3, versioned(dataclasses.replace(TRAINER, seed=1)), "the live trainer belongs to another run"),
+    ],
+)
+def test_a_phase_that_cannot_follow_the_one_before_is_refused_in_the_plan(stop_step, trainer, message):
+    before = ExecutorStep("train-2", train, TrainConfig(versioned(TRAINER), "model", "pairs", versioned(2)))
+    TrainConfig(TRAINER, "model", "pairs", 3, live=take(before))
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(trainer, "model", "pairs", stop_step, live=take(before))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +125,9 @@ def test_held_out_pairs_are_evaluated_before_the_first_update_periodically_and_a
     row = next(read_jsonl(str(tmp_path / "to-3" / "evaluations.jsonl")))
     held_out = len(read_pairs(f"{pairs_path}/validation.parquet"))
     assert row["pairs"] == len(row["margins"]) == held_out
+    assert {row["pairs_digest"]} == {
+        earlier["pairs_digest"] for earlier in read_jsonl(str(tmp_path / "to-1" / "evaluations.jsonl"))
+    }
     positive = sum(margin > 0 for margin in row["margins"]) / held_out
     assert row["accuracy"]["value"] == positive
     assert row["accuracy"]["low"] < positive < row["accuracy"]["high"] or positive in (0, 1)

@@ -101,3 +101,10 @@ def test_a_bad_line_is_named_by_file_and_number(folder, line):
     write_bytes(join(folder, "bad.jsonl"), b'{"n": 1}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=r"bad\.jsonl, line 3"):
         list(read_jsonl(join(folder, "bad.jsonl")))
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, "[]", '{"n": ' + "9" * 5000 + "}"])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    (tmp_path / "x").write_text('{"n": 1}\n' + line)
+    with pytest.raises(DataError, match="x, line 2: "):
+        list(read_jsonl(str(tmp_path / "x")))

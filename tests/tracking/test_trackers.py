@@ -122,6 +122,19 @@ def test_every_tracker_refuses_a_metric_that_is_not_finite_by_name(open_tracker:
     tracker.finish()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_every_tracker_refuses_samples_and_final_values_that_are_not_finite_by_name(
+    open_tracker: Callable[[], Tracker], value: float, tmp_path: Path
+):
+    tracker = open_tracker()
+    with pytest.raises(DataError, match=r"(samples|rows)\[1\]\.logprobs\[0\] is (nan|inf) and cannot be written to"):
+        tracker.log_samples([{"logprobs": [-1.0]}, {"logprobs": [value]}], step=1)
+    with pytest.raises(DataError, match=r"\.train/loss is (nan|inf) and cannot be written to"):
+        tracker.summary({"train/fine": 1.0, "train/loss": value})
+    tracker.finish()
+    assert not any(word in path.read_bytes() for path in tmp_path.rglob("*.json*") for word in (b"NaN", b"Infinity"))
+
+
 def test_wandb_drops_no_metric_when_steps_come_out_of_order(tmp_path: Path):
     tracker = WandbTracker(project="test", name="m11")
     for step in (2, 1, 7, 3):

@@ -10,8 +10,10 @@ import pytest
 
 from simpo_pipeline.data.loader import PairLoader
 from simpo_pipeline.data.order import Mixture
+from simpo_pipeline.data.rows import RowShape
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
+from simpo_pipeline.training import trainer as trainer_module
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig
 from simpo_pipeline.training.optimizer import learning_rate_at
 from simpo_pipeline.training.trainer import Trainer
@@ -91,6 +93,22 @@ def test_other_pairs_that_are_no_longer_compile_nothing(
     trainer.train_until(3, make_loader(shorter, config), ignore)
     trainer.evaluate(PairSweep(shorter, batch_size=2, seq_len=16, pad_id=0, packing=packing))
     trainer.train_until(4, make_loader(five_pairs[1:], config), ignore)
+
+
+def test_of_all_longer_pairs_without_packing_only_the_first_compile_the_update_again(
+    start, tiny_model, tiny_run, five_pairs, loader, make_loader, programs, one_device, monkeypatch
+):
+    shapes: list[RowShape] = []
+    program = trainer_module.build_train_step(programs, tiny_model, tiny_run, one_device, loader.shape)
+    monkeypatch.setattr(trainer_module, "build_train_step", lambda *given: shapes.append(given[-1]) or program)
+    monkeypatch.setattr(Trainer, "_advance", lambda self, batch, program: {})
+    trainer = start()
+    for stop, length in enumerate((1, 7, 10, 3), 1):
+        pairs = [dataclasses.replace(pair, chosen_tokens=np.full(6 + length, 7, np.int32)) for pair in five_pairs]
+        trainer.train_until(stop, make_loader(pairs, tiny_run), ignore)
+    # A program is compiled for each shape. The second fits every batch: 4 sequences of 16 tokens without the first.
+    assert len(set(shapes)) == 2
+    assert shapes[1].num_predictions >= 4 * 15
 
 
 def test_a_mixture_with_other_weights_counts_as_other_pairs_unless_their_ratio_is_the_same(five_pairs, loader):

@@ -8,9 +8,11 @@ A dataclass may have a class attribute `RETIRED`, which maps a key that it no lo
 
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 _SCALARS: Mapping[Any, tuple[tuple[type, ...], str]] = {
@@ -46,7 +48,7 @@ class _Checker:
             for index, inner in enumerate(raw):
                 yield from self.value(arguments[0], inner, f"{key}[{index}]")
         elif not fits(kind, raw):
-            yield f"{self.source}: {key} is {_show(raw)}; expected {_describe(kind)}."
+            yield f"{self.source}: {key} is {_show(raw)}; expected {_describe(kind)}{_advice((kind,), raw)}."
 
     def _union(self, kinds: tuple[Any, ...], raw: Any, key: str) -> Iterator[str]:
         if raw is None and type(None) in kinds:
@@ -58,7 +60,8 @@ class _Checker:
             # The value itself has the right type; the misfit is inside it.
             yield from answers[0]
         else:
-            yield f"{self.source}: {key} is {_show(raw)}; expected {' or '.join(map(_describe, kinds))}."
+            expected = " or ".join(map(_describe, kinds)) + _advice(kinds, raw)
+            yield f"{self.source}: {key} is {_show(raw)}; expected {expected}."
 
     def _dataclass(self, kind: type, raw: Any, key: str) -> Iterator[str]:
         if not isinstance(raw, dict):
@@ -126,8 +129,15 @@ def fits(kind: Any, raw: Any) -> bool:
         return any(raw == allowed and type(raw) is type(allowed) for allowed in typing.get_args(kind))
     if kind not in _SCALARS:
         return False
+    if kind is float and isinstance(raw, int | float) and not _is_number(raw):
+        return False
     # bool is a subclass of int, but it is not a number.
     return isinstance(raw, _SCALARS[kind][0]) and (kind is bool or not isinstance(raw, bool))
+
+
+def _is_number(raw: int | float) -> bool:
+    """Return whether a value is a float or becomes one. NaN is not a number, and larger integers are no floats."""
+    return raw in (math.inf, -math.inf) or abs(raw) <= sys.float_info.max
 
 
 def _describe(kind: Any) -> str:
@@ -144,6 +154,11 @@ def _describe(kind: Any) -> str:
     if origin in (list, tuple):
         return f"a list, each entry {_describe(arguments[0])}"
     return "a mapping"
+
+
+def _advice(kinds: Sequence[Any], raw: Any) -> str:
+    """Return what to do about a number or a truth value if it may have been meant as text: `010` is shown as 10."""
+    return "; put text in quotes" if str in kinds and isinstance(raw, int | float) else ""
 
 
 def _show(raw: Any) -> str:

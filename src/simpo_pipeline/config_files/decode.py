@@ -1,16 +1,16 @@
 """Decoding of a YAML document and the command line to a frozen dataclass, or an error that names key and source.
 
-This module checks the keys, with one sentence for each that is wrong; draccus then builds the dataclasses. The caller
-reads the files: this module knows text, but not where it is stored.
+The keys are checked first, with one sentence for each that is wrong. The caller reads the files: this module knows
+text, but not where it is stored.
 """
 
+import dataclasses
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
-import draccus
-from draccus.utils import DraccusException
-
-from simpo_pipeline.config_files.check import find_missing, find_type_errors
+from simpo_pipeline.config_files.check import find_missing, find_type_errors, fits
 from simpo_pipeline.config_files.parse import merge, parse_flags, parse_yaml
 from simpo_pipeline.errors import ConfigError, SimpoPipelineError
 
@@ -49,20 +49,30 @@ def decode_mappings(
     if missing:
         raise ConfigError("\n".join(missing))
     try:
-        return draccus.decode(cls, merged)
-    except (DraccusException, SimpoPipelineError) as error:
-        reason = _innermost_reason(error)
-        if source == COMMAND_LINE:  # there is no file, and the reason names the flag
-            raise ConfigError(reason) from error
+        return _build(cls, merged)
+    except (SimpoPipelineError, ArithmeticError, TypeError, ValueError) as error:  # of a dataclass
+        if source == COMMAND_LINE:  # there is no file, and the message names the flag
+            raise ConfigError(str(error)) from error
         origin = f"{source} with the {COMMAND_LINE}" if in_flags else source
-        raise ConfigError(f"{origin}: {reason}") from error
+        raise ConfigError(f"{origin}: {error}") from error
 
 
-def _innermost_reason(error: BaseException) -> str:
-    """Return the message of the dataclass itself, without the text that draccus wraps around it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, SimpoPipelineError):
-            return str(cause)
-        cause = cause.__cause__
-    return " ".join(str(error).split())
+def _build(kind: Any, raw: Any) -> Any:
+    """Return `raw`, which fits `kind`, with mappings as dataclasses, lists as tuples and integers as floats."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(Any, kind)(**{name: _build(hints[name], inner) for name, inner in raw.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if raw is None else _build(_member(arguments, raw), raw)
+    if origin is dict:
+        return {name: _build(arguments[1], inner) for name, inner in raw.items()}
+    if origin in (list, tuple):
+        return origin(_build(arguments[0], inner) for inner in raw)
+    return float(raw) if kind is float else raw
+
+
+def _member(kinds: Sequence[Any], raw: Any) -> Any:
+    """Return the member of a union that `raw` fits: a scalar type, or the member that contains other values."""
+    scalar = next((kind for kind in kinds if fits(kind, raw)), None)
+    return scalar or next(kind for kind in kinds if dataclasses.is_dataclass(kind) or typing.get_origin(kind))

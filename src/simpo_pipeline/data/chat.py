@@ -21,15 +21,13 @@ from simpo_pipeline.data.tokenizer import Tokenizer
 from simpo_pipeline.data.tokenizer_files import read_tokenizer, tokenizer_folder
 from simpo_pipeline.errors import DataError
 
-Note = Literal["special_text", "omitted_text", "unencodable_text", "merged_border"]
-"""Something about a conversation that is counted. `merged_border`: tokenized at once, the end of the prompt and the
-beginning of the answer would share a token."""
+Note = Literal["special_text", "omitted_text", "trimmed_text", "unencodable_text", "merged_border"]
+"""Something about a conversation that is counted, because a policy of `ChatConfig` accepts it. `trimmed_text` needs no
+policy: the template removes white space around a message."""
 
-_PROBE = (Message("user", "question"), Message("assistant", "answer"))
+_PROBE = (Message("user", "How many?"), Message("assistant", "Seventeen."))
 # The end of a turn depends neither on the date nor on what the template leaves out.
-_PROBE_CONFIG = ChatConfig("2000-01-01", special_text="parse", omitted_text="count", unencodable_text="count")
-# A piece of the vocabulary that is written like a control token, but not one of the 256 bytes.
-_CONTROL_LIKE = re.compile(r"<(?!0x[0-9A-F]{2}>).+>|\[.+\]")
+_PROBE_CONFIG = ChatConfig("2000-01-01", "parse", omitted_text="count", unencodable_text="count", merged_border="count")
 # Marks around the text of each message, from a plane of Unicode for private use: an even one before, an odd one after.
 _MARKS = re.compile("[\U00100000-\U0010fffd]")
 _FIRST_MARK = 0x100000
@@ -45,6 +43,14 @@ class EncodedTurn:
 
     prompt: list[int]
     answer: list[int]
+    notes: frozenset[Note] = frozenset()
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Tokens that generation starts from."""
+
+    tokens: tuple[int, ...]
     notes: frozenset[Note] = frozenset()
 
 
@@ -90,21 +96,33 @@ def encode_text(tokenizer: Tokenizer, text: str, config: ChatConfig = DEFAULT_CH
     Raises:
         DataError: the tokenizer cannot represent the text.
     """
-    tokens, _ = _encode(tokenizer, _Rendered(text, (), frozenset()), config)
-    return [*tokenizer.first_tokens, *tokens]
+    return list(encode_prompt(tokenizer, text, config).tokens)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], config: ChatConfig = DEFAULT_CHAT
+) -> EncodedPrompt:
+    """Return the tokens of a text as `encode_text` does, or of messages as `encode_chat` does before an answer."""
+    if isinstance(prompt, str):
+        tokens, notes = _encode(tokenizer, _Rendered(prompt, (), frozenset()), config)
+        return EncodedPrompt((*tokenizer.first_tokens, *tokens), notes)
+    tokens, notes = _encode(tokenizer, _render(tokenizer, prompt, True, config), config)
+    return EncodedPrompt(tuple(tokens), notes)
 
 
 def encode_turn(tokenizer: Tokenizer, messages: Sequence[Message], config: ChatConfig = DEFAULT_CHAT) -> EncodedTurn:
     """Return the tokens of a conversation, split before its last turn.
 
     White space that the template writes after the end-of-turn token is excluded: generation stops before it.
-    If the tokenizer merges text across the border (an answer that begins with a line break), the answer is tokenized
-    separately, because generation starts from the prompt's own tokens; the turn is then noted as `merged_border`.
+    If the tokenizer merges text across the border (an answer that begins with a line break), the turn is refused, or
+    noted as `merged_border`: then the answer is tokenized separately, because generation starts from the prompt's own
+    tokens.
 
     Raises:
-        DataError: the template rejects the messages, or renders the prompt differently when the answer follows; or the
-            model would read other text than the messages have.
+        DataError: the template rejects the messages, renders the prompt differently when the answer follows, or goes on
+            after the answer; or the tokens would not be exactly those of the messages.
     """
+    _check_turn_is_last(tokenizer)
     prompt, answer, notes = _split(tokenizer, messages, config)
     return EncodedTurn(prompt, _cut_after_turn(tokenizer, answer), notes)
 
@@ -121,8 +139,9 @@ def stop_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     ends = set(tokenizer.model_end_ids)
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template and (end_of_turn := _end_of_turn(tokenizer)) is not None:
-        ends.add(end_of_turn)
+    if tokenizer.chat_template:
+        end_of_turn, _ = _end_of_turn(tokenizer)
+        ends.update(index for index, text in tokenizer.control_ids.items() if text == end_of_turn)
     return tuple(sorted(ends))
 
 
@@ -145,6 +164,12 @@ def _split(
     prompt = tokenizer.encode_with_plain(before.text, before.plain)
     if full[: len(prompt)] == prompt:
         return prompt, full[len(prompt) :], notes
+    if config.merged_border == "raise":
+        raise DataError(
+            f"the tokenizer {tokenizer.name!r} merges the end of the prompt with the beginning of the answer "
+            f"{whole.text[len(before.text) :][:40]!r}, but generation starts from the prompt's own tokens; change how "
+            f"the answer begins (white space, in general), use another template, or set merged_border to 'count'"
+        )
     answer = _encode_after(tokenizer, prompt, len(before.text), whole, full)
     return prompt, answer, notes | _MERGED_BORDER
 
@@ -198,15 +223,51 @@ def _render(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, config: ChatConfig
 ) -> _Rendered:
     """Return the text of a conversation, checked for special tokens in messages and for text that is left out."""
-    special = [at for at, message in enumerate(messages) if _control_text(tokenizer, message) is not None]
-    if special and config.special_text == "raise":
-        message = messages[special[0]]
-        raise DataError(
-            f"message {special[0]} ({message.role}) contains {_control_text(tokenizer, message)!r}, which the model "
-            f"would read as a special token of {tokenizer.name!r}; remove it, or set special_text to 'parse' or 'plain'"
-        )
+    special = _notice_special_text(tokenizer, messages, config)
     text = tokenizer.template.render(messages, add_generation_prompt=add_generation_prompt, date=config.date)
     marked = _render_marked(tokenizer, messages, add_generation_prompt, config, text)
+    completed = _notice_completed_token(tokenizer, text, marked, config)
+    omitted = _notice_omitted_text(tokenizer, messages, text, marked, config)
+    found: dict[Note, bool] = {
+        "special_text": special or completed,
+        "omitted_text": bool(omitted),
+        "trimmed_text": any(message.content not in text for at, message in enumerate(messages) if at not in omitted),
+    }
+    plain = _plain_ranges(tokenizer, messages, text, marked) if special and config.special_text == "plain" else ()
+    return _Rendered(text, plain, frozenset(note for note, is_found in found.items() if is_found))
+
+
+def _notice_special_text(tokenizer: Tokenizer, messages: Sequence[Message], config: ChatConfig) -> bool:
+    """Return whether a message contains the text of a control token, if that is not refused."""
+    for at, message in enumerate(messages):
+        found = _control_text(tokenizer, message)
+        if found is not None and config.special_text == "raise":
+            raise DataError(
+                f"message {at} ({message.role}) contains {found!r}, which the model would read as a special token of "
+                f"{tokenizer.name!r}; remove it, or set special_text to 'parse' or 'plain'"
+            )
+        if found is not None:
+            return True
+    return False
+
+
+def _notice_completed_token(tokenizer: Tokenizer, text: str, marked: str | None, config: ChatConfig) -> bool:
+    """Return whether a message and the text around it form a control token, if that is not refused."""
+    if marked is None:
+        return False
+    count, count_apart = (len(tokenizer.control_pattern.findall(each)) for each in (text, marked))
+    if count > count_apart and config.special_text != "parse":
+        raise DataError(
+            f"a message together with the text that the chat template of {tokenizer.name!r} writes around it forms a "
+            f"special token; change the beginning or the end of the message, or set special_text to 'parse'"
+        )
+    return count > count_apart
+
+
+def _notice_omitted_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str, marked: str | None, config: ChatConfig
+) -> list[int]:
+    """Return the indices of the messages that are not printed whole, if that is not refused."""
     omitted = _omitted(messages, text, marked)
     if omitted and config.omitted_text == "raise":
         message = messages[omitted[0]]
@@ -215,9 +276,7 @@ def _render(
             f"{message.content[:60]!r}) as it was written; remove what the template removes, use another template, or "
             f"set omitted_text to 'count'"
         )
-    plain = special and config.special_text == "plain"
-    notes: list[Note] = [*(["special_text"] if special else []), *(["omitted_text"] if omitted else [])]
-    return _Rendered(text, _plain_ranges(tokenizer, messages, text, marked) if plain else (), frozenset(notes))
+    return omitted
 
 
 def _control_text(tokenizer: Tokenizer, message: Message) -> str | None:
@@ -311,28 +370,30 @@ def _plain_ranges(
 
 
 def _cut_after_turn(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
-    ends = {*tokenizer.control_ids, _end_of_turn_or_none(tokenizer)}
+    controls = tokenizer.control_ids
     end = len(answer)
-    while end and answer[end - 1] not in ends and not tokenizer.decode([answer[end - 1]]).strip():
+    while end and answer[end - 1] not in controls and not tokenizer.decode([answer[end - 1]]).strip():
         end -= 1
-    return answer[:end] if end and answer[end - 1] in ends else answer
+    return answer[:end] if end and answer[end - 1] in controls else answer
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """Return the token that ends a turn in the chat template, or None if it is not one token."""
-    _, answer, _ = _split(tokenizer, _PROBE, _PROBE_CONFIG)
-    while answer and answer[-1] not in tokenizer.control_ids and not tokenizer.decode([answer[-1]]).strip():
-        answer.pop()
-    if not answer:
-        return None
-    is_end = answer[-1] in tokenizer.control_ids or _CONTROL_LIKE.fullmatch(tokenizer.decode([answer[-1]]).strip())
-    return answer[-1] if is_end else None
+def _end_of_turn(tokenizer: Tokenizer) -> tuple[str | None, str]:
+    """Return the control token that the chat template writes after an answer, or None, and the text that follows it."""
+    text = _render(tokenizer, _PROBE, False, _PROBE_CONFIG).text
+    start = text.rfind(_PROBE[-1].content)
+    match = None if start < 0 else tokenizer.control_pattern.search(text, start)
+    return (None, "") if match is None else (match[0], text[match.end() :])
 
 
 @functools.lru_cache(maxsize=8)
-def _end_of_turn_or_none(tokenizer: Tokenizer) -> int | None:
-    """Return the end of a turn; None too if the template rejects a bare question, so that it cannot be found out."""
+def _check_turn_is_last(tokenizer: Tokenizer) -> None:
+    """Check that the template writes only the end of the turn after an answer, and does not open another turn."""
     try:
-        return _end_of_turn(tokenizer)
+        _, rest = _end_of_turn(tokenizer)
     except DataError:
-        return None
+        return  # it rejects a bare question, so this cannot be found out
+    if tokenizer.control_pattern.sub("", rest).strip():
+        raise DataError(
+            f"the chat template of {tokenizer.name!r} writes {rest!r:.80} after the end of an answer, as if another "
+            f"turn followed; training needs a template that writes it only with add_generation_prompt"
+        )

@@ -24,8 +24,8 @@ SpecialText = Literal["raise", "parse", "plain"]
 """Treatment of the text of a special token inside a message, such as `<|im_end|>` in a user's sentence: raise an error,
 parse it as that token (counted), or encode it as ordinary text (counted)."""
 
-LostText = Literal["raise", "count"]
-"""Treatment of text of a message that the model would not read: raise an error, or accept and count it."""
+Inexact = Literal["raise", "count"]
+"""Treatment of a conversation whose tokens are not exactly those of its text: raise an error, or accept and count."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,23 @@ class ChatConfig:
             template is refused, because its tokens would change from day to day.
         special_text: Treatment of the text of special tokens inside a message.
         omitted_text: Treatment of a message that the template does not print whole (a template that removes the
-            reasoning of earlier turns, for example). White space around a message may be trimmed in any case.
+            reasoning of earlier turns, for example). White space around a message may be trimmed in any case, and is
+            counted.
         unencodable_text: Treatment of characters that the tokenizer cannot represent.
+        merged_border: Treatment of an answer whose beginning would share a token with the end of the prompt, such as a
+            line break after a line break. With `count`, the prompt has the tokens that generation starts from, and the
+            answer is tokenized separately.
     """
 
     date: str | None = None
     special_text: SpecialText = "raise"
-    omitted_text: LostText = "raise"
-    unencodable_text: LostText = "raise"
+    omitted_text: Inexact = "raise"
+    unencodable_text: Inexact = "raise"
+    merged_border: Inexact = "raise"
 
     def __post_init__(self) -> None:
-        choices = {"special_text": SpecialText, "omitted_text": LostText, "unencodable_text": LostText}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
+        for name in ("special_text", "omitted_text", "unencodable_text", "merged_border"):
+            value, allowed = getattr(self, name), SpecialText if name == "special_text" else Inexact
             if value not in get_args(allowed):
                 raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")
         if self.date is not None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simpo_pipeline.data.order import Mixture, PairOrder
-from simpo_pipeline.data.pairs import TokenizedPair, check_lengths
+from simpo_pipeline.data.pairs import TokenizedPair, check_lengths, tokens_digest
 from simpo_pipeline.data.rows import RowBatch, RowShape, packed_rows, packed_shape, padded_rows, padded_shape
 from simpo_pipeline.errors import ConfigError, DataError
 
@@ -76,13 +76,7 @@ class PairLoader:
         """
         mixture = self._mixture
         rates = [round(weight / min(mixture.weights), 2) for weight in mixture.weights]  # as exact as `Mixture` is
-        digest = hashlib.sha256(f"{mixture.sizes} {rates}\n".encode())
-        for pair in self.pairs:
-            starts = pair.chosen_response_start, pair.rejected_response_start
-            digest.update(f"{starts} {len(pair.chosen_tokens)} {len(pair.rejected_tokens)}\n".encode())
-            digest.update(pair.chosen_tokens.tobytes())
-            digest.update(pair.rejected_tokens.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(f"{mixture.sizes} {rates} {tokens_digest(self.pairs)}".encode()).hexdigest()
 
     def batch(self, step: int) -> RowBatch:
         """Return the batch of update `step` (0-based); every call returns the same batch."""

@@ -13,8 +13,9 @@ from simpo_pipeline.errors import DataError
 
 # Fields of a row that other trainers add to the conversation. They must be empty here.
 UNREAD_FIELDS = (
-    *("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs", "history"),
-    *("image", "images", "audio", "audios", "video", "videos"),
+    *("system", "system_prompt", "tools", "functions", "documents", "history"),
+    *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+    *("image", "images", "audio", "audios", "video", "videos", "multi_modal_data"),
 )
 
 
@@ -150,7 +151,7 @@ def _check_no_more(parts: Mapping[str, Any], known: tuple[str, ...], field: str,
     for key, value in parts.items():
         if key not in known and not is_empty(value):
             raise DataError(
-                f"{where}: field '{field}.{key}' is {kind_of(value)}, which is not read, but may change what a model "
-                f"reads; only {' and '.join(map(repr, known))} are allowed, so write what it says into the text, or "
-                f"remove the key"
+                f"{where}: field {f'{field}.{key}'!r} is {kind_of(value)}, which is not read, but may change what a "
+                f"model reads; only {' and '.join(map(repr, known))} are allowed, so write what it says into the text, "
+                f"or remove the key"
             )

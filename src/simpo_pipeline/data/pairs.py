@@ -3,6 +3,7 @@
 This module knows token ids and where an answer begins. It does not know text, tokenizers or models.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -88,6 +89,17 @@ def check_vocabulary(pairs: Sequence[TokenizedPair], pad_id: int, vocab_size: in
                 f"pair {pair.prompt_id!r} contains token {largest}, but the model knows tokens 0 to {vocab_size - 1}; "
                 "prepare the pairs with the model's own tokenizer"
             )
+
+
+def tokens_digest(pairs: Sequence[TokenizedPair]) -> str:
+    """Return the SHA-256 (hex) of the tokens of all pairs, in order, whatever their ids are."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        starts = pair.chosen_response_start, pair.rejected_response_start
+        digest.update(f"{starts} {len(pair.chosen_tokens)} {len(pair.rejected_tokens)}\n".encode())
+        digest.update(pair.chosen_tokens.tobytes())
+        digest.update(pair.rejected_tokens.tobytes())
+    return digest.hexdigest()
 
 
 def write_pairs(file: BinaryIO, pairs: Sequence[TokenizedPair]) -> None:

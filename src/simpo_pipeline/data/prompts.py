@@ -4,6 +4,7 @@ A prompt is text, a conversation or token ids. This module does not know tokeniz
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -22,8 +23,6 @@ from simpo_pipeline.executor.step import outside_path
 from simpo_pipeline.storage.files import exists, read_text
 
 DEFAULT_TEMPLATE = "Synthetic prompt {index}: explain one key concept in machine learning."
-
-
 _PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -70,10 +69,11 @@ class PromptsConfig:
             )
         if self.synthetic_prompt_count is not None and self.synthetic_prompt_count < 1:
             raise ConfigError(f"synthetic_prompt_count must be positive, got {self.synthetic_prompt_count}")
-        blank = [index for index, prompt in enumerate(self.prompts) if not prompt.strip()]
-        if blank:
-            raise ConfigError(f"prompts[{blank[0]}] is empty; give every prompt some text or leave it out")
-        self._expand_template(0)
+        for index, prompt in enumerate(self.prompts):
+            if not check_text(prompt, f"prompts[{index}]", "settings").strip():
+                raise ConfigError(f"prompts[{index}] is empty; give every prompt some text or leave it out")
+        if not check_text(self._expand_template(0), "synthetic_prompt_template", "settings").strip():
+            raise ConfigError("synthetic_prompt_template is empty; give every prompt some text")
 
     @property
     def count(self) -> int | None:
@@ -83,7 +83,7 @@ class PromptsConfig:
     def _expand_template(self, index: int) -> str:
         try:
             return self.synthetic_prompt_template.format(index=index)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, MemoryError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"synthetic_prompt_template {self.synthetic_prompt_template!r} cannot be filled ({error!r}); "
                 "its only field is {index}, and literal braces must be doubled"
@@ -117,7 +117,24 @@ def _line_prompts(path: str) -> list[str]:
     """
     text = read_text(path).removeprefix(_BYTE_ORDER_MARK)
     lines = text.replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        _check_not_a_row(line, f"{path}, line {number}")
     return [line for line in lines if line.strip()]
+
+
+def _check_not_a_row(line: str, where: str) -> None:
+    """Check that a line of a text file is not a prompt of a file of rows, whose JSON would be read as its text."""
+    if not line.lstrip().startswith("{"):
+        return
+    try:
+        row: object = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and not row.keys().isdisjoint(_PROMPT_FIELDS):
+        raise DataError(
+            f"{where}: the line is a JSON object with a prompt; let the file's name end in .jsonl, or, if the JSON is "
+            f"the text of the prompt, write it as the field 'prompt' of a row there"
+        )
 
 
 def _row_prompts(path: str) -> Iterator[Prompt]:
@@ -165,7 +182,7 @@ def _parse_token_ids(value: object, where: str) -> tuple[int, ...]:
     # bool is a subclass of int.
     wrong = [each for each in ids if not isinstance(each, int) or isinstance(each, bool) or each < 0]
     if not ids or wrong:
-        found = repr(wrong[0]) if wrong else "empty" if isinstance(value, list) else kind_of(value)
+        found = f"{wrong[0]!r:.40}" if wrong else "empty" if isinstance(value, list) else kind_of(value)
         raise DataError(
             f"{where}: field 'prompt_token_ids' {'contains' if wrong else 'is'} {found}, expected a list of token ids, "
             f"which are integers from 0"

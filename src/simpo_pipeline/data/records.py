@@ -21,6 +21,7 @@ from simpo_pipeline.data.messages import (
     check_not_encoded,
     check_text,
     check_unread_fields,
+    is_empty,
     kind_of,
     parse_messages,
 )
@@ -30,7 +31,9 @@ from simpo_pipeline.errors import DataError
 from simpo_pipeline.storage.paths import base_name
 
 logger = logging.getLogger("simpo_pipeline.data")
-_COLUMNS = ("prompt_id", "prompt", "chosen", "rejected", *UNREAD_FIELDS)
+# Other names of the prompt in public datasets. Two answers in plain text must not be read without it.
+_OTHER_PROMPTS = ("question", "instruction", "input", "query", "context")
+_COLUMNS = ("prompt_id", "prompt", "chosen", "rejected", *UNREAD_FIELDS, *_OTHER_PROMPTS)
 _SIDES = ("chosen", "rejected")
 
 
@@ -110,8 +113,10 @@ def _conversations(fields: Mapping[str, object], where: str) -> tuple[tuple[Mess
     """Return the two conversations of a row whose `chosen` and `rejected` are lists of messages."""
     chosen, rejected = (parse_messages(fields[side], side, where) for side in _SIDES)
     prompt = fields.get("prompt")
-    # A prompt that is a string repeats the conversation's first question in many datasets. TRL ignores it too.
-    if isinstance(prompt, list) and prompt:
+    if isinstance(prompt, str):
+        # It repeats a question of the conversation in many datasets, and TRL ignores it too.
+        check_not_encoded(prompt, "prompt", where)
+    elif not is_empty(prompt):
         chosen, rejected = _with_prompt(parse_messages(prompt, "prompt", where), chosen, rejected, where)
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         _check_conversation(messages, side, where)
@@ -150,6 +155,11 @@ def _check_conversation(messages: tuple[Message, ...], side: str, where: str) ->
             f"{where}: field {side!r} does not end with an assistant turn; the last message has role "
             f"{messages[-1].role!r}, expected 'assistant'"
         )
+    if messages[-2].role == "assistant":
+        raise DataError(
+            f"{where}: field {side!r} has an assistant turn before the answer, which may be a turn of its own, or the "
+            f"beginning of the answer, as in TRL; join the two turns, or write a user's turn between them"
+        )
 
 
 def _plain_text_sides(
@@ -161,6 +171,7 @@ def _plain_text_sides(
         check_not_encoded(text, side, where)
     prompt = fields.get("prompt")
     if prompt is None:
+        _check_no_other_prompt(fields, where)
         prompt, chosen, rejected = _split_shared_prompt(chosen, rejected, where)
     elif not isinstance(prompt, str):
         raise DataError(
@@ -179,6 +190,15 @@ def _plain_text_sides(
         check_not_encoded(prompt, "prompt", where)
     user = Message("user", prompt)
     return (user, Message("assistant", chosen)), (user, Message("assistant", rejected))
+
+
+def _check_no_other_prompt(fields: Mapping[str, object], where: str) -> None:
+    for name in _OTHER_PROMPTS:
+        if not is_empty(fields.get(name)):
+            raise DataError(
+                f"{where}: field 'prompt' is missing, and field {name!r} may be the prompt; rename it to 'prompt', or "
+                f"remove it if 'chosen' and 'rejected' begin with the prompt"
+            )
 
 
 def _split_shared_prompt(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:

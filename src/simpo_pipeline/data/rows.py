@@ -130,6 +130,8 @@ def packed_shape(
     slot_lens = _merge_lens([_rounded_up(length, _SLOT_STEP) for length in by_slot])
     # Attention covers all slots of every row. They are long if rows have few pairs whose lengths vary between rows.
     slots_pay = sum(length**2 for length in slot_lens) < row_len**2
+    if earlier is not None and not earlier.slot_lens:
+        slots_pay = False  # the lengths of the earlier pairs are not known, and they must fit too
     num_predictions = _rounded_up(num_predictions, _PREDICTIONS_STEP)
     return RowShape(num_groups, row_len, num_groups, num_predictions, slot_lens if slots_pay else ())
 
@@ -143,7 +145,9 @@ def padded_shape(
 ) -> RowShape:
     """Return the shape of batches of `batch_size` pairs with one row of `seq_len` tokens per sequence.
 
-    `earlier` is as in `packed_shape`.
+    `earlier`, the shape of other pairs of the run, is returned if these fit. Otherwise, the shape fits any batch, so no
+    third shape is needed. It is not used from the start because predictions that no batch needs take time, and change
+    the order of sums.
     """
     rows_per_group, most = 2 * batch_size // num_groups, 1
     for batch in batches:
@@ -152,8 +156,7 @@ def padded_shape(
             num_predictions[2 * number // rows_per_group] += _num_answer_tokens(pair)
         most = max(most, *num_predictions)
     if earlier is not None:
-        limit = max_padded_shape(batch_size, seq_len, num_groups).num_predictions
-        most = min(_grown(most, earlier.num_predictions), limit)
+        return earlier if most <= earlier.num_predictions else max_padded_shape(batch_size, seq_len, num_groups)
     return RowShape(2 * batch_size, seq_len, num_groups, _rounded_up(most, _PREDICTIONS_STEP))
 
 

@@ -8,11 +8,12 @@ other folder is read.
 """
 
 import re
+from fnmatch import filter as filter_names
 from pathlib import PurePosixPath
 
 from simpo_pipeline.data.config import PreferenceSource
-from simpo_pipeline.errors import DataError
-from simpo_pipeline.storage.files import exists, list_files
+from simpo_pipeline.errors import DataError, StorageError
+from simpo_pipeline.storage.files import exists, list_files, list_names
 from simpo_pipeline.storage.paths import join
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -43,19 +44,37 @@ def source_files(source: PreferenceSource) -> list[str]:
 
 
 def _matching_files(pattern: str) -> list[str]:
-    folder, relative_pattern = _split_pattern(pattern)
-    # The leading slashes anchor the pattern, so it must match the whole relative path.
-    paths = [
-        join(folder or "/", entry.relative_path)
-        for entry in list_files(folder or "/")
-        if PurePosixPath("/" + entry.relative_path).match("/" + relative_pattern)
-    ]
+    start, relative_pattern = _split_pattern(pattern)
+    *folder_patterns, name_pattern = (part for part in relative_pattern.split("/") if part not in ("", "."))
+    folders = [start or "/"]
+    for folder_pattern in folder_patterns:
+        folders = [join(folder, name) for folder in folders for name in filter_names(_names(folder), folder_pattern)]
+    paths = sorted(join(folder, name) for folder in folders for name in _matching_names(folder, name_pattern))
     if not paths:
         raise DataError(
-            f"no file matches {pattern!r}: nothing has that name, and nothing in {folder or '/'!r} matches the pattern "
+            f"no file matches {pattern!r}: nothing has that name, and nothing in {start or '/'!r} matches the pattern "
             f"{relative_pattern!r}; check the path (*, ? and [...] match within one folder level)"
         )
     return paths
+
+
+def _matching_names(folder: str, pattern: str) -> list[str]:
+    """Return the names that match, without those of folders.
+
+    A folder, a pipe or a broken link with the name of a file of rows is not left out: reading it is refused.
+    """
+    files = {entry.relative_path for entry in list_files(folder)}
+    return [name for name in filter_names(_names(folder), pattern) if name in files or name.endswith(ROW_SUFFIXES)]
+
+
+def _names(folder: str) -> list[str]:
+    """Return the names in a folder; none if it is a file, whose name only happens to match the pattern of a folder."""
+    try:
+        return list_names(folder)
+    except StorageError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            return []
+        raise
 
 
 def _split_pattern(pattern: str) -> tuple[str, str]:

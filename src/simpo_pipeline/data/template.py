@@ -4,22 +4,24 @@ A rendering depends on nothing but the template, the messages, the special token
 does not know tokens.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from simpo_pipeline.data.messages import Message
+from simpo_pipeline.data.template_sandbox import TemplateSandbox
 from simpo_pipeline.errors import DataError, first_line
 
-# Jinja's own sources of random text. Transformers leaves them in; tokens must not depend on chance.
-_RANDOM_FILTER, _RANDOM_GLOBAL = "random", "lipsum"
+# How Python prints a function or an object: with its address in memory, which is another one in every process.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
+# Content that no tokenizer has a token for: a character for private use.
+_NO_TEXT = "\uf8ff"
+_SOME_DATE = "2000-01-01"
 
 
 class ChatTemplate:
@@ -33,7 +35,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, name: str, special_tokens: Mapping[str, str]) -> None:
         self._source, self._name, self._special_tokens = source, name, dict(special_tokens)
-        self._environment = _environment()
+        self._environment = TemplateSandbox()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, date: str | None) -> str:
         """Return the text of a conversation; `date` replaces today's date.
@@ -47,11 +49,12 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "strftime_now": self._date_printer(date),
+            "strftime_now": partial(self._format_date, date),
         }
         template = self._template
+        self._environment.start()
         try:
-            return template.render(variables)
+            text = template.render(variables)
         except DataError:
             raise
         # A template is a program from outside, so it can fail with any error.
@@ -62,10 +65,19 @@ class ChatTemplate:
                 f"the chat template of {self._name!r} rejects a conversation of {roles}: {kind}{first_line(error)}; "
                 f"change the conversation to one that the template accepts, or correct the template"
             ) from error
+        written = {address for message in messages for address in _ADDRESS.findall(message.content)}
+        if any(address not in written for address in _ADDRESS.findall(text)):
+            raise DataError(
+                f"the chat template of {self._name!r} prints a function or an object of Python, whose text differs "
+                f"from process to process; correct the template (a method needs parentheses)"
+            )
+        return text
 
     @cached_property
-    def literal_text(self) -> str:
-        """All text and string constants of the template, separated by null characters.
+    def written_text(self) -> str:
+        """What the template writes around messages: its texts and constants, and two conversations it renders.
+
+        The latter have what it puts together, such as `<|user|>` from the name of the role.
 
         Raises:
             DataError: The template cannot be compiled.
@@ -73,6 +85,10 @@ class ChatTemplate:
         tree = self._template.environment.parse(self._source)
         pieces = [node.data for node in tree.find_all(nodes.TemplateData)]
         pieces += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        for roles in (("user", "assistant"), ("system", "user", "assistant")):
+            messages = [Message(role, _NO_TEXT) for role in roles]
+            with contextlib.suppress(DataError):
+                pieces.append(self.render(messages, add_generation_prompt=True, date=_SOME_DATE))
         return "\0".join(pieces)
 
     @cached_property
@@ -86,52 +102,10 @@ class ChatTemplate:
                 f"template in chat_template.jinja or tokenizer_config.json"
             ) from error
 
-    def _date_printer(self, date: str | None) -> Callable[[str], str]:
-        def strftime_now(format: str) -> str:
-            if date is None:
-                raise DataError(
-                    f"the chat template of {self._name!r} prints today's date ({format!r}), so the same conversation "
-                    f"would have other tokens tomorrow; set the date of the chat config, such as 2024-07-26"
-                )
-            return datetime.fromisoformat(date).strftime(format)
-
-        return strftime_now
-
-
-class _GenerationBlocks(Extension):
-    """The tag `{% generation %}`, which marks the text of the assistant and prints it unchanged."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
-
-    def _print(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    del environment.filters[_RANDOM_FILTER], environment.globals[_RANDOM_GLOBAL]
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON without Jinja's escapes of HTML characters, which chat templates do not want."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def _format_date(self, date: str | None, format: str) -> str:
+        if date is None:
+            raise DataError(
+                f"the chat template of {self._name!r} prints today's date ({format!r}), so the same conversation "
+                f"would have other tokens tomorrow; set the date of the chat config, such as 2024-07-26"
+            )
+        return datetime.fromisoformat(date).strftime(format)

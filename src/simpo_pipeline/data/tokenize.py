@@ -24,8 +24,9 @@ class PairStats:
 
     Token counts cover both sequences of each kept pair, without padding.
     num_records == num_pairs + num_dropped_too_long + num_dropped_unusable; num_truncated of num_pairs are truncated.
-    Of num_pairs, the last four counts have text of special tokens inside a message, text that the chat template left
-    out, characters that the tokenizer cannot represent, and an answer that was tokenized apart from its prompt.
+    Of num_pairs, the last five counts have text of special tokens inside a message, text that the chat template left
+    out, white space around a message that it removed, characters that the tokenizer cannot represent, and an answer
+    that was tokenized apart from its prompt.
     `padding_share` is the fraction of the batches' positions that would be padding with `max_length` positions per row.
     """
 
@@ -42,6 +43,7 @@ class PairStats:
     padding_share: float
     num_special_text: int
     num_omitted_text: int
+    num_trimmed_text: int
     num_unencodable_text: int
     num_merged_border: int
 
@@ -168,6 +170,7 @@ def _stats(pairs: Sequence[TokenizedPair], outcomes: Counter[str], notes: Counte
         padding_share=1.0 - sum(pair.num_tokens for pair in pairs) / (2 * len(pairs) * max_length),
         num_special_text=notes["special_text"],
         num_omitted_text=notes["omitted_text"],
+        num_trimmed_text=notes["trimmed_text"],
         num_unencodable_text=notes["unencodable_text"],
         num_merged_border=notes["merged_border"],
     )

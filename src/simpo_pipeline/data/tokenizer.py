@@ -6,7 +6,8 @@ Token ids are those that the `tokenizers` library gives for tokenizer.json. This
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,12 +16,41 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from simpo_pipeline.data.template import ChatTemplate
-from simpo_pipeline.errors import DataError
+from simpo_pipeline.errors import DataError, first_line
 
 # Shown around the first character that a tokenizer loses.
 _EXCERPT_CHARACTERS = 20
+# A character that is neither of a word nor white space, and text that is written like a control token.
+_SIGN = re.compile(r"[^\w\s]")
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 # First character of a stand-in for a control token. Unicode reserves it for private use, so texts do not contain it.
 _STAND_IN = "\U000f0000"
+
+
+@contextmanager
+def backend_errors(complaint: str, remedy: str) -> Generator[None]:
+    """Turn errors of the `tokenizers` library into ours. It raises bare exceptions, and panics (a BaseException).
+
+    Raises:
+        DataError: The library failed. The message is the complaint, the library's reason and the remedy.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise DataError(f"{complaint} ({first_line(error)}); {remedy}") from error
+
+
+def encode_with(backend: Backend, text: str, name: str) -> list[int]:
+    """Return the tokens of a text, without those that the tokenizer `name` puts around it.
+
+    Raises:
+        DataError: The text is not valid Unicode, or has a character that the tokenizer cannot handle.
+    """
+    remedy = "remove what it has no token for, and halves of surrogate pairs"
+    with backend_errors(f"the tokenizer {name!r} cannot encode {text!r:.80}", remedy):
+        return backend.encode(text, add_special_tokens=False).ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +95,9 @@ class Tokenizer:
         puts after a text (EOS) never follow, because nothing can continue after them.
 
         Raises:
-            DataError: The text is not valid Unicode.
+            DataError: The text is not valid Unicode, or has a character that the tokenizer cannot handle.
         """
-        try:
-            tokens = self.backend.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise DataError(
-                f"the tokenizer {self.name!r} cannot encode {text!r:.80}, which is not valid Unicode; remove the "
-                f"halves of surrogate pairs"
-            ) from error
+        tokens = encode_with(self.backend, text, self.name)
         return [*self.first_tokens, *tokens] if add_special_tokens else tokens
 
     def encode_with_plain(self, text: str, plain: Sequence[tuple[int, int]]) -> list[int]:
@@ -92,9 +116,9 @@ class Tokenizer:
             )
         pieces, num_controls, last = "", 0, 0
         for start, end in [*plain, (len(text), len(text))]:
-            piece, count = self.control_pattern.subn(lambda match: stand_ins[match[0]], text[last:start])
+            piece, count = self.control_pattern.subn(lambda match: stand_ins.get(match[0], match[0]), text[last:start])
             pieces, num_controls, last = pieces + piece + text[start:end], num_controls + count, end
-        tokens = [original_ids.get(token, token) for token in backend.encode(pieces, add_special_tokens=False).ids]
+        tokens = [original_ids.get(token, token) for token in encode_with(backend, pieces, self.name)]
         if sum(token in self.control_ids for token in tokens) > num_controls:
             raise DataError(
                 f"the tokenizer {self.name!r} reads {text[slice(*plain[0])]!r} as a control token even in ordinary "
@@ -145,7 +169,8 @@ class Tokenizer:
         if self.adds_bos is None:
             texts = ("a", "0", ".", *(token.content for token in self.added_tokens.values()))
             text = next((text for text in texts if self.encode(text, add_special_tokens=False)), "")
-            encoding = self.backend.encode(text)
+            with backend_errors(f"the tokenizer {self.name!r} has a post_processor that fails", "correct it"):
+                encoding = self.backend.encode(text)
             return encoding.ids[: encoding.special_tokens_mask.index(0)] if 0 in encoding.special_tokens_mask else []
         bos = self.bos_token_id
         return [bos] if self.adds_bos and bos is not None else []
@@ -157,18 +182,26 @@ class Tokenizer:
 
     @cached_property
     def control_ids(self) -> dict[int, str]:
-        """The tokens that structure a chat: all special tokens, and the added tokens that the template writes.
+        """The tokens that structure a chat: all special tokens, and those that the template writes.
+
+        The latter are added tokens, or pieces of the vocabulary that are read as one token (`<|im_end|>` in a unigram
+        model). Words and white space are no such tokens.
 
         Raises:
             DataError: The chat template cannot be compiled.
         """
-        written = self.template.literal_text if self.chat_template else ""
+        written = self.template.written_text if self.chat_template else ""
         roles = set(self.special_tokens.values())
-        return {
+        controls = {
             index: token.content
             for index, token in self.added_tokens.items()
-            if token.special or token.content in roles or (token.content in written and not token.content.isspace())
+            if token.special or token.content in roles or (token.content in written and _SIGN.search(token.content))
         }
+        for text in set(_TAG.findall(written)):
+            index = self.backend.token_to_id(text)
+            if index is not None and index in self.encode(text, add_special_tokens=False):
+                controls[index] = text
+        return controls
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -181,7 +214,8 @@ class Tokenizer:
         if self.control_pattern.search(text):
             return True
         # A normalizer can turn other text (full-width brackets) into that of a token.
-        is_normalized = any(self.added_tokens[index].normalized for index in self.control_ids)
+        added = self.added_tokens
+        is_normalized = any(index not in added or added[index].normalized for index in self.control_ids)
         if self.backend.normalizer is None or not is_normalized:
             return False
         return not self.control_ids.keys().isdisjoint(self.encode(text, add_special_tokens=False))

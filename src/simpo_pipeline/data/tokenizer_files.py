@@ -6,6 +6,7 @@ a folder is run, and a folder whose files contradict each other is refused.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
 
-from simpo_pipeline.data.tokenizer import Tokenizer
+from simpo_pipeline.data.tokenizer import Tokenizer, backend_errors, encode_with
 from simpo_pipeline.errors import DataError, first_line
 from simpo_pipeline.storage.files import list_files, read_bytes
 from simpo_pipeline.storage.paths import is_local, join, strip_file_scheme
@@ -26,6 +27,8 @@ _MODEL_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _FILES = (_TOKENIZER, _CONFIG, _SPECIAL_TOKENS, _TEMPLATE, _MODEL_CONFIG, _GENERATION_CONFIG)
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+# Half of a character. JSON allows it, and no token has it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HOW_TO_CONVERT = (
     "convert it once, for example with AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers, "
     "and compare the ids of some texts"
@@ -105,10 +108,14 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_text(path: Path, name: str) -> str | None:
+    """Return the text of a file, or None if there is no file of that name."""
+    if not os.path.lexists(path):
+        return None
+    # A link without its target must not fall back to another file, and a pipe would never end.
+    if not path.is_file():
+        raise DataError(f"{name}: {path.name} is not a file, or a link to a file that is missing; fetch it again")
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name}: {path.name} cannot be read as UTF-8 text ({first_line(error)}); fetch it again"
@@ -119,12 +126,21 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in a file, or an empty one if there is no such file."""
     text = _read_text(path, name)
     try:
-        value = {} if text is None else json.loads(text)
+        value = {} if text is None else json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: {path.name} is not JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
         raise DataError(f"{name}: {path.name} contains {type(value).__name__} in JSON; expected an object")
     return cast(dict[str, Any], value)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} occurs twice")
+        found[key] = value
+    return found
 
 
 def _read_backend(folder: Path, name: str) -> Backend:
@@ -137,16 +153,14 @@ def _read_backend(folder: Path, name: str) -> Backend:
             f"folder with {_TOKENIZER} and {_CONFIG}, or the id of a model on the hub; if the tokenizer has another "
             f"format, {_HOW_TO_CONVERT}"
         )
-    try:
+    complaint = f"{name}: {_TOKENIZER} is no tokenizer of the tokenizers library"
+    with backend_errors(complaint, f"fetch it again, or {_HOW_TO_CONVERT}"):
         backend = Backend.from_file(str(path))
-    # The library raises bare exceptions, and panics (a BaseException) for some malformed files.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+    if getattr(backend.model, "dropout", None):
         raise DataError(
-            f"{name}: {_TOKENIZER} is no tokenizer of the tokenizers library ({first_line(error)}); fetch it again, or "
-            f"{_HOW_TO_CONVERT}"
-        ) from error
+            f"{name}: the model in {_TOKENIZER} has a dropout of {backend.model.dropout}, so the same text would get "
+            f"other ids each time; set dropout to null"
+        )
     vocabulary = backend.get_vocab()
     if not vocabulary:
         raise DataError(f"{name}: the vocabulary in {_TOKENIZER} is empty; fetch the file again")
@@ -194,7 +208,7 @@ def _read_roles(special: Mapping[str, Any], config: Mapping[str, Any], name: str
 
 def _token_text(value: Any, where: str) -> str:
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or _SURROGATE.search(text):
         raise DataError(f"{where} is {value!r:.80}; expected the text of a token, or an object with its content")
     return text
 
@@ -217,7 +231,7 @@ def _check_tokens(backend: Backend, roles: Mapping[str, str], config: Mapping[st
             named.setdefault(_token_text(value, f"{name}: {key} of {_CONFIG}"), key)
     for text, role in named.items():
         index = backend.token_to_id(text)
-        if index is None or backend.encode(text, add_special_tokens=False).ids != [index]:
+        if index is None or encode_with(backend, text, name) != [index]:
             found = "does not have it" if index is None else "does not read it as one token"
             raise DataError(
                 f"{name}: {role} is {text!r}, but {_TOKENIZER} {found}; the two files must agree: correct the role, or "
@@ -244,10 +258,11 @@ def _read_template(folder: Path, config: Mapping[str, Any], name: str) -> str | 
         DataError: There are several, and none is named default.
     """
     template: Any = _read_text(folder / _TEMPLATE, name)
+    file = _CONFIG if template is None else _TEMPLATE
     if template is None:
         template = config.get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = _named_templates(template, name)
     if isinstance(template, dict):
         named = cast(dict[str, Any], template)
         if "default" not in named:
@@ -258,7 +273,26 @@ def _read_template(folder: Path, config: Mapping[str, Any], name: str) -> str | 
         template = named["default"]
     if template is not None and not isinstance(template, str):
         raise DataError(f"{name}: chat_template of {_CONFIG} is {template!r:.80}; expected the text of a template")
+    if template and template.startswith("\ufeff"):
+        raise DataError(
+            f"{name}: the chat template in {file} begins with a byte order mark, which every prompt would begin with; "
+            f"save it as UTF-8 without one"
+        )
     return template or None
+
+
+def _named_templates(entries: list[Any], name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries:
+        match entry:
+            case {"name": str(key), "template": str(template)} if key not in found:
+                found[key] = template
+            case _:
+                raise DataError(
+                    f"{name}: chat_template of {_CONFIG} contains {entry!r:.80}; expected an object with a name of its "
+                    f"own and a template, both text"
+                )
+    return found
 
 
 def _end_ids(configs: Mapping[str, Mapping[str, Any]], name: str) -> tuple[int, ...]:

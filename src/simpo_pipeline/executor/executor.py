@@ -137,10 +137,11 @@ class Executor:
         return self.results
 
     def _job(self, graph: Graph, run_id: str, leases: LeaseKeeper) -> Job:
-        processes, code = self._processes, SourceFingerprints()
+        processes, fingerprints = self._processes, SourceFingerprints()
         return Job(
             graph=graph,
-            infos={step: step_info(graph, step, self.configs[step], code.of(step.fn)) for step in graph.steps},
+            infos={step: step_info(graph, step, self.configs[step]) for step in graph.steps},
+            code={step: fingerprints.of(step.fn) for step in graph.steps},
             prefix=self.prefix,
             run_id=run_id,
             processes=processes,

@@ -107,7 +107,7 @@ def _sampling_rows(rows: Sequence[SequenceState], num_rows: int, adjustments: Lo
             request.sample_index,
         )
         first_stop[row] = len(request.prompt_tokens) + sampling.min_tokens
-        stop_tokens[row, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
+        stop_tokens[row, : len(sampling.stop_tokens)] = sampling.stop_tokens
         if sampling.logprobs is not None:
             logprobs[row] = sampling.logprobs
     return SamplingRows(

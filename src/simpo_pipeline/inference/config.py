@@ -66,7 +66,7 @@ class SamplingParams:
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     seed: int | None = 0
     top_k: int = 0
     min_p: float = 0.0
@@ -114,6 +114,11 @@ class SamplingParams:
             raise ConfigError(f"logprobs must be None or lie in [0, {MAX_LOGPROBS}], got {self.logprobs}")
 
     @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The token ids of `stop_token_ids`."""
+        return tuple(self.stop_token_ids or ())
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The strings of `stop`."""
         return _texts(self.stop)
@@ -127,14 +132,14 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether the sample needs the programs that count generated tokens and add biases."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias or self.bad_words)
 
     def _normalize(self) -> None:
         """Give each of several ways to write a value the same form, so that they are equal and have one identity."""
         forms = {
             "stop": _texts(self.stop),
             "bad_words": _texts(self.bad_words),
-            "stop_token_ids": tuple(self.stop_token_ids),
+            "stop_token_ids": self.stop_tokens,
             "top_k": 0 if self.top_k == -1 else self.top_k,
             "logit_bias": self.biases,
         }
@@ -149,24 +154,21 @@ class SamplingParams:
                 _require_integer(name, getattr(self, name))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             _require_number(name, getattr(self, name))
-        if not isinstance(self.stop_token_ids, tuple | list):
+        if not isinstance(self.stop_token_ids, tuple | list | None):
             raise ConfigError(f"stop_token_ids must be a tuple, () for none, got {self.stop_token_ids!r}")
-        for token in self.stop_token_ids:
+        for token in self.stop_token_ids or ():
             _require_integer("each of stop_token_ids", token)
         for name in ("stop", "bad_words"):
-            value = getattr(self, name)
-            is_text = isinstance(value, str | None)
-            if not is_text and not (isinstance(value, tuple | list) and all(isinstance(each, str) for each in value)):
-                raise ConfigError(f"{name} must be a text or a tuple of texts, () for none, got {value!r}")
+            _require_texts(name, getattr(self, name))
         self._check_pairs()
         if not isinstance(self.ignore_eos, bool):
             raise ConfigError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
 
     def _check_ends(self) -> None:
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_token_ids)}")
-        if any(token < 0 for token in self.stop_token_ids):
-            raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_token_ids)}")
+        if len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise ConfigError(f"at most {MAX_STOP_TOKENS} stop_token_ids are supported, got {len(self.stop_tokens)}")
+        if any(token < 0 for token in self.stop_tokens):
+            raise ConfigError(f"stop_token_ids must not be negative, got {list(self.stop_tokens)}")
         if not all(self.stop_strings):
             raise ConfigError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
         if not 0 <= self.min_tokens <= self.max_tokens:
@@ -241,6 +243,7 @@ class EngineConfig:
                 _require_integer(f"engine.{field.name}", size)
                 if size < 1:
                     raise ConfigError(f"engine.{field.name} must be at least 1, got {size}")
+        _require_number("engine.memory_utilization", self.memory_utilization)
         if not 0 < self.memory_utilization <= 1:
             raise ConfigError(f"engine.memory_utilization must lie in (0, 1], got {self.memory_utilization}")
 
@@ -275,6 +278,14 @@ def _require_integer(name: str, value: object) -> None:
 def _require_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, got {value!r}")
+
+
+def _require_texts(name: str, value: object) -> None:
+    for text in value if isinstance(value, tuple | list) else [] if value is None else [value]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} must be a text or a tuple of texts, () for none, got {value!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{name} is {value!r}, which is not valid Unicode; remove the halves of surrogate pairs")
 
 
 def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -130,14 +130,13 @@ class Engine:
             ("engine", model_config, sizes, mesh, jnp.dtype(dtype)),
             lambda: EnginePrograms(model_config, sizes, mesh, programs, dtype),
         )
-        self.memory = EngineMemory(
-            self._programs.weights_bytes, self._programs.cache_bytes, self._programs.temporary_bytes
-        )
-        logger.info(
-            "engine: %d rows, %d pages of %d tokens; %.2f GiB per device: weights %.2f, cache %.2f, programs %.2f",
-            *(sizes.max_seqs, sizes.num_pages, sizes.page_size),
-            *(part / 2**30 for part in (self.memory.total, *dataclasses.astuple(self.memory))),
-        )
+        self._log_memory()
+
+    @property
+    def memory(self) -> EngineMemory:
+        """Memory of the weights, the cache and the programs that are compiled so far."""
+        programs = self._programs
+        return EngineMemory(programs.weights_bytes, programs.cache_bytes, programs.temporary_bytes)
 
     def check(self, requests: Requests) -> None:
         """Raise an error for requests that can never be served, before any device work.
@@ -185,8 +184,8 @@ class Engine:
         self.check(requests)
         if not requests:
             return [], GenerationStats()
-        if any(request.sampling.adjusts_logits for request in requests):
-            self._programs.compile_adjusted()
+        if any(request.sampling.adjusts_logits for request in requests) and self._programs.compile_adjusted():
+            self._log_memory()
         scheduler = Scheduler(self.sizes, self._programs.chunk_sizes)
         work = [SequenceState(request, index, self._matcher(request)) for index, request in enumerate(requests)]
         for sequence in work:
@@ -222,6 +221,14 @@ class Engine:
             report()
         num_generated = sum(len(sequence.generated) for sequence in work)
         return [sequence.completion() for sequence in work], tally.stats(requests, num_generated, scheduler)
+
+    def _log_memory(self) -> None:
+        sizes, memory = self.sizes, self.memory
+        logger.info(
+            "engine: %d rows, %d pages of %d tokens; %.2f GiB per device: weights %.2f, cache %.2f, programs %.2f",
+            *(sizes.max_seqs, sizes.num_pages, sizes.page_size),
+            *(part / 2**30 for part in (memory.total, *dataclasses.astuple(memory))),
+        )
 
     def _matcher(self, request: Request) -> StopMatcher | None:
         if not request.sampling.stop or self._text_of is None:

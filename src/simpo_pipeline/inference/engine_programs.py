@@ -113,13 +113,18 @@ class EnginePrograms:
             each.memory_bytes.temporary + each.memory_bytes.outputs - each.memory_bytes.aliased for each in self.all
         )
 
-    def compile_adjusted(self) -> None:
-        """Compile the programs for rounds in which a row has `LogitAdjustments`, once. Few jobs need them."""
-        if not self._adjusted_decode:
-            self._adjusted_mixed = {
-                size: self._compile_mixed(size, self._mixed_rows, adjusts_logits=True) for size in self._mixed
-            }
-            self._adjusted_decode = {size: self._compile_decode(size, adjusts_logits=True) for size in self._decode}
+    def compile_adjusted(self) -> bool:
+        """Compile the programs for rounds in which a row has `LogitAdjustments`, which few jobs need.
+
+        Returns whether they were compiled now; a second call does nothing.
+        """
+        if self._adjusted_decode:
+            return False
+        self._adjusted_mixed = {
+            size: self._compile_mixed(size, self._mixed_rows, adjusts_logits=True) for size in self._mixed
+        }
+        self._adjusted_decode = {size: self._compile_decode(size, adjusts_logits=True) for size in self._decode}
+        return True
 
     def lay_out(self, weights: Llama) -> EngineWeights:
         """Convert the weights to the programs' layouts; the layers are copied where that makes programs faster."""
@@ -204,7 +209,7 @@ class EnginePrograms:
     def _compile_mixed(self, num_tokens: int, num_rows: int, *, adjusts_logits: bool = False) -> Program:
         batch = self._decode_batch(_EMPTY_ROUND, num_rows, adjusts_logits=adjusts_logits)
         return self._compile_round(
-            f"prefill_{num_tokens}_{'adjusted_' if adjusts_logits else ''}decode_{num_rows}",
+            f"prefill_{num_tokens}_decode_{num_rows}{'_adjusted' if adjusts_logits else ''}",
             functools.partial(prefill_and_decode, dtype=self._dtype, split=self._split),
             self._weights.stacked,
             (prefill_batch((), self._sizes, num_tokens), batch, np.uint32(0)),
@@ -214,7 +219,7 @@ class EnginePrograms:
     def _compile_decode(self, num_rows: int, *, adjusts_logits: bool = False) -> Program:
         batch = self._decode_batch(_EMPTY_ROUND, num_rows, adjusts_logits=adjusts_logits)
         return self._compile_round(
-            f"{'adjusted_' if adjusts_logits else ''}decode_{num_rows}",
+            f"decode_{num_rows}{'_adjusted' if adjusts_logits else ''}",
             functools.partial(
                 decode,
                 max_steps=self._sizes.decode_steps_per_call,

@@ -23,6 +23,9 @@ from simpo_pipeline.model.sharding import TENSOR_PARALLEL_RULES
 from simpo_pipeline.ops.paged_attention import PagedAttention
 from simpo_pipeline.ops.paged_batch import NewTokens, PagedSequences, Pages
 
+# Larger values may be stored as 0 (`PagedAttention.write`).
+_LARGEST_VALUE = 1e30
+
 
 class TokenLocations(eqx.Module):
     """Cache locations of a batch's tokens. Page indices are those of the first layer."""
@@ -53,7 +56,7 @@ class KVCache(eqx.Module):
         page_table = layer * self.num_pages + sequences.page_table
         past_the_last = self.pages[0].shape[0]
         page = jnp.where(positions >= 0, layer * self.num_pages + locations.pages, past_the_last)
-        pages = self.attention.write(self.pages, NewTokens(k, v, page, positions % self.page_size))
+        pages = self.attention.write(self.pages, NewTokens(_marked(k, v), v, page, positions % self.page_size))
         out = self.attention.attend(q, pages, dataclasses.replace(sequences, page_table=page_table))
         return out, dataclasses.replace(self, pages=pages)
 
@@ -67,6 +70,18 @@ class KVCache(eqx.Module):
             return self.attention.copy(pages, first_page + sources, target)
 
         return dataclasses.replace(self, pages=lax.fori_loop(0, num_layers, copy_layer, self.pages))
+
+
+def _marked(
+    k: Float[Array, "tokens kv_heads head_size"], v: Float[Array, "tokens kv_heads head_size"]
+) -> Float[Array, "tokens kv_heads head_size"]:
+    """Return the keys, with NaN where a value is one that a backend may store as 0.
+
+    Attention to such a token, and then the logits, become NaN, which stops generation. Otherwise they would be computed
+    from zeros, and nobody would notice.
+    """
+    is_kept = jnp.all(jnp.abs(v.astype(jnp.float32)) <= _LARGEST_VALUE, axis=-1, keepdims=True)
+    return jnp.where(is_kept, k, jnp.full((), jnp.nan, k.dtype))
 
 
 def empty_cache(model: LlamaConfig, sizes: EngineSizes, dtype: DTypeLike, attention: PagedAttention) -> KVCache:

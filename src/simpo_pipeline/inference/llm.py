@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import os
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
-from simpo_pipeline.data.chat import encode_chat, encode_text, load_tokenizer, stop_token_ids
+from simpo_pipeline.data.chat import EncodedPrompt, encode_prompt, load_tokenizer, stop_token_ids
 from simpo_pipeline.data.config import DEFAULT_CHAT, ChatConfig
 from simpo_pipeline.data.messages import Message, parse_messages
 from simpo_pipeline.distributed.mesh import local_mesh
@@ -42,7 +44,11 @@ Conversation = Sequence[Mapping[str, Any]]
 
 class _Prompt(NamedTuple):
     text: str | None
-    tokens: tuple[int, ...]
+    encoded: EncodedPrompt
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.encoded.tokens
 
 
 class LLM:
@@ -54,7 +60,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         dtype: Literal["float32", "bfloat16"] = "float32",
         max_seqs: int | None = None,
@@ -91,7 +97,9 @@ class LLM:
         if memory_utilization is None:
             memory_utilization = _CPU_MEMORY_SHARE if mesh.devices.flat[0].platform == "cpu" else _MEMORY_SHARE
         config = EngineConfig(max_seqs, max_seq_len, page_size, num_pages, memory_utilization=memory_utilization)
-        folder = model_folder(model)
+        if not isinstance(model, str | os.PathLike):
+            raise ConfigError(f"model is {model!r:.80}; pass a folder, or the id of a model on the hub")
+        folder = model_folder(os.fspath(model))
         model_config = load_config(folder)
         self._tokenizer, self._chat_config = load_tokenizer(folder), chat_config
         self._decode = make_decoder(self._tokenizer)
@@ -148,20 +156,18 @@ class LLM:
             DataError: The tokenizer has no chat template, or the template rejects a conversation.
             ConfigError, CapacityError, StorageError: As in `generate`.
         """
+        if not isinstance(messages, Sequence):
+            raise ConfigError(f"messages is {messages!r:.80}; pass a conversation (a list of turns), or a list of them")
         is_single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if is_single else messages
         prompts = []
         for at, conversation in enumerate(conversations):
-            try:
-                tokens = encode_chat(
-                    self._tokenizer, _turns(conversation, at), add_generation_prompt=True, config=self._chat_config
-                )
-            except DataError as error:
-                raise DataError(f"messages[{at}]: {error}") from error
-            prompts.append(_Prompt(self._tokenizer.decode(tokens), tuple(tokens)))
+            encoded = self._encoded(_turns(conversation, at), f"messages[{at}]")
+            prompts.append(_Prompt(self._tokenizer.decode(encoded.tokens), encoded))
         return self._serve(prompts, sampling_params, output_path)
 
     def _serve(self, prompts: Sequence[_Prompt], sampling_params: Any, output_path: str | None) -> list[RequestOutput]:
+        _log_notes([prompt.encoded for prompt in prompts])
         texts = [prompt.text for prompt in prompts]
         given = _one_per_prompt(sampling_params, len(prompts))
         resolved = self._resolved(given)
@@ -188,14 +194,19 @@ class LLM:
 
     def _encode(self, prompt: Any, at: int) -> _Prompt:
         if isinstance(prompt, str):
-            try:
-                return _Prompt(prompt, tuple(encode_text(self._tokenizer, prompt, self._chat_config)))
-            except DataError as error:
-                raise DataError(f"prompts[{at}]: {error}") from error
+            return _Prompt(prompt, self._encoded(prompt, f"prompts[{at}]"))
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
-        if not is_list or not all(isinstance(token, int) for token in prompt):
-            raise ConfigError(f"prompts[{at}] is {prompt!r:.80}; a prompt must be a text or a list of token ids")
-        return _Prompt(None, tuple(prompt))
+        if not is_list or not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            raise ConfigError(
+                f"prompts[{at}] is {prompt!r:.80}; a prompt must be a text or a list of token ids, which are integers"
+            )
+        return _Prompt(None, EncodedPrompt(tuple(prompt)))
+
+    def _encoded(self, prompt: str | Sequence[Message], name: str) -> EncodedPrompt:
+        try:
+            return encode_prompt(self._tokenizer, prompt, self._chat_config)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
     def _warn_of_doubled_first_tokens(self, prompts: Sequence[_Prompt]) -> None:
         first = tuple(self._tokenizer.encode(""))
@@ -228,7 +239,7 @@ class LLM:
 def _max_work(config: EngineConfig, model: LlamaConfig) -> Workload:
     """Return the largest workload that the engine may get, because the requests are not known yet."""
     num_seqs, length = config.max_seqs or _MAX_SEQS, config.max_seq_len or model.max_seq_len
-    return Workload(num_requests=num_seqs, longest_prompt=length, longest_total=length, total_tokens=num_seqs * length)
+    return Workload(num_seqs, length, length, total_tokens=num_seqs * length, adjusts_logits=True)
 
 
 def _one_per_prompt(sampling_params: Any, num_prompts: int) -> Sequence[SamplingParams]:
@@ -254,6 +265,12 @@ def _listed(prompts: Any) -> list[tuple[int, Any]]:
     if any(isinstance(prompt, int) for prompt in prompts):
         raise ConfigError("prompts is a list with integers; pass [[...]] for one prompt of token ids")
     return list(enumerate(prompts))
+
+
+def _log_notes(prompts: Sequence[EncodedPrompt]) -> None:
+    """Report how many prompts the model reads otherwise than they were written, which `ChatConfig` allowed."""
+    for note, count in Counter(note for prompt in prompts for note in sorted(prompt.notes)).items():
+        logger.warning("%d of %d prompts have %s", count, len(prompts), note.replace("_", " "))
 
 
 def _turns(conversation: Any, at: int) -> list[Message]:

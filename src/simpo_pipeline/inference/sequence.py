@@ -125,9 +125,7 @@ class SequenceState:
         """
         sampling = self.request.sampling
         num_before = len(self.generated)
-        stops = (
-            bool(tokens) and tokens[-1] in sampling.stop_token_ids and num_before + len(tokens) > sampling.min_tokens
-        )
+        stops = bool(tokens) and tokens[-1] in sampling.stop_tokens and num_before + len(tokens) > sampling.min_tokens
         text_tokens = tokens[:-1] if stops else tokens
         num_kept = self._first_stop_string(text_tokens, num_before)
         if num_kept is not None:

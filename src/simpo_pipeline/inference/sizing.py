@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from simpo_pipeline.distributed.mesh import MODEL_AXIS
 from simpo_pipeline.errors import CapacityError
-from simpo_pipeline.inference.config import EngineConfig, EngineSizes, pages_for
+from simpo_pipeline.inference.config import MAX_LOGIT_BIAS, EngineConfig, EngineSizes, pages_for
 from simpo_pipeline.inference.kv_cache import abstract_cache, bytes_per_device
 from simpo_pipeline.inference.sequence import Request
 from simpo_pipeline.model.config import LlamaConfig
@@ -31,6 +31,9 @@ _MAX_SEQS = 256
 _MAX_CHUNK_TOKENS = 2048
 # Chunk sizes are multiples of this, so that workloads of similar size use the same programs.
 _CHUNK_STEP = 128
+# Arrays as large as the logits that sampling needs at once, after the layers. XLA's backend for CPUs allocates four of
+# them (logits, weights, and their copies in blocks) and smaller ones.
+_LOGITS_BUFFERS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +45,22 @@ class Workload:
         longest_prompt: Number of tokens of the longest prompt.
         longest_total: Number of tokens of the longest sequence, prompt and `max_tokens` together.
         total_tokens: Sum of the same over all sequences.
+        adjusts_logits: Whether a request needs the programs with `LogitAdjustments`.
     """
 
     num_requests: int
     longest_prompt: int
     longest_total: int
     total_tokens: int
+    adjusts_logits: bool = False
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "Workload":
         """Return the workload of these requests."""
         totals = [len(request.prompt_tokens) + request.sampling.max_tokens for request in requests]
         longest_prompt = max((len(request.prompt_tokens) for request in requests), default=0)
-        return cls(len(requests), longest_prompt, max(totals, default=0), sum(totals))
+        adjusts_logits = any(request.sampling.adjusts_logits for request in requests)
+        return cls(len(requests), longest_prompt, max(totals, default=0), sum(totals), adjusts_logits)
 
     @classmethod
     def merged(cls, works: "Sequence[Workload]") -> "Workload":
@@ -97,6 +103,8 @@ def size_engine(
     )
     budget = int(config.memory_utilization * memory_bytes)
     fixed = _bytes_without_cache(sizes, model, dtype, mesh)
+    if work.adjusts_logits:
+        fixed += _bytes_of_adjustments(sizes, model)
     page_bytes = bytes_per_device(abstract_cache(model, sizes, dtype, mesh, attention))
     affordable_pages = max(0, budget - fixed) // page_bytes
     min_pages = config.num_pages or pages_for(min(max_seq_len, max(1, work.longest_total)), page_size)
@@ -129,8 +137,15 @@ def _bytes_without_cache(sizes: EngineSizes, model: LlamaConfig, dtype: DTypeLik
     num_tiles = sizes.prefill_chunk_tokens // QUERIES_PER_TILE + sizes.max_seqs
     block_size = 2 * KEYS_PER_BLOCK * (num_tiles * model.num_kv_heads * model.head_dim + num_tokens * model.num_heads)
     attention_size = num_tokens * (2 * model.hidden_size + 4 * heads_width) + block_size
-    activations = 4 * (max(layer_size, attention_size) + 2 * sizes.max_seqs * model.vocab_size)
+    logits_size = sizes.max_seqs * model.vocab_size
+    activations = 4 * max(max(layer_size, attention_size) + 2 * logits_size, _LOGITS_BUFFERS * logits_size)
     return (1 + layouts) * bytes_per_device(weights) + activations
+
+
+def _bytes_of_adjustments(sizes: EngineSizes, model: LlamaConfig) -> int:
+    """Return the bytes that programs with `LogitAdjustments` add: counts of tokens, and inputs, packed and unpacked."""
+    inputs_size = 2 * (2 * MAX_LOGIT_BIAS + sizes.max_seq_len)
+    return 4 * sizes.max_seqs * (model.vocab_size + inputs_size)
 
 
 def _refuse(config: EngineConfig, num_pages: int, page_bytes: int, fixed: int, budget: int, memory: int) -> NoReturn:

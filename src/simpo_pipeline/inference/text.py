@@ -27,19 +27,26 @@ def with_end_tokens(sampling: SamplingParams, end_tokens: Sequence[int], vocab_s
     """Return `sampling` with the tokenizer's `end_tokens` added as stop tokens, unless it has `ignore_eos`.
 
     Raises:
-        ConfigError: A stop token or a biased token is not in the model's vocabulary, or there are too many stop tokens.
+        ConfigError: A stop token or a biased token is not in the model's vocabulary, there are too many stop tokens, or
+            no token is left that may be sampled.
     """
-    for name, tokens in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", dict(sampling.biases))):
+    for name, tokens in (("stop_token_ids", sampling.stop_tokens), ("logit_bias", dict(sampling.biases))):
         unknown = [token for token in tokens if token >= vocab_size]
         if unknown:
             raise ConfigError(f"{name} has {unknown[0]}; the model's token ids are 0 to {vocab_size - 1}")
-    if sampling.ignore_eos:
-        return sampling
-    stop_token_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *end_tokens)))
+    added = () if sampling.ignore_eos else end_tokens
+    stop_token_ids = tuple(dict.fromkeys((*sampling.stop_tokens, *added)))
     if len(stop_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(
-            f"stop_token_ids {list(sampling.stop_token_ids)} and the tokenizer's end tokens {list(end_tokens)} are "
+            f"stop_token_ids {list(sampling.stop_tokens)} and the tokenizer's end tokens {list(added)} are "
             f"{len(stop_token_ids)} stop tokens; at most {MAX_STOP_TOKENS} are supported. Pass fewer, or set ignore_eos"
+        )
+    banned = {token for token, bias in sampling.biases if bias == -math.inf}
+    if sampling.min_tokens:
+        banned.update(token for token in stop_token_ids if token < vocab_size)
+    if len(banned) == vocab_size:
+        raise ConfigError(
+            f"logit_bias, bad_words and min_tokens ban all {vocab_size} tokens of the vocabulary; leave at least one"
         )
     return dataclasses.replace(sampling, stop_token_ids=stop_token_ids)
 

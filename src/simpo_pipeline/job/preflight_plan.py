@@ -35,7 +35,7 @@ from simpo_pipeline.preflight.topology import Topology, devices_by_host
 from simpo_pipeline.training.state import abstract_state
 from simpo_pipeline.training.step import build_init_moments, build_train_step
 
-_ROUND = re.compile(r"engine_(?:prefill_(\d+))?_?(?:decode_(\d+))?")
+_ROUND = re.compile(r"engine_(?:prefill_(\d+))?_?(?:decode_(\d+))?(?:_adjusted)?")
 # Scopes whose conditionals are assumed to be true: rows are sampled, and chunks contain tokens.
 _TAKEN = ("draw", "chunks")
 
@@ -158,7 +158,9 @@ class Plan:
 
     def _generation_programs(self, host: int, sizes: EngineSizes) -> Iterator[PlannedLaunch]:
         programs = PlannedPrograms()
-        EnginePrograms(self._model, sizes, local_mesh(self._hosts[host]), programs, self._job.engine_dtype)
+        engine = EnginePrograms(self._model, sizes, local_mesh(self._hosts[host]), programs, self._job.engine_dtype)
+        if self._requests.adjusts_logits:
+            engine.compile_adjusted()
         for lowered in programs.lowered:
             turns = sizes.decode_steps_per_call if lowered.name.startswith("engine_decode") else 1
             yield PlannedLaunch(lowered, self._generation_work(lowered), host, turns)
@@ -196,4 +198,4 @@ def _largest_workload(job: PreflightJob, num_hosts: int) -> Workload:
     longest = max(num_bytes(prompt) + 1 for prompt in prompts)
     num_requests = math.ceil(len(prompts) / num_hosts) * job.sampling.n
     total = longest + job.sampling.max_tokens
-    return Workload(num_requests, longest, total, num_requests * total)
+    return Workload(num_requests, longest, total, num_requests * total, job.sampling.adjusts_logits)

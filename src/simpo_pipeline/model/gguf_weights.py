@@ -1,8 +1,8 @@
 """Conversion of a Llama in a GGUF file (llama.cpp's format) to Hugging Face's layout. NumPy only.
 
 Quantised tensors are dequantised to fp32. llama.cpp interleaves the rows of the query and key matrices, so that rotary
-pairs are adjacent. Hugging Face keeps the two halves of a head apart, so those rows are reordered. This module does not
-know where the file comes from.
+pairs are adjacent. Hugging Face keeps the two halves of a head apart, so those rows are reordered. The file is read and
+checked by `gguf_file`. This module does not know where it comes from.
 """
 
 import json
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, dequantize
+from gguf import ReaderTensor
 from jaxtyping import Float
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from simpo_pipeline.errors import ModelError
 from simpo_pipeline.model.config import LlamaConfig
+from simpo_pipeline.model.gguf_file import read_gguf, refuse_other_types, values_of
 from simpo_pipeline.model.hf_weights import CONFIG_FILE, SINGLE_FILE, write_safetensors
 from simpo_pipeline.storage.files import write_json
 
@@ -37,17 +38,32 @@ TOP_TENSORS: Mapping[str, str] = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_NEEDED_KEYS = (
-    *("llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length"),
-    *("llama.attention.head_count", "llama.attention.head_count_kv", "llama.attention.layer_norm_rms_epsilon"),
-    *("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"),
-    *("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id"),
-)
+_NEEDED_KEYS: Mapping[str, str] = {
+    "llama.block_count": "an integer",
+    "llama.context_length": "an integer",
+    "llama.embedding_length": "an integer",
+    "llama.feed_forward_length": "an integer",
+    "llama.attention.head_count": "an integer",
+    "llama.attention.head_count_kv": "an integer",
+    "llama.attention.layer_norm_rms_epsilon": "a number",
+    "tokenizer.ggml.tokens": "a list of texts",
+    "tokenizer.ggml.token_type": "a list of integers",
+    "tokenizer.ggml.merges": "a list of texts",
+    "tokenizer.ggml.bos_token_id": "an integer",
+    "tokenizer.ggml.eos_token_id": "an integer",
+    "tokenizer.ggml.padding_token_id": "an integer",
+    "tokenizer.chat_template": "a text",
+}
 # Other keys of a model that are heeded or checked.
-_OTHER_KEYS = (
-    *("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count"),
-    *("llama.rope.freq_base", "llama.rope.scaling.type", "llama.vocab_size"),
-)
+_OTHER_KEYS: Mapping[str, str] = {
+    "llama.attention.key_length": "an integer",
+    "llama.attention.value_length": "an integer",
+    "llama.rope.dimension_count": "an integer",
+    "llama.rope.freq_base": "a number",
+    "llama.rope.scaling.type": "a text",
+    "llama.vocab_size": "an integer",
+    "tokenizer.ggml.unknown_token_id": "an integer",
+}
 CONTROL_TOKEN = 3  # GGUF's type for tokens that mark structure and are never text
 
 
@@ -58,18 +74,14 @@ def convert_gguf(gguf_path: str | os.PathLike[str], folder: str | os.PathLike[st
         ModelError: The file is not a whole Llama with a SmolLM tokenizer and a chat template.
     """
     gguf_path, folder = Path(gguf_path), Path(folder)
-    try:
-        reader = GGUFReader(gguf_path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ModelError(f"{gguf_path} is cut off or is no GGUF file ({error}); download it again") from error
+    fields, tensors = read_gguf(gguf_path)
     _refuse_unsupported(gguf_path, fields)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _refuse_broken_vocabulary(gguf_path, fields)
     config = _model_config(fields, tied="output.weight" not in tensors)
     _refuse_other_heads(gguf_path, fields, config)
-    weights = {_hf_name(name): _weights(tensor, config) for name, tensor in tensors.items()}
+    weights = {_hf_name(name): _weights(gguf_path, tensor, config) for name, tensor in tensors.items()}
     special_ids = {
-        f"{role}_token_id": int(fields[f"tokenizer.ggml.{name}_token_id"])
+        f"{role}_token_id": fields[f"tokenizer.ggml.{name}_token_id"]
         for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     write_json(str(folder / CONFIG_FILE), {**config.to_hf(), **special_ids, "torch_dtype": "float32"})
@@ -96,7 +108,9 @@ def _refuse_unsupported(gguf_path: Path, fields: Mapping[str, Any]) -> None:
     missing = [key for key in _NEEDED_KEYS if key not in fields]
     if missing:
         raise ModelError(f"{gguf_path} has no {', '.join(missing)}; download it again, or use the model's safetensors")
-    unknown = [key for key in fields if key.startswith("llama.") and key not in _NEEDED_KEYS + _OTHER_KEYS]
+    kinds = {**_NEEDED_KEYS, **_OTHER_KEYS}
+    refuse_other_types(gguf_path, fields, kinds)
+    unknown = [key for key in fields if key.startswith("llama.") and key not in kinds]
     if unknown:
         raise ModelError(
             f"{gguf_path}: {unknown[0]} is {fields[unknown[0]]!r:.80}, which may change what the model computes and is "
@@ -104,6 +118,29 @@ def _refuse_unsupported(gguf_path: Path, fields: Mapping[str, Any]) -> None:
         )
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise ModelError(f"{gguf_path}: rope scaling is not supported in GGUF files; use the model's safetensors")
+
+
+def _refuse_broken_vocabulary(gguf_path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse ids, types and merges that do not fit the list of tokens."""
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    vocabulary = set(tokens)
+    problems = []
+    if len(vocabulary) != len(tokens):
+        problems.append("tokenizer.ggml.tokens has the same token twice")
+    if len(types) != len(tokens):
+        problems.append(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    for key in fields:
+        if key.endswith("_token_id") and key in {**_NEEDED_KEYS, **_OTHER_KEYS} and not 0 <= fields[key] < len(tokens):
+            problems.append(f"{key} is {fields[key]}, but the ids of its tokens are 0 to {len(tokens) - 1}")
+    for merge in fields["tokenizer.ggml.merges"]:
+        parts = merge.split(" ")
+        if len(parts) != 2 or not vocabulary.issuperset([*parts, "".join(parts)]):
+            problems.append(
+                f"tokenizer.ggml.merges has {merge!r:.80}, which does not join two of its tokens to a third"
+            )
+            break
+    if problems:
+        raise ModelError(f"{gguf_path}: {'; '.join(problems)}. Download it again, or use the model's safetensors")
 
 
 def _refuse_other_heads(gguf_path: Path, fields: Mapping[str, Any], config: LlamaConfig) -> None:
@@ -126,16 +163,17 @@ def _model_config(fields: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
     def setting(key: str) -> Any:
         return fields[f"llama.{key}"]
 
-    hidden_size, num_heads = int(setting("embedding_length")), int(setting("attention.head_count"))
+    hidden_size, num_heads = setting("embedding_length"), setting("attention.head_count")
     return LlamaConfig(
         hidden_size=hidden_size,
-        intermediate_size=int(setting("feed_forward_length")),
-        num_layers=int(setting("block_count")),
+        intermediate_size=setting("feed_forward_length"),
+        num_layers=setting("block_count"),
         num_heads=num_heads,
-        num_kv_heads=int(setting("attention.head_count_kv")),
-        head_dim=int(fields.get("llama.attention.key_length", hidden_size // num_heads)),
+        num_kv_heads=setting("attention.head_count_kv"),
+        # 0 heads are refused by LlamaConfig.
+        head_dim=fields.get("llama.attention.key_length", hidden_size // max(num_heads, 1)),
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        max_seq_len=int(setting("context_length")),
+        max_seq_len=setting("context_length"),
         # The value is stored as fp32: 1e-5 reads as 9.99999974e-06. Rounding to 7 digits restores it.
         rms_norm_eps=float(f"{setting('attention.layer_norm_rms_epsilon'):.6e}"),
         rope_theta=float(fields.get("llama.rope.freq_base", 10_000.0)),
@@ -152,13 +190,16 @@ def _hf_name(gguf_name: str) -> str:
     raise ModelError(f"the GGUF file contains tensor {gguf_name!r}, which a plain Llama does not have")
 
 
-def _weights(tensor: Any, config: LlamaConfig) -> np.ndarray:
-    # GGUF lists the fastest-varying dimension first.
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
-    if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-        return _split_rotary_halves(weights, config.head_dim)
-    return np.ascontiguousarray(weights)
+def _weights(gguf_path: Path, tensor: ReaderTensor, config: LlamaConfig) -> np.ndarray:
+    weights = values_of(gguf_path, tensor)
+    if ".attn_q." not in tensor.name and ".attn_k." not in tensor.name:
+        return np.ascontiguousarray(weights)
+    if weights.ndim != 2 or len(weights) % config.head_dim:
+        raise ModelError(
+            f"{gguf_path}: {tensor.name} has shape {weights.shape}; its rows must be whole heads of {config.head_dim}. "
+            "Download it again, or use the model's safetensors"
+        )
+    return _split_rotary_halves(weights, config.head_dim)
 
 
 def _split_rotary_halves(weights: Float[np.ndarray, "rows embed"], head_dim: int) -> Float[np.ndarray, "rows embed"]:
@@ -189,7 +230,7 @@ def _write_tokenizer(fields: Mapping[str, Any], special_ids: Mapping[str, int], 
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **roles,
-            "model_max_length": int(fields["llama.context_length"]),
+            "model_max_length": fields["llama.context_length"],
             "clean_up_tokenization_spaces": False,
             "chat_template": fields["tokenizer.chat_template"],
         },

@@ -17,6 +17,8 @@ _DTYPES = (None, "float32", "float16", "bfloat16")
 # Keys that change what the model computes, with the only values that are supported.
 _SUPPORTED_VALUES: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
+    # Falcon 3's name for the same MLP.
+    "activation": ("swiglu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "pretraining_tp": (1,),

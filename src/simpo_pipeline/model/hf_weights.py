@@ -11,6 +11,7 @@ know about tokenizers or other formats (see `gguf_weights`).
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -101,11 +102,7 @@ def load_config(path: str) -> LlamaConfig:
     _check_tensors(path, abstract_llama(config, np.float32), tensors)
     if not config.tie_word_embeddings or not _has_own_head(tensors):
         return config
-    logger.warning(
-        "%s has tie_word_embeddings: true, but %s differs from %s in the weights, so they are NOT tied, as in "
-        "transformers; set it to false in config.json to make this explicit",
-        *(config_path, TOP_TENSORS["head"], TOP_TENSORS["embedding"]),
-    )
+    _warn_of_own_head(config_path)
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
@@ -227,6 +224,15 @@ def _open_file(path: str, stack: ExitStack) -> Any:
         raise ModelError(f"{path} is no safetensors file ({error}); copy or download it again") from error
 
 
+@functools.cache  # Each step of a job loads the config; one warning per folder is enough.
+def _warn_of_own_head(config_path: str) -> None:
+    logger.warning(
+        "%s has tie_word_embeddings: true, but %s differs from %s in the weights, so they are NOT tied, as in "
+        "transformers; set it to false in config.json to make this explicit",
+        *(config_path, TOP_TENSORS["head"], TOP_TENSORS["embedding"]),
+    )
+
+
 def _has_own_head(tensors: Mapping[str, StoredTensor]) -> bool:
     """Return whether a head is stored whose values differ from those of the embedding."""
     head = tensors.get(TOP_TENSORS["head"])
@@ -249,7 +255,7 @@ def _check_tensors(path: str, abstract: Llama, stored: Mapping[str, StoredTensor
         if name in stored and stored[name].shape != shape
     ]
     problems += [
-        f"{name} has dtype {stored[name].dtype}, which is none of {', '.join(_DTYPES)}"
+        f"{name} has dtype {stored[name].dtype}, which is none of {', '.join(_DTYPES)} (convert it to one of them)"
         for name in expected
         if name in stored and stored[name].dtype not in _DTYPES
     ]

@@ -19,6 +19,11 @@ from simpo_pipeline.storage.paths import join
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+HOW_TO_CONVERT = (
+    "Only these weights are read; a pickle (.bin, .pth) is never loaded, because it can run code. Download the model's "
+    "safetensors with their index, or convert other weights once: "
+    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder) of transformers writes both"
+)
 
 # Limits of the safetensors library, and of NumPy.
 _MAX_HEADER_BYTES = 100_000_000
@@ -32,7 +37,7 @@ _BITS: Mapping[str, int] = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _COMPARED_BYTES = 1 << 24
 
 
@@ -58,7 +63,7 @@ def stored_tensors(folder: str) -> dict[str, StoredTensor]:
     if SINGLE_FILE in num_bytes:
         return _tensors_of(join(folder, SINGLE_FILE), num_bytes[SINGLE_FILE])
     if INDEX_FILE not in num_bytes:
-        raise ModelError(f"{folder!r} contains neither {SINGLE_FILE} nor {INDEX_FILE}; other formats are not supported")
+        raise ModelError(f"{folder!r} contains neither {SINGLE_FILE} nor {INDEX_FILE}. {HOW_TO_CONVERT}")
     index_path = join(folder, INDEX_FILE)
     weight_map = _weight_map(index_path)
     tensors: dict[str, StoredTensor] = {}
@@ -89,7 +94,7 @@ def parse_object(data: bytes, path: str) -> dict[str, Any]:
     Raises:
         ModelError: The content is something else, or repeats a key. The message names the file.
     """
-    if data.startswith(_POINTER):
+    if data.startswith(LFS_POINTER):
         raise _is_pointer(path)
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
@@ -162,8 +167,8 @@ def _tensors_of(path: str, file_bytes: int) -> dict[str, StoredTensor]:
 def _header(path: str, file_bytes: int) -> tuple[dict[str, Any], int]:
     """Return the header of a file and the position of its data."""
     with open_read(path) as file, storage_border("read", path):
-        first = file.read(len(_POINTER))
-        if first.startswith(_POINTER):
+        first = file.read(len(LFS_POINTER))
+        if first.startswith(LFS_POINTER):
             raise _is_pointer(path)
         if len(first) < _LENGTH_BYTES:
             raise _broken(path, f"it has only {file_bytes} bytes")

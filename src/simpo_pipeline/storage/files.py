@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from simpo_pipeline.errors import StorageError
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.fence import OPEN, Fence
 from simpo_pipeline.storage.filesystem import storage_border
@@ -41,8 +42,14 @@ def read_text(path: str) -> str:
         PathNotFoundError: The file does not exist.
         StorageError: The content is not UTF-8.
     """
-    with storage_border("read", path):
-        return read_bytes(path).decode("utf-8")
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StorageError(
+            f"Cannot read {path!r}: line {line} is not UTF-8. Save the file as UTF-8 text, and do not compress it."
+        ) from error
 
 
 def read_json(path: str) -> Any:

@@ -97,7 +97,7 @@ def read_jsonl(path: str) -> Iterator[dict[str, Any]]:
 def _parse_row(line: bytes, path: str, number: int) -> dict[str, Any]:
     try:
         row: object = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not JSON ({error}). Each line must be one JSON object.") from error
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}: got a {type(row).__name__}. Each line must be one JSON object.")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, final
 
-from simpo_pipeline.errors import PathNotFoundError
+from simpo_pipeline.errors import PathNotFoundError, StorageError
 from simpo_pipeline.storage import local_versions
 from simpo_pipeline.storage.entry import FileEntry
 from simpo_pipeline.storage.filesystem import storage_border
@@ -33,7 +33,12 @@ class LocalStore(Store):
             return file.read()
 
     def open_read(self, path: str) -> io.BufferedReader:
-        return open(strip_file_scheme(path), "rb")
+        local_path = strip_file_scheme(path)
+        mode = os.stat(local_path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe may never have content, and a device may never end
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise StorageError(f"Cannot read {path!r}: it is {kind}. Give the path of a file.")
+        return open(local_path, "rb")
 
     @contextmanager
     def local_copy(self, path: str) -> Generator[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from simpo_pipeline.errors import DataError
+from simpo_pipeline.storage.json_text import json_text
 
 Metrics = Mapping[str, int | float]
 Summary = Mapping[str, int | float | str]
@@ -28,11 +29,19 @@ class Tracker(Protocol):
         ...
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
-        """Record rows of generated text for `step`."""
+        """Record rows of generated text for `step`.
+
+        Raises:
+            DataError: a row holds NaN, an infinity, or something else that JSON does not have; the message names it.
+        """
         ...
 
     def summary(self, values: Summary) -> None:
-        """Record final values of the job; later values replace earlier ones with the same name."""
+        """Record final values of the job; later values replace earlier ones with the same name.
+
+        Raises:
+            DataError: as for `log_samples`.
+        """
         ...
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -52,12 +61,23 @@ class NoTracker:
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         """See Tracker.log_samples."""
+        check_json({"samples": list(rows)})
 
     def summary(self, values: Summary) -> None:
         """See Tracker.summary."""
+        check_json({"summary": dict(values)})
 
     def finish(self, error: BaseException | None = None) -> None:
         """See Tracker.finish."""
+
+
+def check_json(record: Mapping[str, Any]) -> None:
+    """Reject a record that is not JSON.
+
+    Raises:
+        DataError: the record holds NaN, an infinity, or something else that JSON does not have; the message names it.
+    """
+    json_text(dict(record), "the tracker")
 
 
 def check_metrics(metrics: Mapping[str, object]) -> None:

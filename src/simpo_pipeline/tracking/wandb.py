@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_pipeline.errors import ConfigError
-from simpo_pipeline.tracking.tracker import Metrics, Summary, check_metrics
+from simpo_pipeline.tracking.tracker import Metrics, Summary, check_json, check_metrics
 
 _SAMPLES = "samples"
 
@@ -48,6 +48,7 @@ class WandbTracker:
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         """See Tracker.log_samples."""
+        check_json({"samples": list(rows)})
         columns: list[Any] = list(dict.fromkeys(name for row in rows for name in row))
         table = self._wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
         name = f"{_SAMPLES}/rows"
@@ -55,6 +56,7 @@ class WandbTracker:
 
     def summary(self, values: Summary) -> None:
         """See Tracker.summary."""
+        check_json({"summary": dict(values)})
         self._run.summary.update(dict(values))
 
     def finish(self, error: BaseException | None = None) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from simpo_pipeline.data.config import VALIDATION_FILE
-from simpo_pipeline.data.pairs import TokenizedPair, read_pairs
+from simpo_pipeline.data.pairs import TokenizedPair, read_pairs, tokens_digest
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError
 from simpo_pipeline.storage.files import exists
@@ -55,6 +55,7 @@ class Evaluator:
     ) -> None:
         self._trainer = trainer
         self._sweep = sweep
+        self._pairs_digest = tokens_digest(sweep.pairs)
         self._tracker = tracker
         self._file = output.open_rows(EVALUATIONS_FILE) if is_leader else None
         self.rows: list[dict[str, Any]] = []
@@ -82,6 +83,7 @@ class Evaluator:
         row: dict[str, Any] = {
             "step": step,
             "pairs": len(found.margins),
+            "pairs_digest": self._pairs_digest,
             **found.metrics,
             "accuracy": dataclasses.asdict(estimate),
             "margins": list(found.margins),

@@ -8,7 +8,7 @@ that took the trainer may call `train_until` or `free`. Each update donates the 
 
 because an update depends only on the state, the update's number and the loader's batch of that number. The trainer
 remembers which pairs it reads and after which update it began: with a loader of other pairs, it reads these from their
-beginning. It also remembers the shape of its batches, so that other pairs of similar lengths compile no new program.
+beginning. It also remembers the shape of its batches, so that other pairs that fit it compile no new program.
 A failed update leaves no state rather than a partial one: from then on the trainer raises.
 
 This module does not know what happens between updates, or where metrics go.

@@ -7,17 +7,15 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from simpo_pipeline.errors import StorageError
-from simpo_pipeline.executor.planning.changed_code import changed_code, with_changed_code
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.identity import SHORT_HASH_LENGTH, field_below
 from simpo_pipeline.executor.planning.order import Order
-from simpo_pipeline.executor.records.code import SourceFingerprints
 from simpo_pipeline.executor.records.info import read_info
-from simpo_pipeline.executor.run import Action, PlanRow
+from simpo_pipeline.executor.run import PlanRow
 from simpo_pipeline.executor.table import format_table
 from simpo_pipeline.storage.files import in_parallel, list_names
 from simpo_pipeline.storage.json_text import without_nan
-from simpo_pipeline.storage.paths import base_name, is_local, join, parent
+from simpo_pipeline.storage.paths import base_name, join, parent
 
 _MAX_SIBLINGS = 20
 _MAX_RECORDS_READ = 200
@@ -240,14 +238,6 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _reason(row: PlanRow | None, step: Step, output_path: str) -> str:
-    if row is None:
-        return "it was not requested, and no step that this run executes needs it"
-    if row.action not in (Action.SKIP, Action.REPLAY) or is_local(output_path):
-        return row.reason  # a plan itself compares the code of local steps
-    return with_changed_code(row.reason, step.name, changed_code(output_path, step.fn, SourceFingerprints()))
-
-
 def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) -> Explanation:
     """Explain one step. Reads the records of the other versions in the folder of its output path."""
     path, identity = graph.output_paths[step], graph.identities[step]
@@ -258,7 +248,7 @@ def explain_step(graph: Graph, order: Order, step: Step, row: PlanRow | None) ->
     return Explanation(
         step.name,
         row.action.value if row is not None else "NONE",
-        _reason(row, step, path),
+        row.reason if row is not None else "it was not requested, and no step that this run executes needs it",
         identity.hash,
         path,
         dict(sorted(config.items())),

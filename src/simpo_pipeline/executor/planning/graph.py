@@ -72,7 +72,7 @@ def build_graph(requested: Iterable[Step | InputName], prefix: str) -> Graph:
     _check_output_paths({step: output_paths[step] for step in steps}, identities)
     runnable = _runnable({canonical[root] for root in roots}, edges)
     files = {step: markers[step].files for step in steps}
-    warnings = tuple(merge_warnings(canonical))
+    warnings = tuple(merge_warnings(canonical, files))
     return Graph(steps, canonical, identities, output_paths, edges, files, warnings, runnable)
 
 

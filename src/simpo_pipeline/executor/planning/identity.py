@@ -125,7 +125,8 @@ def changed_files(config: Any, identified: Mapping[str, Any], files: Mapping[str
     return [
         file
         for path, file in {**files, **now.files}.items()
-        if _value_with(path, identified) != _value_with(path, now.versioned)
+        # As JSON, because a NaN beside a path is not equal to itself.
+        if _json(_value_with(path, identified)) != _json(_value_with(path, now.versioned))
     ]
 
 

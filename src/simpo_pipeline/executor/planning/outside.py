@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from simpo_pipeline.errors import IdentityError
 from simpo_pipeline.executor.step import (
     OUTSIDE_FILES,
     ContentOf,
@@ -53,6 +54,8 @@ def find_outside(config: Any) -> Iterator[OutsideFiles]:
     """Yield the references of a config to files that exist, with the checksums of the files.
 
     Raises:
+        ConfigError: A path can be no path, such as a URL that lost a slash.
+        IdentityError: A set contains a reference.
         StorageError: A file cannot be read.
     """
     for reference in _walk(config, (), False):
@@ -88,8 +91,9 @@ def _walk(value: Any, keys: tuple[Any, ...], versioned: bool) -> Iterator[_Refer
         for field in dataclasses.fields(value):
             inner, inner_keys = getattr(value, field.name), (*keys, field.name)
             path = inner.value if isinstance(inner, VersionedValue) else inner
-            if OUTSIDE_FILES in field.metadata and isinstance(path, str):
-                yield _Reference(inner_keys, lambda path=path: [path], field.metadata[OUTSIDE_FILES], versioned)
+            if OUTSIDE_FILES in field.metadata and isinstance(path, str | os.PathLike):
+                only = [os.fspath(cast("str | os.PathLike[str]", path))]
+                yield _Reference(inner_keys, lambda only=only: only, field.metadata[OUTSIDE_FILES], versioned)
             else:
                 yield from _walk(inner, inner_keys, versioned)
     elif isinstance(value, list | tuple):
@@ -98,3 +102,10 @@ def _walk(value: Any, keys: tuple[Any, ...], versioned: bool) -> Iterator[_Refer
     elif isinstance(value, dict):
         for key, inner in cast(dict[Any, Any], value).items():
             yield from _walk(inner, (*keys, key), versioned)
+    elif isinstance(value, set | frozenset):
+        for inner in cast(set[Any], value):
+            if next(_walk(inner, keys, versioned), None) is not None:
+                raise IdentityError(
+                    f"A set contains {inner!r}, which refers to files that no step wrote. Their content is part of the "
+                    "version, and the members of a set have no order. Use a list."
+                )

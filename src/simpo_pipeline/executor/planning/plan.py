@@ -16,23 +16,22 @@ RUN         otherwise
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo_pipeline.errors import PlanError
-from simpo_pipeline.executor.planning.changed_code import changed_code, with_changed_code
+from simpo_pipeline.executor.planning.changed_code import CodeComparison, with_changed_code
 from simpo_pipeline.executor.planning.explanation import explain_new_steps
 from simpo_pipeline.executor.planning.graph import Graph, Step
 from simpo_pipeline.executor.planning.order import Order
 from simpo_pipeline.executor.planning.selection import Selection
-from simpo_pipeline.executor.records.code import SourceFingerprints
 from simpo_pipeline.executor.records.lease import LeaseConfig, LeaseWatch
 from simpo_pipeline.executor.records.status import Status, StepRecord, read_record
 from simpo_pipeline.executor.run import Action, PlanRow
 from simpo_pipeline.processes import Processes
 from simpo_pipeline.storage.files import in_parallel, list_names
-from simpo_pipeline.storage.paths import base_name, is_local, parent
+from simpo_pipeline.storage.paths import base_name, parent
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,6 @@ def _block_forwards(graph: Graph, order: Order, decisions: dict[Step, Decision])
 
 
 _MANY_IN_ONE_FOLDER = 16
-_MAX_RECORDS_READ = 200
-"""Limit on the records of finished steps that are read to compare code, so that large plans stay fast."""
 
 
 class Planner:
@@ -216,7 +213,7 @@ class Planner:
                 ours_first, theirs_first = next(pair for pair in pairs if pair[0] != pair[1])
                 raise PlanError(
                     f"Process {index} built a different DAG than process 0: {theirs_first} instead of {ours_first}. "
-                    "Start every process with the same code, config and environment."
+                    "Start every process with the same code, config, environment and input files."
                 )
 
     def decide(
@@ -281,7 +278,7 @@ class Planner:
         if self._what_changed is None:
             new = [step for step, record in records.items() if record.status is None]
             self._what_changed = self._explain(new, names_beside)
-            self._changed_code = self._compare_code([step for step, record in records.items() if record.done])
+            self._changed_code = self._compare_code(records)
         self.with_checkpoints = {step for step, record in records.items() if record.has_checkpoints}
         for step, text in self._what_changed.items():
             records[step] = replace(records[step], what_changed=text)
@@ -302,16 +299,12 @@ class Planner:
         files = {path: self._graph.files[step] for path, step in paths.items()}
         return {paths[path]: text for path, text in explain_new_steps(configs, names, files).items()}
 
-    def _compare_code(self, done: Sequence[Step]) -> dict[Step, tuple[str, ...]]:
-        """Return the modules whose source changed since a step ran, by step.
-
-        Reads a limited number of records, and only local ones: elsewhere each would be one more request.
-        """
-        paths = self._graph.output_paths
-        compared = [step for step in done if is_local(paths[step])][:_MAX_RECORDS_READ]
-        fingerprints = SourceFingerprints()
-        changed = in_parallel(lambda step: changed_code(paths[step], step.fn, fingerprints), compared)
-        return {step: modules for step, modules in zip(compared, changed, strict=True) if modules}
+    def _compare_code(self, records: Mapping[Step, StepRecord]) -> dict[Step, tuple[str, ...]]:
+        """Return the modules whose source changed since a step that is done ran, by step."""
+        done = [step for step, record in records.items() if record.done]
+        comparison, paths = CodeComparison(), self._graph.output_paths
+        changed = in_parallel(lambda step: comparison.changed_modules(paths[step], records[step].code, step.fn), done)
+        return {step: modules for step, modules in zip(done, changed, strict=True) if modules}
 
 
 def _list_folders(folders: Collection[str]) -> dict[str, frozenset[str]]:

@@ -3,11 +3,12 @@
     .executor_status        one token
     .executor_status.lock   the lease of the job that runs the step (see lease.py)
     .executor_info          what ran, and its identity (see info.py)
+    .executor_code          fingerprints of the source of the step (see code.py)
     manifest.json           path, bytes and CRC32C of every output; files that begin with a dot are not outputs
     error.json              host, exception and traceback of every process that failed
 
-Commit order: outputs, manifest, info, then SUCCESS. Only SUCCESS together with a manifest means that outputs exist.
-Status, manifest and info are written only if the file still has the version that the writer knows (see commit.py).
+Commit order: outputs, manifest, code, info, then SUCCESS. Only SUCCESS together with a manifest means that outputs
+exist. These four files are written only if the file still has the version that the writer knows (see commit.py).
 """
 
 import os
@@ -28,12 +29,13 @@ from simpo_pipeline.storage.paths import join
 STATUS_FILE = ".executor_status"
 LEASE_FILE = ".executor_status.lock"
 INFO_FILE = ".executor_info"
+CODE_FILE = ".executor_code"
 MANIFEST_FILE = "manifest.json"
 ERROR_FILE = "error.json"
 # Hidden, so that no manifest lists its content: written by training/checkpoints.py, removed by
 # running/checkpoint_cleanup.py.
 CHECKPOINTS_FOLDER = ".checkpoints"
-OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, MANIFEST_FILE, ERROR_FILE)
+OWN_FILES = (STATUS_FILE, LEASE_FILE, INFO_FILE, CODE_FILE, MANIFEST_FILE, ERROR_FILE)
 _MAX_TOKEN_BYTES = 64
 
 
@@ -72,6 +74,8 @@ class StepRecord:
     lease: LeaseSight | None = None
     what_changed: str | None = None
     """For a step that never ran: how it differs from the nearest step of the same name that did."""
+    code: FileEntry | None = None
+    """The listed fingerprints of the source of the step. None if the step recorded none."""
     changed_code: tuple[str, ...] = ()
     """For a step that is done: the modules of its function whose source changed since it ran."""
     versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
@@ -109,6 +113,7 @@ def read_record(output_path: str, watch: LeaseWatch | None) -> StepRecord:
         manifest_problem,
         has_error=ERROR_FILE in entries,
         lease=lease,
+        code=entries.get(CODE_FILE),
         versions=own,
         has_checkpoints=checkpoints,
     )

@@ -78,6 +78,7 @@ class Job:
 
     graph: Graph
     infos: dict[Step, dict[str, Any]]
+    code: dict[Step, dict[str, str]]
     prefix: str
     run_id: str
     processes: Processes
@@ -313,12 +314,11 @@ class Attempt:
     def _check_outside_files(self) -> None:
         """Check that the files which no step wrote are still those that the step's identity covers."""
         graph, step = self._job.graph, self._step
-        files, identified = graph.files[step], graph.identities[step].version["config"]
-        changed = changed_files(step.config, identified, files) if files else []
+        changed = changed_files(step.config, graph.identities[step].version["config"], graph.files[step])
         if changed:
             raise StepError(
                 f"{', '.join(changed)} changed after this job made its plan. Start the job again, so that the step "
-                "gets the version of what it reads."
+                "gets the version of what it reads. If a step of this job writes it, refer to it with output_path_of."
             )
 
     def _live_value(self, marker: LiveInput) -> Any:
@@ -341,6 +341,7 @@ class Attempt:
             remove_tree(self._output_path)
             return
         self._files.put_manifest()
+        self._files.put_code(self._job.code[self._step])
         self._write_info(Ended(round(self.seconds, 3), digest))
         self._files.put_status(Status.SUCCESS)
         self._committed = True

@@ -10,6 +10,7 @@ from typing import Any
 
 from simpo_pipeline.executor.records.lease import LeaseKeeper
 from simpo_pipeline.executor.records.status import (
+    CODE_FILE,
     ERROR_FILE,
     INFO_FILE,
     LEASE_FILE,
@@ -59,6 +60,10 @@ class StepFiles:
     def put_info(self, info: Mapping[str, Any]) -> None:
         """Record what ran."""
         self._put(INFO_FILE, json_bytes(info))
+
+    def put_code(self, fingerprints: Mapping[str, str]) -> None:
+        """Record the fingerprints of the source that ran."""
+        self._put(CODE_FILE, json_bytes(fingerprints))
 
     def put_manifest(self) -> None:
         """Write the size and checksum of every output file to the manifest, and set `has_checkpoints`."""

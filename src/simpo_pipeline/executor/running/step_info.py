@@ -12,14 +12,13 @@ from simpo_pipeline.storage.json_text import without_nan
 from simpo_pipeline.storage.paths import join
 
 
-def step_info(graph: Graph, step: Step, config: Any, code: dict[str, str]) -> dict[str, Any]:
+def step_info(graph: Graph, step: Step, config: Any) -> dict[str, Any]:
     """Return the part of `.executor_info` that is known before the step runs. The key names are Marin's."""
     needs = dict.fromkeys(edge.step for edge in graph.edges[step] if edge.kind is not EdgeKind.PSEUDO)
     identity = graph.identities[step]
     return {
         "name": step.name,
         "fn_name": function_name(step),
-        "code": code,
         "description": step.description,
         "version": without_nan(identity.version),
         "version_str": identity.version_str,
@@ -40,6 +39,6 @@ def function_name(step: Step) -> str:
 
 def run_record_path(base_path: str, infos: list[dict[str, Any]]) -> str:
     """Return the path of an experiment's record. The same experiment always writes the same file."""
-    semantics = [{key: value for key, value in info.items() if key not in ("description", "code")} for info in infos]
+    semantics = [{key: value for key, value in info.items() if key != "description"} for info in infos]
     digest = hashlib.sha256(json_text(semantics).encode()).hexdigest()
     return join(base_path, f"{script_name()}-{digest[:6]}.json")

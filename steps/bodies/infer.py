@@ -44,7 +44,7 @@ MAX_LOGGED_SAMPLES = 16
 SECONDS_BETWEEN_PROGRESS_LINES = 5.0
 # Counts of prompts that the model reads otherwise than they were written, by the note of their encoding. The names are
 # those in the summary of `prepare_pairs`.
-NOTES = {f"num_{note}": note for note in ("special_text", "omitted_text", "unencodable_text")}
+NOTES = {f"num_{note}": note for note in ("special_text", "omitted_text", "trimmed_text", "unencodable_text")}
 # Counts that are summed over hosts.
 COUNTS = ("prompt_tokens", "shared_tokens", "generated_tokens", "decoded_tokens", "num_preemptions", *NOTES)
 

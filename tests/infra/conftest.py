@@ -103,7 +103,9 @@ class Cloud:
         return ast.literal_eval((self.folder / "state").read_text())
 
     def write(self, state: dict[str, Any]) -> None:
-        (self.folder / "state").write_text(repr(state))
+        new = self.folder / "state.new"
+        new.write_text(repr(state))
+        new.replace(self.folder / "state")
 
     def plan(self, **plan: Any) -> None:
         """Set the events that happen from now on."""

@@ -2,7 +2,7 @@
 
 A template is a program from outside. It reaches no file, no attribute of Python and no source of chance, and it is
 stopped when it takes too many steps or makes too much text. The limits count work, not time, so that every process
-stops at the same place. They are far above what a conversation of a million tokens needs.
+stops at the same place. A conversation of a million tokens stays below them.
 """
 
 import functools
@@ -16,18 +16,19 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 MAX_STEPS = 1_000_000
-"""Limit of the iterations of loops and calls of one rendering."""
-MAX_CHARACTERS = 50_000_000
-"""Limit of the characters that one rendering prints, and of the size of every value in it."""
+"""Limit of one rendering: iterations of loops, calls, and elements of the lists and mappings that it makes."""
+MAX_CHARACTERS = 100_000_000
+"""Limit of one rendering: characters of the texts that it makes and prints."""
 _MAX_EXPONENT = 1000
 # Jinja's own sources of random text. Transformers leaves them in; tokens must not depend on chance.
 _RANDOM_FILTER, _RANDOM_GLOBAL = "random", "lipsum"
 
 
 class _CountingCode(CodeGenerator):
-    """Compiles loops that count their iterations, and `~` with a result that is checked."""
+    """Compiles loops that count their iterations, and `~` and literals whose values are counted."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         count = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
@@ -35,8 +36,23 @@ class _CountingCode(CodeGenerator):
         super().visit_For(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.checked(")
-        super().visit_Concat(node, frame)
+        self._visit_counted(super().visit_Concat, node, frame)
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._visit_counted(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._visit_counted(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._visit_counted(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)  # the targets of an assignment
+
+    def _visit_counted(self, visit: Callable[[Any, Frame], None], node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.counted(")
+        visit(node, frame)
         self.write(")")
 
 
@@ -65,7 +81,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationBlocks, loopcontrols],
-            finalize=self.count_printed,
+            finalize=self.counted,
         )
         self.start()
         self.filters["tojson"] = _to_json
@@ -78,7 +94,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def start(self) -> None:
         """Begin a rendering: nothing has been counted."""
-        self._num_steps = self._num_printed = 0
+        self._num_steps = self._num_characters = 0
 
     def count_step(self) -> None:
         """Count an iteration or a call."""
@@ -86,23 +102,31 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         if self._num_steps > MAX_STEPS:
             raise TemplateError(f"it takes more than {MAX_STEPS:,} steps, so it may never end")
 
-    def count_printed(self, value: Any) -> Any:
-        """Count the characters of a value that is printed, and return the value."""
-        self._num_printed += len(value) if isinstance(value, str) else 1
-        _check_size(self._num_printed)
-        return value
+    def counted(self, value: Any) -> Any:
+        """Return a value, after counting its characters or all elements inside it.
 
-    def checked(self, value: Any) -> Any:
-        """Return a value that is not too large."""
-        if isinstance(value, str | list | tuple | dict):
-            _check_size(len(value))
+        A list that holds the same list twice is as large as its text, so the elements of both are counted.
+        """
+        if isinstance(value, str):
+            self._num_characters += len(value)
+            _check_size(self._num_characters)
+            return value
+        pending = [value]
+        while pending:
+            inner = pending.pop()
+            if isinstance(inner, Namespace):
+                inner = object.__getattribute__(inner, "_Namespace__attrs")
+            if isinstance(inner, list | tuple | dict):
+                for element in inner.values() if isinstance(inner, dict) else inner:
+                    self.count_step()
+                    pending.append(element)
         return value
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function, a macro or a method of a value."""
         self.count_step()
         _check_integers((*args, *kwargs.values()))
-        return self.checked(super().call(context, obj, *args, **kwargs))
+        return self.counted(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Apply one of the operators that can make large values."""
@@ -110,11 +134,13 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             _check_size(_size(left) * _size(right))
         if operator == "**" and (_size(right) > _MAX_EXPONENT or _size(left) > MAX_CHARACTERS):
             raise TemplateError(f"it computes a power above {MAX_CHARACTERS:,} ** {_MAX_EXPONENT}")
-        return self.checked(super().call_binop(context, operator, left, right))
+        return self.counted(super().call_binop(context, operator, left, right))
 
     def _call_filter(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        for value in args:
+            self.counted(value)  # a filter such as `sort` or `map` reads all of it
         _check_integers((*args, *kwargs.values()))
-        return self.checked(function(*args, **kwargs))
+        return self.counted(function(*args, **kwargs))
 
 
 def _size(value: Any) -> int:
@@ -125,7 +151,7 @@ def _size(value: Any) -> int:
 
 def _check_size(size: int) -> None:
     if size > MAX_CHARACTERS:
-        raise TemplateError(f"it makes more than {MAX_CHARACTERS:,} characters of text, or a list as long")
+        raise TemplateError(f"it makes more than {MAX_CHARACTERS:,} characters of text")
 
 
 def _check_integers(values: Iterable[Any]) -> None:

@@ -25,8 +25,10 @@ class locked_state:
     def __exit__(self, *error):
         text = repr(self._state)
         if text != self._text:
-            with open(f"{FOLDER}/state", "w") as file:
+            # The program may be killed at any time, and must not leave half a state.
+            with open(f"{FOLDER}/state.new", "w") as file:
                 file.write(text)
+            os.replace(f"{FOLDER}/state.new", f"{FOLDER}/state")
         self._lock.close()
 
 

@@ -13,8 +13,11 @@ from simpo_pipeline.data.order import Mixture
 from simpo_pipeline.data.rows import RowShape
 from simpo_pipeline.data.sweep import PairSweep
 from simpo_pipeline.errors import ConfigError, DataError, TrainingError
+from simpo_pipeline.storage.output_folder import OutputFolder
+from simpo_pipeline.tracking.tracker import NoTracker
 from simpo_pipeline.training import trainer as trainer_module
 from simpo_pipeline.training.config import OptimizerConfig, SimpoConfig
+from simpo_pipeline.training.evaluator import Evaluator
 from simpo_pipeline.training.optimizer import learning_rate_at
 from simpo_pipeline.training.trainer import Trainer
 
@@ -93,6 +96,16 @@ def test_other_pairs_that_are_no_longer_compile_nothing(
     trainer.train_until(3, make_loader(shorter, config), ignore)
     trainer.evaluate(PairSweep(shorter, batch_size=2, seq_len=16, pad_id=0, packing=packing))
     trainer.train_until(4, make_loader(five_pairs[1:], config), ignore)
+
+
+def test_a_phase_that_resumes_after_its_last_evaluation_leaves_later_ones_the_same_shape(start, five_pairs, tmp_path):
+    sweep = PairSweep(five_pairs, batch_size=2, seq_len=16, pad_id=0, packing=True)
+    smaller = dataclasses.replace(sweep, pairs=five_pairs[:1])
+    evaluated, resumed = start(packing=True), start(packing=True)
+    evaluated.evaluate(sweep)
+    Evaluator(resumed, sweep, NoTracker(), OutputFolder(str(tmp_path)), is_leader=False)
+    assert smaller.shape != sweep.shape
+    assert evaluated.in_run_shape(smaller).shape == resumed.in_run_shape(smaller).shape == sweep.shape
 
 
 def test_of_all_longer_pairs_without_packing_only_the_first_compile_the_update_again(

@@ -54,7 +54,7 @@ class Evaluator:
         self, trainer: Trainer, sweep: PairSweep, tracker: Tracker, output: OutputFolder, *, is_leader: bool
     ) -> None:
         self._trainer = trainer
-        self._sweep = sweep
+        self._sweep = trainer.in_run_shape(sweep)
         self._pairs_digest = tokens_digest(sweep.pairs)
         self._tracker = tracker
         self._file = output.open_rows(EVALUATIONS_FILE) if is_leader else None

@@ -238,8 +238,10 @@ class Trainer:
             metrics = self._update(loader, program)
             on_step(self.step, metrics)
 
-    def evaluate(self, sweep: PairSweep) -> Evaluation:
-        """Evaluate the current weights on the pairs of `sweep`, counting each pair once.
+    def in_run_shape(self, sweep: PairSweep) -> PairSweep:
+        """Return the sweep in the shape of the run's earlier sweeps, if its pairs fit, and remember its shape.
+
+        A phase calls it even if it resumes after its last evaluation, so that later phases evaluate in the same shape.
 
         Raises:
             ConfigError: the sweep does not match the run.
@@ -249,6 +251,16 @@ class Trainer:
         if self._eval_shape not in (None, sweep.shape):
             sweep = dataclasses.replace(sweep, earlier_shape=self._eval_shape)
         self._eval_shape = sweep.shape
+        return sweep
+
+    def evaluate(self, sweep: PairSweep) -> Evaluation:
+        """Evaluate the current weights on the pairs of `sweep`, counting each pair once.
+
+        Raises:
+            ConfigError: the sweep does not match the run.
+            DataError: a pair contains a token outside the vocabulary of the model.
+        """
+        sweep = self.in_run_shape(sweep)
         program = build_eval_step(self._programs, self.model_config, self.config, self.mesh, sweep.shape)
         batches: list[BatchMetrics] = []
         margins: list[float] = []

@@ -98,12 +98,12 @@ def test_a_call_that_was_stopped_before_it_began_does_not_begin():
 
 
 PROGRAM = """
-import threading, time
+import os, threading, time
 from simpo_pipeline.executor.running.stopping import RunningCalls, StoppableCall
 from simpo_pipeline.storage.fence import OPEN
 
 calls = RunningCalls(0.2)
-record = {"quick": lambda name: print(name, flush=True), "stuck": lambda name: time.sleep(600)}[RECORD]
+record = {"quick": lambda name: os.write(1, f"{name} ".encode()), "stuck": lambda name: time.sleep(600)}[RECORD]
 steps = [StoppableCall(name, OPEN, lambda name=name: record(name)) for name in ("first", "second")]
 for step in steps:
     threading.Thread(target=calls.call, args=(step, lambda: time.sleep(600)), daemon=True).start()

@@ -75,13 +75,12 @@ class KVCache(eqx.Module):
 def _marked(
     k: Float[Array, "tokens kv_heads head_size"], v: Float[Array, "tokens kv_heads head_size"]
 ) -> Float[Array, "tokens kv_heads head_size"]:
-    """Return the keys, with NaN where a value is one that a backend may store as 0.
+    """Return the keys, with NaN where the value is one that a backend may store as 0.
 
     Attention to such a token, and then the logits, become NaN, which stops generation. Otherwise they would be computed
-    from zeros, and nobody would notice.
+    from zeros, and nobody would notice. One NaN in a key is enough, so no reduction is needed.
     """
-    is_kept = jnp.all(jnp.abs(v.astype(jnp.float32)) <= _LARGEST_VALUE, axis=-1, keepdims=True)
-    return jnp.where(is_kept, k, jnp.full((), jnp.nan, k.dtype))
+    return jnp.where(jnp.abs(v.astype(jnp.float32)) <= _LARGEST_VALUE, k, jnp.full((), jnp.nan, k.dtype))
 
 
 def empty_cache(model: LlamaConfig, sizes: EngineSizes, dtype: DTypeLike, attention: PagedAttention) -> KVCache:

@@ -964,6 +964,13 @@ INFERENCE = (
         "tests/inference/test_not_finite.py",
     ),
     Mutant(
+        "value-stored-as-0-not-marked",
+        "src/simpo_pipeline/inference/kv_cache.py",
+        "NewTokens(_marked(k, v), v,",
+        "NewTokens(k, v,",
+        "tests/inference/test_not_finite.py",
+    ),
+    Mutant(
         "temperature-multiplied",
         "src/simpo_pipeline/inference/sampling.py",
         "(logits - peak) / temperature[:, None]",

@@ -239,7 +239,7 @@ def test_a_file_that_changes_between_plan_and_run_fails_the_step(change, file, t
 
 def test_a_nan_beside_a_path_does_not_count_as_a_change(file, tmp_path):
     step = ExecutorStep("infer", read, Config(versioned([Prompts(str(file)), np.float64("nan")])))
-    Executor(str(tmp_path / "runs")).run([step])
+    assert [result.action for result in Executor(str(tmp_path / "runs")).run([step])] == ["RUN"]
 
 
 def test_the_step_function_gets_the_path(file, tmp_path):

@@ -75,9 +75,9 @@ class ChatTemplate:
 
     @cached_property
     def written_text(self) -> str:
-        """What the template writes around messages: its texts and constants, and two conversations it renders.
+        """The text that the template writes around messages: its constants, and two conversations that it renders.
 
-        The latter have what it puts together, such as `<|user|>` from the name of the role.
+        The latter contain what it puts together, such as `<|user|>` from the name of the role.
 
         Raises:
             DataError: The template cannot be compiled.
